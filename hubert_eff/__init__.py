@@ -1,0 +1,38 @@
+"""hubert-eff: speech self-supervised models that are cheap to run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .checkpoint import load as load
+    from .model import build as build
+    from .profiling import profile as profile
+    from .registry import list_encoders as list_encoders
+    from .registry import list_presets as list_presets
+    from .registry import register_encoder as register_encoder
+
+# public name -> module that defines it; imported on first use, so that commands which need no torch start at once
+_PUBLIC = {
+    "build": "model",
+    "list_encoders": "registry",
+    "list_presets": "registry",
+    "load": "checkpoint",
+    "profile": "profiling",
+    "register_encoder": "registry",
+}
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'hubert_eff' has no attribute '{name}'")
+    import importlib
+
+    return getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

@@ -1,0 +1,67 @@
+"""The `hubert-eff` command: a table of sub-commands, each imported only when it is called.
+
+A sub-command is a module of `hubert_eff.commands` with `add_arguments(parser)` and `run(args) -> int`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from .errors import UserError
+
+COMMANDS = {
+    "doctor": "versions, known breakages of this environment and the fix for each",
+    "corpus": "make a small synthetic speech corpus offline",
+    "manifest": "check a folder of audio, convert it once to 16 kHz mono, write train.tsv and valid.tsv",
+    "labels": "k-means labels from MFCC or from a layer of a checkpoint; their quality",
+    "profile": "parameters, storage and operations of a preset or a checkpoint",
+}
+
+
+def _parser(command: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hubert-eff", description="Speech encoders that are cheap to run.")
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, summary in COMMANDS.items():
+        sub = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        if name == command:
+            importlib.import_module(f"hubert_eff.commands.{name}").add_arguments(sub)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code: 0 done, 1 failed, 2 bad input (one line on stderr), 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = next((a for a in arguments if not a.startswith("-")), None)
+    parser = _parser(command)
+    try:
+        args = parser.parse_args(arguments)
+    except SystemExit as stop:  # argparse has printed its own line
+        return int(stop.code or 0)
+    if args.version:
+        from . import __version__
+
+        print(__version__)
+        return 0
+    if args.command is None:
+        parser.print_help()
+        return 2
+    module = importlib.import_module(f"hubert_eff.commands.{args.command}")
+    try:
+        return int(module.run(args))
+    except UserError as error:
+        print(f"hubert-eff {args.command}: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+    except KeyboardInterrupt:
+        print(f"hubert-eff {args.command}: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""`HubertConfig`: every key of a model, flat, under fairseq's names where fairseq has one.
+
+An encoder derives its own dataclass from it and adds its keys. That dataclass is the only place where a key, its default and its
+help stand: the fairseq dataclass of `hubert_<encoder>` is derived from it.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from .errors import UserError, unknown
+
+SAMPLE_RATE = 16_000
+FRAME_STRIDE = 320  # samples per frame: 20 ms at 16 kHz
+
+# (channels, kernel, stride) of each convolution of the waveform extractor
+CONV_FEATURE_LAYERS: dict[str, tuple[tuple[int, int, int], ...]] = {
+    # wav2vec 2.0 / HuBERT
+    "default": ((512, 10, 5), *((512, 3, 2),) * 4, *((512, 2, 2),) * 2),
+    # the compact extractor of SEW, "FastConv" in the main paper
+    "fastconv": (
+        (64, 10, 5),
+        *((128, 3, 2), (128, 1, 1)) * 2,
+        *((256, 3, 2), (256, 1, 1)) * 2,
+        *((512, 2, 2), (512, 1, 1)) * 2,
+    ),
+}
+
+Config = TypeVar("Config", bound="HubertConfig")
+
+
+def option(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
+    """A dataclass field with its help and, for a word, its allowed values."""
+    metadata = {"help": text + (f" ({' | '.join(choices)})" if choices else ""), "choices": choices}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class HubertConfig:
+    """Keys shared by all encoders. Sizes are in channels or frames of 20 ms, probabilities in [0, 1]."""
+
+    label_rate: float = option(50.0, "labels per second of every target; a multiple of the frame rate 50")
+    normalize: bool = option(False, "scale each waveform to zero mean and unit variance over its valid samples")
+    seed: int = option(1, "seed of the masks, together with the update number and the utterance")
+
+    # waveform extractor
+    extractor_mode: str = option(
+        "default",
+        "normalisation: GroupNorm over time on the first convolution, or LayerNorm over channels on every one",
+        ("default", "layer_norm"),
+    )
+    conv_feature_layers: str = option("fastconv", "default | fastconv | fairseq's list [(channels, kernel, stride)] * n + ...")
+    conv_bias: bool = option(False, "bias in the extractor's convolutions")
+    feature_grad_mult: float = option(1.0, "factor on the gradient that reaches the extractor; 0 freezes it")
+    valid_frames: str = option(
+        "receptive_field",
+        "a frame is valid if its whole receptive field is audio, or by fairseq's rule (any sample of its slot is)",
+        ("receptive_field", "fairseq"),
+    )
+
+    # encoder
+    encoder_layers: int = option(12, "number of blocks")
+    encoder_embed_dim: int = option(768, "model dimension D")
+    encoder_ffn_embed_dim: int = option(3072, "inner dimension of the feed-forward modules")
+    encoder_attention_heads: int = option(12, "number of attention heads")
+    layer_norm_first: bool = option(False, "LayerNorm after the last block instead of before the first (pre-LN Transformer)")
+    conv_pos: int = option(128, "kernel of the convolutional positional embedding, in frames")
+    conv_pos_groups: int = option(16, "groups of the convolutional positional embedding")
+    required_seq_len_multiple: int = option(2, "the sequence is padded to a multiple of this inside the encoder")
+    checkpoint_activations: bool = option(False, "recompute each block in the backward pass to save memory")
+
+    # dropout
+    dropout: float = option(0.1, "dropout on the output of every module")
+    attention_dropout: float = option(0.1, "dropout on attention probabilities")
+    activation_dropout: float = option(0.0, "dropout after the activation of the feed-forward modules")
+    encoder_layerdrop: float = option(0.0, "probability of skipping a block in training")
+    dropout_input: float = option(0.0, "dropout on the projected features before masking")
+
+    # codebook head
+    final_dim: int = option(0, "dimension of the codebook space; 0 is encoder_embed_dim")
+    untie_final_proj: bool = option(False, "one projection per codebook")
+    logit_temp: float = option(0.1, "temperature that divides the cosine similarities")
+    target_glu: bool = option(False, "a linear layer and GLU on the codewords")
+    skip_masked: bool = option(False, "no loss on masked frames")
+    skip_nomask: bool = option(False, "no loss on unmasked frames")
+
+    # masks over time
+    mask_prob: float = option(0.65, "share of frames to start from, before overlaps: spans = mask_prob * T / mask_length")
+    mask_length: int = option(10, "length of a masked span, in frames")
+    mask_selection: str = option("static", "distribution of span lengths", ("static", "uniform", "normal", "poisson"))
+    mask_other: float = option(0.0, "second parameter of that distribution: lower bound (uniform), deviation (normal)")
+    # masks over channels
+    mask_channel_prob: float = option(0.0, "the same over channels; 0 is off")
+    mask_channel_length: int = option(10, "length of a masked span of channels")
+    mask_channel_selection: str = option("static", "distribution of its lengths", ("static", "uniform", "normal", "poisson"))
+    mask_channel_other: float = option(0.0, "second parameter of that distribution")
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    def validate(self) -> None:
+        """Raise `UserError` for a value that cannot be built or trained. Encoders extend it."""
+        for entry in dataclasses.fields(self):
+            choices, value = entry.metadata.get("choices"), getattr(self, entry.name)
+            if choices and value not in choices:
+                raise unknown(f"value of {entry.name}", value, choices)
+        for name in ("encoder_layers", "encoder_embed_dim", "encoder_ffn_embed_dim", "encoder_attention_heads",
+                     "conv_pos", "conv_pos_groups", "mask_length", "required_seq_len_multiple"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("encoder_attention_heads", "conv_pos_groups"):
+            if self.encoder_embed_dim % getattr(self, name):
+                raise UserError(
+                    f"{name}={getattr(self, name)} does not divide encoder_embed_dim={self.encoder_embed_dim}: "
+                    "change one of the two"
+                )
+        if self.mask_channel_prob > 0 and self.mask_channel_prob * self.encoder_embed_dim / self.mask_channel_length < 1:
+            raise UserError(
+                f"mask_channel_prob={self.mask_channel_prob} asks for less than one span of mask_channel_length="
+                f"{self.mask_channel_length} in {self.encoder_embed_dim} channels: raise it to "
+                f"{self.mask_channel_length / self.encoder_embed_dim:.3g} or shorten the span"
+            )
+        if self.label_rate * FRAME_STRIDE % SAMPLE_RATE:
+            raise UserError(f"label_rate={self.label_rate} is no multiple of the frame rate {SAMPLE_RATE // FRAME_STRIDE} Hz")
+        stride = math.prod(s for _, _, s in self.conv_layers)
+        if stride != FRAME_STRIDE:
+            raise UserError(
+                f"conv_feature_layers={self.conv_feature_layers!r} has a total stride of {stride} samples: it must be "
+                f"{FRAME_STRIDE} (20 ms)"
+            )
+
+    @property
+    def conv_layers(self) -> tuple[tuple[int, int, int], ...]:
+        """(channels, kernel, stride) of each convolution of the extractor."""
+        return parse_conv_layers(self.conv_feature_layers)
+
+    @property
+    def codebook_dim(self) -> int:
+        """Dimension of the codebook space."""
+        return self.final_dim if self.final_dim > 0 else self.encoder_embed_dim
+
+    @classmethod
+    def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
+        """Build from a mapping; an unknown key is a `UserError` that names the nearest known one."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                raise unknown(f"key of {cls.__name__}", key, known)
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All keys as plain values."""
+        return dataclasses.asdict(self)
+
+
+def parse_conv_layers(spec: str) -> tuple[tuple[int, int, int], ...]:
+    """Read `conv_feature_layers`: a name, or lists of integer triples joined by `+` and repeated by `*`. Never evaluated."""
+    if spec in CONV_FEATURE_LAYERS:
+        return CONV_FEATURE_LAYERS[spec]
+    hint = "write default, fastconv, or a list such as [(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2"
+
+    def read(node: ast.AST) -> Any:
+        if isinstance(node, ast.Constant) and type(node.value) is int:
+            return node.value
+        if isinstance(node, ast.Tuple):
+            return tuple(read(e) for e in node.elts)
+        if isinstance(node, ast.List):
+            return [read(e) for e in node.elts]
+        if isinstance(node, ast.BinOp):
+            left, right = read(node.left), read(node.right)
+            if isinstance(node.op, ast.Add) and isinstance(left, list) and isinstance(right, list):
+                return left + right
+            if isinstance(node.op, ast.Mult) and isinstance(left, list) and isinstance(right, int) and 0 < right <= 64:
+                return left * right
+        raise ValueError(ast.dump(node))
+
+    try:
+        layers = read(ast.parse(spec.strip(), mode="eval").body)
+        if not layers or not isinstance(layers, list) or any(len(t) != 3 or min(t) < 1 for t in layers):
+            raise ValueError(spec)
+    except (ValueError, TypeError, SyntaxError, RecursionError) as error:
+        raise UserError(f"conv_feature_layers={spec!r} cannot be read: {hint}") from error
+    return tuple((c, k, s) for c, k, s in layers)

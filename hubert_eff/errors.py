@@ -1,0 +1,23 @@
+"""The one error that users are meant to see: what is wrong, where, and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Bad input. The command line prints its message as one line and exits with code 2."""
+
+
+def unknown(kind: str, name: object, known: Iterable[str]) -> UserError:
+    """A `UserError` for a name that is not registered; it offers the nearest one and lists all."""
+    names = sorted(known)
+    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    hint = f" - did you mean '{close[0]}'?" if close else ""
+    return UserError(f"unknown {kind} '{name}'{hint} Known: {', '.join(names) or 'none'}")
+
+
+def missing_extra(package: str, extra: str, purpose: str) -> UserError:
+    """A `UserError` for an optional package that is not installed."""
+    return UserError(f"{purpose} needs the package '{package}': pip install 'hubert-eff[{extra}]'")

@@ -1,0 +1,97 @@
+"""Encoders and presets by name. Importing `hubert_eff.encoders` registers all encoders of the package."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from .config import HubertConfig
+from .errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from .encoders.base import Encoder
+
+E = TypeVar("E", bound="type[Encoder]")
+
+
+@dataclass(frozen=True)
+class EncoderEntry:
+    """What is registered under an encoder's name."""
+
+    name: str
+    module: type[Encoder]
+    config: type[HubertConfig]
+    presets: Mapping[str, Mapping[str, Any]]
+
+
+_encoders: dict[str, EncoderEntry] = {}
+
+
+def register_encoder(
+    name: str, config: type[HubertConfig], presets: Mapping[str, Mapping[str, Any]]
+) -> Callable[[E], E]:
+    """Class decorator: register an encoder, its config dataclass and its presets (preset -> keys that differ from the defaults).
+
+    Raises `UserError` when the encoder's name or one of its presets is taken.
+    """
+
+    def register(module: E) -> E:
+        if name in _encoders:
+            raise UserError(f"encoder '{name}' is registered already. Known: {', '.join(sorted(_encoders))}")
+        taken = set(presets) & {p for entry in _encoders.values() for p in entry.presets}
+        if taken:
+            raise UserError(f"preset '{taken.pop()}' of encoder '{name}' is registered already")
+        _encoders[name] = EncoderEntry(name, module, config, presets)
+        return module
+
+    return register
+
+
+def _load() -> None:
+    from . import encoders  # noqa: F401  (its import registers the package's encoders)
+
+
+def list_encoders() -> list[str]:
+    """Names of the registered encoders."""
+    _load()
+    return sorted(_encoders)
+
+
+def list_presets() -> list[str]:
+    """Names of the presets of all registered encoders."""
+    _load()
+    return sorted(p for entry in _encoders.values() for p in entry.presets)
+
+
+def get_encoder(name: str) -> EncoderEntry:
+    """The entry of an encoder; `UserError` with the nearest name if unknown."""
+    _load()
+    if name not in _encoders:
+        raise unknown("encoder", name, _encoders)
+    return _encoders[name]
+
+
+def encoder_of(config: HubertConfig) -> EncoderEntry:
+    """The encoder that a config belongs to: the one whose dataclass it is, or derives from."""
+    _load()
+    for cls in type(config).__mro__:
+        for entry in _encoders.values():
+            if entry.config is cls:
+                return entry
+    raise UserError(f"{type(config).__name__} is the config of no registered encoder. Known: {', '.join(_encoders)}")
+
+
+def preset_config(preset: str, **overrides: Any) -> HubertConfig:
+    """The config of a preset, with single keys replaced."""
+    _load()
+    for entry in _encoders.values():
+        if preset in entry.presets:
+            return entry.config.from_dict({**entry.presets[preset], **overrides})
+    raise unknown("preset", preset, list_presets())
+
+
+def replace(config: HubertConfig, **changes: Any) -> HubertConfig:
+    """A copy of a config with some keys changed, checked again."""
+    return type(config).from_dict({**{f.name: getattr(config, f.name) for f in dataclasses.fields(config)}, **changes})
