@@ -1,0 +1,95 @@
+"""A profile as tables: rich on a terminal, plain text elsewhere."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+
+from rich import box
+from rich.console import Console, Group
+from rich.table import Table
+
+from .cost import ModuleCost, Profile
+
+NOTE = (
+    "Counted: one waveform to the last hidden state; the pre-training head runs in training only. Element operations (activations, "
+    "norms,\nsoftmax, reductions) are elements handled; a bias inside a product, views and copies count nothing. Storage leaves out "
+    "label embeddings."
+)
+
+
+def render(profile: Profile, depth: int = 3) -> Group:
+    """Summary, modules down to `depth` levels below the model, and operations. Equal neighbours share one row."""
+    summary = Table.grid(padding=(0, 2))
+    labels = profile.params - profile.params_without_labels
+    rows = {
+        "model": f"{profile.name}, {profile.seconds:g} s ({profile.samples:,} samples, {profile.frames:,} frames)",
+        "parameters": f"{profile.params_without_labels:,}" + (f" and {labels:,} in label embeddings" if labels else ""),
+        "storage": ", ".join(f"{mb:,.2f} MB {kind}" for kind, mb in profile.storage_mb.items()),
+        "products": f"{profile.macs:,} MACs = {profile.gflop:,.2f} GFLOP",
+        "bit operations": f"{profile.bop_nonq_g:,.2f} G not quantised (32 per MAC, G = 2^30)",
+        "element operations": f"{profile.element_ops:,}",
+    }
+    for name, value in rows.items():
+        summary.add_row(name, value)
+
+    modules = _table("module", "class", "params", "MACs", "MACs %", "element ops")
+    for level, label, module in _rows(profile.modules, depth):
+        share = f"{100 * module.macs / profile.macs:.1f}" if profile.macs else "-"
+        figures = (f"{module.params:,}", f"{module.macs:,}", share, f"{module.element_ops:,}")
+        modules.add_row("  " * level + label, module.kind, *figures)
+
+    operations = _table("operation", "calls", "MACs", "element ops")
+    for name, tally in profile.operations.items():
+        if tally.macs or tally.element_ops:
+            operations.add_row(name, f"{tally.calls:,}", f"{tally.macs:,}", f"{tally.element_ops:,}")
+    return Group(summary, modules, operations, NOTE)
+
+
+def render_text(profile: Profile, depth: int = 3) -> str:
+    """`render` as plain text of any width."""
+    console = Console(file=io.StringIO(), width=200, no_color=True)
+    with console.capture() as capture:
+        console.print(render(profile, depth))
+    return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for position, column in enumerate(columns):
+        text = position == 0 or column == "class"
+        table.add_column(column, justify="left" if text else "right", no_wrap=True)
+    return table
+
+
+def _rows(root: ModuleCost, depth: int) -> Iterator[tuple[int, str, ModuleCost]]:
+    """(level, label, module) from the root down. Numbered neighbours with the same figures all the way down are one row."""
+    yield 0, "total", root
+
+    def below(module: ModuleCost, level: int) -> Iterator[tuple[int, str, ModuleCost]]:
+        if level > depth:
+            return
+        groups: list[list[ModuleCost]] = []
+        for child in module.children:
+            if not (child.params or child.macs or child.element_ops):  # dropout in evaluation mode
+                continue
+            if groups and _label(child).isdigit() and _figures(child) == _figures(groups[-1][0]):
+                groups[-1].append(child)
+            else:
+                groups.append([child])
+        for group in groups:
+            label = _label(group[0])
+            if len(group) > 1:
+                label = f"{label}-{_label(group[-1])} ({len(group)}, each)"
+            yield level, label, group[0]
+            yield from below(group[0], level + 1)
+
+    yield from below(root, 1)
+
+
+def _label(module: ModuleCost) -> str:
+    return module.name.rpartition(".")[2]
+
+
+def _figures(module: ModuleCost) -> tuple[object, ...]:
+    return (module.kind, module.params, module.macs, module.element_ops, *map(_figures, module.children))

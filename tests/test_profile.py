@@ -1,0 +1,310 @@
+"""The operation counter on cases worked out by hand, and the profile of presets."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import hubert_eff
+from hubert_eff.cli import main
+from hubert_eff.errors import UserError
+from hubert_eff.profiling import count_operations, register_formula
+
+B, T, D, H = 2, 7, 12, 3
+
+
+class Function(nn.Module):
+    """A module without submodules that runs a function."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args):
+        return self.function(*args)
+
+
+def macs(module: nn.Module, *inputs: Tensor) -> int:
+    with torch.no_grad(), count_operations(module.eval()) as counts:
+        module(*inputs)
+    return counts.total().macs
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(D,), (T, D), (B, T, D)])
+def test_linear(shape, bias):
+    assert macs(nn.Linear(D, 5, bias=bias), torch.randn(shape)) == torch.Size(shape[:-1]).numel() * D * 5
+
+
+def test_products():
+    a, b = torch.randn(B, T, D), torch.randn(B, D, 5)
+    assert macs(Function(torch.matmul), a, b) == B * T * D * 5
+    assert macs(Function(torch.baddbmm), torch.randn(B, T, 5), a, b) == B * T * D * 5
+    assert macs(Function(lambda x, y: torch.einsum("bij,bjk->bik", x, y)), a, b) == B * T * D * 5
+    assert macs(Function(lambda x, y: torch.einsum("bij,jk->bik", x, y)), a, b[0]) == B * T * D * 5
+    assert macs(Function(torch.mv), a[0], b[0, :, 0]) == T * D
+    assert macs(Function(torch.dot), a[0, 0], b[0, :, 0]) == D
+
+
+@pytest.mark.parametrize("groups", [1, 3, 12])  # dense, grouped, depthwise
+@pytest.mark.parametrize("stride, padding, dilation", [(1, 0, 1), (2, 3, 1), (3, 1, 2)])
+def test_convolution(groups, stride, padding, dilation):
+    kernel, out_channels = 3, 24
+    conv = nn.Conv1d(D, out_channels, kernel, stride, padding, dilation, groups)
+    frames = (20 + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+    assert macs(conv, torch.randn(B, D, 20)) == B * frames * out_channels * (D // groups) * kernel
+
+
+def test_convolution_2d_and_transposed():
+    assert macs(nn.Conv2d(4, 8, (1, 5), padding=(0, 2), groups=4), torch.randn(B, 4, 1, 9)) == B * 9 * 8 * 1 * 5
+    assert macs(nn.ConvTranspose1d(4, 8, 3, stride=2), torch.randn(B, 4, 9)) == B * 9 * 4 * 8 * 3
+
+
+MASKS = {
+    "none": lambda: None,
+    "float": lambda: torch.zeros(B, 1, 1, T),
+    "bool": lambda: torch.ones(B, 1, T, T, dtype=torch.bool),
+    # a mask that requires a gradient sends torch to the unfused path
+    "learned": lambda: torch.zeros(B, H, T, T).requires_grad_(),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_attention_counts_do_not_depend_on_the_kernel(mask):
+    q = k = v = torch.randn(B, H, T, 4)
+    module = Function(lambda *x: F.scaled_dot_product_attention(*x, attn_mask=MASKS[mask]()))
+    assert macs(module, q, k, v) == 2 * B * H * T * T * 4
+    with torch.inference_mode(), count_operations(module) as counts:
+        module(q, k, v)
+    assert counts.total().macs == 2 * B * H * T * T * 4
+
+
+def test_attention_with_other_key_length_and_value_size():
+    q, k, v = torch.randn(B, H, 3, 4), torch.randn(B, H, T, 4), torch.randn(B, H, T, 6)
+    assert macs(Function(F.scaled_dot_product_attention), q, k, v) == B * H * 3 * T * (4 + 6)
+
+
+def test_attention_element_operations_agree_between_kernels():
+    q = torch.randn(B, H, T, 4)
+    counted = []
+    for mask in (torch.zeros(B, H, T, T), torch.zeros(B, H, T, T).requires_grad_()):
+        with torch.no_grad(), count_operations(nn.Identity()) as counts:
+            F.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+        counted.append(counts.total().element_ops)
+    assert counted == [2 * q.numel() + 2 * B * H * T * T] * 2
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch is built without oneDNN")
+def test_onednn_linear():
+    x, w, b = torch.randn(B, T, D), torch.randn(5, D), torch.randn(5)
+    linear = torch.ops.mkldnn._linear_pointwise
+    with torch.no_grad(), count_operations(nn.Identity()) as counts:
+        linear(x, w, b, "none", [], "")
+        linear(x, w, b, "swish", [], "")
+    total = counts.total()
+    assert (total.macs, total.element_ops) == (2 * B * T * D * 5, B * T * 5)  # the fused activation
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_block_in_every_gradient_mode(context):
+    block = nn.Sequential(nn.LayerNorm(D), nn.Linear(D, 20), nn.GELU(), nn.Linear(20, D), nn.Softmax(-1)).eval()
+    with context(), count_operations(block) as counts:
+        block(torch.randn(B, T, D))
+    assert counts.total().macs == B * T * D * 20 * 2
+    assert counts.total().element_ops == B * T * (D + 20 + D)  # LayerNorm, GELU, softmax
+    assert counts.total("2").element_ops == B * T * 20
+
+
+def test_free_operations():
+    def shuffle(x):
+        y = F.pad(x.transpose(1, 2), (1, 2)).contiguous().reshape(-1, 5)
+        return torch.cat([y, torch.zeros_like(y)]).unfold(0, 2, 1).clone()[:1].expand(3, 5, 2).squeeze_()
+
+    with torch.no_grad(), count_operations(nn.Identity()) as counts:
+        shuffle(torch.randn(B, T, D))
+    assert (counts.total().macs, counts.total().element_ops) == (0, 0)
+
+
+def test_reductions_count_what_they_read():
+    with torch.no_grad(), count_operations(nn.Identity()) as counts:
+        torch.randn(B, T, D).mean(-1).sum()
+    assert counts.total().element_ops == B * T * D + B * T
+
+
+class Tree(nn.Module):
+    """Two blocks that share one linear; one of them is called twice, and the root calls a function on its own."""
+
+    class Block(nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.linear = linear
+
+        def forward(self, x):
+            return self.linear(x) @ x.transpose(-1, -2) @ x
+
+    def __init__(self):
+        super().__init__()
+        shared = nn.Linear(D, D)
+        self.first, self.second = self.Block(shared), self.Block(shared)
+
+    def forward(self, x):
+        return F.linear(self.second(self.second(self.first(x))), self.first.linear.weight)
+
+
+def test_attribution_of_shared_and_repeated_modules():
+    model, product = Tree(), B * T * D * D
+    with torch.no_grad(), count_operations(model) as counts:
+        model(torch.randn(B, T, D))
+    assert counts.total("first.linear").macs == product
+    assert counts.total("second.linear").macs == 2 * product
+    assert counts.total("second").macs == 2 * (product + 2 * B * T * T * D)
+    assert counts.tallies["", "aten.mm"].macs == product  # the root's own F.linear
+    assert counts.total().macs == 4 * product + 6 * B * T * T * D
+
+
+def test_nothing_is_left_behind():
+    model, x = Tree(), torch.randn(B, T, D)
+    first = macs(model, x)
+    assert macs(model, x) == first
+    with pytest.raises(RuntimeError), count_operations(model):
+        model(torch.randn(B, T, D + 1))
+    assert macs(model, x) == first
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.fixture(scope="module")
+def library():
+    # an operation of our own, opaque to torch
+    lib = torch.library.Library("hubert_eff_test", "DEF")
+    lib.define("outer(Tensor a, Tensor b) -> Tensor")
+    lib.impl("outer", lambda a, b: a[:, None] * b[None], "CPU")
+    yield torch.ops.hubert_eff_test
+    lib._destroy()
+
+
+def test_unknown_operation_is_refused_by_name_and_module_until_it_has_a_formula(library, monkeypatch):
+    from hubert_eff.profiling import counters
+
+    monkeypatch.setattr(counters, "_MACS", dict(counters._MACS))
+    model = nn.Sequential(nn.Identity(), Function(lambda x: library.outer(x, x)))
+    with pytest.raises(UserError, match=r"hubert_eff_test\.outer in module '1' has no MAC formula"):
+        macs(model, torch.randn(3))
+
+    @register_formula(library.outer)
+    def outer(a: Tensor, b: Tensor, out: Tensor) -> int:
+        return out.numel()
+
+    assert macs(model, torch.randn(3)) == 9
+    with pytest.raises(UserError, match="already"):
+        register_formula(library.outer)(outer)
+    with pytest.raises(UserError, match="already"):
+        register_formula(torch.ops.aten.mm)
+    with pytest.raises(UserError, match="takes an operation"):
+        register_formula(torch.mm)
+
+
+def test_agrees_with_torch_flop_counter():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = nn.TransformerEncoderLayer(D, H, 20, batch_first=True).eval()
+    x = torch.randn(B, T, D, requires_grad=True)
+    with count_operations(model) as counts:
+        model(x)
+    flop = FlopCounterMode(display=False)
+    with flop, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        model(x)
+    assert 2 * counts.total().macs == flop.get_total_flops() == 2 * B * T * (4 * D * D + 2 * D * 20 + 2 * T * D)
+
+
+# -- presets -------------------------------------------------------------------------------------------------------------
+
+FASTCONV, FRAMES = 3_295_436_160, 499  # MACs of the extractor on 10 s, frames of 10 s
+
+
+def expected_macs(dim: int, layers: int, per_frame: int, frames: int) -> int:
+    """Extractor, projection, positional convolution (k 128, 16 groups), then per layer the weights and two products of attention."""
+    projection = 0 if dim == 512 else 512 * dim * FRAMES
+    return FASTCONV + projection + 8 * dim**2 * FRAMES + layers * (per_frame * frames + 2 * frames**2 * dim)
+
+
+def test_transformer_base():
+    result = hubert_eff.profile("transformer-base", seconds=10.0)
+    assert result.params == result.params_without_labels == result.modules.params == 92_212_096
+    assert result.storage_mb == {"fp32": 368.848384, "fp16": 184.424192}  # the paper's 184.42 is the fp16 figure
+    assert (result.samples, result.frames) == (160_000, FRAMES)
+    assert result.macs == expected_macs(768, 12, 12 * 768**2, 500)  # the encoder works on a multiple of two frames
+    assert result.gflop == pytest.approx(105.85, abs=0.01)
+    assert result.bop_nonq_g == 32 * result.macs / 2**30
+    modules = {module.name: module for module in result.modules.walk()}
+    assert modules["feature_extractor"].macs == FASTCONV
+    assert modules["final_proj"].macs == 0 < modules["final_proj"].params
+    assert modules["encoder.layers.3"].macs == 12 * 768**2 * 500 + 2 * 500**2 * 768
+    assert modules["encoder.layers.3.fc1"].macs == 500 * 768 * 3072
+
+
+def test_conformer_s():
+    absolute = hubert_eff.profile(hubert_eff.build("conformer-s", pos_enc_type="abs"))
+    weights = 7 * 144**2 + 4 * 144 * 576 + 31 * 144
+    assert absolute.params == 9_884_752
+    assert absolute.macs == expected_macs(144, 16, weights, FRAMES)
+    relative = hubert_eff.profile("conformer-s")
+    assert relative.params == absolute.params + 16 * (144**2 + 2 * 144)  # linear_pos, u, v
+    # linear_pos on 2T - 1 offsets, and at least T offsets per query
+    least = 16 * ((2 * FRAMES - 1) * 144**2 + FRAMES**2 * 144)
+    assert absolute.macs + least < relative.macs < absolute.macs + 1.5 * least
+
+
+def test_profiling_leaves_the_model_as_it_was_and_repeats():
+    model = hubert_eff.build("conformer-debug", num_classes=(7,))
+    model.encoder.pos_conv.eval()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    generator = torch.get_rng_state()
+    first = hubert_eff.profile(model, seconds=1.0)
+    assert hubert_eff.profile(model, seconds=1.0) == first
+    assert model.training and model.encoder.layers.training and not model.encoder.pos_conv.training
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    assert torch.equal(generator, torch.get_rng_state())
+    assert first.params - first.params_without_labels == 7 * 64
+    assert hubert_eff.profile("conformer-debug", seconds=1.0).macs == first.macs
+
+
+@pytest.mark.parametrize("preset", hubert_eff.list_presets())
+def test_every_preset_is_counted(preset):
+    result = hubert_eff.profile(preset, seconds=0.5)
+    assert result.macs > 0 and result.frames == 24
+    assert sum(t.macs for t in result.operations.values()) == result.macs
+    assert sum(c.params for c in result.modules.children) + hubert_eff.build(preset).mask_emb.numel() == result.params
+
+
+def test_command(capsys):
+    assert main(["profile", "transformer-debug", "--seconds", "1", "--json", "--depth", "1"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["gflop"] == 2 * values["macs"] / 1e9 and values["seconds"] == 1.0
+    children = {child["name"]: child for child in values["modules"]["children"]}
+    assert children["encoder"]["macs"] > 0 and children["encoder"]["children"] == []
+    assert main(["profile", "transformer-debug", "--seconds", "1"]) == 0
+    text = capsys.readouterr().out
+    assert f"{values['macs']:,} MACs" in text and "0-1 (2, each)" in text
+    assert not any(mark in text for mark in ("\x1b", "\u2026"))  # neither colours nor cut-off cells
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["conformr-s"], "did you mean 'conformer-s'?"),
+        (["conformer-s", "--seconds", "0.02"], "seconds=0.02"),
+        (["conformer-s", "--seconds", "nan"], "seconds=nan"),
+        (["conformer-s", "--depth", "-1"], "--depth -1"),
+        (["{file}"], "is no checkpoint"),
+        (["{file}.missing"], "unknown preset or checkpoint"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, tmp_path, capsys):
+    (tmp_path / "notes.pt").write_text("no checkpoint")
+    assert main(["profile", *(a.format(file=tmp_path / "notes.pt") for a in arguments)]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
