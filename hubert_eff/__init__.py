@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .checkpoint import load as load
+    from .exporting import export as export
     from .model import build as build
     from .profiling import profile as profile
     from .registry import list_encoders as list_encoders
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 # public name -> module that defines it; imported on first use, so that commands which need no torch start at once
 _PUBLIC = {
     "build": "model",
+    "export": "exporting",
     "list_encoders": "registry",
     "list_presets": "registry",
     "load": "checkpoint",

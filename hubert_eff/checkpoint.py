@@ -1,0 +1,110 @@
+"""Read checkpoints into plain models: our exports, fairseq checkpoints of this plug-in, and stock HuBERT. Nothing is unpickled blindly."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .config import HubertConfig
+from .errors import UserError
+from .exporting import is_export, read_export
+from .model import HubertModel
+from .registry import get_encoder, list_encoders
+
+# keys of fairseq's HubertConfig that we have no use for: they do not change what the encoder computes
+STOCK_UNUSED = {
+    "_name", "attn_type", "depthwise_conv_kernel_size", "dropout_features", "fp16", "latent_temp", "mask_channel_min_space",
+    "mask_min_space", "no_mask_channel_overlap", "no_mask_overlap", "pos_enc_type",
+}  # fmt: skip
+# keys that do, with the one value that our Transformer computes
+STOCK_FIXED = {"activation_fn": "gelu", "layer_type": "transformer", "conv_pos_batch_norm": False, "pos_conv_depth": 1}
+
+
+class _Dictionary:
+    """Stands in for fairseq's Dictionary, which stock checkpoints hold, where fairseq is not installed."""
+
+
+_Dictionary.__module__, _Dictionary.__name__, _Dictionary.__qualname__ = "fairseq.data.dictionary", "Dictionary", "Dictionary"
+
+
+def load(path: str | os.PathLike[str]) -> HubertModel:
+    """Load a model in eval mode, on the CPU, from our export (.safetensors) or a fairseq checkpoint (.pt) of this plug-in or of stock HuBERT.
+
+    Raises `UserError` if the file is missing, is no checkpoint, holds pickled code, or is of a model that cannot be rebuilt exactly.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"no checkpoint at {file}")
+    if is_export(file):
+        return read_export(file)
+    content = read_fairseq(file)
+    config, state = config_of(content, file), dict(content["model"])
+    embeddings = state.get("label_embs_concat")
+    model = HubertModel(config, _codebooks(content, 0 if embeddings is None else embeddings.size(0)))
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"{file}: the weights do not fit the model that its configuration describes: {' '.join(str(error).split())}") from error
+    return model.eval()
+
+
+def read_fairseq(file: Path) -> dict[str, Any]:
+    """The content of a fairseq checkpoint, unpickled with tensors and plain values only. Raises `UserError` if that is not possible."""
+    hint = "expected a fairseq checkpoint (.pt) or an export of hubert-eff (.safetensors)"
+    safe: list[Any] = [_Dictionary, argparse.Namespace]
+    if hasattr(torch.serialization, "safe_globals"):  # torch >= 2.5
+        allowed: Any = torch.serialization.safe_globals(safe)
+    else:
+        torch.serialization.add_safe_globals(safe)
+        allowed = nullcontext()
+    try:
+        with allowed:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "global" in line), "")
+        if reason:
+            raise UserError(f"{file} is refused: it holds pickled code, not only weights ({' '.join(reason.split())[:160]})") from error
+        raise UserError(f"{file} is no checkpoint: {hint}") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise UserError(f"{file} is no checkpoint, or is truncated: {hint}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("model"), Mapping):
+        raise UserError(f"{file} is no checkpoint of a model: {hint}")
+    return content
+
+
+def config_of(content: Mapping[str, Any], file: Path) -> HubertConfig:
+    """The model configuration of a fairseq checkpoint. Raises `UserError` for another model, or an option that we do not compute."""
+    cfg = content.get("cfg")
+    if not isinstance(cfg, Mapping) or not isinstance(cfg.get("model"), Mapping):
+        raise UserError(f"{file} has no fairseq configuration (cfg.model): it was not written by fairseq-hydra-train")
+    values, task = dict(cfg["model"]), cfg.get("task") or {}
+    name = str(values.pop("_name", ""))
+    encoder = name.removeprefix("hubert_")
+    if name != "hubert":
+        if not name.startswith("hubert_") or encoder not in list_encoders():
+            known = ", ".join(["hubert", *(f"hubert_{e}" for e in list_encoders())])
+            raise UserError(f"{file} holds the fairseq model '{name}', which is none of {known}")
+        return get_encoder(encoder).config.from_dict(values)
+    for key, value in STOCK_FIXED.items():
+        if values.pop(key, value) != value:
+            raise UserError(f"{file}: stock HuBERT with {key}={cfg['model'][key]} cannot be rebuilt here (only {value})")
+    values = {k: v for k, v in values.items() if k not in STOCK_UNUSED}
+    values["valid_frames"] = "fairseq"
+    values["normalize"] = bool(task.get("normalize", False))
+    return get_encoder("transformer").config.from_dict(values)
+
+
+def _codebooks(content: Mapping[str, Any], rows: int) -> tuple[int, ...]:
+    """Sizes of the codebooks: those of the task's dictionaries if they add up, else all codewords are one codebook."""
+    dictionaries = (content.get("task_state") or {}).get("dictionaries") or []
+    sizes = tuple(len(getattr(d, "symbols", ())) for d in dictionaries)
+    if rows and sum(sizes) == rows:
+        return sizes
+    return (rows,) if rows else ()

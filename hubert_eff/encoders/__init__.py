@@ -1,0 +1,4 @@
+"""One module per encoder; importing this package registers them all."""
+
+from . import conformer as conformer
+from . import transformer as transformer

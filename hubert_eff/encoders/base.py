@@ -1,0 +1,116 @@
+"""`Encoder`: what all encoders share - positions, the stack of blocks, padding, hidden states.
+
+To add an encoder, write one module: a config dataclass, an `Encoder` with `build_block`, and `@register_encoder`.
+"""
+
+# B batch, T frames, D model dim
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from ..config import HubertConfig
+from ..layers.position import PositionalConv1d
+
+
+@dataclass
+class Frames:
+    """What a block may need to know of the batch besides its input."""
+
+    valid: Tensor | None = None  # (B, T) bool, None = all frames are valid
+    attend: Tensor | None = None  # (B, 1, 1, T) bool: the keys that may be seen, None = all
+    positions: Tensor | None = None  # encoder-specific positional table
+
+
+class Encoder(nn.Module):
+    """Projected features (B, T, D) -> (B, T, D), through `encoder_layers` blocks at 20 ms per frame.
+
+    x + positional convolution, LayerNorm, blocks (or blocks, LayerNorm if `layer_norm_first`), as in wav2vec 2.0, section 2.
+    Padded frames are zero on the way in and on the way out, and reach no valid frame.
+    """
+
+    def __init__(self, config: HubertConfig) -> None:
+        super().__init__()
+        dim = config.encoder_embed_dim
+        self.layer_norm_first = config.layer_norm_first
+        self.layerdrop = config.encoder_layerdrop
+        self.multiple = config.required_seq_len_multiple
+        self.checkpoint_activations = config.checkpoint_activations
+        self.pos_conv = nn.Sequential(PositionalConv1d(dim, config.conv_pos, config.conv_pos_groups), nn.GELU())
+        self.layers = nn.ModuleList([self.build_block(config, index) for index in range(config.encoder_layers)])
+        self.layer_norm = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(config.dropout)
+        self.init_weights()
+
+    def build_block(self, config: HubertConfig, index: int) -> nn.Module:
+        """Block `index`, called as block(x (B, T, D), frames: Frames) -> (B, T, D)."""
+        raise TypeError(f"{type(self).__name__} must define build_block")
+
+    def positions(self, x: Tensor) -> Tensor | None:
+        """A positional table for x (B, T, D) that all blocks share, if the encoder has one."""
+        return None
+
+    def init_weights(self) -> None:
+        """Linear layers: normal with deviation 0.02 and zero bias (BERT, as in HuBERT)."""
+        for module in self.layers.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None, layer: int | None = None) -> Tensor:
+        """Output of block `layer` (1 ... L; default: the last), (B, T, D). LayerDrop is on in train mode.
+
+        padding_mask: (B, T) bool, True = padding.
+        """
+        depth = len(self.layers) if layer is None else layer
+        return self._run(x, padding_mask, depth, self.layerdrop if self.training else 0.0)[-1]
+
+    def hidden_states(self, x: Tensor, padding_mask: Tensor | None = None) -> list[Tensor]:
+        """State 0 (what enters block 1) and the output of every block, each (B, T, D); LayerDrop is off."""
+        return self._run(x, padding_mask, len(self.layers), 0.0)
+
+    def _run(self, x: Tensor, padding_mask: Tensor | None, depth: int, layerdrop: float) -> list[Tensor]:
+        length = x.size(1)
+        if padding_mask is not None:
+            x = x.masked_fill(padding_mask.unsqueeze(-1), 0.0)
+        x = x + self.pos_conv(x.transpose(1, 2)).transpose(1, 2)
+        if not self.layer_norm_first:
+            x = self.layer_norm(x)
+        excess = -length % self.multiple
+        if excess:
+            x = F.pad(x, (0, 0, 0, excess))
+            if padding_mask is None:
+                padding_mask = torch.zeros(x.size(0), length, dtype=torch.bool, device=x.device)
+            padding_mask = F.pad(padding_mask, (0, excess), value=True)
+        frames = self._frames(x, padding_mask)
+        x = self.dropout(x)
+        states = [x]
+        for block in self.layers[:depth]:
+            if layerdrop == 0.0 or torch.rand(()).item() >= layerdrop:
+                if self.checkpoint_activations and self.training:
+                    x = checkpoint(block, x, frames, use_reentrant=False)
+                else:
+                    x = block(x, frames)
+            states.append(x)
+        if self.layer_norm_first and depth == len(self.layers):
+            states[-1] = self.layer_norm(x)
+        if excess:
+            states = [s[:, :length] for s in states]
+        if frames.valid is not None:
+            padded = ~frames.valid[:, :length].unsqueeze(-1)
+            states = [s.masked_fill(padded, 0.0) for s in states]
+        return states
+
+    def _frames(self, x: Tensor, padding_mask: Tensor | None) -> Frames:
+        if padding_mask is None:
+            return Frames(positions=self.positions(x))
+        valid = ~padding_mask
+        attend = valid.clone()
+        attend[:, 0] |= padding_mask.all(1)  # a row without any valid frame sees its first one: no 0 / 0 in the softmax
+        return Frames(valid, attend[:, None, None, :], self.positions(x))

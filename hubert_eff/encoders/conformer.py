@@ -1,0 +1,124 @@
+"""Conformer encoder (Gulati et al. 2020)."""
+
+# B batch, T frames, D model dim
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..config import HubertConfig, option
+from ..errors import UserError
+from ..layers.attention import RelativeSelfAttention, SelfAttention
+from ..layers.convolution import DepthwiseConv
+from ..layers.feedforward import ConformerFeedForward
+from ..layers.norm import MaskedBatchNorm
+from ..layers.position import relative_sinusoids
+from ..registry import register_encoder
+from .base import Encoder, Frames
+from .transformer import DEBUG
+
+
+@dataclass
+class ConformerConfig(HubertConfig):
+    """A Conformer HuBERT."""
+
+    depthwise_conv_kernel_size: int = option(31, "kernel of the depthwise convolution, in frames; odd")
+    pos_enc_type: str = option(
+        "rel_pos",
+        "relative positions in the attention, or none beside the convolutional positional embedding",
+        ("rel_pos", "abs"),
+    )
+    conv_module_bias: bool = option(False, "biases in the convolution module (torchaudio's Conformer has them, fairseq's not)")
+
+    def validate(self) -> None:
+        super().validate()
+        if self.depthwise_conv_kernel_size < 1 or self.depthwise_conv_kernel_size % 2 == 0:
+            raise UserError(f"depthwise_conv_kernel_size={self.depthwise_conv_kernel_size} must be odd and positive")
+
+
+class ConvolutionModule(nn.Module):
+    """LayerNorm, pointwise D -> 2D, GLU, depthwise, BatchNorm, SiLU, pointwise D -> D (Conformer, section 2.2)."""
+
+    def __init__(self, dim: int, kernel: int, bias: bool, dropout: float) -> None:
+        super().__init__()
+        self.layer_norm = nn.LayerNorm(dim)
+        self.pointwise_conv1 = nn.Linear(dim, 2 * dim, bias=bias)
+        self.depthwise_conv = DepthwiseConv(dim, kernel, bias=bias)
+        self.batch_norm = MaskedBatchNorm(dim)
+        self.pointwise_conv2 = nn.Linear(dim, dim, bias=bias)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:  # (B, T, D)
+        x = F.glu(self.pointwise_conv1(self.layer_norm(x)))
+        if valid is not None:  # the kernel must not carry padding into valid frames
+            x = x.masked_fill(~valid.unsqueeze(-1), 0.0)
+        x = F.silu(self.batch_norm(self.depthwise_conv(x), valid))
+        return self.dropout(self.pointwise_conv2(x))  # type: ignore[no-any-return]
+
+
+class ConformerBlock(nn.Module):
+    """Half-step feed-forward, self-attention, convolution, half-step feed-forward, LayerNorm (Conformer, equation 1)."""
+
+    def __init__(self, config: ConformerConfig) -> None:
+        super().__init__()
+        dim, inner, heads = config.encoder_embed_dim, config.encoder_ffn_embed_dim, config.encoder_attention_heads
+        self.ffn1 = ConformerFeedForward(dim, inner, config.dropout, config.activation_dropout)
+        self.self_attn_layer_norm = nn.LayerNorm(dim)
+        attention = RelativeSelfAttention if config.pos_enc_type == "rel_pos" else SelfAttention
+        self.self_attn = attention(dim, heads, config.attention_dropout)
+        self.conv_module = ConvolutionModule(
+            dim, config.depthwise_conv_kernel_size, config.conv_module_bias, config.dropout
+        )
+        self.ffn2 = ConformerFeedForward(dim, inner, config.dropout, config.activation_dropout)
+        self.final_layer_norm = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, frames: Frames) -> Tensor:  # (B, T, D)
+        x = x + 0.5 * self.ffn1(x)
+        normed = self.self_attn_layer_norm(x)
+        if frames.positions is None:
+            mixed = self.self_attn(normed, frames.attend)
+        else:
+            mixed = self.self_attn(normed, frames.positions, frames.attend)
+        x = x + self.dropout(mixed)
+        x = x + self.conv_module(x, frames.valid)
+        x = x + 0.5 * self.ffn2(x)
+        return self.final_layer_norm(x)  # type: ignore[no-any-return]
+
+
+@register_encoder(
+    "conformer",
+    config=ConformerConfig,
+    presets={
+        # Conformer (S) of the paper's table 1; pre-training keys as in HuBERT-base
+        "conformer-s": {
+            "encoder_layers": 16,
+            "encoder_embed_dim": 144,
+            "encoder_ffn_embed_dim": 576,
+            "encoder_attention_heads": 4,
+            "required_seq_len_multiple": 1,
+            "final_dim": 256,
+            "untie_final_proj": True,
+            "mask_prob": 0.8,
+            "encoder_layerdrop": 0.05,
+            "dropout_input": 0.1,
+            "feature_grad_mult": 0.1,
+        },
+        "conformer-debug": {**DEBUG, "depthwise_conv_kernel_size": 15},
+    },
+)
+class ConformerEncoder(Encoder):
+    """Stack of `ConformerBlock`; with `rel_pos` all blocks share one table of sinusoids."""
+
+    relative: bool
+
+    def build_block(self, config: HubertConfig, index: int) -> nn.Module:
+        assert isinstance(config, ConformerConfig)
+        self.relative = config.pos_enc_type == "rel_pos"
+        return ConformerBlock(config)
+
+    def positions(self, x: Tensor) -> Tensor | None:
+        return relative_sinusoids(x.size(1), x.size(2), x) if self.relative else None

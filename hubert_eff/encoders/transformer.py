@@ -1,0 +1,84 @@
+"""Transformer encoder of HuBERT (post-LN by default); parameter names and numbers are fairseq's."""
+
+# B batch, T frames, D model dim
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..config import HubertConfig
+from ..layers.attention import SelfAttention
+from ..registry import register_encoder
+from .base import Encoder, Frames
+
+
+@dataclass
+class TransformerConfig(HubertConfig):
+    """A Transformer HuBERT; the defaults are HuBERT-base's sizes."""
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, then Linear, GELU, Linear; LayerNorm after each residual sum, or before each module (pre-LN)."""
+
+    def __init__(self, config: HubertConfig) -> None:
+        super().__init__()
+        dim = config.encoder_embed_dim
+        self.pre_norm = config.layer_norm_first
+        self.self_attn = SelfAttention(dim, config.encoder_attention_heads, config.attention_dropout)
+        self.self_attn_layer_norm = nn.LayerNorm(dim)
+        self.fc1 = nn.Linear(dim, config.encoder_ffn_embed_dim)
+        self.fc2 = nn.Linear(config.encoder_ffn_embed_dim, dim)
+        self.final_layer_norm = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(config.dropout)
+        self.activation_dropout = nn.Dropout(config.activation_dropout)
+
+    def forward(self, x: Tensor, frames: Frames) -> Tensor:  # (B, T, D)
+        if self.pre_norm:
+            x = x + self.dropout(self.self_attn(self.self_attn_layer_norm(x), frames.attend))
+            return x + self.feed_forward(self.final_layer_norm(x))
+        x = self.self_attn_layer_norm(x + self.dropout(self.self_attn(x, frames.attend)))
+        return self.final_layer_norm(x + self.feed_forward(x))  # type: ignore[no-any-return]
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        return self.dropout(self.fc2(self.activation_dropout(F.gelu(self.fc1(x)))))  # type: ignore[no-any-return]
+
+
+DEBUG = {  # small enough to learn something in a minute on two CPU cores
+    "extractor_mode": "layer_norm",
+    "conv_feature_layers": "[(32,10,5)] + [(32,3,2)] * 4 + [(32,2,2)] * 2",
+    "encoder_layers": 2,
+    "encoder_embed_dim": 64,
+    "encoder_ffn_embed_dim": 128,
+    "encoder_attention_heads": 4,
+    "conv_pos": 32,
+    "conv_pos_groups": 4,
+    "required_seq_len_multiple": 1,
+    "final_dim": 64,
+}
+
+
+@register_encoder(
+    "transformer",
+    config=TransformerConfig,
+    presets={
+        # what HuBERT-base sets beside fairseq's defaults (Hsu et al. 2021, section IV-C), with the FastConv extractor
+        "transformer-base": {
+            "final_dim": 256,
+            "untie_final_proj": True,
+            "mask_prob": 0.8,
+            "encoder_layerdrop": 0.05,
+            "dropout_input": 0.1,
+            "feature_grad_mult": 0.1,
+        },
+        "transformer-debug": DEBUG,
+    },
+)
+class TransformerEncoder(Encoder):
+    """Stack of `TransformerBlock`."""
+
+    def build_block(self, config: HubertConfig, index: int) -> nn.Module:
+        return TransformerBlock(config)

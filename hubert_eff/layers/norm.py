@@ -1,0 +1,48 @@
+"""Normalisation that knows of padding."""
+
+# B batch, T frames, C channels
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+
+class MaskedBatchNorm(nn.BatchNorm1d):
+    """BatchNorm over the valid frames of (B, T, C), statistics joined over all data-parallel processes.
+
+    In training it equals `nn.BatchNorm1d` on the packed valid frames of the joint batch; statistics are float32.
+    """
+
+    def forward(self, input: Tensor, valid: Tensor | None = None) -> Tensor:
+        """`valid`: (B, T) bool, None = all. The output on padding is that of the affine map, not zero."""
+        x = input
+        joint = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if not self.training or (valid is None and not joint):
+            return super().forward(x.reshape(-1, x.size(-1))).view_as(x)
+        weight = torch.ones(x.shape[:2], device=x.device) if valid is None else valid.float()
+        wide = x.float()
+        weight = weight.unsqueeze(-1)
+        total = torch.cat(((wide * weight).sum((0, 1)), weight.sum().view(1)))
+        total = _sum_over_processes(total) if joint else total
+        count = total[-1].detach().clamp(min=1.0)
+        mean = total[:-1] / count
+        square = ((wide - mean).square() * weight).sum((0, 1))
+        variance = (_sum_over_processes(square) if joint else square) / count
+        self._track(mean.detach(), variance.detach() * count / (count - 1).clamp(min=1.0))
+        y = (wide - mean) * torch.rsqrt(variance + self.eps) * self.weight + self.bias
+        return y.to(x.dtype)
+
+    def _track(self, mean: Tensor, variance: Tensor) -> None:
+        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        rate = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), rate)
+        self.running_var.lerp_(variance.to(self.running_var.dtype), rate)
+
+
+def _sum_over_processes(x: Tensor) -> Tensor:
+    from torch.distributed.nn.functional import all_reduce  # the differentiable one
+
+    return all_reduce(x)  # type: ignore[no-any-return,no-untyped-call]

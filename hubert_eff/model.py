@@ -1,0 +1,235 @@
+"""HuBERT in plain torch (Hsu et al. 2021, section II): extractor, masks, encoder, codebook head; hidden states."""
+
+# B batch, S samples at 16 kHz, T frames of 20 ms, D model dim, C codewords, N masked (or unmasked) frames
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .config import FRAME_STRIDE, SAMPLE_RATE, HubertConfig
+from .errors import UserError
+from .frontend import ConvFeatureExtractor, frame_padding_mask, num_frames
+from .masking import batch_mask
+from .registry import encoder_of, preset_config
+
+
+class ScaleGradient(torch.autograd.Function):
+    """Identity whose gradient is multiplied by a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] * ctx.factor, None
+
+
+class HubertModel(nn.Module):
+    """A HuBERT with any registered encoder.
+
+    `num_classes`: size of each codebook; empty for a model without pre-training head. State names are those of fairseq's HubertModel.
+    """
+
+    def __init__(self, config: HubertConfig, num_classes: Sequence[int] = ()) -> None:
+        super().__init__()
+        self.config = config
+        self.num_classes = tuple(num_classes)
+        self.num_updates = 0
+        channels, dim, code = config.conv_layers[-1][0], config.encoder_embed_dim, config.codebook_dim
+        self.feature_extractor = ConvFeatureExtractor(config)
+        self.layer_norm = nn.LayerNorm(channels)
+        self.post_extract_proj = nn.Linear(channels, dim) if channels != dim else None
+        self.dropout_input = nn.Dropout(config.dropout_input)
+        self.mask_emb = nn.Parameter(torch.empty(dim).uniform_())
+        self.encoder = encoder_of(config).module(config)
+        copies = len(self.num_classes) if config.untie_final_proj and self.num_classes else 1
+        self.final_proj = nn.Linear(dim, code * copies)
+        self.target_glu = nn.Sequential(nn.Linear(code, 2 * code), nn.GLU()) if config.target_glu else None
+        if self.num_classes:
+            self.label_embs_concat = nn.Parameter(torch.empty(sum(self.num_classes), code).uniform_())
+
+    # -- features ----------------------------------------------------------------------------------------------------
+
+    def num_frames(self, samples: int) -> int:
+        """Frames of an utterance of `samples` samples."""
+        return int(num_frames(samples, self.config.conv_layers))
+
+    def _extract(self, source: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Waveform (B, S) -> extractor output (B, C, T) and padding of frames (B, T)."""
+        if source.size(-1) < 1 or self.num_frames(source.size(-1)) < 1:
+            need = 1
+            for _, kernel, stride in reversed(self.config.conv_layers):
+                need = (need - 1) * stride + kernel
+            raise UserError(f"{source.size(-1)} samples are too few: one frame needs {need}")
+        if padding_mask is not None:
+            if padding_mask.shape != source.shape:
+                raise UserError(f"padding_mask {tuple(padding_mask.shape)} must have the shape of the audio {tuple(source.shape)}")
+            source = source.masked_fill(padding_mask, 0.0)
+        if self.config.feature_grad_mult > 0:
+            features = self.feature_extractor(source)
+            if self.config.feature_grad_mult != 1.0 and features.requires_grad:
+                features = ScaleGradient.apply(features, self.config.feature_grad_mult)  # type: ignore[no-untyped-call]
+        else:
+            with torch.no_grad():
+                features = self.feature_extractor(source)
+        frames = None if padding_mask is None else frame_padding_mask(padding_mask, features.size(-1), self.config)
+        return features, frames
+
+    def _project(self, features: Tensor) -> Tensor:
+        """Extractor output (B, C, T) -> encoder input (B, T, D)."""
+        x: Tensor = self.layer_norm(features.transpose(1, 2))
+        if self.post_extract_proj is not None:
+            x = self.post_extract_proj(x)
+        return x
+
+    def hidden_states(self, wav: Tensor, padding_mask: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
+        """All hidden states of 16 kHz audio.
+
+        wav: (B, S) float; padding_mask: (B, S) bool, True = padding (at the end). Returns L + 1 tensors (B, T, D) at 20 ms
+        per frame, zero on padding, and the padding of frames (B, T). State 0 enters block 1, state i leaves block i.
+        `config.normalize` is applied here, over valid samples. Train or eval mode and gradients are the caller's; masks and
+        LayerDrop are off.
+
+        Raises `UserError` for audio shorter than one frame or a mask of another shape.
+        """
+        if wav.dim() != 2:
+            raise UserError(f"audio must be (batch, samples), not {tuple(wav.shape)}")
+        if self.config.normalize:
+            wav = normalize_waveform(wav, padding_mask)
+        features, frames = self._extract(wav, padding_mask)
+        x = self.dropout_input(self._project(features))
+        states = self.encoder.hidden_states(x, frames)
+        if frames is None:
+            frames = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
+        return states, frames
+
+    # -- pre-training ------------------------------------------------------------------------------------------------
+
+    def set_num_updates(self, num_updates: int) -> None:
+        """Tell the model how many updates have been made: the masks of the next ones depend on it."""
+        self.num_updates = num_updates
+
+    def forward(
+        self,
+        source: Tensor,
+        target_list: Sequence[Tensor] | None = None,
+        padding_mask: Tensor | None = None,
+        mask: bool = True,
+        features_only: bool = False,
+        output_layer: int | None = None,
+        sample_ids: Tensor | None = None,
+    ) -> dict[str, Any]:
+        """Masked prediction.
+
+        source (B, S): audio, normalised already if the config says so; target_list: labels (B, T') per codebook at
+        `label_rate`; padding_mask (B, S); sample_ids (B,): what seeds each row's mask together with the seed and the update
+        (default: the row's number).
+
+        Returns `x` (B, T, D), `padding_mask` (B, T) or None, `mask_indices` (B, T) or None, `features` (B, T, D) and
+        `features_pen`, the mean square of the extractor's output. With targets also, for masked (`_m`) and unmasked (`_u`)
+        frames and per codebook, `logits_*` (N, C) and `targets_*` (N,); None where the config skips them.
+        """
+        features, frames = self._extract(source, padding_mask)
+        if target_list is not None:
+            features, frames, target_list = self._align(features, frames, target_list)
+        features_pen = features.float().square().mean()
+        x = self.dropout_input(self._project(features))
+        projected = x
+        masked = None
+        if mask:
+            x, masked = self._mask(x, frames, sample_ids)
+        x = self.encoder(x, frames, layer=output_layer)
+        result: dict[str, Any] = {
+            "x": x,
+            "padding_mask": frames,
+            "mask_indices": masked,
+            "features": projected,
+            "features_pen": features_pen,
+        }
+        if features_only or target_list is None:
+            return result
+        if not self.num_classes:
+            raise UserError("this model has no codebooks: build it with num_classes to pre-train it")
+        if masked is None:
+            masked = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
+        valid = torch.ones_like(masked) if frames is None else ~frames
+        for key, chosen, skip in (
+            ("m", valid & masked, self.config.skip_masked),
+            ("u", valid & ~masked, self.config.skip_nomask),
+        ):
+            result[f"logits_{key}"] = None if skip else self.logits(x[chosen])
+            result[f"targets_{key}"] = None if skip else [t[chosen].long() for t in target_list]
+        return result
+
+    def logits(self, x: Tensor) -> list[Tensor]:
+        """Cosine similarities over temperature of encoder outputs (N, D) to all codewords, (N, C) per codebook (HuBERT, equation 3)."""
+        projected = self.final_proj(x)
+        if self.config.untie_final_proj:
+            parts = projected.chunk(len(self.num_classes), dim=-1)
+        else:
+            parts = (projected,) * len(self.num_classes)
+        logits = []
+        for part, codewords in zip(parts, torch.split(self.label_embs_concat, list(self.num_classes)), strict=True):
+            if self.target_glu is not None:
+                codewords = self.target_glu(codewords)
+            cosine = F.normalize(part.float(), dim=-1) @ F.normalize(codewords.float(), dim=-1).t()
+            logits.append(cosine / self.config.logit_temp)
+        return logits
+
+    def _align(
+        self, features: Tensor, frames: Tensor | None, targets: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """Cut features (B, C, T) and labels to the time both have; pick the label of each frame, (B, T)."""
+        ratio = int(self.config.label_rate * FRAME_STRIDE) // SAMPLE_RATE
+        length = min(features.size(-1), *(-(-t.size(1) // ratio) for t in targets))
+        cut = [t[:, : length * ratio : ratio] for t in targets]
+        return features[..., :length], None if frames is None else frames[:, :length], cut
+
+    def _mask(self, x: Tensor, frames: Tensor | None, sample_ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Put the mask embedding on spans of x (B, T, D), zero on spans of channels; the mask over time, (B, T)."""
+        config, (batch, length, dim) = self.config, x.shape
+        lengths = [length] * batch if frames is None else (~frames).sum(1).tolist()
+        ids = range(batch) if sample_ids is None else sample_ids.tolist()
+        update = self.num_updates + 1 if self.training else 0  # in evaluation the masks are always the same
+        masked = None
+        if config.mask_prob > 0:
+            seeds = [(config.seed, update, i, 0) for i in ids]
+            masked = batch_mask(
+                lengths, length, seeds, config.mask_prob, config.mask_length, config.mask_selection, config.mask_other, 2
+            ).to(x.device)
+            x = torch.where(masked.unsqueeze(-1), self.mask_emb.to(x.dtype), x)
+        if config.mask_channel_prob > 0:
+            seeds = [(config.seed, update, i, 1) for i in ids]
+            channels = batch_mask(
+                [dim] * batch, dim, seeds, config.mask_channel_prob, config.mask_channel_length,
+                config.mask_channel_selection, config.mask_channel_other,
+            ).to(x.device)  # fmt: skip
+            x = x.masked_fill(channels.unsqueeze(1), 0.0)
+        return x, masked
+
+
+def normalize_waveform(wav: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+    """Zero mean and unit variance of each row (B, S) over its valid samples; padding becomes 0."""
+    if padding_mask is None:
+        return F.layer_norm(wav, wav.shape[-1:])
+    valid = (~padding_mask).to(wav.dtype)
+    count = valid.sum(1, keepdim=True).clamp(min=1)
+    mean = (wav * valid).sum(1, keepdim=True) / count
+    centred = (wav - mean) * valid
+    variance = centred.square().sum(1, keepdim=True) / count
+    return centred * torch.rsqrt(variance + 1e-5)
+
+
+def build(preset: str, num_classes: Sequence[int] = (), **overrides: Any) -> HubertModel:
+    """A randomly initialised model of a preset, single keys overridden, in train mode.
+
+    num_classes: sizes of the codebooks for pre-training; empty: no head. Raises `UserError` for an unknown preset or key, or bad values.
+    """
+    return HubertModel(preset_config(preset, **overrides), num_classes)

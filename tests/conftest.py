@@ -1,0 +1,24 @@
+"""Shared by all tests: two threads at most, fixed seeds, where the real recordings are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+FSDD = ROOT.parent / "shared" / "data" / "fsdd"
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def fsdd() -> Path:
+    """The Free Spoken Digit Dataset; the test is skipped where it is absent."""
+    if not FSDD.is_dir():
+        pytest.skip(f"real recordings (Free Spoken Digit Dataset) are not at {FSDD.relative_to(ROOT.parent)}")
+    return FSDD
