@@ -35,7 +35,7 @@ _Dictionary.__module__, _Dictionary.__name__, _Dictionary.__qualname__ = "fairse
 
 
 def load(path: str | os.PathLike[str]) -> HubertModel:
-    """Load a model in eval mode, on the CPU, from our export (.safetensors) or a fairseq checkpoint (.pt) of this plug-in or of stock HuBERT.
+    """Load a model in eval mode, on the CPU: our export (.safetensors), a fairseq checkpoint (.pt) of this plug-in, or stock HuBERT.
 
     Raises `UserError` if the file is missing, is no checkpoint, holds pickled code, or is of a model that cannot be rebuilt exactly.
     """
@@ -51,7 +51,8 @@ def load(path: str | os.PathLike[str]) -> HubertModel:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise UserError(f"{file}: the weights do not fit the model that its configuration describes: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"{file}: the weights do not fit the model that its configuration describes: {reason}") from error
     return model.eval()
 
 
@@ -72,7 +73,7 @@ def read_fairseq(file: Path) -> dict[str, Any]:
         if reason:
             raise UserError(f"{file} is refused: it holds pickled code, not only weights ({' '.join(reason.split())[:160]})") from error
         raise UserError(f"{file} is no checkpoint: {hint}") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # bytes that are no checkpoint can fail anywhere in the reader
         raise UserError(f"{file} is no checkpoint, or is truncated: {hint}") from error
     if not isinstance(content, dict) or not isinstance(content.get("model"), Mapping):
         raise UserError(f"{file} is no checkpoint of a model: {hint}")
