@@ -1,0 +1,61 @@
+"""What the two launchers share: checks of the command line before anything heavy is imported, errors as one line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hubert_eff.errors import UserError
+
+
+def exit_code(program: str, run: Callable[[Sequence[str]], None], argv: Sequence[str] | None) -> int:
+    """Run a launcher: 0 when done, 2 with one line on stderr for bad input, 130 when interrupted."""
+    try:
+        run(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """A YAML mapping; `UserError` if the file is missing or is none."""
+    try:
+        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"config {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"config {path} is not a mapping of settings")
+    return config
+
+
+def lookup(config: Mapping[str, Any], dotted: str) -> Any:
+    """The value under a dotted key of nested mappings, None if there is none."""
+    value: Any = config
+    for key in dotted.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def device_arguments(given: bool) -> list[str]:
+    """`--device cpu` where S3PRL's default, cuda, would fail and the user has not chosen."""
+    import torch
+
+    return [] if given or torch.cuda.is_available() else ["--device", "cpu"]
+
+
+def check_upstream(name: str | None, source: str | None) -> None:
+    """Raise `UserError` if the upstream is ours and cannot be loaded: S3PRL would find out after preparing its data."""
+    if name == "hubert_eff":
+        from .upstream.expert import load_upstream
+
+        load_upstream(source or "")

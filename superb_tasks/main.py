@@ -1,0 +1,65 @@
+"""`python -m superb_tasks.main PROBLEM ...`: S3PRL's s3prl-main with the upstream `hubert_eff`.
+
+    python -m superb_tasks.main SuperbKS --target_dir OUT --build_upstream.name hubert_eff
+        --build_upstream.path_or_url CKPT --prepare_data.gsc1 DIR --prepare_data.gsc1_test DIR
+
+All arguments are S3PRL's. Without a GPU, `--device cpu` is the default.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from hubert_eff.errors import UserError, unknown
+
+from . import register, require_s3prl
+from .launch import check_upstream, device_arguments, exit_code, lookup, read_config
+
+# arguments with which S3PRL prints or writes something and stops
+INFORMATION = {"-h", "--help", "-p", "--print_config", "-d", "--dump_config"}
+
+
+def run(argv: Sequence[str]) -> None:
+    """Check, register the upstream, hand over to S3PRL. Raises `UserError` for bad input."""
+    require_s3prl()
+    if not argv or argv[0].startswith("-"):
+        raise UserError("name the problem first: python -m superb_tasks.main SuperbKS --help")
+    problem_name, arguments = argv[0], list(argv[1:])
+    if not INFORMATION & set(arguments):
+        arguments += _check(problem_name, arguments)
+    register()
+    from s3prl import problem
+
+    if problem_name not in problem.__all__:
+        raise unknown("problem", problem_name, [name for name in problem.__all__ if name.startswith("Superb")])
+    getattr(problem, problem_name)().main(arguments)
+
+
+def _check(problem_name: str, arguments: Sequence[str]) -> list[str]:
+    """Check data and upstream before the work starts; the arguments to add."""
+    given = dict(zip(arguments, arguments[1:]))
+    config = read_config(given["--config"]) if "--config" in given else {}
+
+    def setting(key: str) -> str | None:
+        value = given.get(f"--{key}", lookup(config, key))
+        return None if value is None else str(value)
+
+    if problem_name == "SuperbKS":
+        from .corpus import check_keywords
+
+        check_keywords(
+            (setting("prepare_data.gsc1"), "--prepare_data.gsc1"),
+            (setting("prepare_data.gsc1_test"), "--prepare_data.gsc1_test"),
+        )
+    check_upstream(setting("build_upstream.name"), setting("build_upstream.path_or_url"))
+    return device_arguments(given=setting("device") is not None)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program; returns its exit code."""
+    return exit_code("superb_tasks.main", run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

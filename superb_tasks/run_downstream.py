@@ -1,0 +1,101 @@
+"""`python -m superb_tasks.run_downstream ...`: S3PRL's run_downstream with the upstream `hubert_eff`.
+
+    python -m superb_tasks.run_downstream -m train -u hubert_eff -k CKPT -d speech_commands -p EXPDIR
+        -o config.downstream_expert.datarc.speech_commands_root=DIR,,config.downstream_expert.datarc.speech_commands_test_root=DIR
+    python -m superb_tasks.run_downstream -m evaluate -e EXPDIR/dev-best.ckpt
+
+All arguments are S3PRL's. Its wheel ships no configs: those in superb_tasks/configs are the default of `-c`. Without a GPU,
+`--device cpu` is the default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hubert_eff.errors import UserError, unknown
+
+from . import register, require_s3prl
+from .launch import check_upstream, device_arguments, exit_code, lookup, read_config
+
+CONFIGS = Path(__file__).parent / "configs"  # <downstream>.yaml
+DATA = "downstream_expert.datarc"
+
+
+def run(argv: Sequence[str]) -> None:
+    """Check, register the upstream, hand over to S3PRL. Raises `UserError` for bad input."""
+    require_s3prl()
+    arguments = list(argv)
+    if not {"-h", "--help"} & set(arguments):
+        arguments += _check(arguments)
+    register()
+    import s3prl.run_downstream
+
+    sys.argv = ["superb_tasks.run_downstream", *arguments]  # its main() takes no arguments
+    s3prl.run_downstream.main()
+
+
+def _check(arguments: Sequence[str]) -> list[str]:
+    """Check config, data and upstream before the work starts; the arguments to add."""
+    # the arguments of S3PRL's parser that matter here; all others, and mistakes, are left to it
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for short, long in (("-c", "--config"), ("-d", "--downstream"), ("-u", "--upstream"), ("-k", "--upstream_ckpt"),
+                        ("-e", "--past_exp"), ("-o", "--override")):  # fmt: skip
+        parser.add_argument(short, long)
+    parser.add_argument("--device")
+    given, _ = parser.parse_known_args(list(arguments))
+
+    added: list[str] = []
+    if given.past_exp:
+        downstream, upstream, source, config = _experiment(Path(given.past_exp))
+    else:
+        downstream, upstream, source = given.downstream, given.upstream, given.upstream_ckpt
+        path = given.config or CONFIGS / f"{downstream}.yaml"
+        if not given.config:
+            if not path.is_file():
+                raise unknown("downstream task without a config (-c FILE)", downstream, (f.stem for f in CONFIGS.glob("*.yaml")))
+            added = ["-c", str(path)]
+        config = read_config(path)
+    overrides = dict(part.strip().split("=", 1) for part in (given.override or "").split(",,") if "=" in part)
+    if downstream == "speech_commands":
+        from .corpus import check_keywords
+
+        check_keywords(*(_folder(config, overrides, f"{DATA}.{key}") for key in ("speech_commands_root", "speech_commands_test_root")))
+    check_upstream(upstream, source)
+    return added + device_arguments(given=given.device is not None)
+
+
+def _folder(config: Mapping[str, Any], overrides: Mapping[str, str], key: str) -> tuple[str | None, str]:
+    """A folder as S3PRL will see it, and how to set it."""
+    value = overrides.get(f"config.{key}", lookup(config, key))
+    return (None if value is None else str(value).strip().strip("'\"")), f"-o config.{key}=DIR"
+
+
+def _experiment(path: Path) -> tuple[str, str, str, Mapping[str, Any]]:
+    """Downstream task, upstream, its source and the config of an earlier experiment: `states-*.ckpt` of a folder, or a file."""
+    files = sorted(path.glob("states-*.ckpt"), key=lambda f: int(f.stem.split("-")[-1])) if path.is_dir() else [path]
+    if not files:
+        raise UserError(f"{path} holds no states-*.ckpt: name the folder of an experiment, or one of its checkpoints, with -e")
+    if not files[-1].is_file():
+        raise UserError(f"-e {path}: no such experiment")
+    import torch
+
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            states = torch.load(files[-1], map_location="cpu", weights_only=True)
+        args, config = states["Args"], states["Config"]
+        return args.downstream, args.upstream, args.upstream_ckpt, config
+    except Exception as error:  # torch names no common class for a file it cannot read
+        raise UserError(f"{files[-1]} is no checkpoint of run_downstream: {str(error).splitlines()[0]}") from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program; returns its exit code."""
+    return exit_code("superb_tasks.run_downstream", run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The S3PRL upstream `hubert_eff`."""

@@ -1,0 +1,87 @@
+"""S3PRL's view of a hubert-eff model: a list of waveforms in, hidden states every 20 ms out.
+
+# B utterances, S samples, T frames, D model dim
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+import hubert_eff
+from hubert_eff.config import FRAME_STRIDE
+from hubert_eff.errors import UserError, unknown
+
+
+def load_upstream(source: str) -> nn.Module:
+    """The model of a checkpoint file, or an untrained one of `PRESET` or `PRESET@SEED` (seed 0 if not given).
+
+    A file wins over a preset of its name. The global random state is left as it was, so that what is trained on top of
+    two upstreams starts alike. Raises `UserError` if it is neither, or if the file holds no model.
+    """
+    if not source:
+        raise UserError("no upstream given: name a checkpoint file or a preset with -k / --build_upstream.path_or_url")
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        if Path(source).exists():
+            return hubert_eff.load(source)
+        preset, _, seed = source.partition("@")
+        if preset not in hubert_eff.list_presets():
+            if "/" in source or preset.endswith((".pt", ".ckpt", ".safetensors")):
+                raise UserError(f"no checkpoint at '{source}'")
+            raise unknown("checkpoint file or preset", source, hubert_eff.list_presets())
+        if seed and not seed.isdecimal():
+            raise UserError(f"'{source}': the seed behind @ must be a number, such as {preset}@1")
+        torch.manual_seed(int(seed or 0))
+        return hubert_eff.build(preset)
+
+
+class UpstreamExpert(nn.Module):
+    """An upstream as S3PRL's programs expect it.
+
+    `ckpt` is a checkpoint file or `PRESET[@SEED]`, see `load_upstream`. Time and channel masks and LayerDrop are off;
+    dropout follows the module's train / eval mode. The forward pass keeps gradients, for runs that fine-tune it.
+    """
+
+    def __init__(self, ckpt: str, model_config: str | None = None) -> None:
+        super().__init__()
+        if model_config is not None:
+            raise UserError(f"model config '{model_config}' is of no use: a checkpoint of hubert_eff holds its own")
+        self.model = load_upstream(ckpt)
+        # samples that one frame sees: shorter audio is extended by silence to a whole frame
+        self.receptive_field = 1
+        for _, kernel, stride in reversed(self.model.config.conv_layers):
+            self.receptive_field = (self.receptive_field - 1) * stride + kernel
+
+    def get_downsample_rates(self, key: str) -> int:
+        """Samples per frame, the same for every state."""
+        return FRAME_STRIDE
+
+    def forward(self, wavs: Sequence[Tensor]) -> dict[str, Any]:
+        """`wavs`: B float waveforms (S_i,), 16 kHz. Returns under `hidden_states` the L+1 states, each (B, T, D).
+
+        T is the frames of the longest waveform. S3PRL takes ceil(S_i / 320) frames of an utterance, up to two more than
+        the model has: those repeat the utterance's last frame, as S3PRL itself does for the longest one. So its features
+        do not depend on the batch it is in. Frames beyond are zero.
+        """
+        samples = torch.tensor([len(wav) for wav in wavs], device=wavs[0].device)
+        heard = samples.clamp(min=self.receptive_field)
+        wav = pad_sequence(list(wavs), batch_first=True)
+        wav = nn.functional.pad(wav, (0, max(0, self.receptive_field - wav.shape[1])))  # (B, S)
+        padding = torch.arange(wav.shape[1], device=wav.device) >= heard[:, None]  # (B, S)
+        states, frame_padding = self.model.hidden_states(wav, padding)
+
+        frame = torch.arange(frame_padding.shape[1], device=wav.device)  # (T,)
+        last = (~frame_padding).sum(1, keepdim=True) - 1
+        index = torch.minimum(frame, last)[:, :, None]  # (B, T, 1)
+        taken = (frame < (samples[:, None] + FRAME_STRIDE - 1) // FRAME_STRIDE)[:, :, None]
+        states = [torch.where(taken, state.gather(1, index.expand_as(state)), 0) for state in states]
+        return {
+            "hidden_states": states,
+            "last_hidden_state": states[-1],
+            **{f"hidden_state_{i}": state for i, state in enumerate(states)},
+        }
