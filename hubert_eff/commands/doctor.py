@@ -1,0 +1,44 @@
+"""`hubert-eff doctor`: versions, known breakages of this environment and the fix for each."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+LABEL = {"broken": "BROKEN ", "warning": "warning", "missing": "missing"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `hubert-eff doctor`."""
+    parser.epilog = "Exit code: 0 when what is installed works, 1 when something is broken; optional parts may be missing."
+    parser.add_argument("--json", action="store_true", help="print the diagnosis as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Diagnose and print; returns 0 when usable, 1 when something is broken."""
+    from ..doctor import diagnose, read_environment, report
+
+    environment = read_environment()
+    findings = diagnose(environment)
+    values = report(environment, findings)
+    code = 0 if values["usable"] else 1
+    if args.json:
+        print(json.dumps(values, indent=2))
+        return code
+    # no rich here: it may be what is missing
+    rows = {"python": f"{values['python']} ({values['platform']})"}
+    rows |= {name: version or "-" for name, version in values["packages"].items()}
+    rows["threads"] = f"{values['threads'] or '-'} of {values['cpus']} CPUs"
+    rows["GPU"] = ", ".join(values["gpus"]) or "none"
+    rows["C++ compiler"] = values["compiler"] or "none"
+    rows |= values["variables"]
+    for name, value in rows.items():
+        print(f"{name:<16} {value}")
+    print()
+    for finding in findings:
+        print(f"{LABEL[finding.status]}  {finding.what}\n         fix: {finding.fix}")
+    if values["usable"]:
+        print("Usable: no known breakage." if not findings else "Usable: nothing that is installed is broken.")
+    else:
+        print("Not usable as it is: apply the fixes above.")
+    return code
