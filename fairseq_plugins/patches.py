@@ -1,0 +1,135 @@
+"""What has to change in fairseq itself. Each function is one patch and says why; `apply` makes them all."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+import typing
+from collections import defaultdict
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from fairseq import checkpoint_utils
+from fairseq.data import Dictionary
+from fairseq.distributed import utils as distributed_utils
+from fairseq.file_io import PathManager
+from fairseq.models import distributed_fairseq_model
+from fairseq.trainer import Trainer
+from omegaconf import DictConfig, ListConfig
+from omegaconf.base import ContainerMetadata, Metadata
+from omegaconf.nodes import AnyNode
+
+from . import stopping
+
+logger = logging.getLogger(__name__)
+
+
+def apply() -> None:
+    """Make all patches; fairseq imports the plug-in once per process."""
+    allow_checkpoint_classes()
+    copy_atomically()
+    stop_on_infinite_gradient()
+    wrap_models_on_cpu()
+    gather_on_cpu()
+    if stopping.in_training_run():
+        save_on_sigterm()
+
+
+def allow_checkpoint_classes() -> None:
+    """torch >= 2.6 loads weights only, so resuming needs the harmless classes that checkpoints hold to be named.
+
+    The task state holds dictionaries; resuming on several ranks sends placeholders for tensors and omegaconf's containers.
+    """
+    torch.serialization.add_safe_globals(
+        [
+            Dictionary, distributed_utils._TensorPlaceholder, DictConfig, ListConfig, ContainerMetadata, Metadata, AnyNode,
+            typing.Any, defaultdict, dict, list, int,
+        ]  # fmt: skip
+    )
+
+
+def copy_atomically() -> None:
+    """fairseq copies onto checkpoint_last.pt in place: a kill in between leaves it truncated, and the run cannot resume."""
+    original = PathManager.copy
+
+    def copy(src_path: str, dst_path: str, overwrite: bool = False) -> Any:
+        if not PathManager.supports_rename(dst_path):  # remote storage
+            return original(src_path, dst_path, overwrite)
+        shutil.copyfile(src_path, f"{dst_path}.tmp")
+        os.replace(f"{dst_path}.tmp", dst_path)
+        return True
+
+    PathManager.copy = staticmethod(copy)
+
+
+def stop_on_infinite_gradient() -> None:
+    """On a gradient that is not finite fairseq writes a second checkpoint and a long traceback; one line says it."""
+    original = Trainer._check_grad_norms
+
+    def check(self: Trainer, grad_norm: torch.Tensor) -> None:
+        # AMP skips such an update by itself; fp16 lowers the loss scale before this point
+        if not self.cfg.common.amp and hasattr(self.task, "check_finite"):
+            self.task.check_finite("the gradient norm", grad_norm, self.get_num_updates())
+        original(self, grad_norm)
+
+    Trainer._check_grad_norms = check
+
+
+def wrap_models_on_cpu() -> None:
+    """DistributedDataParallel refuses device ids for a model on the CPU; fairseq always passes them."""
+    original = distributed_fairseq_model.DistributedDataParallel
+
+    def wrap(module: torch.nn.Module, *, device_ids: Any, output_device: Any, **options: Any) -> Any:
+        if next(module.parameters()).device.type != "cpu":
+            options.update(device_ids=device_ids, output_device=output_device)
+        return original(module, **options)
+
+    distributed_fairseq_model.DistributedDataParallel = wrap
+
+
+def gather_on_cpu() -> None:
+    """`all_gather_list` allocates its buffers on a GPU, and keeps them: without one, give it buffers on the CPU."""
+    original = distributed_utils.all_gather_list
+
+    def gather(data: Any, group: Any = None, max_size: int = 16384) -> list[Any]:
+        if not torch.cuda.is_available():
+            size = max_size * distributed_utils.get_world_size(group or distributed_utils.get_global_group())
+            if getattr(gather, "_buffer", torch.empty(0)).numel() < size:
+                # the function finds its buffers under its own name in the module, which is this wrapper
+                gather._buffer, gather._cpu_buffer = torch.ByteTensor(size), torch.ByteTensor(max_size)
+        return original(data, group, max_size)
+
+    distributed_utils.all_gather_list = gather
+
+
+def save_on_sigterm() -> None:
+    """Clusters send SIGTERM before they kill; fairseq has no handler and loses all updates since the last save.
+
+    A stop is taken up after an update (or within a validation): checkpoint_last.pt is written, and the run exits with 143.
+    """
+    import fairseq_cli.train as training
+
+    original = training.validate_and_save
+
+    def validate_and_save(cfg: Any, trainer: Trainer, task: Any, epoch_itr: Any, *rest: Any, **options: Any) -> Any:
+        if stopping.requested():
+            _save_and_leave(cfg, trainer, epoch_itr)
+        try:
+            return original(cfg, trainer, task, epoch_itr, *rest, **options)
+        except stopping.StopRequested:
+            _save_and_leave(cfg, trainer, epoch_itr)
+
+    training.validate_and_save = validate_and_save
+
+
+def _save_and_leave(cfg: Any, trainer: Trainer, epoch_itr: Any) -> NoReturn:
+    path = checkpoint_utils.save_checkpoint(cfg.checkpoint, trainer, epoch_itr, None)
+    if dist.is_initialized():
+        dist.barrier()  # launchers kill all ranks as soon as one has left: the others wait for the one that writes
+    if trainer.is_data_parallel_master:
+        kept = f"saved {path}; the same command goes on from there" if path else "nothing was saved (checkpoint.no_save or no_last_checkpoints)"
+        logger.info(f"SIGTERM at update {trainer.get_num_updates()}: {kept}")
+    sys.exit(stopping.SIGTERM_EXIT)

@@ -1,0 +1,124 @@
+"""The task `hubert_eff_pretraining`: masked prediction of k-means classes, checked before it starts and safe to stop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from fairseq.data import Dictionary
+from fairseq.models import MODEL_REGISTRY
+from fairseq.tasks import register_task
+from fairseq.tasks.hubert_pretraining import HubertPretrainingConfig, HubertPretrainingTask, LabelEncoder
+from omegaconf import II, OmegaConf
+from torch import Tensor
+
+from hubert_eff.errors import UserError, unknown
+
+from .. import checks, stopping
+from ..dataset import SeededHubertDataset
+from ..stopping import one_line_errors
+
+
+@dataclass
+class HubertEffPretrainingConfig(HubertPretrainingConfig):
+    """Keys of fairseq's `hubert_pretraining`, and what the checks need to know of the run."""
+
+    seed: int = field(default=II("common.seed"), metadata={"help": "seed of batches and crops"})
+    fp16: bool = field(default=II("common.fp16"), metadata={"help": "half precision, which needs a GPU"})
+    amp: bool = field(default=II("common.amp"), metadata={"help": "automatic mixed precision, which needs a GPU"})
+    cpu: bool = field(default=II("common.cpu"), metadata={"help": "train on the CPU"})
+
+
+@register_task("hubert_eff_pretraining", dataclass=HubertEffPretrainingConfig)
+class HubertEffPretrainingTask(HubertPretrainingTask):
+    """fairseq's HuBERT pre-training with early checks, reproducible batches and a clear end on NaN and SIGTERM."""
+
+    cfg: HubertEffPretrainingConfig
+
+    @classmethod
+    @one_line_errors()
+    def setup_task(cls, cfg: HubertEffPretrainingConfig, from_checkpoint: bool = False, **kwargs: Any) -> HubertEffPretrainingTask:
+        """Check what does not depend on a split; a task that only comes along with a checkpoint has nothing to train on."""
+        if not from_checkpoint:
+            if OmegaConf.is_missing(cfg, "data") or not Path(cfg.data).is_dir():
+                given = "is not set" if OmegaConf.is_missing(cfg, "data") else f"{cfg.data} is no directory"
+                raise UserError(f"task.data {given}: give the directory that `hubert-eff manifest` wrote, task.data=DIR")
+            if cfg.label_dir is not None and not Path(cfg.label_dir).is_dir():
+                raise UserError(f"task.label_dir {cfg.label_dir} is no directory: give the one that `hubert-eff labels` wrote, task.label_dir=DIR")
+            if cfg.label_rate <= 0:
+                raise UserError(f"task.label_rate={cfg.label_rate:g}: pre-training needs labels at a fixed rate, 100 (MFCC) or 50 (a layer)")
+            if (cfg.fp16 or cfg.amp) and (cfg.cpu or not torch.cuda.is_available()):
+                key = "fp16" if cfg.fp16 else "amp"
+                raise UserError(f"common.{key}=true needs a GPU and none is in use: add common.{key}=false (CPUs train in float32 or bf16)")
+        return cls(cfg)
+
+    def load_dictionaries(self) -> list[Dictionary]:
+        """The dictionary of each codebook."""
+        return [checks.read_dictionary(Path(self.get_label_dir()) / f"dict.{name}.txt") for name in self.cfg.labels]
+
+    @one_line_errors()
+    def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Any:
+        """Build the model; an unknown name or a value that cannot be built is a `UserError`."""
+        name = getattr(cfg, "_name", None)
+        if name not in MODEL_REGISTRY:
+            raise unknown("model", name, (n for n in MODEL_REGISTRY if n.startswith("hubert_")))
+        return super().build_model(cfg, from_checkpoint)
+
+    @one_line_errors()
+    def load_dataset(self, split: str, **kwargs: Any) -> None:
+        """Check and open one split."""
+        cfg, label_dir = self.cfg, Path(self.get_label_dir())
+        checks.check_split(
+            Path(cfg.data), label_dir, split, cfg.labels, cfg.label_rate, cfg.sample_rate, self.dictionaries, cfg.min_sample_size, cfg.max_keep_size
+        )
+        self.datasets[split] = SeededHubertDataset(
+            str(Path(cfg.data) / f"{split}.tsv"),
+            sample_rate=cfg.sample_rate,
+            label_paths=[str(label_dir / f"{split}.{name}") for name in cfg.labels],
+            label_rates=cfg.label_rate,
+            pad_list=[dictionary.pad() for dictionary in self.dictionaries],
+            eos_list=[dictionary.eos() for dictionary in self.dictionaries],
+            label_processors=[LabelEncoder(dictionary) for dictionary in self.dictionaries],
+            max_keep_sample_size=cfg.max_keep_size,
+            min_keep_sample_size=cfg.min_sample_size,
+            max_sample_size=cfg.max_sample_size,
+            pad_audio=cfg.pad_audio,
+            normalize=cfg.normalize,
+            store_labels=False,
+            random_crop=cfg.random_crop,
+            single_target=False,
+            seed=cfg.seed,
+        )
+
+    def begin_epoch(self, epoch: int, model: Any) -> None:
+        """From the first update on SIGTERM saves; before it there is nothing to save."""
+        stopping.listen()
+
+    @one_line_errors()
+    def train_step(self, sample: Any, model: Any, criterion: Any, optimizer: Any, update_num: int, ignore_grad: bool = False) -> Any:
+        """Forward and backward; ends the run if the loss is not finite."""
+        self.last_batch = sample["id"]
+        loss, sample_size, log = super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad)
+        self.check_finite("the loss", loss, update_num)
+        return loss, sample_size, log
+
+    def valid_step(self, sample: Any, model: Any, criterion: Any) -> Any:
+        """Forward; ends the run if the loss is not finite, leaves the validation if a stop was asked for."""
+        if stopping.requested():
+            raise stopping.StopRequested
+        self.last_batch = sample["id"]
+        loss, sample_size, log = super().valid_step(sample, model, criterion)
+        self.check_finite("the validation loss", loss, model.num_updates)
+        return loss, sample_size, log
+
+    def check_finite(self, what: str, value: Tensor, update_num: int) -> None:
+        """End the run if `value` is not finite, naming the update and the batch."""
+        if not bool(torch.isfinite(value).all()):
+            ids = self.last_batch.tolist()
+            shown = ", ".join(map(str, ids[:8])) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
+            stopping.not_finite(
+                f"stopped at update {update_num}: {what} is {float(value):g} (utterances {shown}). The last checkpoint is untouched; lower "
+                "optimization.lr or set optimization.clip_norm, and run the same command again to go on from it"
+            )
