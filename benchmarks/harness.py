@@ -1,0 +1,115 @@
+"""Timing of two sides in one run: interleaved rounds, medians, and a guard against processes in which activations are slow."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+PROBE_LIMIT = 12.0  # SiLU and softmax take 1 to 5 times a multiplication of the same tensor; a slow process, 50 times and more
+ALLOCATOR = ("LD_PRELOAD", "MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The arguments that all benchmarks share."""
+    options = argparse.ArgumentParser(description=description)
+    options.add_argument("--threads", type=int, default=1, help="threads of torch, for both sides (default: 1)")
+    options.add_argument("--rounds", type=int, default=5, help="timed rounds of each side, after one to warm up (default: 5)")
+    options.add_argument("--json", action="store_true", help="print the figures as JSON")
+    return options
+
+
+def seconds(function: Callable[[], object]) -> float:
+    """Wall time of one call."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def probe() -> float:
+    """How many times slower SiLU or softmax is than a multiplication, the worse of the two."""
+    x = torch.randn(1024, 1024)
+    base = min(seconds(lambda: x * 2.0) for _ in range(9))
+    return max(min(seconds(lambda f=f: f(x)) for _ in range(5)) / base for f in (F.silu, lambda t: t.softmax(-1)))
+
+
+def guard(when: str) -> float:
+    """Stop with exit code 3 if this process runs activations abnormally slowly: its figures would say nothing."""
+    ratio = probe()
+    if ratio > PROBE_LIMIT:
+        print(
+            f"discarded: {when}, SiLU or softmax takes {ratio:.0f} times a multiplication in this process (limit {PROBE_LIMIT:g}); "
+            "run again",
+            file=sys.stderr,
+        )
+        raise SystemExit(3)
+    return ratio
+
+
+def compare(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds per call of each side. A round calls every side once, so that a slow moment of the machine meets all of them."""
+    for function in sides.values():
+        function()
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, function in sides.items():
+            times[name].append(seconds(function))
+    return times
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on besides the code."""
+    return {
+        "torch": torch.__version__,
+        "cpu": _cpu(),
+        "threads": torch.get_num_threads(),
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "allocator": {name: os.environ[name] for name in ALLOCATOR if name in os.environ} or "default",
+    }
+
+
+def row(what: str, times: dict[str, list[float]], target: float) -> dict[str, Any]:
+    """One line of the result: medians in ms, and how many times faster the second side is."""
+    (stock, slow), (ours, fast) = times.items()
+    a, b = statistics.median(slow), statistics.median(fast)
+    # the ratio within each round is what the machine's other load disturbs least
+    ratios = sorted(x / y for x, y in zip(slow, fast, strict=True))
+    return {
+        "what": what,
+        "sides": [stock, ours],
+        "ms": [a * 1e3, b * 1e3],
+        "ratio": a / b,
+        "ratio_range": [ratios[0], ratios[-1]],
+        "target": target,
+    }
+
+
+def show(rows: list[dict[str, Any]], facts: dict[str, Any], as_json: bool) -> None:
+    """Print the result."""
+    if as_json:
+        print(json.dumps({"machine": facts, "rows": rows}, indent=2))
+        return
+    print(", ".join(f"{name}: {value}" for name, value in facts.items()))
+    width = max(len(r["what"]) for r in rows)
+    for r in rows:
+        print(
+            f"{r['what']:<{width}}  {r['sides'][0]} {r['ms'][0]:9.1f} ms   {r['sides'][1]} {r['ms'][1]:9.1f} ms   "
+            f"{r['ratio']:6.2f}x (rounds {r['ratio_range'][0]:.2f} - {r['ratio_range'][1]:.2f}; target {r['target']:g}x)"
+        )
+
+
+def _cpu() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
