@@ -4,17 +4,14 @@ S3PRL reads two folders. The first holds a folder of recordings per word and `_b
 validation and test by a hash of their id, which begins each file name: `yes/0a7c2a8d_nohash_0.wav`. Files of test speakers are left
 out of it when training; they stand again in the second folder, sorted into the twelve classes of the task (Warden 2018, section 7).
 
-    python -m superb_tasks.corpus --out DIR
+    hubert-eff corpus superb --task ks --out DIR
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import shutil
-import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +24,7 @@ from hubert_eff.config import SAMPLE_RATE
 from hubert_eff.corpus.espeak import Voice, speak
 from hubert_eff.errors import UserError
 from hubert_eff.files import write_json, write_text
-
-from .launch import exit_code
+from hubert_eff.progress import progress
 
 KEYWORDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
 OTHER_WORDS = (
@@ -62,7 +58,7 @@ def split_of(file_name: str) -> str:
 
 def check_keywords(root: Path, test_root: Path) -> None:
     """Raise `UserError` unless both folders are laid out as S3PRL's keyword spotting reads them. Takes a second for the real set."""
-    hint = "(python -m superb_tasks.corpus --out DIR makes a synthetic corpus of this layout)"
+    hint = "(hubert-eff corpus superb --task ks --out DIR makes a synthetic corpus of this layout)"
     missing = [word for word in KEYWORDS if not _recordings(root / word)]
     if missing:
         raise UserError(f"{root} is no Speech Commands training folder: no recordings in {', '.join(missing)} {hint}")
@@ -107,26 +103,30 @@ def folders(data: Path) -> tuple[Path, Path]:
 # -- a corpus made here ----------------------------------------------------------------------------------------------
 
 
-def make_keywords(out: Path, seed: int = 0, per_word: int = 4, speakers: int = 24) -> dict[str, Any]:
+def make_keywords(out: Path, seed: int = 0, per_word: int = 96, speakers: int = 24) -> dict[str, Any]:
     """Write a synthetic corpus of the layout of Speech Commands v1 to two folders in `out`; 1 s recordings, 16 kHz mono.
 
-    Every speaker is an espeak-ng voice of its own that says each keyword `per_word` times and twenty other words once, with
-    pitch, rate, level, position and background noise varied. A sixth of the speakers (at least one) is kept for validation
-    and one for test. The same arguments give the same files; a corpus that is there already is kept. Returns `train` and
-    `test` (the folders), `seed`, `per_word`, `speakers` and `recordings` (files per split).
+    Each keyword has `per_word` recordings, each of twenty other words a quarter of that, shared evenly among the speakers. A speaker
+    is an espeak-ng voice of its own; pitch, rate, level, position and background noise vary from one recording to the next. A
+    sixth of the speakers (at least one) is kept for validation and a sixth for test. The same arguments give the same files;
+    a corpus that is there already is kept.
 
-    Raises `UserError` for `per_word` below one, for a number of speakers outside 3 to 128, and if `out` holds another corpus.
+    Returns the arguments, `train_dir` and `test_dir` (the folders) and `train`, `valid`, `test` (recordings of words per split).
+    Raises `UserError` for a number of speakers outside 3 to 128, fewer recordings than speakers, and if `out` holds another corpus.
     """
     most = len(LANGUAGES) * len(VARIANTS)
-    if not 3 <= speakers <= most or per_word < 1:
-        raise UserError(f"speakers={speakers}, per_word={per_word}: 3 to {most} speakers and one recording or more are needed")
+    if not 3 <= speakers <= most:
+        raise UserError(f"speakers={speakers} must lie between 3, one per split, and {most}")
+    if per_word < speakers:
+        raise UserError(f"per_word={per_word} leaves some of the {speakers} speakers without recordings: raise it to {speakers} or more")
     root, test_root = folders(out)
     record = root.parent / "corpus.json"
-    settings = {"seed": seed, "per_word": per_word, "speakers": speakers}
-    if record.is_file():
-        made = json.loads(record.read_text(encoding="utf-8"))
-        if {key: made.get(key) for key in settings} == settings and root.is_dir() and test_root.is_dir():
-            return {"train": root, "test": test_root, **made}
+    arguments = {"seed": seed, "per_word": per_word, "speakers": speakers}
+    made = {**arguments, "train_dir": str(root), "test_dir": str(test_root)}
+    if record.is_file() and root.is_dir() and test_root.is_dir():
+        earlier = json.loads(record.read_text(encoding="utf-8"))
+        if {key: earlier.get(key) for key in arguments} == arguments:
+            return {**earlier, **made}
     if root.exists() or test_root.exists():
         raise UserError(f"{out} holds another keyword corpus: choose another folder, or remove {root.name} and {test_root.name}")
 
@@ -134,35 +134,34 @@ def make_keywords(out: Path, seed: int = 0, per_word: int = 4, speakers: int = 2
     shutil.rmtree(draft, ignore_errors=True)
     drafts = folders(draft)
     try:
-        counts = _write(*drafts, seed, per_word, speakers)
+        made |= _write(*drafts, seed, per_word, speakers)
         for source, target in zip(drafts, (root, test_root)):
             source.rename(target)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    made = {**settings, "recordings": counts}
     write_json(record, made)
-    return {"train": root, "test": test_root, **made}
+    return made
 
 
 def _write(root: Path, test_root: Path, seed: int, per_word: int, speakers: int) -> dict[str, int]:
-    """Write both folders; the number of recordings per split."""
-    from rich.console import Console
-    from rich.progress import track
-
+    """Write both folders; the number of recordings of words per split."""
     for name in (*KEYWORDS, *OTHER_WORDS, NOISE):
         (root / name).mkdir(parents=True)
     for name in (*KEYWORDS, UNKNOWN, SILENCE):
         (test_root / name).mkdir(parents=True)
-    console = Console(stderr=True)
     files: dict[str, list[str]] = {"train": [], "valid": [], "test": []}
-    voices = _speakers(seed, speakers).items()
-    for speaker, voice in track(voices, "keyword corpus", speakers, console=console, disable=not console.is_terminal):
-        rng = np.random.default_rng([seed, int(speaker, 16)])
-        for word in (*KEYWORDS, *OTHER_WORDS):
-            for take in range(per_word if word in KEYWORDS else 1):
-                name = f"{word}/{speaker}_nohash_{take}.wav"
-                _save(root / name, _record(word, voice, rng))
-                files[split_of(Path(name).name)].append(name)
+    with progress("keyword corpus", speakers) as advance:
+        for number, (speaker, voice) in enumerate(_speakers(seed, speakers).items()):
+            rng = np.random.default_rng([seed, int(speaker, 16)])
+            dealt = 0  # recordings of all words, dealt out to the speakers in turn
+            for word in (*KEYWORDS, *OTHER_WORDS):
+                total = per_word if word in KEYWORDS else max(1, per_word // 4)
+                first, dealt = (number - dealt) % speakers, dealt + total
+                for take in range(len(range(first, total, speakers))):
+                    name = f"{word}/{speaker}_nohash_{take}.wav"
+                    _save(root / name, _record(word, voice, rng))
+                    files[split_of(Path(name).name)].append(name)
+            advance(1)
     rng = np.random.default_rng([seed, 1])
     for name, exponent in NOISES.items():
         _save(root / NOISE / f"{name}.wav", _noise(exponent, NOISE_SECONDS * SAMPLE_RATE, rng))
@@ -172,7 +171,7 @@ def _write(root: Path, test_root: Path, seed: int, per_word: int, speakers: int)
     # the test folder: every keyword of the test speakers, and as many other words and silences as recordings of one keyword
     tested = [file for file in files["test"] if Path(file).parent.name in KEYWORDS]
     others = sorted(set(files["test"]) - set(tested))
-    each = len(tested) // len(KEYWORDS)
+    each = round(len(tested) / len(KEYWORDS))
     for file in tested:
         shutil.copy(root / file, test_root / file)
     rng = np.random.default_rng([seed, 2])
@@ -182,7 +181,7 @@ def _write(root: Path, test_root: Path, seed: int, per_word: int, speakers: int)
     for index in range(each):
         exponent = list(NOISES.values())[index % len(NOISES)]
         _save(test_root / SILENCE / f"{index:03d}.wav", _noise(exponent, SAMPLE_RATE, rng))
-    return {"train": len(files["train"]), "valid": len(files["valid"]), "test": len(list(test_root.glob("*/*.wav")))}
+    return {split: len(names) for split, names in files.items()}
 
 
 def _speakers(seed: int, count: int) -> dict[str, Voice]:
@@ -218,7 +217,7 @@ def _record(word: str, voice: Voice, rng: np.random.Generator) -> Audio:
     audio = noise * (wanted / np.sqrt(np.mean(noise**2)))
     start = int(rng.integers(SAMPLE_RATE - len(spoken) + 1))
     audio[start : start + len(spoken)] += spoken
-    return (audio * (rng.uniform(0.2, 0.8) / np.abs(audio).max())).astype(np.float32)
+    return _scaled(audio, rng.uniform(0.2, 0.8))
 
 
 def _noise(exponent: float, samples: int, rng: np.random.Generator) -> Audio:
@@ -226,28 +225,12 @@ def _noise(exponent: float, samples: int, rng: np.random.Generator) -> Audio:
     spectrum = np.fft.rfft(rng.standard_normal(samples))
     frequency = np.maximum(np.fft.rfftfreq(samples, 1 / SAMPLE_RATE), 20.0)  # flat below 20 Hz
     audio = np.fft.irfft(spectrum * frequency ** (-exponent / 2), samples)
-    return (audio * (rng.uniform(0.05, 0.5) / np.abs(audio).max())).astype(np.float32)
+    return _scaled(audio, rng.uniform(0.05, 0.5))
+
+
+def _scaled(audio: NDArray[Any], peak: float) -> Audio:
+    return np.asarray(audio * (peak / np.abs(audio).max()), dtype=np.float32)
 
 
 def _save(path: Path, audio: Audio) -> None:
     sf.write(path, audio, SAMPLE_RATE, subtype="PCM_16")
-
-
-# -- command ---------------------------------------------------------------------------------------------------------
-
-
-def run(argv: Sequence[str]) -> None:
-    """Make a corpus and say where it is."""
-    parser = argparse.ArgumentParser("python -m superb_tasks.corpus", description="Make a synthetic keyword corpus.")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the two folders go")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other speakers (default %(default)s)")
-    parser.add_argument("--speakers", type=int, default=24, help="voices; a sixth validates, a sixth tests (default %(default)s)")
-    parser.add_argument("--per-word", type=int, default=4, help="recordings of a keyword per speaker (default %(default)s)")
-    args = parser.parse_args(argv)
-    made = make_keywords(args.out, args.seed, args.per_word, args.speakers)
-    counts = ", ".join(f"{count} {split}" for split, count in made["recordings"].items())
-    print(f"{counts} recordings of {args.speakers} voices\n  {made['train']}\n  {made['test']}")
-
-
-if __name__ == "__main__":
-    sys.exit(exit_code("superb_tasks.corpus", run, None))

@@ -46,6 +46,15 @@ def lookup(config: Mapping[str, Any], dotted: str) -> Any:
     return value
 
 
+def folder(value: str | None, argument: str) -> Path:
+    """The folder given by an argument; `UserError` that names the argument if there is none."""
+    if not value:
+        raise UserError(f"name the folder of the data: {argument} DIR")
+    if not Path(value).is_dir():
+        raise UserError(f"{argument}: no folder at '{value}'")
+    return Path(value)
+
+
 def device_arguments(given: bool) -> list[str]:
     """`--device cpu` where S3PRL's default, cuda, would fail and the user has not chosen."""
     import torch

@@ -12,9 +12,9 @@ import sys
 import types
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
+import soundfile as sf
 import torch
 from torch import Tensor
 from torch.utils.data import DistributedSampler, Sampler
@@ -115,15 +115,9 @@ def _resample(wav: Tensor, rate: int, new_rate: int) -> Tensor:
 
 
 def apply_effects_file(
-    path: str | os.PathLike[str],
-    effects: Sequence[Sequence[str]],
-    normalize: bool = True,
-    channels_first: bool = True,
-    format: str | None = None,
+    path: str | os.PathLike[str], effects: Sequence[Sequence[str]], channels_first: bool = True
 ) -> tuple[Tensor, int]:
     """`torchaudio.sox_effects.apply_effects_file` for the effects of `apply_effects_tensor`."""
-    import torchaudio
-
-    wav, rate = torchaudio.load(str(path), normalize=normalize, channels_first=channels_first, format=format)
-    result: Any = apply_effects_tensor(wav, rate, effects, channels_first)
-    return result
+    samples, rate = sf.read(path, dtype="float32", always_2d=True)  # (samples, channels)
+    wav, rate = apply_effects_tensor(torch.from_numpy(samples.T), rate, effects)
+    return (wav if channels_first else wav.T), rate

@@ -19,10 +19,9 @@ from typing import Any
 from hubert_eff.errors import UserError, unknown
 
 from . import register, require_s3prl
-from .launch import check_upstream, device_arguments, exit_code, lookup, read_config
+from .launch import check_upstream, device_arguments, exit_code, folder, lookup, read_config
 
 CONFIGS = Path(__file__).parent / "configs"  # <downstream>.yaml
-DATA = "downstream_expert.datarc"
 
 
 def run(argv: Sequence[str]) -> None:
@@ -53,25 +52,25 @@ def _check(arguments: Sequence[str]) -> list[str]:
         downstream, upstream, source, config = _experiment(Path(given.past_exp))
     else:
         downstream, upstream, source = given.downstream, given.upstream, given.upstream_ckpt
-        path = given.config or CONFIGS / f"{downstream}.yaml"
         if not given.config:
-            if not path.is_file():
+            given.config = str(CONFIGS / f"{downstream}.yaml")
+            added = ["-c", given.config]
+            if not Path(given.config).is_file():
                 raise unknown("downstream task without a config (-c FILE)", downstream, (f.stem for f in CONFIGS.glob("*.yaml")))
-            added = ["-c", str(path)]
-        config = read_config(path)
+        config = read_config(given.config)
     overrides = dict(part.strip().split("=", 1) for part in (given.override or "").split(",,") if "=" in part)
+
+    def setting(key: str) -> str | None:
+        value = overrides.get(key, lookup({"config": config}, key))
+        return None if value is None else str(value).strip().strip("'\"")
+
     if downstream == "speech_commands":
         from .corpus import check_keywords
 
-        check_keywords(*(_folder(config, overrides, f"{DATA}.{key}") for key in ("speech_commands_root", "speech_commands_test_root")))
+        keys = [f"config.downstream_expert.datarc.{name}" for name in ("speech_commands_root", "speech_commands_test_root")]
+        check_keywords(*(folder(setting(key), f"-o {key}=") for key in keys))
     check_upstream(upstream, source)
     return added + device_arguments(given=given.device is not None)
-
-
-def _folder(config: Mapping[str, Any], overrides: Mapping[str, str], key: str) -> tuple[str | None, str]:
-    """A folder as S3PRL will see it, and how to set it."""
-    value = overrides.get(f"config.{key}", lookup(config, key))
-    return (None if value is None else str(value).strip().strip("'\"")), f"-o config.{key}=DIR"
 
 
 def _experiment(path: Path) -> tuple[str, str, str, Mapping[str, Any]]:

@@ -16,9 +16,10 @@ from torch.nn.utils.rnn import pad_sequence
 import hubert_eff
 from hubert_eff.config import FRAME_STRIDE
 from hubert_eff.errors import UserError, unknown
+from hubert_eff.model import HubertModel
 
 
-def load_upstream(source: str) -> nn.Module:
+def load_upstream(source: str) -> HubertModel:
     """The model of a checkpoint file, or an untrained one of `PRESET` or `PRESET@SEED` (seed 0 if not given).
 
     A file wins over a preset of its name. The global random state is left as it was, so that what is trained on top of
@@ -73,7 +74,7 @@ class UpstreamExpert(nn.Module):
         wav = pad_sequence(list(wavs), batch_first=True)
         wav = nn.functional.pad(wav, (0, max(0, self.receptive_field - wav.shape[1])))  # (B, S)
         padding = torch.arange(wav.shape[1], device=wav.device) >= heard[:, None]  # (B, S)
-        states, frame_padding = self.model.hidden_states(wav, padding)
+        states, frame_padding = self.model.hidden_states(wav, padding if padding.any() else None)
 
         frame = torch.arange(frame_padding.shape[1], device=wav.device)  # (T,)
         last = (~frame_padding).sum(1, keepdim=True) - 1
