@@ -1,0 +1,77 @@
+"""`hubert-eff manifest`: a folder of recordings -> fairseq manifests of 16 kHz mono audio."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments; their defaults are those of `labels.manifest.Options`."""
+    from ..labels.manifest import MIN_FOLDERS, SPLITS, Options
+
+    parser.add_argument("source", metavar="DIR", type=Path, help="folder of wav, flac, ogg or mp3 files, of any rate")
+    parser.add_argument("--out", required=True, type=Path, help="folder for train.tsv, valid.tsv, parts.tsv, left_out.tsv")
+    parser.add_argument("--cache", type=Path, help="folder for converted audio (default: OUT/audio)")
+    parser.add_argument(
+        "--valid-percent", type=float, default=Options.valid_percent, metavar="P",
+        help="wanted share of valid; whole folders may make it larger; 0: no valid.tsv (default: %(default)g)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--split-by", choices=SPLITS, default=Options.split_by,
+        help=f"folder: valid is whole speaker folders; auto: folder if there are {MIN_FOLDERS} or more, else file",
+    )  # fmt: skip
+    parser.add_argument(
+        "--folder-level", type=int, default=Options.folder_level, metavar="N",
+        help="the N-th folder below DIR names the speaker, e.g. 2 for LibriSpeech/SUBSET/SPEAKER (default: %(default)d)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--join", type=float, metavar="SECONDS",
+        help="join the recordings of each folder, shuffled by --seed, into utterances of about this length",
+    )  # fmt: skip
+    parser.add_argument(
+        "--min-seconds", type=float, default=Options.min_seconds, metavar="S",
+        help="leave out shorter recordings (default: %(default)g)",
+    )  # fmt: skip
+    parser.add_argument("--max-seconds", type=float, metavar="S", help="leave out longer recordings")
+    parser.add_argument("--seed", type=int, default=Options.seed, help="seed of the split and of --join (default: %(default)d)")
+    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="threads (default: %(default)d)")
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Make the manifests and print what came of it."""
+    from ..labels.manifest import Options, make_manifest
+
+    options = Options(**{f.name: getattr(args, f.name) for f in fields(Options)})
+    summary = make_manifest(args.source, args.out, args.cache, options)
+    if args.json:
+        print(json.dumps(summary, ensure_ascii=False))
+    else:
+        print("\n".join(_lines(summary, args.out)))
+    return 0
+
+
+def _lines(summary: dict[str, Any], out: Path) -> list[str]:
+    splits = summary["splits"]
+    total = sum(s["minutes"] for s in splits.values())
+    parts = ", ".join(f"{n} {s['utterances']} utterances ({s['minutes']:.1f} min)" for n, s in splits.items())
+    lines = [f"{summary['recordings']} recordings ({summary['converted']} converted): {parts} -> {out}"]
+    if summary["left_out"]:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in summary["left_out_reasons"].items())
+        lines.append(f"left out {summary['left_out']}: {reasons}; each is named in {out / 'left_out.tsv'}")
+    if summary["valid_folders"]:
+        share = 100 * splits["valid"]["minutes"] / total
+        lines.append(
+            f"valid holds {share:.0f}% of the audio, whole folders: {', '.join(summary['valid_folders'])} "
+            "(--split-by file comes closer to --valid-percent)"
+        )
+    if summary["valid_repeats_train"]:
+        lines.append("valid.tsv repeats train.tsv: one utterance cannot be split; give more for a real validation set")
+    elif "valid" not in splits:
+        lines.append("no valid.tsv, as asked: train with dataset.disable_validation=true")
+    return lines

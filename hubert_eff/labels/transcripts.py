@@ -1,0 +1,48 @@
+"""Transcripts that lie beside recordings, in the layouts that corpora use."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from pathlib import Path
+
+_DIGITS = "zero one two three four five six seven eight nine".split()
+
+
+class Transcripts:
+    """Looks up the transcript of a recording of a folder.
+
+    In this order: DIR/transcripts.tsv (`relative path <tab> text`), a `.txt` or `.lab` file of the same name beside the audio,
+    LibriSpeech's `*.trans.txt` (`name text`) in its folder, the digit in a name of the Free Spoken Digit Dataset
+    (`SPEAKER/DIGIT_SPEAKER_INDEX`).
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.table = _pairs(root / "transcripts.tsv", "\t") if (root / "transcripts.tsv").is_file() else {}
+        self._of_folder = lru_cache(maxsize=64)(_librispeech)
+
+    def find(self, relative: str) -> str:
+        """The transcript of the recording at `relative`, on one line; empty where there is none."""
+        if relative in self.table:
+            return self.table[relative]
+        path = self.root / relative
+        for suffix in (".txt", ".lab"):
+            beside = path.with_suffix(suffix)
+            if beside.is_file():
+                return " ".join(beside.read_text(encoding="utf-8", errors="replace").split())
+        of_folder = self._of_folder(path.parent)
+        if path.stem in of_folder:
+            return of_folder[path.stem]
+        digit = re.fullmatch(rf"(\d)_{re.escape(path.parent.name)}_\d+", path.stem)
+        return _DIGITS[int(digit[1])] if digit else ""
+
+
+def _librispeech(folder: Path) -> dict[str, str]:
+    return {name: text for path in sorted(folder.glob("*.trans.txt")) for name, text in _pairs(path, " ").items()}
+
+
+def _pairs(path: Path, separator: str) -> dict[str, str]:
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    split = (line.partition(separator) for line in lines)
+    return {name.strip(): " ".join(text.split()) for name, found, text in split if found}
