@@ -13,6 +13,7 @@ from torch import nn
 from . import __version__
 from .errors import UserError
 from .files import replacing
+from .layers.linear import Linear
 from .model import HubertModel
 from .registry import encoder_of, get_encoder
 
@@ -61,7 +62,7 @@ def read_export(file: Path) -> HubertModel:
     model = HubertModel(config)
     if metadata["final_projections"] != "1":
         code = config.codebook_dim * int(metadata["final_projections"])
-        model.final_proj = nn.Linear(config.encoder_embed_dim, code)
+        model.final_proj = Linear(config.encoder_embed_dim, code)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

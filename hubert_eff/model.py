@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from .config import FRAME_STRIDE, SAMPLE_RATE, HubertConfig
 from .errors import UserError
 from .frontend import ConvFeatureExtractor, frame_padding_mask, num_frames
+from .layers.linear import Linear, linear
 from .masking import batch_mask
 from .registry import encoder_of, preset_config
 
@@ -45,13 +46,13 @@ class HubertModel(nn.Module):
         channels, dim, code = config.conv_layers[-1][0], config.encoder_embed_dim, config.codebook_dim
         self.feature_extractor = ConvFeatureExtractor(config)
         self.layer_norm = nn.LayerNorm(channels)
-        self.post_extract_proj = nn.Linear(channels, dim) if channels != dim else None
+        self.post_extract_proj = Linear(channels, dim) if channels != dim else None
         self.dropout_input = nn.Dropout(config.dropout_input)
         self.mask_emb = nn.Parameter(torch.empty(dim).uniform_())
         self.encoder = encoder_of(config).module(config)
         copies = len(self.num_classes) if config.untie_final_proj and self.num_classes else 1
-        self.final_proj = nn.Linear(dim, code * copies)
-        self.target_glu = nn.Sequential(nn.Linear(code, 2 * code), nn.GLU()) if config.target_glu else None
+        self.final_proj = Linear(dim, code * copies)
+        self.target_glu = nn.Sequential(Linear(code, 2 * code), nn.GLU()) if config.target_glu else None
         if self.num_classes:
             self.label_embs_concat = nn.Parameter(torch.empty(sum(self.num_classes), code).uniform_())
 
@@ -179,7 +180,7 @@ class HubertModel(nn.Module):
         for part, codewords in zip(parts, torch.split(self.label_embs_concat, list(self.num_classes)), strict=True):
             if self.target_glu is not None:
                 codewords = self.target_glu(codewords)
-            cosine = F.normalize(part.float(), dim=-1) @ F.normalize(codewords.float(), dim=-1).t()
+            cosine = linear(F.normalize(part.float(), dim=-1), F.normalize(codewords.float(), dim=-1))
             logits.append(cosine / self.config.logit_temp)
         return logits
 

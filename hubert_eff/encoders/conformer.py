@@ -14,6 +14,7 @@ from ..errors import UserError
 from ..layers.attention import RelativeSelfAttention, SelfAttention
 from ..layers.convolution import DepthwiseConv
 from ..layers.feedforward import ConformerFeedForward
+from ..layers.linear import Linear
 from ..layers.norm import MaskedBatchNorm
 from ..layers.position import relative_sinusoids
 from ..registry import register_encoder
@@ -45,10 +46,10 @@ class ConvolutionModule(nn.Module):
     def __init__(self, dim: int, kernel: int, bias: bool, dropout: float) -> None:
         super().__init__()
         self.layer_norm = nn.LayerNorm(dim)
-        self.pointwise_conv1 = nn.Linear(dim, 2 * dim, bias=bias)
+        self.pointwise_conv1 = Linear(dim, 2 * dim, bias=bias)
         self.depthwise_conv = DepthwiseConv(dim, kernel, bias=bias)
         self.batch_norm = MaskedBatchNorm(dim)
-        self.pointwise_conv2 = nn.Linear(dim, dim, bias=bias)
+        self.pointwise_conv2 = Linear(dim, dim, bias=bias)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:  # (B, T, D)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ..config import HubertConfig
 from ..layers.attention import SelfAttention
+from ..layers.linear import Linear
 from ..registry import register_encoder
 from .base import Encoder, Frames
 
@@ -29,8 +30,8 @@ class TransformerBlock(nn.Module):
         self.pre_norm = config.layer_norm_first
         self.self_attn = SelfAttention(dim, config.encoder_attention_heads, config.attention_dropout)
         self.self_attn_layer_norm = nn.LayerNorm(dim)
-        self.fc1 = nn.Linear(dim, config.encoder_ffn_embed_dim)
-        self.fc2 = nn.Linear(config.encoder_ffn_embed_dim, dim)
+        self.fc1 = Linear(dim, config.encoder_ffn_embed_dim)
+        self.fc2 = Linear(config.encoder_ffn_embed_dim, dim)
         self.final_layer_norm = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(config.dropout)
         self.activation_dropout = nn.Dropout(config.activation_dropout)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .linear import Linear, linear
+
 
 class SelfAttention(nn.Module):
     """Dense self-attention, (B, T, D) -> (B, T, D). Projections are stored apart, as in fairseq, and applied as one product."""
@@ -16,16 +18,16 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.dropout = dropout
-        self.k_proj = nn.Linear(dim, dim)
-        self.v_proj = nn.Linear(dim, dim)
-        self.q_proj = nn.Linear(dim, dim)
-        self.out_proj = nn.Linear(dim, dim)
+        self.k_proj = Linear(dim, dim)
+        self.v_proj = Linear(dim, dim)
+        self.q_proj = Linear(dim, dim)
+        self.out_proj = Linear(dim, dim)
 
     def heads_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each (B, H, T, d)."""
         parts = (self.q_proj, self.k_proj, self.v_proj)
         weight, bias = torch.cat([p.weight for p in parts]), torch.cat([p.bias for p in parts])
-        q, k, v = F.linear(x, weight, bias).view(*x.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = linear(x, weight, bias).view(*x.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         return q, k, v
 
     def forward(self, x: Tensor, attend: Tensor | None = None) -> Tensor:
@@ -47,7 +49,7 @@ class RelativeSelfAttention(SelfAttention):
 
     def __init__(self, dim: int, heads: int, dropout: float = 0.0) -> None:
         super().__init__(dim, heads, dropout)
-        self.linear_pos = nn.Linear(dim, dim, bias=False)
+        self.linear_pos = Linear(dim, dim, bias=False)
         self.pos_bias_u = nn.Parameter(torch.empty(heads, dim // heads))
         self.pos_bias_v = nn.Parameter(torch.empty(heads, dim // heads))
         nn.init.xavier_uniform_(self.pos_bias_u)

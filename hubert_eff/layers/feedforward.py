@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .linear import Linear
+
 
 class ConformerFeedForward(nn.Module):
     """LayerNorm, Linear D -> F, SiLU, Linear F -> D (Conformer, section 2.3)."""
@@ -12,8 +14,8 @@ class ConformerFeedForward(nn.Module):
     def __init__(self, dim: int, inner: int, dropout: float, activation_dropout: float) -> None:
         super().__init__()
         self.layer_norm = nn.LayerNorm(dim)
-        self.w_1 = nn.Linear(dim, inner)
-        self.w_2 = nn.Linear(inner, dim)
+        self.w_1 = Linear(dim, inner)
+        self.w_2 = Linear(inner, dim)
         self.activation_dropout = nn.Dropout(activation_dropout)
         self.dropout = nn.Dropout(dropout)
 

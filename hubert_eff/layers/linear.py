@@ -1,0 +1,69 @@
+"""Linear layers that take oneDNN's float32 product on a CPU, forward and backward.
+
+PyTorch's float32 linear on a CPU calls MKL, which leaves more than half of the speed unused on processors that are not Intel's;
+oneDNN, which PyTorch ships for convolutions, does not. Same precision, same parameters as `nn.Linear`.
+"""
+
+# M rows, K inputs, N outputs
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+_PRODUCT = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # absent where torch is built without oneDNN
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., K) times the transpose of weight (N, K)."""
+    assert _PRODUCT is not None
+    return _PRODUCT(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad
+        rows = grad.reshape(-1, grad.size(-1))  # (M, N)
+        return (
+            _product(grad, weight.t()) if need_x else None,
+            _product(rows.t(), x.reshape(-1, x.size(-1)).t()) if need_weight else None,
+            rows.sum(0) if need_bias else None,
+        )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear`: x (..., K), weight (N, K), bias (N,) -> (..., N)."""
+    plain = (
+        _PRODUCT is None
+        or x.dtype != torch.float32
+        or weight.dtype != torch.float32
+        or x.device.type != "cpu"
+        or x.numel() == 0
+        or torch.is_autocast_enabled("cpu")
+        or torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+    )
+    if plain:
+        return F.linear(x, weight, bias)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
+        return _Linear.apply(x, weight, bias)  # type: ignore[no-any-return,no-untyped-call]
+    return _product(x, weight, bias)
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` through `linear`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
