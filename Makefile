@@ -1,0 +1,40 @@
+# Two commands set up everything on a fresh machine with Python 3.11 and pip: `make demo` and `make test`.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   ?= .venv
+DEMO   ?= demo
+BIN     = $(VENV)/bin
+READY   = $(VENV)/.hubert-eff-ready
+
+# the pins also hold for what builds the source distributions (the first variable up to pip 25.2, the second from 25.3 on)
+export PIP_CONSTRAINT       = $(CURDIR)/requirements-lock.txt
+export PIP_BUILD_CONSTRAINT = $(CURDIR)/requirements-lock.txt
+
+.PHONY: env demo test test-long lint clean
+
+env: $(READY)
+
+# fairseq-fixed and s3prl are source distributions that would pull the newest torch into their build environment: build them
+# without isolation, against the torch that is pinned here
+$(READY): pyproject.toml requirements-lock.txt
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v < (3, 13) else f"Python 3.10 to 3.12 needed, 3.11 is pinned; this is {v[0]}.{v[1]}: make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet setuptools wheel Cython numpy torch
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[all,dev]'
+	touch $@
+
+# corpus, labels, pre-training, second labels, keyword spotting, profile; finished steps are kept, so it resumes
+demo: $(READY)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m superb_tasks.demo --out $(DEMO)
+
+test: $(READY)
+	$(BIN)/python -m pytest -m "not long" -q
+
+test-long: $(READY)
+	$(BIN)/python -m pytest -m long -q
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) $(DEMO) build *.egg-info
