@@ -1,0 +1,124 @@
+"""`hubert-eff labels`: k-means labels of a manifest; `hubert-eff labels quality`: how well they agree with phones."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+
+# the numbers of clusters of HuBERT's first and second iteration
+DEFAULT_CLUSTERS = {"mfcc": 100, "checkpoint": 500}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One positional shape for making (`DIR`) and one for measuring (`quality LABELDIR`)."""
+    parser.usage = (
+        "hubert-eff labels DIR --out LABELDIR (--features mfcc | --checkpoint CKPT --layer L) [--clusters K] ...\n"
+        "       hubert-eff labels quality LABELDIR --alignments FILE [--manifest DIR] [--json]"
+    )
+    parser.add_argument(
+        "paths", nargs="+", metavar="DIR", help="folder made by `hubert-eff manifest`; or the word quality and a folder of labels"
+    )
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    make = parser.add_argument_group("making labels")
+    make.add_argument("--out", type=Path, metavar="LABELDIR", help="folder for SPLIT.km, dict.km.txt, labels.json; may be DIR")
+    make.add_argument("--features", choices=("mfcc",), help="cluster MFCC with deltas: 100 labels per second")
+    make.add_argument("--checkpoint", metavar="CKPT", help="cluster a hidden state of this checkpoint: 50 labels per second")
+    make.add_argument("--layer", type=int, metavar="L", help="which: 0 enters block 1, L leaves block L")
+    make.add_argument(
+        "--clusters", type=int, metavar="K", help=f"number of labels (default: {DEFAULT_CLUSTERS['mfcc']} for MFCC, "
+        f"{DEFAULT_CLUSTERS['checkpoint']} for a checkpoint)",
+    )  # fmt: skip
+    make.add_argument("--splits", nargs="+", metavar="SPLIT", help="default: every TSV in DIR")
+    make.add_argument("--fit-split", default="train", metavar="SPLIT", help="split that k-means learns from (default: %(default)s)")
+    make.add_argument(
+        "--fit-hours", type=float, default=10.0, metavar="H",
+        help="at most so much of it, drawn at random; the features stand on disk meanwhile (default: %(default)g)",
+    )  # fmt: skip
+    make.add_argument("--workers", type=int, help="processes (default: one per core; 1 on an accelerator)")
+    make.add_argument("--device", default="auto", help="torch device of the checkpoint (default: cuda where there is one)")
+    make.add_argument(
+        "--batch-seconds", type=float, default=60.0, metavar="S", help="audio per forward pass (default: %(default)g)"
+    )
+    make.add_argument("--seed", type=int, default=1, help="seed of k-means (default: %(default)d)")
+    measure = parser.add_argument_group("measuring labels")
+    measure.add_argument("--alignments", type=Path, metavar="FILE", help="TSV: path, tier, start, end, label")
+    measure.add_argument("--manifest", type=Path, metavar="DIR", help="the manifests, if they have moved since")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Make or measure, and print the figures."""
+    if args.paths[0] == "quality" and len(args.paths) == 2:
+        return _quality(args)
+    if len(args.paths) != 1:
+        raise UserError(f"one folder of manifests is needed, not {len(args.paths)}: {' '.join(args.paths)}")
+    return _make(args)
+
+
+def _make(args: argparse.Namespace) -> int:
+    from ..labels.features import FeatureSource
+    from ..labels.targets import make_labels
+
+    if args.out is None:
+        raise UserError("--out LABELDIR is missing: the folder for the labels")
+    if args.alignments or args.manifest:
+        raise UserError("--alignments and --manifest belong to `hubert-eff labels quality LABELDIR`")
+    if (args.features is None) == (args.checkpoint is None):
+        raise UserError("name one source of features: --features mfcc, or --checkpoint CKPT --layer L")
+    if args.features and args.layer is not None:
+        raise UserError("--layer goes with --checkpoint, not with --features mfcc")
+    kind = "checkpoint" if args.checkpoint else "mfcc"
+    device = _device(args.device) if args.checkpoint else "cpu"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    summary = make_labels(
+        args.paths[0],
+        args.out,
+        FeatureSource(args.checkpoint, args.layer, device, args.batch_seconds),
+        clusters=DEFAULT_CLUSTERS[kind] if args.clusters is None else args.clusters,
+        splits=args.splits,
+        fit_split=args.fit_split,
+        fit_hours=args.fit_hours,
+        seed=args.seed,
+        workers=args.workers if args.workers is not None else (cores if device == "cpu" else 1),
+    )
+    if args.json:
+        print(json.dumps(summary, ensure_ascii=False))
+        return 0
+    for name, split in summary["splits"].items():
+        print(
+            f"{args.out / name}.km: {split['frames']} labels of {split['utterances']} utterances at {summary['rate']:g} Hz, "
+            f"{split['used_clusters']} of {summary['k']} clusters used, the most frequent label has {split['majority_share']:.1%}"
+        )
+    if summary["reused"]:
+        print("nothing to do: these labels were made before, with the same settings")
+    return 0
+
+
+def _device(name: str) -> str:
+    if name != "auto":
+        return name
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _quality(args: argparse.Namespace) -> int:
+    from ..labels.quality import label_quality
+
+    if args.alignments is None:
+        raise UserError("--alignments FILE is missing: phone timings, e.g. the alignments.tsv of `hubert-eff corpus demo`")
+    report: dict[str, Any] = label_quality(args.paths[1], args.alignments, args.manifest)
+    if args.json:
+        print(json.dumps(report, ensure_ascii=False))
+        return 0
+    print(f"{'split':10} {'phone purity':>12} {'cluster purity':>14} {'PNMI':>6} {'frames':>9} {'phones':>6}")
+    for name, row in [*report["splits"].items(), ("all", report["all"])]:
+        print(
+            f"{name:10} {row['phone_purity']:12.3f} {row['cluster_purity']:14.3f} {row['pnmi']:6.3f} "
+            f"{row['aligned_frames']:9d} {row['phones']:6d}"
+        )
+    return 0

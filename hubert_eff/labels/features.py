@@ -1,0 +1,202 @@
+"""Features to cluster: MFCC with deltas (100 Hz), or a hidden layer of a checkpoint (50 Hz).
+
+An utterance of S samples at 16 kHz has
+
+    1 + (S - 400) // 160   MFCC frames          (a frame is a window of 25 ms that lies inside the audio)
+    1 + (S - 400) // 320   frames of a model    (a frame is a receptive field of 25 ms, likewise)
+
+so the labels end at most 15 ms, or 20 ms, before the audio does. Frame i is centred at i / rate + 12.5 ms in both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ..config import FRAME_STRIDE, SAMPLE_RATE
+from ..errors import UserError, missing_extra
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..model import HubertModel
+
+MFCC_RATE = 100.0
+MFCC_STRIDE = SAMPLE_RATE // 100
+WINDOW = 400  # samples: 25 ms
+CENTRE = WINDOW / 2 / SAMPLE_RATE  # seconds from the start of a frame to its middle
+MFCC_CHUNK = 30_000  # frames computed at a time (5 min): bounds the memory for long recordings
+LAYER_CHUNK = 3_000  # the same for a model (1 min): attention takes memory quadratic in it
+
+Array = npt.NDArray[np.float32]
+
+
+class Extractor(Protocol):
+    """Computes the features of utterances. `rate` is in frames per second."""
+
+    rate: float
+
+    def frames(self, samples: int) -> int:
+        """Number of frames of an utterance of `samples` samples; 0 if it is too short."""
+
+    def extract(self, audio: list[Array]) -> Iterator[tuple[int, Array]]:
+        """(index, features (frames, dim)) of each utterance, in any order."""
+
+
+@dataclass(frozen=True)
+class FeatureSource:
+    """What to extract; small enough to be sent to other processes.
+
+    Args:
+        checkpoint: file that `hubert_eff.load` reads; None is MFCC.
+        layer: hidden state, 0 (input of the first block) to the number of layers.
+        device: torch device of the model.
+        batch_seconds: audio per forward pass.
+    """
+
+    checkpoint: str | None = None
+    layer: int | None = None
+    device: str = "cpu"
+    batch_seconds: float = 60.0
+
+    def open(self) -> Extractor:
+        """Load what is needed. Raises `UserError` for a checkpoint that cannot be read, a layer that is not there, a wrong device."""
+        if self.checkpoint is None:
+            return Mfcc()
+        if self.layer is None:
+            raise UserError("--checkpoint needs --layer: the hidden state to cluster, e.g. 6 of 12")
+        return HiddenLayer(self.checkpoint, self.layer, self.device, self.batch_seconds)
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the features, for labels.json and for telling runs apart."""
+        if self.checkpoint is None:
+            return {"source": "mfcc", "checkpoint": None, "checkpoint_sha256": None, "layer": None}
+        digest = hashlib.sha256()
+        with Path(self.checkpoint).open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        return {
+            "source": "checkpoint",
+            "checkpoint": str(Path(self.checkpoint).absolute()),
+            "checkpoint_sha256": digest.hexdigest(),
+            "layer": self.layer,
+        }
+
+
+class Mfcc:
+    """13 MFCC, their deltas and delta-deltas: 39 dimensions; Kaldi's windows, as HuBERT's first iteration uses them."""
+
+    rate = MFCC_RATE
+
+    def __init__(self) -> None:
+        try:
+            import torchaudio.compliance.kaldi  # noqa: F401
+        except ImportError as error:
+            raise missing_extra("torchaudio", "data", "MFCC") from error
+
+    def frames(self, samples: int) -> int:
+        return max(0, 1 + (samples - WINDOW) // MFCC_STRIDE)
+
+    def extract(self, audio: list[Array]) -> Iterator[tuple[int, Array]]:
+        import torch
+
+        for index, wav in enumerate(audio):
+            with torch.no_grad():
+                yield index, self._one(torch.from_numpy(wav)).numpy()
+
+    def _one(self, wav: Tensor) -> Tensor:  # (S,) -> (T, 39)
+        import torch
+        from torchaudio.compliance.kaldi import mfcc
+        from torchaudio.functional import compute_deltas
+
+        static = torch.cat(
+            [
+                mfcc(wav[None, start:end], sample_frequency=SAMPLE_RATE, use_energy=False)
+                for start, end in chunks(self.frames(len(wav)), MFCC_STRIDE, MFCC_CHUNK)
+            ]
+        ).T  # (13, T)
+        delta = compute_deltas(static)
+        return torch.cat([static, delta, compute_deltas(delta)]).T.contiguous()
+
+
+class HiddenLayer:
+    """Hidden state `layer` of a checkpoint, valid frames only.
+
+    Utterances of different lengths share a batch only where padding changes nothing: with the layer_norm extractor and this package's
+    rule of valid frames. Otherwise (GroupNorm over time, stock checkpoints) only utterances of equal length do.
+    """
+
+    rate = SAMPLE_RATE / FRAME_STRIDE
+
+    def __init__(self, checkpoint: str, layer: int, device: str, batch_seconds: float) -> None:
+        import torch
+
+        from ..checkpoint import load
+
+        model: HubertModel = load(checkpoint)
+        depth = len(model.encoder.layers)
+        if not 0 <= layer <= depth:
+            raise UserError(f"--layer {layer} is not in {checkpoint}: it has hidden states 0 to {depth}")
+        try:
+            self.device = torch.device(device)
+            self.model = model.to(self.device).eval()
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
+        self.layer = layer
+        self.batch_samples = int(batch_seconds * SAMPLE_RATE)
+        config = model.config
+        self.pads = config.extractor_mode == "layer_norm" and config.valid_frames == "receptive_field"
+
+    def frames(self, samples: int) -> int:
+        return self.model.num_frames(samples) if samples >= WINDOW else 0
+
+    def extract(self, audio: list[Array]) -> Iterator[tuple[int, Array]]:
+        import torch
+
+        pieces: dict[int, list[Array]] = {}  # of long recordings that are not complete yet
+        for batch in self._batches(audio):
+            length = max(end - start for _, start, end in batch)
+            wav = torch.zeros(len(batch), length)
+            padding = torch.ones(len(batch), length, dtype=torch.bool)
+            for row, (index, start, end) in enumerate(batch):
+                wav[row, : end - start] = torch.from_numpy(audio[index][start:end])
+                padding[row, : end - start] = False
+            with torch.no_grad():
+                mask = padding.to(self.device) if bool(padding.any()) else None
+                states, _ = self.model.hidden_states(wav.to(self.device), mask)
+            values = states[self.layer].float().cpu().numpy()
+            for row, (index, start, end) in enumerate(batch):
+                pieces.setdefault(index, []).append(values[row, : self.frames(end - start)].copy())
+                if end + FRAME_STRIDE > len(audio[index]):  # the last piece
+                    yield index, np.concatenate(pieces.pop(index))
+
+    def _batches(self, audio: list[Array]) -> Iterator[list[tuple[int, int, int]]]:
+        """Batches of (utterance, start, end), longest first; pieces of one utterance stay in order."""
+        items = [
+            (index, start, end)
+            for index in sorted(range(len(audio)), key=lambda i: -len(audio[i]))
+            for start, end in chunks(self.frames(len(audio[index])), FRAME_STRIDE, LAYER_CHUNK)
+        ]
+        batch: list[tuple[int, int, int]] = []
+        for item in items:
+            lengths = [end - start for _, start, end in [*batch, item]]
+            full = max(lengths) * len(lengths) > self.batch_samples
+            if batch and (full or (not self.pads and lengths[-1] != lengths[0])):
+                yield batch
+                batch = []
+            batch.append(item)
+        if batch:
+            yield batch
+
+
+def chunks(frames: int, stride: int, most: int) -> Iterator[tuple[int, int]]:
+    """(start, end) in samples of pieces of at most `most` frames; together they have exactly `frames` frames."""
+    for first in range(0, frames, most):
+        last = min(first + most, frames) - 1
+        yield first * stride, last * stride + WINDOW

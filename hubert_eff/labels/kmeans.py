@@ -1,0 +1,154 @@
+"""k-means on more frames than fit in memory: mini-batches streamed from files, with the settings of HuBERT.
+
+Each of `N_INIT` k-means++ starts is scored on a random sample of `INIT_FRAMES` frames, the best one goes on. Then batches of
+`BATCH` frames, in an order shuffled in every pass, until `PATIENCE` of them brought no lower (smoothed) error, or `MAX_PASSES`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import UserError, missing_extra
+from ..files import replacing
+from ..progress import progress
+
+BATCH = 10_000
+PATIENCE = 100
+N_INIT = 20
+INIT_FRAMES = 3 * BATCH
+MAX_PASSES = 100
+POOL_BYTES = 1 << 28  # features held in memory to shuffle
+
+Array = npt.NDArray[np.float32]
+Labels = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class KMeans:
+    """Centroids (clusters, dim) and where they came from (plain strings)."""
+
+    centroids: Array
+    metadata: dict[str, str]
+
+    def assign(self, features: Array) -> Labels:
+        """Index of the nearest centroid of each row of `features` (frames, dim)."""
+        import torch
+
+        centroids = torch.from_numpy(self.centroids)
+        half = 0.5 * (centroids**2).sum(1)
+        x = torch.from_numpy(features)
+        # nearest: |x - c|^2 = |x|^2 - 2 (x c - |c|^2 / 2)
+        best = [(x[i : i + BATCH] @ centroids.T - half).argmax(1) for i in range(0, len(x), BATCH)]
+        return np.asarray(torch.cat(best).numpy() if best else np.zeros(0), dtype=np.int64)
+
+    def save(self, path: Path) -> None:
+        """Write as safetensors."""
+        from safetensors.numpy import save
+
+        with replacing(path) as temporary:
+            temporary.write_bytes(save({"centroids": np.ascontiguousarray(self.centroids)}, self.metadata))
+
+    @classmethod
+    def read(cls, path: Path) -> KMeans:
+        """Read what `save` wrote; `UserError` if the file is something else."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "np") as file:
+                return cls(file.get_tensor("centroids"), dict(file.metadata() or {}))
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} holds no k-means model of hubert-eff: delete it and make the labels again") from error
+
+
+def fit(files: Sequence[Path], clusters: int, seed: int) -> Array:
+    """Centroids (clusters, dim) of the frames in `files`, .npy arrays of float32 (frames, dim).
+
+    Memory is bounded by `POOL_BYTES` and the largest file. The same files in the same order and the same seed give the same result.
+
+    Raises:
+        UserError: fewer frames than clusters, NaN or infinity in the features, missing package.
+    """
+    try:
+        from sklearn.cluster import MiniBatchKMeans
+    except ImportError as error:
+        raise missing_extra("scikit-learn", "data", "k-means") from error
+    frames = sum(np.load(f, mmap_mode="r").shape[0] for f in files)
+    if frames < clusters:
+        raise UserError(f"--clusters {clusters} needs as many frames, the fit split has {frames}: ask for fewer or give more audio")
+    batch = max(BATCH, clusters)
+    model = MiniBatchKMeans(
+        clusters,
+        init=_start(files, clusters, seed, frames),
+        n_init=1,
+        batch_size=batch,
+        compute_labels=True,
+        reassignment_ratio=0.0,
+        random_state=seed,
+    )
+    alpha = min(1.0, 2.0 * batch / (frames + 1))  # smoothing over about one pass
+    smoothed, best, waited = math.nan, math.inf, 0
+    with progress(f"k-means of {frames} frames, passes", MAX_PASSES) as advance:
+        for number in range(MAX_PASSES):
+            for rows in _batches(files, batch, seed + number):
+                model.partial_fit(rows)
+                inertia = float(model.inertia_) / len(rows)
+                smoothed = inertia if math.isnan(smoothed) else smoothed + alpha * (inertia - smoothed)
+                waited = 0 if smoothed < best else waited + 1
+                best = min(best, smoothed)
+                if waited >= PATIENCE:
+                    return np.asarray(model.cluster_centers_, dtype=np.float32)
+            advance(1)
+    return np.asarray(model.cluster_centers_, dtype=np.float32)
+
+
+def _start(files: Sequence[Path], clusters: int, seed: int, frames: int) -> Array:
+    from sklearn.cluster import kmeans_plusplus
+
+    rng = np.random.default_rng(seed)
+    wanted = max(INIT_FRAMES, 3 * clusters)
+    share = min(1.0, wanted / frames)
+    picked = []
+    for file in files:  # the same share of every file
+        rows = np.load(file, mmap_mode="r")
+        count = math.ceil(share * len(rows))
+        picked.append(np.asarray(rows[np.sort(rng.choice(len(rows), count, replace=False))]))
+    sample = np.concatenate(picked)
+    if not np.isfinite(sample).all():
+        raise UserError("NaN or infinity in the features: the checkpoint has diverged, or the audio is broken")
+    best: tuple[float, Any] = (math.inf, None)
+    for start in range(N_INIT):
+        centroids, _ = kmeans_plusplus(sample, clusters, random_state=seed + start)
+        nearest = KMeans(centroids, {}).assign(sample)
+        inertia = float(((sample - centroids[nearest]) ** 2).sum(dtype=np.float64))
+        if inertia < best[0]:
+            best = (inertia, centroids)
+    return np.asarray(best[1], dtype=np.float32)
+
+
+def _batches(files: Sequence[Path], batch: int, seed: int) -> Iterator[Array]:
+    """One pass in random order: files are pooled up to `POOL_BYTES`, the pool is shuffled and cut into batches."""
+    rng = np.random.default_rng(seed)
+    rest: Array | None = None
+    pool: list[Array] = []
+    held = 0
+    order = rng.permutation(len(files))
+    for position, index in enumerate(order):
+        pool.append(np.load(files[index]))
+        held += pool[-1].nbytes
+        last = position == len(order) - 1
+        if held < POOL_BYTES and not last:
+            continue
+        rows = np.concatenate([rest, *pool] if rest is not None else pool)
+        pool, held = [], 0
+        rows = rows[rng.permutation(len(rows))]
+        whole = len(rows) if last else len(rows) // batch * batch
+        for start in range(0, whole, batch):
+            yield rows[start : start + batch]
+        rest = rows[whole:].copy()

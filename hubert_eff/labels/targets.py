@@ -1,0 +1,344 @@
+"""Labels of every split of a manifest: features, one k-means model for all, nearest centroids.
+
+    LABELDIR/SPLIT.km            one line of space-separated cluster indices per line of SPLIT.tsv
+    LABELDIR/dict.km.txt         `<index> <count>` for each cluster, in numeric order: a fairseq dictionary
+    LABELDIR/kmeans.safetensors  the centroids
+    LABELDIR/labels.json         source, layer, k, rate, seed, and figures of each split; written last
+
+The work is cut into shards of about two minutes of audio, spread over processes. Each finished shard is a file in a folder that is
+named after a digest of all settings, so an interrupted run goes on where it stopped and runs with other settings never mix.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..config import SAMPLE_RATE
+from ..errors import UserError
+from ..files import replacing, write_json, write_text
+from ..progress import progress
+from .features import Array, Extractor, FeatureSource
+from .kmeans import KMeans, fit
+
+SHARD_SECONDS = 120
+VERSION = 1  # of what the digest of the settings stands for
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A fairseq TSV: root folder and (path, samples) of each utterance; `digest` identifies its content."""
+
+    file: Path
+    root: Path
+    entries: tuple[tuple[str, int], ...]
+    digest: str
+
+
+def read_manifest(file: Path) -> Manifest:
+    """Read a TSV. Raises `UserError` naming the line that is not `path <tab> samples`."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read: make it with `hubert-eff manifest`") from error
+    root, *lines = text.rstrip("\n").split("\n")
+    entries = []
+    for number, line in enumerate(lines, start=2):
+        path, tab, samples = line.partition("\t")
+        if not tab or not samples.strip().isdigit():
+            raise UserError(f"{file}, line {number}: expected 'path<TAB>samples', found {line[:80]!r}")
+        entries.append((path, int(samples)))
+    if not entries:
+        raise UserError(f"{file} lists no utterance: make it with `hubert-eff manifest`")
+    return Manifest(file, Path(root.strip()), tuple(entries), hashlib.sha256(text.encode()).hexdigest())
+
+
+def make_labels(
+    manifest: str | Path,
+    out: str | Path,
+    source: FeatureSource | None = None,
+    clusters: int = 100,
+    splits: Iterable[str] | None = None,
+    fit_split: str = "train",
+    fit_hours: float = 10.0,
+    seed: int = 1,
+    workers: int = 1,
+) -> dict[str, Any]:
+    """Cluster the frames of `fit_split` and label all splits.
+
+    Args:
+        manifest: folder of TSVs.
+        out: folder for the labels; it may be the same.
+        source: the features (default: MFCC).
+        clusters: number of labels, k.
+        splits: names of TSVs (default: all in `manifest`).
+        fit_split: split that k-means is fitted on.
+        fit_hours: at most this much of it, utterances drawn at random; their features are kept on disk while k-means runs.
+        seed: seed of that draw and of k-means.
+        workers: processes.
+
+    Returns:
+        The content of labels.json, with `reused`: whether all of it was there already.
+
+    Raises:
+        UserError: no manifest, an utterance shorter than one frame, audio that differs from its manifest, more clusters than
+            frames, a checkpoint or layer that cannot be read, labels of another run that would be mixed with these.
+    """
+    source = source or FeatureSource()
+    if clusters < 2 or workers < 1 or fit_hours <= 0 or source.batch_seconds <= 0:
+        raise UserError("--clusters must be at least 2, --workers at least 1, --fit-hours and --batch-seconds above 0")
+    folder, target = Path(manifest), Path(out)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder: name one made by `hubert-eff manifest`")
+    names = sorted(set(splits)) if splits else sorted(f.stem for f in folder.glob("*.tsv") if f.stem not in _OTHER_TSV)
+    if not names:
+        raise UserError(f"no manifest in {folder}: it must hold train.tsv, made by `hubert-eff manifest`")
+    tables = {name: read_manifest(folder / f"{name}.tsv") for name in names}
+    fitted = tables.get(fit_split) or read_manifest(folder / f"{fit_split}.tsv")
+    extractor = source.open()
+    for table in {**tables, fit_split: fitted}.values():
+        _check_lengths(table, extractor)
+    sample = _sample(fitted, fit_hours, seed)
+    frames = sum(extractor.frames(samples) for _, samples in sample)
+    if frames < clusters:
+        raise UserError(
+            f"--clusters {clusters} needs as many frames, {fitted.file} has {frames}: ask for fewer clusters or give more audio"
+        )
+    settings = {
+        **source.identity(), "k": clusters, "rate": extractor.rate, "seed": seed, "fit_split": fit_split,
+        "fit_hours": fit_hours,
+    }  # fmt: skip
+    # the path of a checkpoint does not matter, its content does
+    identity = {k: v for k, v in settings.items() if k != "checkpoint"} | {"fit_tsv": fitted.digest, "version": VERSION}
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    earlier = _earlier(target, key, names)
+    done = {n: earlier[n] for n in names if n in earlier and earlier[n]["tsv_sha256"] == tables[n].digest}
+    todo = [n for n in names if n not in done]
+    if not todo:
+        return {**json.loads((target / "labels.json").read_text(encoding="utf-8")), "reused": True}
+
+    work = target / f".labels-{key}"
+    work.mkdir(parents=True, exist_ok=True)
+    pool = _Pool(source, workers, extractor)
+    model = _model(work, target, key, sample, fitted.root, clusters, seed, pool)
+    shards = {n: _shards(tables[n], work, n) for n in todo}
+    tasks = [(file, tables[n].root, entries) for n in todo for file, entries in shards[n]]
+    pool.run(partial(_label_shard, model=model), tasks, "labelling utterances")
+
+    (target / "labels.json").unlink(missing_ok=True)  # from here to its return the folder is incomplete
+    model.save(target / "kmeans.safetensors")
+    counts = {n: _collect(target / f"{n}.km", [f for f, _ in shards[n]], clusters) for n in todo}
+    if fit_split in counts or not (target / "dict.km.txt").exists() or not earlier:
+        tally = counts.get(fit_split, sum(counts.values()))
+        write_text(target / "dict.km.txt", "".join(f"{i} {c}\n" for i, c in enumerate(tally)))
+    figures = {n: _figures(tables[n], counts[n]) for n in todo}
+    summary = {
+        **settings,
+        "fit_frames": frames,
+        "settings": key,
+        "manifest": str(folder.absolute()),
+        "splits": {**earlier, **figures},
+    }
+    write_json(target / "labels.json", summary)
+    shutil.rmtree(work)
+    return {**summary, "reused": False}
+
+
+_OTHER_TSV = frozenset(("parts", "left_out"))  # what `hubert-eff manifest` writes beside the manifests
+Entries = list[tuple[str, int]]
+Task = tuple[Path, Path, Entries]  # result file, root of the audio, utterances
+
+
+def _check_lengths(table: Manifest, extractor: Extractor) -> None:
+    for number, (path, samples) in enumerate(table.entries, start=2):
+        if extractor.frames(samples) < 1:
+            raise UserError(
+                f"{table.file}, line {number}: {path} has {samples} samples, shorter than one label frame (25 ms): "
+                "make the manifest again with `hubert-eff manifest`"
+            )
+
+
+def _sample(table: Manifest, hours: float, seed: int) -> Entries:
+    entries = list(table.entries)
+    random.Random(f"fit {seed}").shuffle(entries)
+    left = hours * 3600 * SAMPLE_RATE
+    chosen: Entries = []
+    for entry in entries:
+        chosen.append(entry)
+        left -= entry[1]
+        if left <= 0:
+            break
+    return chosen
+
+
+def _cut(entries: Iterable[tuple[str, int]]) -> list[Entries]:
+    shards: list[Entries] = [[]]
+    held = 0
+    for entry in entries:
+        if held >= SHARD_SECONDS * SAMPLE_RATE:
+            shards.append([])
+            held = 0
+        shards[-1].append(entry)
+        held += entry[1]
+    return shards
+
+
+def _shards(table: Manifest, work: Path, name: str) -> list[tuple[Path, Entries]]:
+    return [(work / f"{name}-{table.digest[:12]}-{i:06d}.km", e) for i, e in enumerate(_cut(table.entries))]
+
+
+def _earlier(target: Path, key: str, names: list[str]) -> dict[str, Any]:
+    """Figures of the splits in `target` that were made with the same settings and are complete."""
+    try:
+        found = json.loads((target / "labels.json").read_text(encoding="utf-8"))
+        settings, splits = found["settings"], dict(found["splits"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    present = {n: s for n, s in splits.items() if (target / f"{n}.km").is_file()}
+    if settings == key:
+        complete = (target / "dict.km.txt").is_file() and (target / "kmeans.safetensors").is_file()
+        return present if complete else {}
+    foreign = sorted(set(present) - set(names))
+    if foreign:
+        raise UserError(
+            f"{target} holds labels of {', '.join(foreign)} made with other settings (k={found.get('k')}, "
+            f"source {found.get('source')}): name another --out, or label all splits again"
+        )
+    return {}
+
+
+# ---- the processes
+
+
+class _Pool:
+    """Runs tasks that write one file each; files that are there are kept."""
+
+    def __init__(self, source: FeatureSource, workers: int, extractor: Extractor) -> None:
+        self.source, self.workers, self.extractor = source, workers, extractor
+
+    def run(self, function: Callable[..., int], tasks: list[Task], what: str) -> None:
+        missing = [t for t in tasks if not t[0].exists()]
+        with progress(what, sum(len(t[2]) for t in tasks)) as advance:
+            advance(sum(len(t[2]) for t in tasks) - sum(len(t[2]) for t in missing))
+            if self.workers == 1 or len(missing) < 2:
+                for task in missing:
+                    advance(function(task, extractor=self.extractor))
+                return
+            count = min(self.workers, len(missing))
+            threads = max(1, (os.cpu_count() or 1) // count)
+            pool = ProcessPoolExecutor(count, get_context("spawn"), _initialise, (self.source, threads))
+            try:
+                for size in pool.map(partial(_in_process, function), missing):
+                    advance(size)
+            except BrokenProcessPool as error:
+                raise UserError(
+                    f"a process died while {what}, perhaps for want of memory: finished shards are kept, run again with fewer --workers"
+                ) from error
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+
+_opened: Extractor | None = None  # of a worker process
+
+
+def _initialise(source: FeatureSource, threads: int) -> None:
+    global _opened
+    import torch
+
+    torch.set_num_threads(threads)
+    _opened = source.open()
+
+
+def _in_process(function: Callable[..., int], task: Task) -> int:
+    return function(task, extractor=_opened)
+
+
+def _features(task: Task, extractor: Extractor) -> list[Array]:
+    """Features of the utterances of a task, in order."""
+    _, root, entries = task
+    found = dict(extractor.extract([_read(root / path, samples) for path, samples in entries]))
+    return [found[i] for i in range(len(entries))]
+
+
+def _read(path: Path, samples: int) -> Array:
+    import soundfile
+
+    try:
+        audio, rate = soundfile.read(path, dtype="float32")
+    except (soundfile.LibsndfileError, OSError) as error:
+        raise UserError(f"{path} cannot be read any more: make the manifest again") from error
+    if rate != SAMPLE_RATE or audio.shape != (samples,):
+        raise UserError(
+            f"{path} is not what its manifest says: {audio.shape[0]} samples at {rate} Hz, expected {samples} at {SAMPLE_RATE} "
+            "in mono: make the manifest again"
+        )
+    return np.asarray(audio, dtype=np.float32)
+
+
+def _feature_shard(task: Task, extractor: Extractor) -> int:
+    with replacing(task[0]) as temporary:
+        np.save(temporary, np.concatenate(_features(task, extractor)))
+    return len(task[2])
+
+
+def _label_shard(task: Task, extractor: Extractor, model: KMeans) -> int:
+    lines = (" ".join(map(str, model.assign(f).tolist())) for f in _features(task, extractor))
+    write_text(task[0], "".join(f"{line}\n" for line in lines))
+    return len(task[2])
+
+
+def _model(
+    work: Path, target: Path, key: str, sample: Entries, root: Path, clusters: int, seed: int, pool: _Pool
+) -> KMeans:
+    """The k-means model of these settings: of an earlier run, or fitted now."""
+    for place in (work, target):
+        file = place / "kmeans.safetensors"
+        if file.is_file():
+            model = KMeans.read(file)
+            if model.metadata.get("settings") == key:
+                return model
+    tasks = [(work / f"fit-{i:06d}.npy", root, entries) for i, entries in enumerate(_cut(sample))]
+    pool.run(_feature_shard, tasks, "features to cluster")
+    model = KMeans(fit([t[0] for t in tasks], clusters, seed), {"settings": key})
+    model.save(work / "kmeans.safetensors")
+    for file, _, _ in tasks:
+        file.unlink()
+    return model
+
+
+# ---- results
+
+
+def _collect(target: Path, files: list[Path], clusters: int) -> Any:
+    """Put the shards together; returns the number of frames of each cluster."""
+    counts = np.zeros(clusters, dtype=np.int64)
+    with replacing(target) as temporary, temporary.open("w", encoding="utf-8") as out:
+        for file in files:
+            text = file.read_text(encoding="utf-8")
+            out.write(text)
+            counts += np.bincount(np.array(text.split(), dtype=np.int64), minlength=clusters)
+    return counts
+
+
+def _figures(table: Manifest, counts: Any) -> dict[str, Any]:
+    frames = int(counts.sum())
+    return {
+        "utterances": len(table.entries),
+        "frames": frames,
+        "majority_share": round(float(counts.max()) / frames, 6),
+        "used_clusters": int((counts > 0).sum()),
+        "tsv_sha256": table.digest,
+    }
