@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from hubert_eff.errors import UserError
 
 def exit_code(program: str, run: Callable[[Sequence[str]], None], argv: Sequence[str] | None) -> int:
     """Run a launcher: 0 when done, 2 with one line on stderr for bad input, 130 when interrupted."""
+    if not sys.stderr.isatty():  # S3PRL's progress bars: a line now and then in a log, not ten redraws a second
+        os.environ.setdefault("TQDM_MININTERVAL", "10")  # read when tqdm is imported
     try:
         run(sys.argv[1:] if argv is None else argv)
     except UserError as error:

@@ -24,16 +24,15 @@ from hubert_eff.errors import UserError
 
 def apply() -> None:
     """Apply all patches. Calling it again changes nothing."""
-    _quiet_imports()
+    _quiet_warnings()
     _read_own_checkpoints()
     _provide_catalyst_sampler()
     _provide_sox_effects()
 
 
-def _quiet_imports() -> None:
-    """S3PRL calls torchaudio functions that announce their removal in 2.9 once per call site: no news to a user, whose
-    version is pinned below 2.9."""
-    warnings.filterwarnings("ignore", message=r"(?s).*(torchaudio|pkg_resources).*deprecated")
+def _quiet_warnings() -> None:
+    """S3PRL calls functions that announce their removal from later versions of torch and torchaudio than those it is pinned to."""
+    warnings.filterwarnings("ignore", message=r"(?s).*(torchaudio|pkg_resources|torch\.cuda\.amp).*deprecated")
 
 
 def _read_own_checkpoints() -> None:

@@ -60,7 +60,8 @@ def run_keyword_spotting(
         return _read(result_file)
     result_file.unlink(missing_ok=True)
     write_json(settings_file, settings)
-    _superb_ks(settings, root, test_root, Path(out), device, resume=same)
+    with contextlib.redirect_stdout(sys.stderr):  # S3PRL's remarks are no result
+        _superb_ks(settings, root, test_root, Path(out), device, resume=same)
 
     metrics = yaml.safe_load((Path(out) / "evaluate" / "valid_best" / "test" / "result.yaml").read_text(encoding="utf-8"))
     sizes = [len(list((test_root / name).glob("*.wav"))) for name in (*KEYWORDS, UNKNOWN, SILENCE)]

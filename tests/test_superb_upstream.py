@@ -1,0 +1,168 @@
+"""The S3PRL upstream: what S3PRL gets from a model, and the patches it needs."""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+import numpy as np
+import pytest
+import soundfile as sf
+import torch
+
+import hubert_eff
+from hubert_eff.errors import UserError
+from hubert_eff.exporting import export
+from superb_tasks import patches, register
+from superb_tasks.upstream.expert import UpstreamExpert, load_upstream
+
+LENGTHS = [16000, 15999, 8000, 719, 250, 31999, 12345]  # samples
+
+
+@pytest.fixture(scope="module")
+def upstream() -> UpstreamExpert:
+    return UpstreamExpert("conformer-debug").eval()
+
+
+@pytest.fixture(scope="module")
+def wavs() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [0.1 * torch.randn(n, generator=generator) for n in LENGTHS]
+
+
+def test_states_are_the_models_own_every_20_ms(upstream, wavs):
+    result = upstream(wavs[:1])
+    with torch.no_grad():
+        expected, _ = upstream.model.hidden_states(wavs[0][None])
+    assert upstream.get_downsample_rates("hidden_states") == 320
+    assert len(result["hidden_states"]) == upstream.model.config.encoder_layers + 1
+    for index, (state, reference) in enumerate(zip(result["hidden_states"], expected, strict=True)):
+        assert state.shape == (1, 49, 64)
+        assert torch.equal(state, result[f"hidden_state_{index}"])
+        torch.testing.assert_close(state, reference)
+    assert torch.equal(result["last_hidden_state"], result["hidden_states"][-1])
+
+
+def test_features_do_not_depend_on_the_batch(upstream, wavs):
+    with torch.no_grad():
+        batch = upstream(wavs)["hidden_states"]
+        assert {state.shape for state in batch} == {(len(wavs), 99, 64)}
+        for row, wav in enumerate(wavs):
+            alone = upstream([wav])["hidden_states"]
+            frames, taken = alone[0].shape[1], min(99, math.ceil(len(wav) / 320))
+            for single, state in zip(alone, batch):
+                torch.testing.assert_close(state[row, :frames], single[0], atol=1e-4, rtol=0)
+                # S3PRL takes a frame for every 320 samples begun: the last frame is repeated, and zeros follow
+                assert torch.equal(state[row, frames:taken], state[row, frames - 1].expand(max(0, taken - frames), -1))
+                assert not state[row, max(frames, taken) :].any()
+
+
+def test_gradients_reach_the_model_and_masks_stay_off(wavs):
+    expert = UpstreamExpert("transformer-debug").train()
+    expert(wavs[:2])["last_hidden_state"].square().sum().backward()
+    assert all(p.grad is not None for p in expert.model.encoder.layers.parameters())
+    assert expert.model.mask_emb.grad is None
+
+
+def test_untrained_models_are_seeded_and_leave_the_random_state_alone():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    names = ("conformer-debug", "conformer-debug@0", "conformer-debug@1")
+    weights = [load_upstream(name).state_dict()["final_proj.weight"] for name in names]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[1], weights[2])
+
+
+def test_a_checkpoint_gives_the_features_of_its_model(tmp_path, wavs):
+    model = hubert_eff.build("conformer-debug").eval()
+    export(model, tmp_path / "model.safetensors")
+    with torch.no_grad():
+        expected, _ = model.hidden_states(wavs[0][None])
+        states = UpstreamExpert(str(tmp_path / "model.safetensors"))(wavs[:1])["hidden_states"]
+    for state, reference in zip(states, expected, strict=True):
+        torch.testing.assert_close(state, reference)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("", "no upstream given"),
+        ("conformer-debgu", "did you mean 'conformer-debug'"),
+        ("conformer-debug@x", "must be a number"),
+        ("models/absent.pt", "no checkpoint at 'models/absent.pt'"),
+    ],
+)
+def test_a_source_that_is_none_is_refused(source, message):
+    with pytest.raises(UserError, match=message):
+        load_upstream(source)
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
+    file = tmp_path / "model.pt"
+    file.write_bytes(b"not a checkpoint")
+    with pytest.raises(UserError, match="no checkpoint"):
+        UpstreamExpert(str(file))
+    with pytest.raises(UserError, match="holds its own"):
+        UpstreamExpert("conformer-debug", model_config="config.yaml")
+
+
+def test_s3prl_finds_the_upstream_and_reads_its_features(wavs):
+    pytest.importorskip("s3prl")
+    register()
+    from s3prl import hub
+    from s3prl.nn import S3PRLUpstream
+
+    assert "hubert_eff" in hub.options()
+    upstream = S3PRLUpstream("hubert_eff", "conformer-debug").eval()
+    assert (upstream.num_layers, upstream.hidden_sizes, upstream.downsample_rates) == (3, [64] * 3, [320] * 3)
+    lengths = torch.tensor(LENGTHS[:3])
+    with torch.no_grad():
+        states, frames = upstream(torch.nn.utils.rnn.pad_sequence(wavs[:3], batch_first=True), lengths)
+        assert frames[0].tolist() == [50, 50, 25]
+        for row, wav in enumerate(wavs[:3]):
+            single, count = upstream(wav[None], lengths[row : row + 1])
+            for state, alone in zip(states, single):
+                torch.testing.assert_close(state[row, : int(count[0])], alone[0], atol=1e-4, rtol=0)
+
+
+def test_effects_are_those_of_sox(tmp_path):
+    generator = np.random.default_rng(0)
+    stereo = generator.uniform(-0.5, 0.5, (8000, 2)).astype(np.float32)
+    sf.write(tmp_path / "a.wav", stereo, 8000, subtype="FLOAT")
+    wav, rate = patches.apply_effects_file(tmp_path / "a.wav", [["channels", "1"], ["gain", "-3.0"]])
+    assert rate == 8000
+    np.testing.assert_allclose(wav.numpy(), stereo.mean(1)[None] * 10 ** (-3 / 20), atol=1e-7)
+    loud, _ = patches.apply_effects_tensor(wav, rate, [["gain", "40"]])
+    assert loud.abs().max() == 1  # clipped at full scale
+
+    tone = torch.sin(2 * torch.pi * 440 * torch.arange(8000) / 8000)[None]
+    resampled, rate = patches.apply_effects_tensor(tone, 8000, [["rate", "16000"]])
+    assert (rate, resampled.shape) == (16000, (1, 16000))
+    expected = torch.sin(2 * torch.pi * 440 * torch.arange(16000) / 16000)
+    torch.testing.assert_close(resampled[0, 1000:-1000], expected[1000:-1000], atol=1e-3, rtol=0)
+    with pytest.raises(UserError, match="'silence 1 0.1' needs libsox"):
+        patches.apply_effects_tensor(tone, 8000, [["silence", "1", "0.1"]])
+
+
+def test_processes_share_what_a_sampler_draws():
+    class Drawn(torch.utils.data.Sampler):
+        def __init__(self):
+            self.indices = [5, 3, 3, 8, 1, 7, 0]
+
+        def __iter__(self):
+            return iter(self.indices)
+
+        def __len__(self):
+            return len(self.indices)
+
+    shares = [list(patches.DistributedSamplerWrapper(Drawn(), num_replicas=2, rank=rank)) for rank in range(2)]
+    assert [len(share) for share in shares] == [4, 4]
+    assert shares[0] == [5, 3, 1, 0]  # every second one
+    assert shares[1] == [3, 8, 7, 5]  # filled up from the start
+
+
+def test_checkpoints_of_run_downstream_can_be_read_back(tmp_path):
+    patches.apply()
+    torch.save({"Args": argparse.Namespace(mode="train"), "Step": 3}, tmp_path / "states-3.ckpt")
+    assert torch.load(tmp_path / "states-3.ckpt")["Args"].mode == "train"
