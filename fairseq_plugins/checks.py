@@ -86,10 +86,14 @@ def check_audio(manifest: Manifest, sample_rate: int) -> None:
         except soundfile.SoundFileError as error:
             raise UserError(f"{file} cannot be read as audio ({error}): make the manifest again") from error
         if info.samplerate != sample_rate:
-            raise UserError(f"{file} has {info.samplerate} Hz, not task.sample_rate={sample_rate}: make the manifest with `hubert-eff manifest`")
+            raise UserError(
+                f"{file} has {info.samplerate} Hz, not task.sample_rate={sample_rate}: make the manifest with `hubert-eff manifest`"
+            )
         if info.frames != manifest.samples[i]:
-            raise UserError(f"{file} has {info.frames} samples, not {manifest.samples[i]} as {manifest.path} says: make the manifest again")
-    logger.info(f"{manifest.path}: {len(chosen)} of {len(manifest.names)} audio files checked for presence, {manifest.seconds / 3600:.2f} h")
+            raise UserError(
+                f"{file} has {info.frames} samples, not {manifest.samples[i]} as {manifest.path} says: make the manifest again"
+            )
+    logger.info(f"{manifest.path}: {manifest.seconds / 3600:.2f} h; {len(chosen)} of {len(manifest.names)} audio files looked up")
 
 
 def _in_zip(manifest: Manifest, index: int) -> bool:
@@ -132,7 +136,9 @@ def check_labels(manifest: Manifest, path: Path, label_rate: float, dictionary: 
                     "different k-means models, make both with one `hubert-eff labels`"
                 )
     if len(lengths) != len(manifest.names):
-        raise UserError(f"{path} has {len(lengths)} lines for the {len(manifest.names)} utterances of {manifest.path}: make the labels again")
+        raise UserError(
+            f"{path} has {len(lengths)} lines for the {len(manifest.names)} utterances of {manifest.path}: make the labels again"
+        )
     estimate = FRAME_RATE * round(sum(lengths) / manifest.seconds / FRAME_RATE)
     if estimate > 0 and estimate != label_rate:
         raise UserError(
@@ -143,7 +149,7 @@ def check_labels(manifest: Manifest, path: Path, label_rate: float, dictionary: 
         if abs(length / label_rate - samples / SAMPLE_RATE) > TOLERANCE:
             raise UserError(
                 f"{path} line {number}: {length} labels ({length / label_rate:.2f} s at task.label_rate={label_rate:g}) for "
-                f"{samples / SAMPLE_RATE:.2f} s of audio ({manifest.names[number - 1]}): the labels belong to another manifest, make them again"
+                f"{samples / SAMPLE_RATE:.2f} s of audio ({manifest.names[number - 1]}): the labels are another manifest's, make them again"
             )
 
 
@@ -151,7 +157,7 @@ def check_lengths(manifest: Manifest, shortest: int | None, longest: int | None)
     """At least one utterance passes the limits on length."""
     if not any((shortest or 0) <= n <= (longest or n) for n in manifest.samples):
         raise UserError(
-            f"{manifest.path}: none of its {len(manifest.samples)} utterances, {min(manifest.samples)} to {max(manifest.samples)} samples long, "
+            f"{manifest.path}: none of its {len(manifest.samples)} utterances ({min(manifest.samples)} to {max(manifest.samples)} samples) "
             f"lies between task.min_sample_size={shortest} and task.max_keep_size={longest}: change these, or join recordings "
             "(`hubert-eff manifest --join SECONDS`)"
         )

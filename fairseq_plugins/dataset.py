@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from typing import Any
 
 import numpy as np
 import torch
 from fairseq.data import HubertDataset, data_utils
 from torch.utils.data import get_worker_info
+
+
+def obey_parent_only() -> None:
+    """In a loading process: end on a SIGTERM of the training process, pass over any other.
+
+    Clusters and `kill` on a group send SIGTERM to all processes at once. Were the loading processes to end by it, the training process
+    would fail for want of data before it could save.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # threads that start later inherit it
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 class SeededHubertDataset(HubertDataset):
@@ -23,18 +41,20 @@ class SeededHubertDataset(HubertDataset):
         # shared, because fairseq keeps the loading processes, and thereby their copies of this object, over all epochs
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
 
+        self._shielded = False
+
     def set_epoch(self, epoch: int) -> None:
         """Tell the dataset, also in loading processes that run already, which epoch comes next."""
         self._epoch.fill_(epoch)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        if get_worker_info() is not None:
-            # a SIGTERM to the process group is for the training process: it saves, then ends its loading processes
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if not self._shielded and get_worker_info() is not None:
+            obey_parent_only()
+            self._shielded = True
         return super().__getitem__(index)
 
     def ordered_indices(self) -> np.ndarray:
-        """Longest first, ties in random order. Unlike fairseq's it is the same in every epoch: a run resumed later cuts the same batches."""
+        """Longest first, ties in random order; the same in all epochs, so that a run resumed in a later one forms the same batches."""
         if not self.shuffle:
             return super().ordered_indices()
         ties = np.random.default_rng(self.seed).permutation(len(self))

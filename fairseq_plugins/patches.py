@@ -130,6 +130,6 @@ def _save_and_leave(cfg: Any, trainer: Trainer, epoch_itr: Any) -> NoReturn:
     if dist.is_initialized():
         dist.barrier()  # launchers kill all ranks as soon as one has left: the others wait for the one that writes
     if trainer.is_data_parallel_master:
-        kept = f"saved {path}; the same command goes on from there" if path else "nothing was saved (checkpoint.no_save or no_last_checkpoints)"
+        kept = f"saved {path}; the same command goes on from there" if path else "saved nothing, as the checkpoint section asks"
         logger.info(f"SIGTERM at update {trainer.get_num_updates()}: {kept}")
     sys.exit(stopping.SIGTERM_EXIT)

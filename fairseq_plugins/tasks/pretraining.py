@@ -46,9 +46,11 @@ class HubertEffPretrainingTask(HubertPretrainingTask):
                 given = "is not set" if OmegaConf.is_missing(cfg, "data") else f"{cfg.data} is no directory"
                 raise UserError(f"task.data {given}: give the directory that `hubert-eff manifest` wrote, task.data=DIR")
             if cfg.label_dir is not None and not Path(cfg.label_dir).is_dir():
-                raise UserError(f"task.label_dir {cfg.label_dir} is no directory: give the one that `hubert-eff labels` wrote, task.label_dir=DIR")
+                raise UserError(f"task.label_dir {cfg.label_dir} is no directory: give the one that `hubert-eff labels` wrote")
+            if cfg.fine_tuning or cfg.single_target:
+                raise UserError("task.fine_tuning and task.single_target belong to fairseq's fine-tuning: leave them false to pre-train")
             if cfg.label_rate <= 0:
-                raise UserError(f"task.label_rate={cfg.label_rate:g}: pre-training needs labels at a fixed rate, 100 (MFCC) or 50 (a layer)")
+                raise UserError(f"task.label_rate={cfg.label_rate:g}: labels come at a fixed rate, 100 (MFCC) or 50 (a layer) per second")
             if (cfg.fp16 or cfg.amp) and (cfg.cpu or not torch.cuda.is_available()):
                 key = "fp16" if cfg.fp16 else "amp"
                 raise UserError(f"common.{key}=true needs a GPU and none is in use: add common.{key}=false (CPUs train in float32 or bf16)")
@@ -71,8 +73,9 @@ class HubertEffPretrainingTask(HubertPretrainingTask):
         """Check and open one split."""
         cfg, label_dir = self.cfg, Path(self.get_label_dir())
         checks.check_split(
-            Path(cfg.data), label_dir, split, cfg.labels, cfg.label_rate, cfg.sample_rate, self.dictionaries, cfg.min_sample_size, cfg.max_keep_size
-        )
+            Path(cfg.data), label_dir, split, cfg.labels, cfg.label_rate, cfg.sample_rate, self.dictionaries,
+            cfg.min_sample_size, cfg.max_keep_size,
+        )  # fmt: skip
         self.datasets[split] = SeededHubertDataset(
             str(Path(cfg.data) / f"{split}.tsv"),
             sample_rate=cfg.sample_rate,

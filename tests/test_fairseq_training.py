@@ -1,0 +1,193 @@
+"""fairseq-hydra-train with the plug-in, as a user runs it: it trains, refuses bad input, is killed, goes on, runs on two ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import hubert_eff
+
+pytest.importorskip("fairseq", reason="fairseq is not installed: pip install 'hubert-eff[fairseq]'")
+
+from test_fairseq_plugin import CLASSES, make_data  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    lengths = [0.8 + 0.1 * (i % 5) for i in range(12)]
+    return make_data(tmp_path_factory.mktemp("training") / "data", {"train": lengths, "valid": [1.0, 0.9]})
+
+
+def command(data: Path, save_dir: Path, *overrides: str) -> list[str]:
+    """A run of debug.yaml: three batches per epoch, crops, one loading process, every update logged as JSON."""
+    return [
+        sys.executable, "-m", "fairseq_cli.hydra_train", "--config-dir", str(ROOT / "configs" / "pretrain"), "--config-name", "debug",
+        f"common.user_dir={ROOT / 'fairseq_plugins'}", f"task.data={data}", f"task.label_dir={data}",
+        f"checkpoint.save_dir={save_dir}", "common.log_format=json", "common.log_interval=1", "task.pad_audio=false",
+        "dataset.max_tokens=64000", "optimization.max_update=8", *overrides,
+    ]  # fmt: skip
+
+
+def run(*args: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*args), capture_output=True, text=True, timeout=300, env=environment())
+
+
+def start(*args: Any) -> subprocess.Popen[str]:
+    """The run in its own process group, stderr with stdout."""
+    return subprocess.Popen(
+        command(*args), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(), start_new_session=True
+    )
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def logged(output: str, key: str = "train_loss") -> dict[int, float]:
+    """Value of a key of the training log by update."""
+    values = {}
+    for line in output.splitlines():
+        record = re.search(r"\{.*\}$", line)
+        if record and "[train_inner]" in line:
+            entry = json.loads(record[0])
+            values[int(entry["num_updates"])] = float(entry[key])
+    return values
+
+
+def wait_for_update(process: subprocess.Popen[str], update: int) -> str:
+    """Read the log until `update` has been made."""
+    assert process.stdout is not None
+    seen = ""
+    for line in process.stdout:
+        seen += line
+        if "[train_inner]" in line and f'"num_updates": "{update}"' in line:
+            return seen
+    raise AssertionError(seen)
+
+
+def weights(save_dir: Path) -> dict[str, torch.Tensor]:
+    return hubert_eff.load(save_dir / "checkpoint_last.pt").state_dict()
+
+
+def test_it_trains_reports_and_writes_a_checkpoint_that_loads(data: Path, tmp_path: Path) -> None:
+    done = run(data, tmp_path / "run", "optimization.max_update=2")
+    assert done.returncode == 0, done.stderr
+    record = next(line for line in done.stdout.splitlines() if "[valid]" in line)
+    for key in ("valid_correct_m_0", "valid_majority_m_0", "valid_code_ppl_0", "valid_label_ppl_0", "valid_loss"):
+        assert f'"{key}"' in record
+    model = hubert_eff.load(tmp_path / "run" / "checkpoint_last.pt")
+    assert model.num_classes == (CLASSES + 4,) and model.config.label_rate == 100 and model.config.normalize
+    assert (tmp_path / "run" / ".hydra" / "config.yaml").is_file()
+
+
+def test_bad_input_is_one_line_and_exit_code_2(data: Path, tmp_path: Path) -> None:
+    done = run(data, tmp_path / "run", "task.label_rate=50")
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if "label_rate" in line]
+    assert line.startswith("fairseq-hydra-train: task.label_rate=50, but")
+    assert "Traceback" not in done.stdout + done.stderr
+    assert not list((tmp_path / "run").glob("*.pt"))
+
+
+@pytest.mark.long
+def test_a_run_that_was_killed_goes_on_as_if_nothing_had_happened(data: Path, tmp_path: Path) -> None:
+    whole = run(data, tmp_path / "whole", "checkpoint.save_interval_updates=2")
+    assert whole.returncode == 0, whole.stderr
+    args = (data, tmp_path / "killed", "checkpoint.save_interval_updates=2")
+    process = start(*args)
+    wait_for_update(process, 5)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "killed" / "checkpoint_1_8.pt").exists()
+    resumed = run(*args)
+    assert resumed.returncode == 0, resumed.stderr
+    expected, losses = logged(whole.stdout), logged(resumed.stdout)
+    assert list(expected) == list(range(1, 9))
+    assert losses and 2 < min(losses) <= 6 and max(losses) == 8
+    assert losses == {update: expected[update] for update in losses}
+    first, second = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("to_all", [False, True], ids=["to the process", "to the whole group"])
+def test_sigterm_saves_and_exits_with_143(to_all: bool, data: Path, tmp_path: Path) -> None:
+    args = (data, tmp_path / "run", "optimization.max_update=100000", "checkpoint.save_interval_updates=0")
+    process = start(*args)
+    before = wait_for_update(process, 4)
+    (os.killpg if to_all else os.kill)(process.pid, signal.SIGTERM)
+    output = before + process.communicate(timeout=120)[0]
+    assert process.returncode == 143, output
+    (update,) = re.findall(r"SIGTERM at update (\d+): saved", output)
+    assert int(update) == max(logged(output)) >= 4
+    resumed = run(*args[:2], f"optimization.max_update={int(update) + 2}", "checkpoint.save_interval_updates=0")
+    assert resumed.returncode == 0, resumed.stderr
+    assert list(logged(resumed.stdout)) == [int(update) + 1, int(update) + 2]
+
+
+@pytest.mark.long
+def test_a_loss_that_is_not_finite_ends_the_run_with_one_line(data: Path, tmp_path: Path) -> None:
+    args = (data, tmp_path / "run", "checkpoint.save_interval_updates=2", "optimization.clip_norm=0", "lr_scheduler.warmup_updates=0")
+    healthy = run(*args, "optimization.max_update=2")
+    assert healthy.returncode == 0, healthy.stderr
+    broken = run(*args, "optimization.max_update=50", "criterion.loss_weights=[1e38]")
+    assert broken.returncode == 1, broken.stdout
+    (line,) = [line for line in broken.stderr.splitlines() if line.startswith("fairseq-hydra-train:")]
+    assert re.search(r"stopped at update \d+: the (loss|gradient norm) is (nan|inf) \(utterances \d", line)
+    assert "Traceback" not in broken.stderr + broken.stdout
+    assert not (tmp_path / "run" / "crash.pt").exists()
+    assert all(torch.isfinite(w).all() for w in weights(tmp_path / "run").values())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("backend", ["legacy_ddp", "pytorch_ddp"])
+def test_two_ranks_on_the_cpu_train_save_on_sigterm_and_resume(backend: str, data: Path, tmp_path: Path) -> None:
+    def ranks(updates: int) -> list[subprocess.Popen[str]]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        shared = [
+            f"optimization.max_update={updates}", "dataset.max_tokens=32000", f"distributed_training.ddp_backend={backend}",
+            "distributed_training.distributed_world_size=2", "distributed_training.distributed_backend=gloo",
+            "distributed_training.distributed_no_spawn=true", f"distributed_training.distributed_init_method=tcp://127.0.0.1:{port}",
+        ]  # fmt: skip
+        return [start(data, tmp_path / "run", *shared, f"distributed_training.distributed_rank={rank}") for rank in range(2)]
+
+    both = ranks(100_000)
+    outputs = [wait_for_update(both[0], 3)]
+    both[1].send_signal(signal.SIGTERM)  # one rank alone: the ranks agree on when to stop
+    outputs += [process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [143, 143], outputs
+    (update,) = re.findall(r"SIGTERM at update (\d+): saved", "".join(outputs))
+    both = ranks(int(update) + 2)
+    outputs = [process.communicate(timeout=200)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert list(logged(outputs[0])) == [int(update) + 1, int(update) + 2]
+
+
+@pytest.mark.long
+def test_objects_are_gathered_across_ranks_without_a_gpu(tmp_path: Path) -> None:
+    program = f"""
+import sys, torch.distributed as dist
+sys.path.insert(0, {str(ROOT)!r})
+import fairseq_plugins
+from fairseq.distributed import utils
+dist.init_process_group("gloo", init_method="file://{tmp_path}/meet", world_size=2, rank=int(sys.argv[1]))
+for size in (1000, 50_000):
+    assert utils.all_gather_list({{"rank": dist.get_rank(), "text": "x" * (size // 2)}}, max_size=size)[1]["rank"] == 1
+"""
+    both = [subprocess.Popen([sys.executable, "-c", program, str(rank)], stderr=subprocess.PIPE, text=True) for rank in range(2)]
+    errors = [process.communicate(timeout=120)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors
