@@ -24,7 +24,7 @@ $(READY): pyproject.toml requirements-lock.txt
 
 # corpus, labels, pre-training, second labels, keyword spotting, profile; finished steps are kept, so it resumes
 demo: $(READY)
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m superb_tasks.demo --out $(DEMO)
+	$(BIN)/hubert-eff demo --out $(DEMO)
 
 test: $(READY)
 	$(BIN)/python -m pytest -m "not long" -q

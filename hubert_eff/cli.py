@@ -14,6 +14,7 @@ from .errors import UserError
 
 COMMANDS = {
     "doctor": "versions, known breakages of this environment and the fix for each",
+    "demo": "corpus, labels, pre-training, keyword spotting and profile, on a small synthetic corpus",
     "corpus": "make a small synthetic speech corpus offline",
     "manifest": "check a folder of audio, convert it once to 16 kHz mono, write train.tsv and valid.tsv",
     "labels": "k-means labels from MFCC or from a layer of a checkpoint; their quality",

@@ -1,0 +1,181 @@
+"""The whole way through on a small synthetic corpus: the commands that a user would type, one after the other.
+
+Each step runs as a command of its own and is kept when it has succeeded, so that an interrupted demo goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from .errors import UserError
+from .files import write_json
+
+CLUSTERS = 50
+UNTRAINED = "conformer-debug@0"
+
+
+def config_dir() -> Path:
+    """The folder of configurations: inside an installed package, or at the top of a checkout."""
+    package = Path(__file__).resolve().parent
+    return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
+
+
+def plugin_dir() -> Path:
+    """The folder to give fairseq as `common.user_dir`."""
+    spec = importlib.util.find_spec("fairseq_plugins")
+    if spec is None or spec.origin is None:
+        raise UserError("the package fairseq_plugins is not installed: pip install 'hubert-eff[all]'")
+    return Path(spec.origin).parent
+
+
+def say(text: str) -> None:
+    """Progress goes to stderr; stdout is for the figures."""
+    print(text, file=sys.stderr, flush=True)
+
+
+class Demo:
+    """Runs the steps into one folder."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out.resolve()
+        self.checkpoint = self.out / "pretrain" / "checkpoint_best.pt"
+
+    def command(self, *words: object) -> list[str]:
+        """A command line; the first word is a program beside this Python, or `python`."""
+        name, *rest = [str(w) for w in words]
+        program = Path(sys.executable) if name == "python" else Path(sys.executable).parent / name
+        if not program.exists():
+            raise UserError(f"{name} is not installed beside {sys.executable}: pip install 'hubert-eff[all]', then hubert-eff doctor")
+        return [str(program), *rest]
+
+    def step(self, title: str, *words: object) -> float:
+        """Run a command unless it has succeeded before with the same words; returns its seconds."""
+        shown = shlex.join(str(w) for w in words)
+        record = self.out / "steps" / f"{hashlib.sha256(shown.encode()).hexdigest()[:16]}.json"
+        if record.is_file():
+            say(f"\n== {title} (done before)\n$ {shown}")
+            return float(json.loads(record.read_text())["seconds"])
+        say(f"\n== {title}\n$ {shown}")
+        start = time.monotonic()
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"}
+        code = subprocess.run(self.command(*words), check=False, env=environment, stdout=sys.stderr).returncode
+        if code:
+            raise UserError(f"the step '{title}' failed with exit code {code}; its messages are above")
+        seconds = time.monotonic() - start
+        write_json(record, {"title": title, "command": shown, "seconds": round(seconds, 1)})
+        return seconds
+
+    def figures(self, *words: object) -> Any:
+        """The JSON that a command prints."""
+        done = subprocess.run(self.command(*words, "--json"), check=False, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise UserError(f"{shlex.join(str(w) for w in words)} failed with exit code {done.returncode}")
+        return json.loads(done.stdout)
+
+    def run(self) -> dict[str, Any]:
+        """All steps; returns the figures."""
+        out, checkpoint = self.out, self.checkpoint
+        corpus, data, keywords = out / "corpus", out / "data", out / "keywords"
+        first, second = out / "labels-mfcc", out / "labels-layer"
+        seconds = {
+            "corpus": self.step("A speech corpus", "hubert-eff", "corpus", "demo", "--out", corpus),
+            "manifest": self.step("Check the audio, split it", "hubert-eff", "manifest", corpus, "--out", data, "--valid-percent", 10),
+            "labels": self.step(
+                "First labels: k-means on MFCC",
+                "hubert-eff", "labels", data, "--out", first, "--features", "mfcc", "--clusters", CLUSTERS,
+            ),
+            "pre-training": self.step(
+                "Pre-train a Conformer HuBERT",
+                "fairseq-hydra-train", "--config-dir", config_dir() / "pretrain", "--config-name", "debug",
+                f"common.user_dir={plugin_dir()}", f"task.data={data}", f"task.label_dir={first}",
+                f"checkpoint.save_dir={checkpoint.parent}", f"common.log_file={out / 'train.log'}", f"hydra.run.dir={out / 'hydra'}",
+            ),
+            "second labels": self.step(
+                "Second labels: k-means on the model's last layer",
+                "hubert-eff", "labels", data, "--out", second, "--checkpoint", checkpoint, "--layer", 2, "--clusters", CLUSTERS,
+            ),
+            "keyword corpus": self.step(
+                "A Speech-Commands-shaped corpus", "hubert-eff", "corpus", "superb", "--out", keywords, "--task", "ks"
+            ),
+            "keyword spotting, pre-trained": self.step(
+                "Keyword spotting on the pre-trained model, through S3PRL",
+                "python", "-m", "superb_tasks.runner", "--upstream", checkpoint, "--data", keywords, "--out", out / "ks-pretrained",
+            ),
+            "keyword spotting, untrained": self.step(
+                "The same probe on an untrained model",
+                "python", "-m", "superb_tasks.runner", "--upstream", UNTRAINED, "--data", keywords, "--out", out / "ks-untrained",
+            ),
+        }  # fmt: skip
+        alignments = corpus / "alignments.tsv"
+        results = {
+            "valid": best_validation(out / "train.log"),
+            "labels": {
+                name: self.figures("hubert-eff", "labels", "quality", folder, "--alignments", alignments)
+                for name, folder in (("mfcc", first), ("layer 2", second))
+            },
+            "keyword spotting": {
+                name: json.loads((out / f"ks-{name}" / "result.json").read_text()) for name in ("pretrained", "untrained")
+            },
+            "profile": self.figures("hubert-eff", "profile", checkpoint, "--seconds", 10),
+            "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        }
+        write_json(out / "summary.json", results)
+        return results
+
+
+def best_validation(log: Path) -> dict[str, float]:
+    """The figures of the validation with the lowest loss, which `checkpoint_best.pt` comes from, out of fairseq's log."""
+    runs = []
+    for line in log.read_text(encoding="utf-8").splitlines():
+        head, _, rest = line.partition("valid on 'valid' subset | ")
+        if rest and head:
+            pairs = (part.split() for part in rest.split(" | "))
+            runs.append({pair[0]: float(pair[1]) for pair in pairs if len(pair) == 2})
+    if not runs:
+        raise UserError(f"{log} holds no validation: delete {log.parent / 'steps'} and run the demo again")
+    best = min(runs, key=lambda run: run["loss"])
+    names = {
+        "updates": "num_updates", "loss": "loss", "accuracy": "correct_m_0", "majority": "majority_m_0",
+        "code perplexity": "code_ppl_0", "label perplexity": "label_ppl_0",
+    }  # fmt: skip
+    return {name: best[key] for name, key in names.items()}
+
+
+def table(results: dict[str, Any], out: Path) -> Table:
+    """What was made, where, and the figures."""
+    valid, spotting, cost = results["valid"], results["keyword spotting"], results["profile"]
+    rows = [
+        (
+            "masked accuracy, valid",
+            f"{valid['accuracy']:.1%} (most frequent label: {valid['majority']:.1%})",
+            "pretrain/checkpoint_best.pt",
+        ),
+        ("code perplexity, valid", f"{valid['code perplexity']:.1f} of {CLUSTERS} (labels: {valid['label perplexity']:.1f})", ""),
+    ]
+    for name, folder in (("mfcc", "labels-mfcc"), ("layer 2", "labels-layer")):
+        quality = results["labels"][name]
+        rows.append((f"labels from {name}", f"PNMI {quality['pnmi']:.3f}, phone purity {quality['phone_purity']:.3f}", folder))
+    for name, folder in (("pretrained", "ks-pretrained"), ("untrained", "ks-untrained")):
+        run = spotting[name]
+        rows.append((f"keyword spotting, {name}", f"{run['accuracy']:.1%} (largest class: {run['chance']:.1%})", folder))
+    rows += [
+        ("parameters", f"{cost['params_without_labels']:,}, {cost['storage_mb']['fp32']:.2f} MB at fp32", ""),
+        ("operations, 10 s", f"{cost['macs'] / 1e9:.3f} GMAC = {cost['gflop']:.3f} GFLOP", ""),
+        ("time", ", ".join(f"{name} {seconds:.0f} s" for name, seconds in results["seconds"].items()), ""),
+        ("all figures", "", "summary.json"),
+    ]
+    grid = Table("what", "figure", "where", title=f"Made in {out}", title_justify="left")
+    for what, figure, where in rows:
+        grid.add_row(what, figure, where)
+    return grid
