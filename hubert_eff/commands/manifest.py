@@ -60,7 +60,8 @@ def _lines(summary: dict[str, Any], out: Path) -> list[str]:
     splits = summary["splits"]
     total = sum(s["minutes"] for s in splits.values())
     parts = ", ".join(f"{n} {s['utterances']} utterances ({s['minutes']:.1f} min)" for n, s in splits.items())
-    lines = [f"{summary['recordings']} recordings ({summary['converted']} converted): {parts} -> {out}"]
+    joined = ", joined" if summary["options"]["join"] else ""
+    lines = [f"{summary['recordings']} recordings ({summary['converted']} converted{joined}): {parts} -> {out}"]
     if summary["left_out"]:
         reasons = ", ".join(f"{count} {reason}" for reason, count in summary["left_out_reasons"].items())
         lines.append(f"left out {summary['left_out']}: {reasons}; each is named in {out / 'left_out.tsv'}")

@@ -17,13 +17,14 @@ import re
 import threading
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..config import SAMPLE_RATE
-from ..errors import UserError, missing_extra
+from ..errors import UserError, missing_extra, unknown
 
 SILENCE = "sil"  # label of a pause in the phone tier
 
@@ -102,9 +103,14 @@ class Speech:
 def version() -> str:
     """Version of libespeak-ng, e.g. "1.52.0"; `UserError` where the package is missing."""
     library_path, _ = _paths()
-    library = ctypes.CDLL(library_path)
-    library.espeak_Info.restype = ctypes.c_char_p
-    return f"{library.espeak_Info(None).decode()} (espeakng-loader {metadata.version('espeakng-loader')})"
+    with _lock:
+        library = ctypes.CDLL(library_path)
+        try:
+            library.espeak_Info.restype = ctypes.c_char_p
+            number = library.espeak_Info(None).decode()
+        finally:
+            _unload(library)
+    return f"{number} (espeakng-loader {metadata.version('espeakng-loader')})"
 
 
 def speak(text: str, voice: Voice | None = None, seed: int = 1) -> Speech:
@@ -199,13 +205,9 @@ def _synthesise(
 
 
 def _set_voice(library: ctypes.CDLL, voice: Voice, data_path: str) -> None:
-    from pathlib import Path
-
     if voice.variant:  # an unknown variant would be ignored without a word
         variants = {p.name for p in (Path(data_path) / "voices" / "!v").iterdir()}
         if voice.variant not in variants:
-            from ..errors import unknown
-
             raise unknown("voice variant", voice.variant, variants)
     if library.espeak_SetVoiceByName(voice.name.encode()) != 0:
         raise UserError(f"espeak-ng has no voice '{voice.name}': languages are such as en-us, en-gb, en-gb-scotland, de, fr")

@@ -118,7 +118,7 @@ class Mfcc:
         static = torch.cat(
             [
                 mfcc(wav[None, start:end], sample_frequency=SAMPLE_RATE, use_energy=False)
-                for start, end in chunks(self.frames(len(wav)), MFCC_STRIDE, MFCC_CHUNK)
+                for start, end in chunks(self.frames(len(wav)), MFCC_STRIDE, WINDOW, MFCC_CHUNK)
             ]
         ).T  # (13, T)
         delta = compute_deltas(static)
@@ -151,10 +151,13 @@ class HiddenLayer:
         self.layer = layer
         self.batch_samples = int(batch_seconds * SAMPLE_RATE)
         config = model.config
+        self.window = 1  # samples: the receptive field of a frame
+        for _, kernel, stride in reversed(config.conv_layers):
+            self.window = (self.window - 1) * stride + kernel
         self.pads = config.extractor_mode == "layer_norm" and config.valid_frames == "receptive_field"
 
     def frames(self, samples: int) -> int:
-        return self.model.num_frames(samples) if samples >= WINDOW else 0
+        return self.model.num_frames(samples)
 
     def extract(self, audio: list[Array]) -> Iterator[tuple[int, Array]]:
         import torch
@@ -181,7 +184,7 @@ class HiddenLayer:
         items = [
             (index, start, end)
             for index in sorted(range(len(audio)), key=lambda i: -len(audio[i]))
-            for start, end in chunks(self.frames(len(audio[index])), FRAME_STRIDE, LAYER_CHUNK)
+            for start, end in chunks(self.frames(len(audio[index])), FRAME_STRIDE, self.window, LAYER_CHUNK)
         ]
         batch: list[tuple[int, int, int]] = []
         for item in items:
@@ -195,8 +198,8 @@ class HiddenLayer:
             yield batch
 
 
-def chunks(frames: int, stride: int, most: int) -> Iterator[tuple[int, int]]:
+def chunks(frames: int, stride: int, window: int, most: int) -> Iterator[tuple[int, int]]:
     """(start, end) in samples of pieces of at most `most` frames; together they have exactly `frames` frames."""
     for first in range(0, frames, most):
         last = min(first + most, frames) - 1
-        yield first * stride, last * stride + WINDOW
+        yield first * stride, last * stride + window

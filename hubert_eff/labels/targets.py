@@ -103,7 +103,7 @@ def make_labels(
     folder, target = Path(manifest), Path(out)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: name one made by `hubert-eff manifest`")
-    names = sorted(set(splits)) if splits else sorted(f.stem for f in folder.glob("*.tsv") if f.stem not in _OTHER_TSV)
+    names = sorted(set(splits)) if splits else sorted(f.stem for f in folder.glob("*.tsv") if _is_manifest(f))
     if not names:
         raise UserError(f"no manifest in {folder}: it must hold train.tsv, made by `hubert-eff manifest`")
     tables = {name: read_manifest(folder / f"{name}.tsv") for name in names}
@@ -157,9 +157,14 @@ def make_labels(
     return {**summary, "reused": False}
 
 
-_OTHER_TSV = frozenset(("parts", "left_out"))  # what `hubert-eff manifest` writes beside the manifests
 Entries = list[tuple[str, int]]
 Task = tuple[Path, Path, Entries]  # result file, root of the audio, utterances
+
+
+def _is_manifest(file: Path) -> bool:
+    """Its first line is a folder; other tables (parts.tsv, transcripts.tsv) start with several columns."""
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        return "\t" not in lines.readline()
 
 
 def _check_lengths(table: Manifest, extractor: Extractor) -> None:
