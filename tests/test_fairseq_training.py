@@ -55,7 +55,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def logged(output: str, key: str = "train_loss") -> dict[int, float]:
+def logged(output: str, key: str = "loss") -> dict[int, float]:
     """Value of a key of the training log by update."""
     values = {}
     for line in output.splitlines():
