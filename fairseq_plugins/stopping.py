@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import sys
 import threading
@@ -71,6 +72,8 @@ def listen() -> None:
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _request)
+        # data loading workers are ended by SIGTERM: with this handler inherited they would stay, and the exit wait for them for ever
+        os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
         if multiprocessing.parent_process() is not None:
             signal.signal(signal.SIGINT, _request)
 
