@@ -21,6 +21,8 @@ _PRODUCT = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # absent where 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., K) times the transpose of weight (N, K)."""
     assert _PRODUCT is not None
+    if not (weight.is_contiguous() or weight.t().is_contiguous()):
+        weight = weight.contiguous()  # on a strided slice oneDNN falls back to its reference code, hundreds of times slower
     return _PRODUCT(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
 
 
