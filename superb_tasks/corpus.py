@@ -37,7 +37,7 @@ LANGUAGES = ("en-us", "en-us-nyc", "en", "en-gb-x-rp", "en-gb-scotland", "en-gb-
 VARIANTS = ("m1", "m2", "m3", "m4", "m5", "m6", "m7", "m8", "f1", "f2", "f3", "f4", "f5", "klatt", "klatt3", "Andrea")
 NOISE_SECONDS = 16
 NOISES = {"white_noise": 0.0, "pink_noise": 1.0, "brown_noise": 2.0}  # power falls with frequency to this exponent
-SNR = (5.0, 25.0)  # dB, of a recording
+SNR = (20.0, 40.0)  # dB, of a recording
 
 Audio = NDArray[np.float32]
 

@@ -28,7 +28,7 @@ def run_keyword_spotting(
     upstream: str,
     data: Path,
     out: Path,
-    steps: int = 200,
+    steps: int = 300,
     learning_rate: float = 1e-2,
     batch_size: int = 32,
     seed: int = 0,
@@ -39,7 +39,8 @@ def run_keyword_spotting(
     `upstream` is a checkpoint file or `PRESET[@SEED]` for an untrained model, `data` the folder that holds the two folders of Speech
     Commands v1, by the names of their archives. The probe starts and sees its batches alike for every upstream: results
     compare the upstreams. The checkpoint with the best validation accuracy of four is tested. A run that was interrupted goes
-    on from its last quarter; one that is done, for the same arguments and the same checkpoint, is not repeated.
+    on from its last quarter (S3PRL then begins an epoch anew, so figures differ a little); one that is done, for the same
+    arguments and the same checkpoint, is not repeated.
 
     Returns the arguments and `accuracy` (test, in [0, 1]), `loss`, `chance` (share of the largest class of the test set) and
     `utterances` (of the test set). Raises `UserError` for bad arguments, data or checkpoints.
@@ -51,7 +52,8 @@ def run_keyword_spotting(
     check_keywords(root, test_root)
     check_upstream("hubert_eff", upstream)
     settings = {
-        "task": "ks", "upstream": upstream, "sha256": _digest(upstream), "data": str(data), "steps": steps,
+        "task": "ks", "upstream": upstream, "sha256": _digest(upstream), "data": str(data),
+        "data_sha256": _listing_digest(root, test_root), "steps": steps,
         "learning_rate": learning_rate, "batch_size": batch_size, "seed": seed,
     }  # fmt: skip
     result_file, settings_file = Path(out) / "result.json", Path(out) / "settings.json"
@@ -112,6 +114,12 @@ def _digest(upstream: str) -> str | None:
     return hashlib.sha256(Path(upstream).read_bytes()).hexdigest()
 
 
+def _listing_digest(*roots: Path) -> str:
+    """SHA-256 of the names and sizes of all recordings: another corpus under the same path is another run."""
+    files = (file for root in roots for file in sorted(root.glob("*/*.wav")))
+    return hashlib.sha256("".join(f"{file.parent.name}/{file.name} {file.stat().st_size}\n" for file in files).encode()).hexdigest()
+
+
 def _read(file: Path) -> dict[str, Any]:
     """A JSON object; empty if there is none."""
     with contextlib.suppress(OSError, ValueError):
@@ -125,7 +133,7 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("--upstream", required=True, metavar="CKPT|PRESET[@SEED]", help="a checkpoint, or an untrained model")
     parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="holds the two folders of Speech Commands v1")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where checkpoints and result.json go")
-    parser.add_argument("--steps", type=int, default=200, help="updates of the probe (default %(default)s; SUPERB: 200000)")
+    parser.add_argument("--steps", type=int, default=300, help="updates of the probe (default %(default)s; SUPERB: 200000)")
     parser.add_argument("--lr", type=float, default=1e-2, help="learning rate of Adam (default %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, help="utterances per update (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the probe and its batches (default %(default)s)")

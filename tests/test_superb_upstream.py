@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 
 import numpy as np
@@ -124,6 +125,12 @@ def test_s3prl_finds_the_upstream_and_reads_its_features(wavs):
             single, count = upstream(wav[None], lengths[row : row + 1])
             for state, alone in zip(states, single):
                 torch.testing.assert_close(state[row, : int(count[0])], alone[0], atol=1e-4, rtol=0)
+
+
+def test_a_missing_s3prl_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'hubert-eff\[superb\]'"):
+        register()
 
 
 def test_effects_are_those_of_sox(tmp_path):
