@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,13 +58,18 @@ def run_keyword_spotting(
         "learning_rate": learning_rate, "batch_size": batch_size, "seed": seed,
     }  # fmt: skip
     result_file, settings_file = Path(out) / "result.json", Path(out) / "settings.json"
-    same = _read(settings_file) == settings
-    if same and result_file.is_file():
-        return _read(result_file)
-    result_file.unlink(missing_ok=True)
-    write_json(settings_file, settings)
+    if _read(settings_file) == settings:
+        if result_file.is_file():
+            return _read(result_file)
+    else:
+        if Path(out).is_dir() and any(Path(out).iterdir()) and not settings_file.is_file():
+            raise UserError(f"{out} holds other files: choose a new folder for the run")
+        for name in ("train", "evaluate"):
+            shutil.rmtree(Path(out) / name, ignore_errors=True)
+        result_file.unlink(missing_ok=True)
+        write_json(settings_file, settings)
     with contextlib.redirect_stdout(sys.stderr):  # S3PRL's remarks are no result
-        _superb_ks(settings, root, test_root, Path(out), device, resume=same)
+        _superb_ks(settings, root, test_root, Path(out), device)
 
     metrics = yaml.safe_load((Path(out) / "evaluate" / "valid_best" / "test" / "result.yaml").read_text(encoding="utf-8"))
     sizes = [len(list((test_root / name).glob("*.wav"))) for name in (*KEYWORDS, UNKNOWN, SILENCE)]
@@ -78,7 +84,7 @@ def run_keyword_spotting(
     return result
 
 
-def _superb_ks(settings: dict[str, Any], root: Path, test_root: Path, out: Path, device: str | None, resume: bool) -> None:
+def _superb_ks(settings: dict[str, Any], root: Path, test_root: Path, out: Path, device: str | None) -> None:
     """S3PRL's SuperbKS, its three stages, with its own defaults except for what is given here."""
     import torch
 
@@ -93,7 +99,7 @@ def _superb_ks(settings: dict[str, Any], root: Path, test_root: Path, out: Path,
     config["build_batch_sampler"]["train"]["seed"] = settings["seed"]
     config["build_optimizer"]["conf"]["lr"] = settings["learning_rate"]
     config["train"].update(
-        total_steps=settings["steps"], eval_step=quarter, save_step=quarter, log_step=quarter, auto_resume=resume,
+        total_steps=settings["steps"], eval_step=quarter, save_step=quarter, log_step=quarter, auto_resume=True,
         seed=settings["seed"], keep_num_ckpts=1,
     )  # fmt: skip
     config.update(

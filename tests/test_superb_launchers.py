@@ -125,6 +125,9 @@ def test_runner_refuses_in_one_line(data, tmp_path, capsys):
     assert "did you mean" in message("--upstream", "conformer-debu", "--data", str(data))
     assert "four steps or more" in message("--upstream", "conformer-debug", "--data", str(data), "--steps", "2")
     assert not (tmp_path / "out").exists()
+    (tmp_path / "out" / "train").mkdir(parents=True)
+    assert "holds other files" in message("--upstream", "conformer-debug", "--data", str(data))
+    assert (tmp_path / "out" / "train").is_dir()
 
 
 def test_default_config_has_the_settings_of_superb():
