@@ -38,9 +38,10 @@ Array = npt.NDArray[np.float32]
 
 
 class Extractor(Protocol):
-    """Computes the features of utterances. `rate` is in frames per second."""
+    """Computes the features of utterances. `rate` is in frames per second; `heavy`: worth several threads."""
 
     rate: float
+    heavy: bool
 
     def frames(self, samples: int) -> int:
         """Number of frames of an utterance of `samples` samples; 0 if it is too short."""
@@ -93,6 +94,7 @@ class Mfcc:
     """13 MFCC, their deltas and delta-deltas: 39 dimensions; Kaldi's windows, as HuBERT's first iteration uses them."""
 
     rate = MFCC_RATE
+    heavy = False
 
     def __init__(self) -> None:
         try:
@@ -118,7 +120,7 @@ class Mfcc:
         static = torch.cat(
             [
                 mfcc(wav[None, start:end], sample_frequency=SAMPLE_RATE, use_energy=False)
-                for start, end in chunks(self.frames(len(wav)), MFCC_STRIDE, WINDOW, MFCC_CHUNK)
+                for start, end in chunks(len(wav), self.frames(len(wav)), MFCC_STRIDE, WINDOW, MFCC_CHUNK)
             ]
         ).T  # (13, T)
         delta = compute_deltas(static)
@@ -133,6 +135,7 @@ class HiddenLayer:
     """
 
     rate = SAMPLE_RATE / FRAME_STRIDE
+    heavy = True
 
     def __init__(self, checkpoint: str, layer: int, device: str, batch_seconds: float) -> None:
         import torch
@@ -176,7 +179,7 @@ class HiddenLayer:
             values = states[self.layer].float().cpu().numpy()
             for row, (index, start, end) in enumerate(batch):
                 pieces.setdefault(index, []).append(values[row, : self.frames(end - start)].copy())
-                if end + FRAME_STRIDE > len(audio[index]):  # the last piece
+                if end == len(audio[index]):  # the last piece
                     yield index, np.concatenate(pieces.pop(index))
 
     def _batches(self, audio: list[Array]) -> Iterator[list[tuple[int, int, int]]]:
@@ -184,7 +187,7 @@ class HiddenLayer:
         items = [
             (index, start, end)
             for index in sorted(range(len(audio)), key=lambda i: -len(audio[i]))
-            for start, end in chunks(self.frames(len(audio[index])), FRAME_STRIDE, self.window, LAYER_CHUNK)
+            for start, end in chunks(len(audio[index]), self.frames(len(audio[index])), FRAME_STRIDE, self.window, LAYER_CHUNK)
         ]
         batch: list[tuple[int, int, int]] = []
         for item in items:
@@ -198,8 +201,8 @@ class HiddenLayer:
             yield batch
 
 
-def chunks(frames: int, stride: int, window: int, most: int) -> Iterator[tuple[int, int]]:
-    """(start, end) in samples of pieces of at most `most` frames; together they have exactly `frames` frames."""
+def chunks(samples: int, frames: int, stride: int, window: int, most: int) -> Iterator[tuple[int, int]]:
+    """(start, end) in samples of pieces of at most `most` frames. Together they have exactly `frames` frames and cover the audio."""
     for first in range(0, frames, most):
-        last = min(first + most, frames) - 1
-        yield first * stride, last * stride + window
+        last = first + most
+        yield first * stride, samples if last >= frames else (last - 1) * stride + window

@@ -25,6 +25,7 @@ BATCH = 10_000
 PATIENCE = 100
 TOLERANCE = 1e-3
 STARTS = 20
+SMALL = 5e8  # multiplications per batch below which a second thread costs more than it brings
 START_BUDGET = 2e10  # frames x clusters x dimensions of all starts together: a minute or so
 INIT_FRAMES = 3 * BATCH
 MAX_PASSES = 100
@@ -81,24 +82,27 @@ def fit(files: Sequence[Path], clusters: int, seed: int) -> Array:
     """
     try:
         from sklearn.cluster import MiniBatchKMeans
+        from threadpoolctl import threadpool_limits
     except ImportError as error:
         raise missing_extra("scikit-learn", "data", "k-means") from error
-    frames = sum(np.load(f, mmap_mode="r").shape[0] for f in files)
+    shapes = [np.load(f, mmap_mode="r").shape for f in files]
+    frames = sum(s[0] for s in shapes)
     if frames < clusters:
         raise UserError(f"--clusters {clusters} needs as many frames, the fit split has {frames}: ask for fewer or give more audio")
     batch = max(BATCH, clusters)
-    model = MiniBatchKMeans(
-        clusters,
-        init=_start(files, clusters, seed, frames),
-        n_init=1,
-        batch_size=batch,
-        compute_labels=True,
-        reassignment_ratio=0.0,
-        random_state=seed,
-    )
     alpha = min(1.0, 2.0 * batch / (frames + 1))  # smoothing over about one pass
     smoothed, best, waited = math.nan, math.inf, 0
-    with progress(f"k-means of {frames} frames, passes (stops early)", MAX_PASSES) as advance:
+    threads = 1 if batch * clusters * shapes[0][1] < SMALL else None
+    with threadpool_limits(threads), progress(f"k-means of {frames} frames, passes (stops early)", MAX_PASSES) as advance:
+        model = MiniBatchKMeans(
+            clusters,
+            init=_start(files, clusters, seed, frames),
+            n_init=1,
+            batch_size=batch,
+            compute_labels=True,
+            reassignment_ratio=0.0,
+            random_state=seed,
+        )
         for number in range(MAX_PASSES):
             for rows in _batches(files, batch, seed + number):
                 model.partial_fit(rows)

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -239,12 +239,12 @@ class _Pool:
         with progress(what, sum(len(t[2]) for t in tasks)) as advance:
             advance(sum(len(t[2]) for t in tasks) - sum(len(t[2]) for t in missing))
             if self.workers == 1 or len(missing) < 2:
-                for task in missing:
-                    advance(function(task, extractor=self.extractor))
+                with _threads(self.extractor, 1):
+                    for task in missing:
+                        advance(function(task, extractor=self.extractor))
                 return
             count = min(self.workers, len(missing))
-            threads = max(1, (os.cpu_count() or 1) // count)
-            pool = ProcessPoolExecutor(count, get_context("spawn"), _initialise, (self.source, threads))
+            pool = ProcessPoolExecutor(count, get_context("spawn"), _initialise, (self.source, count))
             try:
                 for size in pool.map(partial(_in_process, function), missing):
                     advance(size)
@@ -259,16 +259,31 @@ class _Pool:
 _opened: Extractor | None = None  # of a worker process
 
 
-def _initialise(source: FeatureSource, threads: int) -> None:
-    global _opened
-    import torch
+_processes = 1
 
-    torch.set_num_threads(threads)
-    _opened = source.open()
+
+def _initialise(source: FeatureSource, processes: int) -> None:
+    global _opened, _processes
+    _opened, _processes = source.open(), processes
 
 
 def _in_process(function: Callable[..., int], task: Task) -> int:
-    return function(task, extractor=_opened)
+    assert _opened is not None
+    with _threads(_opened, _processes):
+        return function(task, extractor=_opened)
+
+
+@contextmanager
+def _threads(extractor: Extractor, processes: int) -> Iterator[None]:
+    """A fair share of torch's threads; one for features so small that threads only wait for each other."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, before // processes) if extractor.heavy else 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _features(task: Task, extractor: Extractor) -> list[Array]:
