@@ -72,6 +72,7 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "cpu": _cpu(),
         "threads": torch.get_num_threads(),
+        "load": [round(x, 1) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None,
         "matmul_precision": torch.get_float32_matmul_precision(),
         "allocator": {name: os.environ[name] for name in ALLOCATOR if name in os.environ} or "default",
     }
