@@ -1,27 +1,60 @@
 """Waveform extractors: strided convolutions from samples to 512 channels at 20 ms (wav2vec 2.0, section 2; SEW, section 4)."""
 
-# B batch, S samples, C channels, T frames of 20 ms
+# B batch, S samples, T frames (of 20 ms at the end), C channels
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .config import HubertConfig
+from .layers.convolution import strided_conv
+from .layers.linear import takes_onednn
 
 
 class ChannelNorm(nn.Sequential):
-    """LayerNorm over the channels of (B, C, T). The affine parameters sit at `1.`, as in fairseq's state names."""
+    """LayerNorm over the channels of (B, T, C). The affine parameters sit at `1.`, as in fairseq's state names."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(nn.Identity(), nn.LayerNorm(channels))
 
-    def forward(self, x: Tensor) -> Tensor:
-        normed: Tensor = self[1](x.transpose(1, 2))
-        return normed.transpose(1, 2)
+
+class _TimeNorm(torch.autograd.Function):
+    """GroupNorm over time in the (B, T, C) layout, where torch's own is slow, or inexact as a BatchNorm."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        centred = x - x.mean(1, keepdim=True)
+        scale = torch.rsqrt(centred.square().mean(1, keepdim=True) + eps)  # (B, 1, C)
+        normed = centred.mul_(scale)
+        ctx.save_for_backward(normed, scale, weight)
+        return torch.addcmul(bias, normed, weight)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        normed, scale, weight = ctx.saved_tensors
+        mean, slope = grad.mean(1, keepdim=True), (grad * normed).mean(1, keepdim=True)
+        grad_x = torch.addcmul(grad - mean, normed, slope, value=-1).mul_(scale * weight)
+        frames = grad.size(1)
+        return grad_x, slope.sum((0, 1)) * frames, mean.sum((0, 1)) * frames, None
+
+
+class TimeNorm(nn.GroupNorm):
+    """GroupNorm with one group per channel: each channel of (B, T, C) is normalised over time."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if takes_onednn(input, self.weight):
+            return _TimeNorm.apply(input, self.weight, self.bias, self.eps)  # type: ignore[no-any-return,no-untyped-call]
+        return super().forward(input.transpose(1, 2)).transpose(1, 2)
 
 
 class ConvBlock(nn.Sequential):
@@ -32,22 +65,17 @@ class ConvBlock(nn.Sequential):
         nn.init.kaiming_normal_(conv.weight)
         super().__init__(conv, nn.Identity(), norm)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, C, T) -> (B, C', T')
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T', C')
         conv = self[0]
         assert isinstance(conv, nn.Conv1d)
-        if conv.kernel_size == (1,) and conv.stride == (1,):  # Conv1d takes a slow path for these
-            x = torch.matmul(conv.weight.squeeze(-1), x)
-            x = x if conv.bias is None else x + conv.bias[:, None]
-        else:
-            x = conv(x)
-        return F.gelu(self[2](x))
+        return F.gelu(self[2](strided_conv(x, conv.weight, conv.bias, conv.stride[0])))
 
 
 class ConvFeatureExtractor(nn.Module):
-    """Waveform (B, S) -> features (B, C, T), T = `num_frames(S)`.
+    """Waveform (B, S) -> features (B, T, C), T = `num_frames(S)`.
 
-    `extractor_mode` default: GroupNorm over time per channel on the first convolution (its statistics include padding, as in fairseq);
-    layer_norm: LayerNorm over channels on every convolution (padding cannot reach a valid frame).
+    `extractor_mode` default: GroupNorm over time per channel on the first convolution (its statistics include padding, as in
+    fairseq); layer_norm: LayerNorm over channels on every convolution (padding cannot reach a valid frame).
     """
 
     def __init__(self, config: HubertConfig) -> None:
@@ -58,13 +86,13 @@ class ConvFeatureExtractor(nn.Module):
             if config.extractor_mode == "layer_norm":
                 norm = ChannelNorm(out)
             elif index == 0:
-                norm = nn.GroupNorm(out, out)
+                norm = TimeNorm(out)
             blocks.append(ConvBlock(channels, out, kernel, stride, config.conv_bias, norm))
             channels = out
         self.conv_layers = nn.ModuleList(blocks)
 
     def forward(self, source: Tensor) -> Tensor:
-        x = source.unsqueeze(1)
+        x = source.unsqueeze(-1)
         for block in self.conv_layers:
             x = block(x)
         return x

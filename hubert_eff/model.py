@@ -63,7 +63,7 @@ class HubertModel(nn.Module):
         return int(num_frames(samples, self.config.conv_layers))
 
     def _extract(self, source: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Waveform (B, S) -> extractor output (B, C, T) and padding of frames (B, T)."""
+        """Waveform (B, S) -> extractor output (B, T, C) and padding of frames (B, T)."""
         if source.size(-1) < 1 or self.num_frames(source.size(-1)) < 1:
             need = 1
             for _, kernel, stride in reversed(self.config.conv_layers):
@@ -80,12 +80,12 @@ class HubertModel(nn.Module):
         else:
             with torch.no_grad():
                 features = self.feature_extractor(source)
-        frames = None if padding_mask is None else frame_padding_mask(padding_mask, features.size(-1), self.config)
+        frames = None if padding_mask is None else frame_padding_mask(padding_mask, features.size(1), self.config)
         return features, frames
 
     def _project(self, features: Tensor) -> Tensor:
-        """Extractor output (B, C, T) -> encoder input (B, T, D)."""
-        x: Tensor = self.layer_norm(features.transpose(1, 2))
+        """Extractor output (B, T, C) -> encoder input (B, T, D)."""
+        x: Tensor = self.layer_norm(features)
         if self.post_extract_proj is not None:
             x = self.post_extract_proj(x)
         return x
@@ -187,11 +187,11 @@ class HubertModel(nn.Module):
     def _align(
         self, features: Tensor, frames: Tensor | None, targets: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-        """Cut features (B, C, T) and labels to the time both have; pick the label of each frame, (B, T)."""
+        """Cut features (B, T, C) and labels to the time both have; pick the label of each frame, (B, T)."""
         ratio = int(self.config.label_rate * FRAME_STRIDE) // SAMPLE_RATE
-        length = min(features.size(-1), *(-(-t.size(1) // ratio) for t in targets))
+        length = min(features.size(1), *(-(-t.size(1) // ratio) for t in targets))
         cut = [t[:, : length * ratio : ratio] for t in targets]
-        return features[..., :length], None if frames is None else frames[:, :length], cut
+        return features[:, :length], None if frames is None else frames[:, :length], cut
 
     def _mask(self, x: Tensor, frames: Tensor | None, sample_ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Put the mask embedding on spans of x (B, T, D), zero on spans of channels; the mask over time, (B, T)."""

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 _PRODUCT = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # absent where torch is built without oneDNN
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., K) times the transpose of weight (N, K)."""
     assert _PRODUCT is not None
     if not (weight.is_contiguous() or weight.t().is_contiguous()):
@@ -30,7 +30,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
+        return product(x, weight, bias)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
@@ -39,29 +39,32 @@ class _Linear(torch.autograd.Function):
         need_x, need_weight, need_bias = ctx.needs_input_grad
         rows = grad.reshape(-1, grad.size(-1))  # (M, N)
         return (
-            _product(grad, weight.t()) if need_x else None,
-            _product(rows.t(), x.reshape(-1, x.size(-1)).t()) if need_weight else None,
+            product(grad, weight.t()) if need_x else None,
+            product(rows.t(), x.reshape(-1, x.size(-1)).t()) if need_weight else None,
             rows.sum(0) if need_bias else None,
         )
 
 
+def takes_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether the products here apply: eager float32 on a CPU that oneDNN supports."""
+    return (
+        _PRODUCT is not None
+        and x.dtype == torch.float32 == weight.dtype
+        and x.device.type == "cpu"
+        and x.numel() > 0
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
+    )
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`: x (..., K), weight (N, K), bias (N,) -> (..., N)."""
-    plain = (
-        _PRODUCT is None
-        or x.dtype != torch.float32
-        or weight.dtype != torch.float32
-        or x.device.type != "cpu"
-        or x.numel() == 0
-        or torch.is_autocast_enabled("cpu")
-        or torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-    )
-    if plain:
+    if not takes_onednn(x, weight):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
         return _Linear.apply(x, weight, bias)  # type: ignore[no-any-return,no-untyped-call]
-    return _product(x, weight, bias)
+    return product(x, weight, bias)
 
 
 class Linear(nn.Linear):
