@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from .config import FRAME_STRIDE, SAMPLE_RATE, HubertConfig
 from .errors import UserError
 from .frontend import ConvFeatureExtractor, frame_padding_mask, num_frames
+from .layers.dropout import Dropout
 from .layers.linear import Linear, linear
 from .masking import batch_mask
 from .registry import encoder_of, preset_config
@@ -47,7 +48,7 @@ class HubertModel(nn.Module):
         self.feature_extractor = ConvFeatureExtractor(config)
         self.layer_norm = nn.LayerNorm(channels)
         self.post_extract_proj = Linear(channels, dim) if channels != dim else None
-        self.dropout_input = nn.Dropout(config.dropout_input)
+        self.dropout_input = Dropout(config.dropout_input)
         self.mask_emb = nn.Parameter(torch.empty(dim).uniform_())
         self.encoder = encoder_of(config).module(config)
         copies = len(self.num_classes) if config.untie_final_proj and self.num_classes else 1

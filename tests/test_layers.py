@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from hubert_eff.frontend import TimeNorm
+from hubert_eff.layers.attention import attention
 from hubert_eff.layers.convolution import strided_conv
+from hubert_eff.layers.dropout import Dropout, keep_mask
 from hubert_eff.layers.linear import Linear
 
 
@@ -77,3 +79,51 @@ def test_time_norm_equals_group_norm() -> None:
         results.append((y, x.grad, layer.weight.grad, layer.bias.grad))
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_keeps_the_share_and_the_mean(p: float) -> None:
+    layer = Dropout(p).train()
+    x = torch.ones(301, 1_003, requires_grad=True)
+    y = layer(x)
+    assert abs(float((y == 0).float().mean()) - p) < 0.005
+    assert abs(float(y.detach().mean()) - 1) < 0.01
+    y.sum().backward()
+    assert torch.equal(x.grad, y.detach())
+    assert torch.equal(layer.eval()(x), x)
+    # each place on its own: neighbours in a random word are independent
+    drops = (y.detach().flatten() == 0).float()
+    for lag in (1, 2, 3, 4):
+        assert abs(float((drops[lag:] * drops[:-lag]).mean()) - p * p) < 0.005
+
+
+def test_dropout_follows_the_seed() -> None:
+    layer, x, draws = Dropout(0.3), torch.ones(1_000), []
+    for _ in range(2):
+        torch.manual_seed(5)
+        draws.append(layer(x))
+    assert torch.equal(*draws)
+
+
+@pytest.mark.parametrize("kind", [None, "bool", "float"])
+def test_attention_with_dropout_equals_its_definition(kind: str | None) -> None:
+    q, k, v = (torch.randn(2, 3, t, 8, requires_grad=True) for t in (11, 13, 13))
+    bias = None
+    if kind == "bool":
+        bias = torch.ones(2, 1, 1, 13, dtype=torch.bool)
+        bias[1, ..., 9:] = False
+    elif kind == "float":
+        bias = torch.randn(2, 3, 11, 13, requires_grad=True)
+    torch.manual_seed(3)
+    y = attention(q, k, v, bias, 0.4)
+    torch.manual_seed(3)
+    mask, scale = keep_mask(torch.Size((6, 11, 13)), 0.4)
+    score = q @ k.transpose(-1, -2) / 8**0.5
+    if bias is not None:
+        score = score.masked_fill(~bias, float("-inf")) if kind == "bool" else score + bias
+    expected = (score.softmax(-1) * mask.view(2, 3, 11, 13) * scale) @ v
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    wanted = [q, k, v] + ([bias] if kind == "float" else [])
+    weight = torch.randn_like(y)
+    for a, b in zip(torch.autograd.grad(y, wanted, weight), torch.autograd.grad(expected, wanted, weight)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..config import HubertConfig
+from ..layers.dropout import Dropout
 from ..layers.position import PositionalConv1d
 
 
@@ -44,7 +45,7 @@ class Encoder(nn.Module):
         self.pos_conv = nn.Sequential(PositionalConv1d(dim, config.conv_pos, config.conv_pos_groups), nn.GELU())
         self.layers = nn.ModuleList([self.build_block(config, index) for index in range(config.encoder_layers)])
         self.layer_norm = nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.init_weights()
 
     def build_block(self, config: HubertConfig, index: int) -> nn.Module:

@@ -13,6 +13,7 @@ from ..config import HubertConfig, option
 from ..errors import UserError
 from ..layers.attention import RelativeSelfAttention, SelfAttention
 from ..layers.convolution import DepthwiseConv
+from ..layers.dropout import Dropout
 from ..layers.feedforward import ConformerFeedForward
 from ..layers.linear import Linear
 from ..layers.norm import MaskedBatchNorm
@@ -50,7 +51,7 @@ class ConvolutionModule(nn.Module):
         self.depthwise_conv = DepthwiseConv(dim, kernel, bias=bias)
         self.batch_norm = MaskedBatchNorm(dim)
         self.pointwise_conv2 = Linear(dim, dim, bias=bias)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:  # (B, T, D)
         x = F.glu(self.pointwise_conv1(self.layer_norm(x)))
@@ -75,7 +76,7 @@ class ConformerBlock(nn.Module):
         )
         self.ffn2 = ConformerFeedForward(dim, inner, config.dropout, config.activation_dropout)
         self.final_layer_norm = nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor, frames: Frames) -> Tensor:  # (B, T, D)
         x = x + 0.5 * self.ffn1(x)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ..config import HubertConfig
 from ..layers.attention import SelfAttention
+from ..layers.dropout import Dropout
 from ..layers.linear import Linear
 from ..registry import register_encoder
 from .base import Encoder, Frames
@@ -33,8 +34,8 @@ class TransformerBlock(nn.Module):
         self.fc1 = Linear(dim, config.encoder_ffn_embed_dim)
         self.fc2 = Linear(config.encoder_ffn_embed_dim, dim)
         self.final_layer_norm = nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(config.dropout)
-        self.activation_dropout = nn.Dropout(config.activation_dropout)
+        self.dropout = Dropout(config.dropout)
+        self.activation_dropout = Dropout(config.activation_dropout)
 
     def forward(self, x: Tensor, frames: Frames) -> Tensor:  # (B, T, D)
         if self.pre_norm:
@@ -51,6 +52,7 @@ class TransformerBlock(nn.Module):
 DEBUG = {  # small enough to learn something in a minute on two CPU cores
     "extractor_mode": "layer_norm",
     "conv_feature_layers": "[(32,10,5)] + [(32,3,2)] * 4 + [(32,2,2)] * 2",
+    "conv_bias": True,  # without it a LayerNorm right after the first convolution hides how loud the speech is
     "encoder_layers": 2,
     "encoder_embed_dim": 64,
     "encoder_ffn_embed_dim": 128,
@@ -59,6 +61,8 @@ DEBUG = {  # small enough to learn something in a minute on two CPU cores
     "conv_pos_groups": 4,
     "required_seq_len_multiple": 1,
     "final_dim": 64,
+    "mask_prob": 0.5,
+    "mask_length": 5,
 }
 
 

@@ -1,14 +1,73 @@
-"""Multi-head self-attention through `F.scaled_dot_product_attention`."""
+"""Multi-head self-attention through `F.scaled_dot_product_attention`, or, with dropout on a CPU, through our own of the same form."""
 
 # B batch, T frames, D model dim, H heads, d = D / H
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .linear import Linear, linear
+from .dropout import keep_mask
+from .linear import Linear, linear, product, takes_onednn
+
+
+class _DropoutAttention(torch.autograd.Function):
+    """softmax(q k' / sqrt(d) + bias), dropout, times v.
+
+    With dropout torch's attention on a CPU runs unfused, through slower products and one random draw per element.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, p: float) -> Tensor:
+        batch, heads, queries, size = q.shape
+        rows = (q * size**-0.5).reshape(-1, queries, size)  # (B H, T, d)
+        keys, values = k.reshape(-1, k.size(2), size).contiguous(), v.reshape(-1, k.size(2), size).contiguous()
+        probs = _products(rows, keys).view(batch, heads, queries, -1)
+        if bias is not None:
+            probs += bias
+        probs = probs.softmax(-1).view(batch * heads, queries, -1)
+        mask, ctx.scale = keep_mask(probs.shape, p)
+        mixed = _products((probs * mask).mul_(ctx.scale), values.transpose(1, 2))
+        ctx.save_for_backward(rows, keys, values, probs, mask, mixed)
+        return mixed.view_as(q)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None]:
+        rows, keys, values, probs, mask, mixed = ctx.saved_tensors
+        shape = grad.shape
+        grad = grad.reshape(mixed.shape).contiguous()
+        dropped = (probs * mask).mul_(ctx.scale)
+        grad_values = _products(dropped.transpose(1, 2), grad.transpose(1, 2))
+        # d softmax: P (dP - sum(dP P)), and sum(dP P) over the keys is grad . output
+        scores = _products(grad, values).mul_(mask).mul_(ctx.scale)
+        scores = scores.sub_((grad * mixed).sum(-1, keepdim=True)).mul_(probs)
+        grad_rows = _products(scores, keys.transpose(1, 2)).mul_(shape[-1] ** -0.5)
+        grad_keys = _products(scores.transpose(1, 2), rows.transpose(1, 2))
+        split = (shape[0], shape[1], -1, shape[3])
+        grad_bias = scores.view(shape[0], shape[1], shape[2], -1) if ctx.needs_input_grad[3] else None
+        return grad_rows.view(shape), grad_keys.view(split), grad_values.view(split), grad_bias, None
+
+
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """a (N, M, K), b (N, L, K) -> a b' (N, M, L)."""
+    out = a.new_empty(a.size(0), a.size(1), b.size(1))
+    for index in range(a.size(0)):
+        out[index] = product(a[index], b[index])
+    return out
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
+    """`F.scaled_dot_product_attention` of q (B, H, T, d), k and v (B, H, T', d); bias: bool (False = never seen) or float, or None."""
+    if dropout == 0.0 or not takes_onednn(q, k):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+    if bias is not None and bias.dtype == torch.bool:
+        bias = torch.zeros_like(bias, dtype=q.dtype).masked_fill(~bias, float("-inf"))
+    return _DropoutAttention.apply(q, k, v, bias, dropout)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class SelfAttention(nn.Module):
@@ -34,7 +93,7 @@ class SelfAttention(nn.Module):
         """`attend`: bool, broadcastable to (B, H, T, T), False = never seen."""
         q, k, v = self.heads_of(x)
         dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attend, dropout_p=dropout)
+        mixed = attention(q, k, v, attend, dropout)
         return self.out_proj(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
@@ -75,7 +134,5 @@ class RelativeSelfAttention(SelfAttention):
             )
             if attend is not None:
                 bias = bias.masked_fill(~attend, float("-inf"))
-            mixed.append(
-                F.scaled_dot_product_attention(content[:, :, start:stop], k, v, attn_mask=bias, dropout_p=dropout)
-            )
+            mixed.append(attention(content[:, :, start:stop], k, v, bias, dropout))
         return self.out_proj(torch.cat(mixed, dim=2).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]

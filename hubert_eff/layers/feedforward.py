@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .dropout import Dropout
 from .linear import Linear
 
 
@@ -16,8 +17,8 @@ class ConformerFeedForward(nn.Module):
         self.layer_norm = nn.LayerNorm(dim)
         self.w_1 = Linear(dim, inner)
         self.w_2 = Linear(inner, dim)
-        self.activation_dropout = nn.Dropout(activation_dropout)
-        self.dropout = nn.Dropout(dropout)
+        self.activation_dropout = Dropout(activation_dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.activation_dropout(F.silu(self.w_1(self.layer_norm(x))))
