@@ -9,6 +9,9 @@ READY   = $(VENV)/.hubert-eff-ready
 export PIP_CONSTRAINT       = $(CURDIR)/requirements-lock.txt
 export PIP_BUILD_CONSTRAINT = $(CURDIR)/requirements-lock.txt
 
+# models as small as those of the tests gain nothing from threads, which spin when other work shares the cores
+test test-long: export OMP_NUM_THREADS ?= 1
+
 .PHONY: env demo test test-long lint clean
 
 env: $(READY)

@@ -111,7 +111,8 @@ class HubertEffCriterion(FairseqCriterion):
         for key, value in total.items():
             name, _, index = key.rpartition("_")
             if key.startswith("loss_"):
-                metrics.log_scalar(key, float(value) / frames / math.log(2), frames, priority=30, round=3)
+                count = max(float(total.get(key.replace("loss_", "count_"), frames)), 1.0)  # bits per frame of its own kind
+                metrics.log_scalar(key, float(value) / count / math.log(2), count, priority=30, round=3)
             elif key.startswith("log_"):
                 metrics.log_scalar(key.removeprefix("log_"), float(value) / frames, frames, priority=40, round=4)
             elif name.startswith("correct_"):
