@@ -90,7 +90,7 @@ class Demo:
         corpus, data, keywords = out / "corpus", out / "data", out / "keywords"
         first, second = out / "labels-mfcc", out / "labels-layer"
         seconds = {
-            "corpus": self.step("A speech corpus", "hubert-eff", "corpus", "demo", "--out", corpus),
+            "corpus": self.step("A speech corpus", "hubert-eff", "corpus", "demo", "--out", corpus, "--speakers", 24),
             "manifest": self.step("Check the audio, split it", "hubert-eff", "manifest", corpus, "--out", data, "--valid-percent", 10),
             "labels": self.step(
                 "First labels: k-means on MFCC",
@@ -165,8 +165,9 @@ def table(results: dict[str, Any], out: Path) -> Table:
         ("code perplexity, valid", f"{valid['code perplexity']:.1f} of {CLUSTERS} (labels: {valid['label perplexity']:.1f})", ""),
     ]
     for name, folder in (("mfcc", "labels-mfcc"), ("layer 2", "labels-layer")):
-        quality = results["labels"][name]
-        rows.append((f"labels from {name}", f"PNMI {quality['pnmi']:.3f}, phone purity {quality['phone_purity']:.3f}", folder))
+        quality = results["labels"][name]["splits"]["valid"]
+        figure = f"PNMI {quality['pnmi']:.3f}, phone purity {quality['phone_purity']:.3f}"
+        rows.append((f"labels from {name}, valid", figure, folder))
     for name, folder in (("pretrained", "ks-pretrained"), ("untrained", "ks-untrained")):
         run = spotting[name]
         rows.append((f"keyword spotting, {name}", f"{run['accuracy']:.1%} (largest class: {run['chance']:.1%})", folder))
