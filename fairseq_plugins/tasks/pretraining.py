@@ -15,6 +15,7 @@ from omegaconf import II, OmegaConf
 from torch import Tensor
 
 from hubert_eff.errors import UserError, unknown
+from hubert_eff.registry import list_encoders
 
 from .. import checks, stopping
 from ..dataset import SeededHubertDataset
@@ -65,7 +66,7 @@ class HubertEffPretrainingTask(HubertPretrainingTask):
         """Build the model; an unknown name or a value that cannot be built is a `UserError`."""
         name = getattr(cfg, "_name", None)
         if name not in MODEL_REGISTRY:
-            raise unknown("model", name, (n for n in MODEL_REGISTRY if n.startswith("hubert_")))
+            raise unknown("model", name, (f"hubert_{encoder}" for encoder in list_encoders()))
         return super().build_model(cfg, from_checkpoint)
 
     @one_line_errors()
