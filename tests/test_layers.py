@@ -8,7 +8,7 @@ import torch
 from hubert_eff.frontend import TimeNorm
 from hubert_eff.layers.attention import attention
 from hubert_eff.layers.convolution import strided_conv
-from hubert_eff.layers.dropout import Dropout, keep_mask
+from hubert_eff.layers.dropout import Dropout, keep_signs
 from hubert_eff.layers.linear import Linear
 
 
@@ -117,11 +117,12 @@ def test_attention_with_dropout_equals_its_definition(kind: str | None) -> None:
     torch.manual_seed(3)
     y = attention(q, k, v, bias, 0.4)
     torch.manual_seed(3)
-    mask, scale = keep_mask(torch.Size((6, 11, 13)), 0.4)
+    signs, scales = zip(*(keep_signs(torch.Size((11, 13)), 0.4) for _ in range(6)))
+    dropped = torch.stack(signs).view(2, 3, 11, 13) < 0
     score = q @ k.transpose(-1, -2) / 8**0.5
     if bias is not None:
         score = score.masked_fill(~bias, float("-inf")) if kind == "bool" else score + bias
-    expected = (score.softmax(-1) * mask.view(2, 3, 11, 13) * scale) @ v
+    expected = (score.softmax(-1).masked_fill(dropped, 0.0) * scales[0]) @ v
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
     wanted = [q, k, v] + ([bias] if kind == "float" else [])
     weight = torch.randn_like(y)

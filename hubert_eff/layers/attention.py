@@ -11,54 +11,60 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .dropout import keep_mask
+from .dropout import keep_signs
 from .linear import Linear, linear, product, takes_onednn
 
 
 class _DropoutAttention(torch.autograd.Function):
     """softmax(q k' / sqrt(d) + bias), dropout, times v.
 
-    With dropout torch's attention on a CPU runs unfused, through slower products and one random draw per element.
+    With dropout torch's attention on a CPU runs unfused, through slower products and one random draw per element. Here one head follows
+    the other, so that its (T, T) scores stay in cache.
     """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, p: float) -> Tensor:
-        batch, heads, queries, size = q.shape
-        rows = (q * size**-0.5).reshape(-1, queries, size)  # (B H, T, d)
-        keys, values = k.reshape(-1, k.size(2), size).contiguous(), v.reshape(-1, k.size(2), size).contiguous()
-        probs = _products(rows, keys).view(batch, heads, queries, -1)
-        if bias is not None:
-            probs += bias
-        probs = probs.softmax(-1).view(batch * heads, queries, -1)
-        mask, ctx.scale = keep_mask(probs.shape, p)
-        mixed = _products((probs * mask).mul_(ctx.scale), values.transpose(1, 2))
-        ctx.save_for_backward(rows, keys, values, probs, mask, mixed)
-        return mixed.view_as(q)
+        rows, keys, values = (q * q.size(-1) ** -0.5).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (B H, T, d)
+        shape = (*q.shape[:3], k.size(2))
+        biases = None if bias is None else bias.expand(shape).flatten(0, 1)
+        mixed = torch.empty_like(rows)
+        saved = []
+        for head in range(rows.size(0)):
+            scores = product(rows[head], keys[head])
+            if biases is not None:
+                scores += biases[head]
+            signs, ctx.scale = keep_signs(scores.shape, p)
+            probs = torch.softmax(scores, -1).copysign_(signs)  # one tensor to keep: negative = dropped
+            mixed[head] = product(probs.relu(), values[head].t())
+            saved.append(probs)
+        mixed *= ctx.scale
+        ctx.save_for_backward(rows, keys, values, mixed, *saved)
+        ctx.shape = shape
+        return mixed.view(q.shape)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None]:
-        rows, keys, values, probs, mask, mixed = ctx.saved_tensors
-        shape = grad.shape
-        grad = grad.reshape(mixed.shape).contiguous()
-        dropped = (probs * mask).mul_(ctx.scale)
-        grad_values = _products(dropped.transpose(1, 2), grad.transpose(1, 2))
-        # d softmax: P (dP - sum(dP P)), and sum(dP P) over the keys is grad . output
-        scores = _products(grad, values).mul_(mask).mul_(ctx.scale)
-        scores = scores.sub_((grad * mixed).sum(-1, keepdim=True)).mul_(probs)
-        grad_rows = _products(scores, keys.transpose(1, 2)).mul_(shape[-1] ** -0.5)
-        grad_keys = _products(scores.transpose(1, 2), rows.transpose(1, 2))
-        split = (shape[0], shape[1], -1, shape[3])
-        grad_bias = scores.view(shape[0], shape[1], shape[2], -1) if ctx.needs_input_grad[3] else None
-        return grad_rows.view(shape), grad_keys.view(split), grad_values.view(split), grad_bias, None
-
-
-def _products(a: Tensor, b: Tensor) -> Tensor:
-    """a (N, M, K), b (N, L, K) -> a b' (N, M, L)."""
-    out = a.new_empty(a.size(0), a.size(1), b.size(1))
-    for index in range(a.size(0)):
-        out[index] = product(a[index], b[index])
-    return out
+        rows, keys, values, mixed, *saved = ctx.saved_tensors
+        grads = grad.reshape(mixed.shape)
+        # the softmax's gradient is P (dP - sum(dP P)), and the sum over the keys is the product of output and its gradient
+        sums = (grads * mixed).sum(-1, keepdim=True)
+        grad_rows, grad_keys, grad_values = torch.empty_like(rows), torch.empty_like(keys), torch.empty_like(values)
+        grad_bias = rows.new_empty(rows.size(0), *ctx.shape[2:]) if ctx.needs_input_grad[3] else None
+        for head in range(rows.size(0)):
+            kept, probs = saved[head].relu(), saved[head].abs()
+            scaled = grads[head] * ctx.scale
+            # products are ordered so that oneDNN is handed the large matrices as they lie, and the small ones transposed
+            grad_values[head] = product(scaled.t(), kept.t()).t()
+            scores = product(scaled, values[head]).mul_(kept).sub_(probs.mul_(sums[head]))
+            if grad_bias is not None:
+                grad_bias[head] = scores
+            grad_rows[head] = product(scores, keys[head].t())
+            grad_keys[head] = product(rows[head].t(), scores.t()).t()
+        split = (*ctx.shape[:2], -1, grad.size(-1))
+        grad_rows *= grad.size(-1) ** -0.5
+        bias = None if grad_bias is None else grad_bias.view(ctx.shape)
+        return grad_rows.view(split), grad_keys.view(split), grad_values.view(split), bias, None
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float) -> Tensor:

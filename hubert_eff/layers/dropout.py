@@ -1,4 +1,4 @@
-"""Dropout that draws its mask from 16-bit slices of random words: on a CPU several times faster than one Bernoulli draw per element."""
+"""Dropout that draws from 16-bit slices of random words: on a CPU several times faster than one Bernoulli draw per element."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ from .linear import takes_onednn
 LEVELS = 1 << 16
 
 
-def keep_mask(shape: torch.Size, p: float) -> tuple[Tensor, float]:
-    """A CPU mask, False with probability q, and 1 / (1 - q); q is `p` rounded to 1 / 65536, below 1."""
+def keep_signs(shape: torch.Size, p: float) -> tuple[Tensor, float]:
+    """A CPU float tensor, negative with probability q and else positive, and 1 / (1 - q); q is `p` rounded to 1 / 65536, below 1."""
     count = math.prod(shape)
     dropped = min(round(p * LEVELS), LEVELS - 1)
     words = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(1 << 63), None)
-    mask = words.view(torch.int16)[:count] >= dropped - LEVELS // 2
-    return mask.view(shape), LEVELS / (LEVELS - dropped)
+    levels = words.view(torch.int16)[:count].float().add_(LEVELS / 2 - dropped + 0.5)  # never zero
+    return levels.view(shape), LEVELS / (LEVELS - dropped)
 
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
-        mask, ctx.scale = keep_mask(x.shape, p)
-        ctx.save_for_backward(mask)
-        return (x * mask).mul_(ctx.scale)
+        signs, scale = keep_signs(x.shape, p)
+        factor = signs.clamp_(0.0, 0.5).mul_(2.0 * scale)  # 0 or scale: the levels are half integers
+        ctx.save_for_backward(factor)
+        return x * factor
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (mask,) = ctx.saved_tensors
-        return (grad * mask).mul_(ctx.scale), None
+        (factor,) = ctx.saved_tensors
+        return grad * factor, None
 
 
 class Dropout(nn.Dropout):
