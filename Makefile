@@ -19,7 +19,7 @@ env: $(READY)
 # fairseq-fixed and s3prl are source distributions that would pull the newest torch into their build environment: build them
 # without isolation, against the torch that is pinned here
 $(READY): pyproject.toml requirements-lock.txt
-	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v < (3, 13) else f"Python 3.10 to 3.12 needed, 3.11 is pinned; this is {v[0]}.{v[1]}: make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 13) else f"Python 3.11 or 3.12 needed; this is {v[0]}.{v[1]}: make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet setuptools wheel Cython numpy torch
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[all,dev]'

@@ -110,9 +110,17 @@ class HubertConfig:
             if choices and value not in choices:
                 raise unknown(f"value of {entry.name}", value, choices)
         for name in ("encoder_layers", "encoder_embed_dim", "encoder_ffn_embed_dim", "encoder_attention_heads",
-                     "conv_pos", "conv_pos_groups", "mask_length", "required_seq_len_multiple"):
+                     "conv_pos", "conv_pos_groups", "mask_length", "mask_channel_length", "required_seq_len_multiple"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("dropout", "attention_dropout", "activation_dropout", "encoder_layerdrop", "dropout_input", "mask_prob",
+                     "mask_channel_prob"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise UserError(f"{name}={getattr(self, name)} is no probability: it must be in [0, 1]")
+        for axis in ("mask", "mask_channel"):
+            other, span = getattr(self, f"{axis}_other"), getattr(self, f"{axis}_length")
+            if getattr(self, f"{axis}_selection") == "uniform" and not 0 <= other <= 2 * span:
+                raise UserError(f"{axis}_other={other} must be in [0, 2 * {axis}_length = {2 * span}]: the shortest uniform span")
         for name in ("encoder_attention_heads", "conv_pos_groups"):
             if self.encoder_embed_dim % getattr(self, name):
                 raise UserError(

@@ -117,6 +117,7 @@ class HubertModel(nn.Module):
     def set_num_updates(self, num_updates: int) -> None:
         """Tell the model how many updates have been made: the masks of the next ones depend on it."""
         self.num_updates = num_updates
+        self.encoder.set_num_updates(num_updates)
 
     def forward(
         self,

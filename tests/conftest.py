@@ -1,14 +1,15 @@
-"""Shared by all tests: two threads at most, fixed seeds, where the real recordings are."""
+"""Shared by all tests: fixed seeds, where the real recordings are."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-FSDD = ROOT.parent / "shared" / "data" / "fsdd"
+FSDD = Path(os.environ.get("FSDD", ROOT.parent / "shared" / "data" / "fsdd"))
 
 
 @pytest.fixture(autouse=True)
@@ -20,5 +21,5 @@ def _seed() -> None:
 def fsdd() -> Path:
     """The Free Spoken Digit Dataset; the test is skipped where it is absent."""
     if not FSDD.is_dir():
-        pytest.skip(f"real recordings (Free Spoken Digit Dataset) are not at {FSDD.relative_to(ROOT.parent)}")
+        pytest.skip(f"real recordings (Free Spoken Digit Dataset) are not at {FSDD}; $FSDD names their folder")
     return FSDD

@@ -133,14 +133,20 @@ def test_required_multiple_changes_nothing(model) -> None:
 
 def test_checkpointed_activations(model) -> None:
     model.train()
-    grads = []
+    wav, padding = padded_batch()
+    direction = torch.randn(3, 49, 64)
+    runs = []
     for recompute in (False, True):
-        model.zero_grad()
-        model.encoder.checkpoint_activations = recompute
-        model(torch.ones(1, 8_000).cumsum(1).sin())["x"].square().sum().backward()
-        grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
-    for a, b in zip(*grads):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+        for batch in ((wav[:1], None), (wav, padding)):
+            twin = copy.deepcopy(model)
+            twin.encoder.checkpoint_activations = recompute
+            x = twin(batch[0], padding_mask=batch[1], features_only=True)["x"]
+            (x * direction[: len(x)]).sum().backward()
+            runs.append(([p.grad for p in twin.encoder.parameters()], list(twin.buffers())))
+    for (grads, buffers), (again, buffers_again) in zip(runs[:2], runs[2:]):
+        assert max(float(g.abs().max()) for g in grads) > 1
+        for a, b in zip(grads + buffers, again + buffers_again):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_export_reads_back_the_same(model, tmp_path) -> None:
@@ -188,6 +194,8 @@ def test_unknown_names_offer_the_nearest() -> None:
         ({"label_rate": 60}, "no multiple of the frame rate"),
         ({"mask_channel_prob": 0.01}, "less than one span"),
         ({"encoder_layers": 0}, "must be at least 1"),
+        ({"dropout": 3.0}, "no probability"),
+        ({"mask_selection": "uniform", "mask_other": 30.0}, "shortest uniform span"),
     ],
 )
 def test_impossible_configurations_are_refused(keys: dict, message: str) -> None:

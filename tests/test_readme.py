@@ -13,7 +13,8 @@ import pytest
 
 from hubert_eff import cli, demo
 
-ROOT = Path(__file__).resolve().parents[1]
+from .conftest import FSDD, ROOT
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"(<!-- run -->\n)?```(\w*)\n(.*?)```", re.S)
 
@@ -53,7 +54,7 @@ def test_commands_run(tmp_path: Path) -> None:
     """All marked blocks, in order, at the top of a checkout; on the Free Spoken Digit Dataset where it is at hand."""
     for name in ("configs", "fairseq_plugins"):
         (tmp_path / name).symlink_to(ROOT / name)
-    recordings = ROOT.parent / "shared" / "data" / "fsdd"
+    recordings = FSDD
     if not recordings.is_dir():
         recordings = tmp_path / "recordings"
         assert cli.main(["corpus", "demo", "--out", str(recordings), "--minutes", "10", "--speakers", "24"]) == 0

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config import HubertConfig
 from ..layers.dropout import Dropout
+from ..layers.norm import once_tracked
 from ..layers.position import PositionalConv1d
 
 
@@ -46,6 +47,8 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList([self.build_block(config, index) for index in range(config.encoder_layers)])
         self.layer_norm = nn.LayerNorm(dim)
         self.dropout = Dropout(config.dropout)
+        self.seed = config.seed
+        self.num_updates = 0
         self.init_weights()
 
     def build_block(self, config: HubertConfig, index: int) -> nn.Module:
@@ -55,6 +58,17 @@ class Encoder(nn.Module):
     def positions(self, x: Tensor) -> Tensor | None:
         """A positional table for x (B, T, D) that all blocks share, if the encoder has one."""
         return None
+
+    def set_num_updates(self, num_updates: int) -> None:
+        """Tell the encoder how many updates have been made: which blocks LayerDrop skips depends on it."""
+        self.num_updates = num_updates
+
+    def _kept(self, depth: int, layerdrop: float) -> list[bool]:
+        """Which blocks run. All data-parallel processes must skip the same ones, so the draws are LayerDrop's own."""
+        if layerdrop == 0.0:
+            return [True] * depth
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.num_updates)
+        return [draw >= layerdrop for draw in torch.rand(depth, generator=generator).tolist()]
 
     def init_weights(self) -> None:
         """Linear layers: normal with deviation 0.02 and zero bias (BERT, as in HuBERT)."""
@@ -92,10 +106,10 @@ class Encoder(nn.Module):
         frames = self._frames(x, padding_mask)
         x = self.dropout(x)
         states = [x]
-        for block in self.layers[:depth]:
-            if layerdrop == 0.0 or torch.rand(()).item() >= layerdrop:
+        for block, kept in zip(self.layers[:depth], self._kept(depth, layerdrop), strict=True):
+            if kept:
                 if self.checkpoint_activations and self.training:
-                    x = checkpoint(block, x, frames, use_reentrant=False)
+                    x = checkpoint(block, x, frames, use_reentrant=False, context_fn=once_tracked)
                 else:
                     x = block(x, frames)
             states.append(x)

@@ -138,6 +138,8 @@ class RelativeSelfAttention(SelfAttention):
             bias = product.contiguous().as_strided(
                 (batch, self.heads, n, frames), (self.heads * n * span, n * span, span - 1, 1), n - 1
             )
+            if bias.is_cuda and attend is None:
+                bias = bias.contiguous()  # a view that starts off its alignment is refused by the memory-efficient kernel
             if attend is not None:
                 bias = bias.masked_fill(~attend, float("-inf"))
             mixed.append(attention(content[:, :, start:stop], k, v, bias, dropout))

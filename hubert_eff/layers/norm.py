@@ -4,15 +4,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.nn import functional as F
+
+_tracking = True
+
+
+@contextmanager
+def _untracked() -> Iterator[None]:
+    global _tracking
+    _tracking = False
+    try:
+        yield
+    finally:
+        _tracking = True
+
+
+def once_tracked() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Contexts of `torch.utils.checkpoint`: running statistics are updated in the forward pass, not again when it is recomputed."""
+    return nullcontext(), _untracked()
 
 
 class MaskedBatchNorm(nn.BatchNorm1d):
     """BatchNorm over the valid frames of (B, T, C), statistics joined over all data-parallel processes.
 
-    In training it equals `nn.BatchNorm1d` on the packed valid frames of the joint batch; statistics are float32.
+    In training it equals `nn.BatchNorm1d` on the packed valid frames of the joint batch. Batch statistics are float32; running ones have
+    the dtype of the module.
     """
 
     def forward(self, input: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -20,7 +42,7 @@ class MaskedBatchNorm(nn.BatchNorm1d):
         x = input
         joint = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         if not self.training or (valid is None and not joint):
-            return super().forward(x.reshape(-1, x.size(-1))).view_as(x)
+            return self._plain(x.reshape(-1, x.size(-1))).view_as(x)
         weight = torch.ones(x.shape[:2], device=x.device) if valid is None else valid.float()
         wide = x.float()
         weight = weight.unsqueeze(-1)
@@ -34,7 +56,16 @@ class MaskedBatchNorm(nn.BatchNorm1d):
         y = (wide - mean) * torch.rsqrt(variance + self.eps) * self.weight + self.bias
         return y.to(x.dtype)
 
+    def _plain(self, rows: Tensor) -> Tensor:
+        if self.training and not _tracking:
+            assert self.running_mean is not None and self.running_var is not None
+            scratch = self.running_mean.clone(), self.running_var.clone()
+            return F.batch_norm(rows, *scratch, self.weight, self.bias, True, 0.0, self.eps)
+        return super().forward(rows)
+
     def _track(self, mean: Tensor, variance: Tensor) -> None:
+        if not _tracking:
+            return
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
         rate = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
