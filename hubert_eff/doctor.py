@@ -129,8 +129,8 @@ def _install(environment: Environment, extra: str) -> str:
         return "pip install 'hubert-eff[data]'"
     pip = environment.version("pip")
     if pip is not None and pip >= (25, 3):
-        return f"pip install --build-constraint requirements-lock.txt -c requirements-lock.txt 'hubert-eff[{extra}]'"
-    return f"PIP_CONSTRAINT=requirements-lock.txt pip install 'hubert-eff[{extra}]'"
+        return f"at the top of a checkout: pip install --build-constraint requirements-lock.txt -c requirements-lock.txt 'hubert-eff[{extra}]'"
+    return f"at the top of a checkout: PIP_CONSTRAINT=requirements-lock.txt pip install 'hubert-eff[{extra}]'"
 
 
 def check_core(env: Environment) -> Iterator[Finding]:
