@@ -124,13 +124,16 @@ def _text(version: tuple[int, ...] | None) -> str:
 
 
 def _install(environment: Environment, extra: str) -> str:
-    """The command that installs an extra; fairseq-fixed and s3prl are built from source, so their build is constrained too."""
+    """The command that installs an extra; fairseq-fixed and s3prl are built from source, so their build is constrained too.
+
+    requirements-lock.txt stands at the top of a checkout.
+    """
     if extra == "data":
         return "pip install 'hubert-eff[data]'"
     pip = environment.version("pip")
     if pip is not None and pip >= (25, 3):
-        return f"at the top of a checkout: pip install --build-constraint requirements-lock.txt -c requirements-lock.txt 'hubert-eff[{extra}]'"
-    return f"at the top of a checkout: PIP_CONSTRAINT=requirements-lock.txt pip install 'hubert-eff[{extra}]'"
+        return f"pip install --build-constraint requirements-lock.txt -c requirements-lock.txt 'hubert-eff[{extra}]'"
+    return f"PIP_CONSTRAINT=requirements-lock.txt pip install 'hubert-eff[{extra}]'"
 
 
 def check_core(env: Environment) -> Iterator[Finding]:
