@@ -129,6 +129,33 @@ def test_demo_corpus_spares_other_files(tmp_path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 
 
+@pytest.mark.parametrize("mark", [None, "[]", '{"corpus": "mine", "voices": {}}', '{"corpus": "demo"}', "no json"])
+def test_demo_corpus_spares_recordings_in_folders_named_like_its_own(tmp_path, capsys, mark) -> None:
+    recording = tmp_path / "speaker1" / "my_recording.wav"
+    recording.parent.mkdir()
+    recording.write_bytes(b"precious")
+    if mark is not None:
+        (tmp_path / "corpus.json").write_text(mark)
+    assert main(["corpus", "demo", "--out", str(tmp_path), "--minutes", "0.05", "--speakers", "1"]) == 2
+    assert recording.read_bytes() == b"precious"
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "no corpus.json of a demo corpus" in error
+
+
+@pytest.mark.parametrize("added", ["speaker2/mine.wav", "speaker01/mine.wav", "speaker01/speaker01-9999.wav"])
+def test_only_what_it_wrote_itself_is_replaced(tmp_path, added) -> None:
+    out = tmp_path / "corpus"
+    make_demo(out, minutes=0.05, speaker_count=1)
+    make_demo(out, minutes=0.05, speaker_count=1, seed=2)
+    assert json.loads((out / "corpus.json").read_text())["seed"] == 2
+    (out / added).parent.mkdir(exist_ok=True)
+    (out / added).write_bytes(b"precious")
+    before = sorted(out.rglob("*"))
+    with pytest.raises(UserError, match="is no part of its demo corpus"):
+        make_demo(out, minutes=0.05, speaker_count=1)
+    assert sorted(out.rglob("*")) == before and list(tmp_path.iterdir()) == [out]
+
+
 @pytest.mark.parametrize("wrong", [["--minutes", "0"], ["--speakers", "0"], ["--speakers", "99"]])
 def test_demo_corpus_refuses_bad_numbers(tmp_path, wrong, capsys) -> None:
     assert main(["corpus", "demo", "--out", str(tmp_path / "x"), *wrong]) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from pathlib import Path
@@ -106,6 +107,30 @@ def test_group_norm_extractor_is_never_padded(tmp_path) -> None:
     with torch.no_grad():
         states, _ = layer.model.hidden_states(torch.from_numpy(audio[0])[None])
     np.testing.assert_allclose(dict(layer.extract(audio))[0], states[1][0].numpy(), atol=2e-5)
+
+
+@pytest.mark.parametrize("preset", ["transformer-debug", "conformer-debug"])
+def test_long_recordings_are_normalised_as_a_whole(tmp_path, monkeypatch, preset) -> None:
+    """A quiet half and a loud half stay so, although each is a piece of its own."""
+    path = tmp_path / "model.safetensors"
+    export(hubert_eff.build(preset, normalize=True).eval(), path)
+    wav = np.concatenate([0.01 * noise(0.605, 1), noise(0.6, 2)]) + np.float32(0.02)
+    short = noise(0.3, 3)
+    layer = HiddenLayer(str(path), 0, "cpu", 60.0)
+    model = hubert_eff.load(str(path))
+    with torch.no_grad():
+        expected = [model.hidden_states(torch.from_numpy(w)[None])[0][0][0].numpy() for w in (wav, short)]
+    found = dict(layer.extract([wav, short]))  # in one piece: the model's own normalisation
+    for index, values in enumerate(expected):
+        np.testing.assert_allclose(found[index], values, atol=2e-5)
+    whole = hubert_eff.model.normalize_waveform(torch.from_numpy(wav)[None])
+    monkeypatch.setattr(features, "LAYER_CHUNK", 30)
+    pieces = list(features.chunks(len(wav), layer.frames(len(wav)), 320, 400, 30))
+    assert len(pieces) == 2 and model.config.normalize
+    model.config = dataclasses.replace(model.config, normalize=False)
+    with torch.no_grad():
+        parts = [model.hidden_states(whole[:, start:end])[0][0][0].numpy() for start, end in pieces]
+    np.testing.assert_allclose(dict(layer.extract([wav, short]))[0], np.concatenate(parts), atol=2e-5)
 
 
 # ---- k-means
@@ -423,3 +448,21 @@ def test_quality_of_bad_input(corpus, manifest, tmp_path, capsys) -> None:
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hubert-eff labels: ")]
     expected = ["labels.json", "no alignments at", "--alignments FILE is missing", "phones of none", "train.km has 1 lines"]
     assert len(errors) == 5 and all(text in line for text, line in zip(expected, errors))
+
+
+@pytest.mark.parametrize("wrong", ["missing", "no integer", "too large", "negative"])
+def test_quality_of_labels_that_were_changed(tmp_path, capsys, wrong) -> None:
+    (tmp_path / "train.tsv").write_text(f"{tmp_path}\na.wav\t720\nb.wav\t720\n")
+    (tmp_path / "labels.json").write_text(json.dumps({"rate": 100, "k": 5, "splits": ["train"], "manifest": str(tmp_path)}))
+    (tmp_path / "alignments.tsv").write_text("a.wav\tphone\t0\t1\tx\nb.wav\tphone\t0\t1\ty\n")
+    file = tmp_path / "train.km"
+    arguments = ["labels", "quality", str(tmp_path), "--alignments", str(tmp_path / "alignments.tsv")]
+    file.write_text("0 4 1\n2 0 1\n")
+    assert main(arguments) == 0
+    capsys.readouterr()
+    token = {"no integer": "1.5", "too large": "5", "negative": "-1"}.get(wrong)
+    file.write_text(f"0 4 1\n2 {token} 1\n") if token else file.unlink()
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert (f"{file}, line 2: {token!r} is no label from 0 to 4" if token else f"{file} cannot be read") in error

@@ -11,10 +11,9 @@ import soundfile
 
 from hubert_eff.cli import main
 from hubert_eff.errors import UserError
-from hubert_eff.labels.audio import Unusable, check
+from hubert_eff.labels import manifest
+from hubert_eff.labels.audio import Checked, Unusable, check
 from hubert_eff.labels.manifest import Options, make_manifest
-
-FSDD = Path(__file__).resolve().parents[2] / "shared" / "data" / "fsdd"
 
 
 def tone(path: Path, seconds: float, rate: int = 16000, channels: int = 1, hertz: float = 440.0, **options) -> np.ndarray:
@@ -82,7 +81,7 @@ def test_no_usable_file(broken, tmp_path, capsys) -> None:
     assert main(["manifest", str(broken), "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "no usable recording" in error and "brief.wav (too short" in error
-    assert not (tmp_path / "out" / "train.tsv").exists() and not list((tmp_path / "out").glob("*.tsv"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("kind", ["empty", "missing", "file", "other"])
@@ -223,7 +222,27 @@ def test_folder_level_names_the_speaker(tmp_path) -> None:
 def test_split_by_folder_needs_two(tmp_path) -> None:
     with pytest.raises(UserError, match="needs two folders"):
         make_manifest(speakers_folder(tmp_path / "in", 1), tmp_path / "out", options=Options(split_by="folder"))
-    assert not (tmp_path / "out" / "train.tsv").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_was_checked_is_kept_before_the_checks_end(tmp_path, monkeypatch) -> None:
+    """A brief file before the first usable one waits for it; an interrupted run loses neither."""
+    tone(tmp_path / "in" / "a.wav", 0.05)
+    for name in "bcd":
+        tone(tmp_path / "in" / f"{name}.wav", 1.0)
+
+    def stops(path: Path) -> Checked:
+        if path.name == "d.wav":
+            raise KeyboardInterrupt
+        return check(path)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(manifest, "check", stops)
+        make_manifest(tmp_path / "in", tmp_path / "out", options=Options(workers=1))
+    checked: list[str] = []
+    monkeypatch.setattr(manifest, "check", lambda path: checked.append(path.name) or check(path))
+    assert make_manifest(tmp_path / "in", tmp_path / "out")["recordings"] == 3
+    assert checked == ["d.wav"]
 
 
 def test_join(tmp_path) -> None:
@@ -276,9 +295,8 @@ def test_fairseq_reads_it(tmp_path) -> None:
         assert total == len(names) == count and set(sizes) == {8000} and (Path(root) / names[0]).is_file()
 
 
-@pytest.mark.skipif(not FSDD.is_dir(), reason=f"real recordings are not at {FSDD}")
-def test_real_recordings(tmp_path, capsys) -> None:
-    assert main(["manifest", str(FSDD), "--out", str(tmp_path), "--join", "4", "--json"]) == 0
+def test_real_recordings(fsdd, tmp_path, capsys) -> None:
+    assert main(["manifest", str(fsdd), "--out", str(tmp_path), "--join", "4", "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)
     assert (summary["recordings"], summary["left_out"], summary["transcribed"]) == (2000, 0, 2000)
     entries = [e for s in ("train", "valid") for e in read_tsv(tmp_path / f"{s}.tsv")]

@@ -11,6 +11,7 @@ Layout:
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 import re
 import shutil
@@ -169,7 +170,7 @@ def _write(root: Path, library: str, minutes: float, speaker_count: int, seed: i
             if not MIN_SECONDS <= len(speech.audio) / SAMPLE_RATE <= MAX_SECONDS:
                 continue
             count += 1
-            path = f"{name}/{name}-{count:04d}.wav"
+            path = _wav(name, count)
             soundfile.write(root / path, speech.audio, SAMPLE_RATE, subtype="PCM_16")
             transcripts.append(f"{path}\t{text}\n")
             for tier, segments in (("phone", speech.phones), ("word", speech.words)):
@@ -219,15 +220,33 @@ def _record(text: str, voice: Voice, seed: int) -> Speech:
     return Speech(audio.astype(np.float32), tuple(phones), tuple(moved(speech.words)))
 
 
+def _content(target: Path) -> set[str]:
+    """Relative paths of all that an earlier run wrote to `target`, by its corpus.json. Raises `UserError` without such a file."""
+    try:
+        summary = json.loads((target / "corpus.json").read_text(encoding="utf-8"))
+        if summary["corpus"] != "demo":
+            raise ValueError("another corpus")
+        counts = {str(name): int(voice["utterances"]) for name, voice in summary["voices"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{target} is not empty and has no corpus.json of a demo corpus: name a new folder") from error
+    files = {_wav(name, number) for name, count in counts.items() for number in range(1, count + 1)}
+    return {"transcripts.tsv", "alignments.tsv", "corpus.json", *counts, *files}
+
+
+def _wav(speaker: str, number: int) -> str:
+    return f"{speaker}/{speaker}-{number:04d}.wav"
+
+
 @contextmanager
 def _new_folder(target: Path) -> Iterator[Path]:
     """Yield an empty folder that becomes `target` on success and vanishes on error. An earlier demo corpus is replaced."""
-    own = re.compile(r"speaker\d+|transcripts\.tsv|alignments\.tsv|corpus\.json")
     if target.exists() and not target.is_dir():
         raise UserError(f"{target} is a file: name a folder for the corpus")
-    for entry in target.iterdir() if target.is_dir() else ():
-        if not own.fullmatch(entry.name):
-            raise UserError(f"{target} holds {entry.name}, which is no part of a demo corpus: name a new folder")
+    if target.is_dir() and any(target.iterdir()):
+        own = _content(target)
+        for path in sorted(target.rglob("*")):
+            if (name := path.relative_to(target).as_posix()) not in own:
+                raise UserError(f"{target} holds {name!r}, which is no part of its demo corpus: name a new folder")
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     temporary.chmod(0o755)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -154,6 +154,8 @@ class HiddenLayer:
         self.layer = layer
         self.batch_samples = int(batch_seconds * SAMPLE_RATE)
         config = model.config
+        self.normalize = config.normalize
+        model.config = replace(config, normalize=False)  # `extract` does it: over whole recordings, not over pieces of them
         self.window = 1  # samples: the receptive field of a frame
         for _, kernel, stride in reversed(config.conv_layers):
             self.window = (self.window - 1) * stride + kernel
@@ -165,6 +167,10 @@ class HiddenLayer:
     def extract(self, audio: list[Array]) -> Iterator[tuple[int, Array]]:
         import torch
 
+        from ..model import normalize_waveform
+
+        if self.normalize:
+            audio = [normalize_waveform(torch.from_numpy(wav)[None])[0].numpy() for wav in audio]
         pieces: dict[int, list[Array]] = {}  # of long recordings that are not complete yet
         for batch in self._batches(audio):
             length = max(end - start for _, start, end in batch)

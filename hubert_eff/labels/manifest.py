@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any, TypeVar
 
 from ..config import SAMPLE_RATE
@@ -141,12 +142,12 @@ def make_manifest(
     recordings, left_out = _check_all(root, store, {target, store}, options)
     by_folder = _splits_by_folder(recordings, options, root)
     utterances = _join(recordings, store, options) if options.join else [_alone(r, root, store) for r in recordings]
-    _convert(utterances, root, options.workers)
-    train, valid, held_out = _split(utterances, by_folder, options)
-
     top = Path(os.path.commonpath([u.path.parent for u in utterances]))
     if not _plain(str(top)):
         raise UserError(f"the folder {str(top)!r} cannot stand in a TSV: rename it, or name another --cache")
+    _convert(utterances, root, options.workers)
+    train, valid, held_out = _split(utterances, by_folder, options)
+
     repeated = options.valid_percent > 0 and not valid
     splits = {"train": train, "valid": train if repeated else valid}
     target.mkdir(parents=True, exist_ok=True)
@@ -208,7 +209,14 @@ def _check_all(
         except OSError as error:
             return f"not readable ({error.strerror})"
 
-    results = list(_parallel(one, names, options.workers, "checking recordings"))
+    results: list[Recording | str] = []
+    folders: set[str] = set()
+    for result in _parallel(one, names, options.workers, "checking recordings"):
+        results.append(result)
+        if isinstance(result, Recording):
+            folders.add(_speaker(result, options.folder_level))
+            if len(folders) >= _folders_needed(options):
+                index.keep()
     recordings = [r for r in results if isinstance(r, Recording)]
     left_out = [(n, r) for n, r in zip(names, results) if isinstance(r, str)]
     left_out += [(n, f"format {Path(n).suffix} is not read: convert it to wav or flac") for n in foreign]
@@ -240,10 +248,16 @@ def _scan(root: Path, skip: set[Path]) -> tuple[list[str], list[str]]:
 
 
 class _Index:
-    """What earlier runs found out about files, one JSON line each; appended as the work goes on, so that a restart reuses it."""
+    """What earlier runs found out about files, one JSON line each; appended as the work goes on, so that a restart reuses it.
+
+    Lines wait in memory until `keep` says that the recordings make a manifest: a run that must fail leaves nothing behind.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.lock = Lock()
+        self.waiting: list[str] = []
+        self.kept = False
         self.known: dict[str, Checked] = {}
         if path.is_file():
             for line in path.read_text(encoding="utf-8").splitlines():
@@ -257,10 +271,23 @@ class _Index:
         return self.known.get(key)
 
     def add(self, key: str, checked: Checked) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        line = json.dumps([key, checked.rate, checked.channels, checked.frames, checked.peak])
-        with self.path.open("a", encoding="utf-8") as file:  # one short write: lines of several threads do not mix
-            file.write(f"\n{line}\n")
+        with self.lock:
+            self.waiting.append(json.dumps([key, checked.rate, checked.channels, checked.frames, checked.peak]))
+            if self.kept:
+                self._write()
+
+    def keep(self) -> None:
+        """Write what waits, and from now on each line at once."""
+        with self.lock:
+            self.kept = True
+            self._write()
+
+    def _write(self) -> None:
+        if self.waiting:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("".join(f"\n{line}\n" for line in self.waiting))
+            self.waiting.clear()
 
 
 def _key(path: Path) -> str:
@@ -347,9 +374,14 @@ def _speaker(recording: Recording, level: int) -> str:
     return "/".join(folders[:level])
 
 
+def _folders_needed(options: Options) -> int:
+    """How many folders must hold usable recordings for the split asked for."""
+    return 2 if options.split_by == "folder" and options.valid_percent > 0 else 1
+
+
 def _splits_by_folder(recordings: Iterable[Recording], options: Options, root: Path) -> bool:
     count = len({_speaker(r, options.folder_level) for r in recordings})
-    if options.split_by == "folder" and count < 2 and options.valid_percent > 0:
+    if count < _folders_needed(options):
         raise UserError(f"--split-by folder needs two folders with usable recordings, {root} has {count}: use --split-by file")
     return options.split_by == "folder" or (options.split_by == "auto" and count >= MIN_FOLDERS)
 

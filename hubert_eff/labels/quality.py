@@ -61,9 +61,9 @@ def label_quality(labels: str | Path, alignments: str | Path, manifest: str | Pa
     try:
         info = json.loads((folder / "labels.json").read_text(encoding="utf-8"))
         rate, clusters, splits = float(info["rate"]), int(info["k"]), list(info["splits"])
+        tables = Path(manifest or info["manifest"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"no labels in {folder}: it needs the labels.json of `hubert-eff labels`") from error
-    tables = Path(manifest or info["manifest"])
     phones = _read_alignments(Path(alignments))
     inventory = {label: i for i, label in enumerate(sorted({s[2] for spans in phones.values() for s in spans}))}
     sources = _sources(tables)
@@ -141,12 +141,15 @@ def _count(
 ) -> tuple[npt.NDArray[np.int64], int]:
     """(frames of each phone and cluster, frames in all)."""
     joint = np.zeros((len(inventory), clusters), dtype=np.int64)
-    lines = file.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read, labels.json beside it lists that split: make the labels again") from error
     if len(lines) != len(table.entries):
         raise UserError(f"{file} has {len(lines)} lines, {table.file} lists {len(table.entries)} utterances: make the labels again")
     frames = 0
-    for line, (path, samples) in zip(lines, table.entries):
-        labels = [int(v) for v in line.split()]
+    for number, (line, (path, samples)) in enumerate(zip(lines, table.entries), start=1):
+        labels = [_label(v, clusters, file, number) for v in line.split()]
         frames += len(labels)
         whole: Intervals = [(0.0, samples, os.path.realpath(table.root / path))]
         spans = [
@@ -161,3 +164,13 @@ def _count(
             if at >= 0 and time < spans[at][1]:
                 joint[spans[at][2], cluster] += 1
     return joint, frames
+
+
+def _label(text: str, clusters: int, file: Path, number: int) -> int:
+    try:
+        label = int(text)
+    except ValueError:
+        label = -1
+    if not 0 <= label < clusters:
+        raise UserError(f"{file}, line {number}: {text[:20]!r} is no label from 0 to {clusters - 1}: make the labels again")
+    return label
