@@ -44,6 +44,10 @@ def test_the_new_encoder_works() -> None:
     assert done.returncode == 0 and int(done.stdout) > 0, done.stderr
 
 
+def test_nothing_is_left_to_fill_in() -> None:
+    assert set(re.findall(r"<!-- (.*?) -->", README)) == {"run"}
+
+
 def test_links_lead_somewhere() -> None:
     for target in re.findall(r"\]\(([^)]+)\)", README):
         assert target.startswith("https://") or (ROOT / target).exists(), target
