@@ -10,7 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from fairseq.data import HubertDataset, data_utils
+from torch import Tensor
 from torch.utils.data import get_worker_info
+
+from hubert_eff.config import FRAME_STRIDE
+
+LAST_FRAME = 400  # samples that the extractor needs for its last frame: 25 ms
 
 
 def obey_parent_only() -> None:
@@ -66,4 +71,18 @@ class SeededHubertDataset(HubertDataset):
             batch = super().collater(samples)
         if batch:
             batch["net_input"]["sample_ids"] = batch["id"]
+            if self.pad_audio:
+                self._pad_unlabelled(batch["net_input"]["padding_mask"], batch["target_lengths_list"])
         return batch
+
+    def _pad_unlabelled(self, padding_mask: Tensor, lengths: list[Tensor]) -> None:
+        """Declare audio beyond a row's labels padding, in place. padding_mask (B, S), lengths (B,) per codebook.
+
+        fairseq rounds the start of a crop to a label, so that the last frame of a crop from an utterance's end may have none;
+        it would be trained on the <pad> that fills the row.
+        """
+        ratios = (round(rate * FRAME_STRIDE / self.sample_rate) for rate in self.label_rates)  # labels per frame
+        labelled = torch.stack([-(-n // ratio) for n, ratio in zip(lengths, ratios)]).amin(0)  # frames, (B,)
+        for row, frames in zip(padding_mask, labelled.tolist()):
+            if int((~row).sum()) >= (frames + 1) * FRAME_STRIDE:  # one frame more may lie in the audio
+                row[max(frames - 1, 0) * FRAME_STRIDE + (LAST_FRAME if frames else 0) :] = True

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import pickle
 import shutil
 import sys
 import typing
@@ -22,6 +24,8 @@ from omegaconf import DictConfig, ListConfig
 from omegaconf.base import ContainerMetadata, Metadata
 from omegaconf.nodes import AnyNode
 
+from hubert_eff.errors import UserError
+
 from . import stopping
 
 logger = logging.getLogger(__name__)
@@ -30,6 +34,7 @@ logger = logging.getLogger(__name__)
 def apply() -> None:
     """Make all patches; fairseq imports the plug-in once per process."""
     allow_checkpoint_classes()
+    name_bad_checkpoints()
     copy_atomically()
     stop_on_infinite_gradient()
     wrap_models_on_cpu()
@@ -49,6 +54,36 @@ def allow_checkpoint_classes() -> None:
             typing.Any, defaultdict, dict, list, int,
         ]  # fmt: skip
     )
+
+
+def name_bad_checkpoints() -> None:
+    """A file that is no checkpoint ends in a traceback out of the reader; one line names the file and says what to do."""
+    original = checkpoint_utils.load_checkpoint_to_cpu
+
+    @stopping.one_line_errors()
+    def load(path: str, *args: Any, **options: Any) -> dict[str, Any]:
+        try:
+            state = original(path, *args, **options)
+            if "model" in state:
+                return state
+            reason = "holds no model"
+        except MemoryError:
+            raise
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # the reader seeks to before the start of a truncated file
+                raise
+            reason = "is truncated"
+        except pickle.UnpicklingError as error:
+            # torch's wording for a class that is not allowed; junk fails with another message
+            reason = "holds pickled code, not only weights" if "GLOBAL" in str(error) else "is no checkpoint, or is truncated"
+        except Exception:  # bytes that are no checkpoint can fail anywhere in the reader
+            reason = "is no checkpoint, or is truncated"
+        raise UserError(
+            f"{path} {reason}: go on from another with checkpoint.restore_file=FILE, or move it away (or set another "
+            "checkpoint.save_dir) to start anew"
+        )
+
+    checkpoint_utils.load_checkpoint_to_cpu = load
 
 
 def copy_atomically() -> None:

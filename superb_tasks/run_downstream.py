@@ -83,8 +83,8 @@ def _experiment(path: Path) -> tuple[str, str, str, Mapping[str, Any]]:
     import torch
 
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            states = torch.load(files[-1], map_location="cpu", weights_only=True)
+        torch.serialization.add_safe_globals([argparse.Namespace])  # for good, as S3PRL needs it too (see patches)
+        states = torch.load(files[-1], map_location="cpu", weights_only=True)
         args, config = states["Args"], states["Config"]
         return args.downstream, args.upstream, args.upstream_ckpt, config
     except Exception as error:  # torch names no common class for a file it cannot read

@@ -10,8 +10,10 @@ import math
 import multiprocessing
 import os
 import signal
+import zipfile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -21,11 +23,13 @@ from torch.nn import functional as F
 
 import hubert_eff
 from hubert_eff.errors import UserError
+from hubert_eff.frontend import frame_padding_mask
 from hubert_eff.model import HubertModel
 from hubert_eff.registry import get_encoder, preset_config
 
 pytest.importorskip("fairseq", reason="fairseq is not installed: pip install 'hubert-eff[fairseq]'")
 
+from fairseq import checkpoint_utils  # noqa: E402
 from fairseq.dataclass.configs import FairseqConfig  # noqa: E402
 from fairseq.dataclass.initialize import add_defaults, hydra_init  # noqa: E402
 from fairseq.file_io import PathManager  # noqa: E402
@@ -192,6 +196,29 @@ def test_batches_and_crops_depend_on_seed_epoch_and_utterances_only(data: Path) 
     assert order == again and torch.equal(first, second)
     assert not torch.equal(first, third)
     assert {tuple(crops(3, seed)[0]) for seed in range(6)} != {tuple(order)}
+
+
+@pytest.mark.parametrize(("seconds", "limit"), [(4.0, 48_080), (17.0, 250_000)])
+def test_no_padding_label_falls_on_a_valid_frame_of_a_random_crop(seconds: float, limit: int, data: Path, tmp_path: Path) -> None:
+    make_data(tmp_path / "long", {"train": [seconds, seconds, 1.013], "valid": [1.0]})
+    task, cfg = make_task(tmp_path / "long", "task.pad_audio=true", f"task.max_sample_size={limit}", "task.max_keep_size=null")
+    task.load_dataset("train")
+    dataset = task.dataset("train")
+    model = task.build_model(cfg.model)
+    samples, short = [dataset[i] for i in range(3)], 0
+    for start in range(0, int(seconds * 16_000) - limit + 1, 40):
+        # one crop at `start`, one at the beginning, an utterance that is padded
+        with mock.patch.object(np.random, "randint", side_effect=[start, 0]):
+            batch = dataset.collater(samples)
+        source, padding = batch["net_input"]["source"], batch["net_input"]["padding_mask"]
+        frames = frame_padding_mask(padding, model.num_frames(source.size(1)), model.config)
+        _, frames, (targets,) = model._align(torch.zeros(*frames.shape, 1), frames, batch["target_list"])
+        assert (targets[~frames] >= 4).all()  # fairseq's dictionaries begin with four special symbols
+        valid, lengths = (~frames).sum(1), batch["target_lengths_list"][0]
+        expected = [min(model.num_frames(min(len(s["source"]), limit)), -(-int(n) // 2)) for s, n in zip(samples, lengths)]
+        assert valid.tolist() == expected  # and no more is given up than has no label
+        short += expected[0] < expected[1]
+    assert short
 
 
 def test_loading_processes_see_the_epoch_that_comes_after_they_started(data: Path) -> None:
@@ -398,6 +425,32 @@ def test_a_copy_is_never_seen_half_written(tmp_path: Path, monkeypatch: pytest.M
     assert target.read_text() == "old"
     assert PathManager.copy(str(source), str(target), overwrite=True)
     assert target.read_text() == "new" and not list(tmp_path.glob("*.tmp"))
+
+
+BAD_CHECKPOINTS: dict[str, tuple[Any, str]] = {
+    "text": (lambda p: p.write_text("no checkpoint\n"), "is no checkpoint"),
+    "empty": (lambda p: p.write_bytes(b""), "is no checkpoint"),
+    "zeros": (lambda p: p.write_bytes(bytes(4096)), "is no checkpoint"),
+    "other zip": (lambda p: zipfile.ZipFile(p, "w").writestr("a", "b"), "is no checkpoint"),
+    "tensor": (lambda p: torch.save(torch.zeros(3), p), "is no checkpoint"),
+    "other content": (lambda p: torch.save({"weights": {"a": torch.zeros(3)}}, p), "is no checkpoint"),
+    "truncated": (lambda p: (torch.save({"model": torch.zeros(9999)}, p), p.write_bytes(p.read_bytes()[:9999])), "is truncated"),
+    "pickled code": (lambda p: torch.save({"model": os.getcwd}, p), "holds pickled code"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CHECKPOINTS)
+def test_a_file_that_is_no_checkpoint_is_named_in_one_line(case: str, tmp_path: Path) -> None:
+    write, message = BAD_CHECKPOINTS[case]
+    write(tmp_path / "checkpoint_last.pt")
+    with pytest.raises(UserError, match=f"checkpoint_last.pt .*{message}.*checkpoint.restore_file=FILE") as error:
+        checkpoint_utils.load_checkpoint_to_cpu(str(tmp_path / "checkpoint_last.pt"))
+    assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_that_is_missing_or_unreadable_is_not_called_damaged(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        checkpoint_utils.load_checkpoint_to_cpu(str(tmp_path / "absent.pt"))
 
 
 def _asked_by(number: int, answers: Any) -> None:

@@ -19,7 +19,7 @@ import hubert_eff
 
 pytest.importorskip("fairseq", reason="fairseq is not installed: pip install 'hubert-eff[fairseq]'")
 
-from test_fairseq_plugin import CLASSES, make_data  # noqa: E402
+from .test_fairseq_plugin import CLASSES, make_data  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -53,6 +53,18 @@ def start(*args: Any) -> subprocess.Popen[str]:
 
 def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def two_ranks(data: Path, save_dir: Path, *overrides: str) -> list[subprocess.Popen[str]]:
+    """The run on two ranks that meet at a free port, one process each, without a GPU."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = [
+        "dataset.max_tokens=32000", "distributed_training.distributed_world_size=2", "distributed_training.distributed_backend=gloo",
+        "distributed_training.distributed_no_spawn=true", f"distributed_training.distributed_init_method=tcp://127.0.0.1:{port}",
+    ]  # fmt: skip
+    return [start(data, save_dir, *shared, *overrides, f"distributed_training.distributed_rank={rank}") for rank in range(2)]
 
 
 def logged(output: str, key: str = "loss") -> dict[int, float]:
@@ -99,6 +111,20 @@ def test_bad_input_is_one_line_and_exit_code_2(data: Path, tmp_path: Path) -> No
     assert line.startswith("fairseq-hydra-train: task.label_rate=50, but")
     assert "Traceback" not in done.stdout + done.stderr
     assert not list((tmp_path / "run").glob("*.pt"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("key", ["last", "checkpoint.restore_file", "checkpoint.finetune_from_model"])
+def test_a_file_that_is_no_checkpoint_is_one_line_and_exit_code_2(key: str, data: Path, tmp_path: Path) -> None:
+    junk = tmp_path / "run" / "checkpoint_last.pt" if key == "last" else tmp_path / "junk.pt"
+    junk.parent.mkdir(exist_ok=True)
+    junk.write_bytes(bytes(1000))
+    done = run(data, tmp_path / "run", *([] if key == "last" else [f"{key}={junk}"]))
+    assert done.returncode == 2, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "is no checkpoint" in line]
+    assert line.startswith(f"fairseq-hydra-train: {junk} is no checkpoint")
+    assert "Traceback" not in done.stdout + done.stderr
+    assert junk.read_bytes() == bytes(1000)
 
 
 @pytest.mark.long
@@ -155,15 +181,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_one_line(data: Path, tmp_pa
 @pytest.mark.parametrize("backend", ["legacy_ddp", "pytorch_ddp"])
 def test_two_ranks_on_the_cpu_train_save_on_sigterm_and_resume(backend: str, data: Path, tmp_path: Path) -> None:
     def ranks(updates: int) -> list[subprocess.Popen[str]]:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        shared = [
-            f"optimization.max_update={updates}", "dataset.max_tokens=32000", f"distributed_training.ddp_backend={backend}",
-            "distributed_training.distributed_world_size=2", "distributed_training.distributed_backend=gloo",
-            "distributed_training.distributed_no_spawn=true", f"distributed_training.distributed_init_method=tcp://127.0.0.1:{port}",
-        ]  # fmt: skip
-        return [start(data, tmp_path / "run", *shared, f"distributed_training.distributed_rank={rank}") for rank in range(2)]
+        return two_ranks(data, tmp_path / "run", f"optimization.max_update={updates}", f"distributed_training.ddp_backend={backend}")
 
     both = ranks(100_000)
     outputs = [wait_for_update(both[0], 3)]
@@ -175,6 +193,23 @@ def test_two_ranks_on_the_cpu_train_save_on_sigterm_and_resume(backend: str, dat
     outputs = [process.communicate(timeout=200)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
     assert list(logged(outputs[0])) == [int(update) + 1, int(update) + 2]
+
+
+@pytest.mark.long
+def test_two_ranks_with_layerdrop_and_batches_of_other_shapes_do_not_wait_for_each_other_for_ever(tmp_path: Path) -> None:
+    # one utterance per batch, longest first: in every update the ranks have audio of another length
+    data = make_data(tmp_path / "data", {"train": [0.8 + 0.1 * i for i in range(12)], "valid": [1.0, 0.9]})
+    both = two_ranks(
+        data, tmp_path / "run", "dataset.batch_size=1", "dataset.required_batch_size_multiple=1", "optimization.max_update=4",
+        "model.encoder_layerdrop=0.5",
+    )  # fmt: skip
+    try:
+        outputs = [process.communicate(timeout=200)[0] for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert list(logged(outputs[0])) == [1, 2, 3, 4]
 
 
 @pytest.mark.long
