@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -74,11 +75,15 @@ def test_commands_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`hubert-eff demo` learns, and is not repeated when it is done."""
-    assert cli.main(["demo", "--out", str(tmp_path / "demo")]) == 0
-    first = capsys.readouterr().out
-    results = demo.Demo(tmp_path / "demo").run()
-    assert results["valid"]["accuracy"] > 1.5 * results["valid"]["majority"]
-    assert results["keyword spotting"]["pretrained"]["accuracy"] > results["keyword spotting"]["untrained"]["accuracy"] + 0.1
-    assert f"{results['valid']['accuracy']:.1%}" in first and "masked accuracy" in first
+def test_demo(tmp_path: Path) -> None:
+    """`hubert-eff demo` learns; when it is done, it repeats nothing and prints its figures as JSON."""
+    command = [str(Path(sys.executable).parent / "hubert-eff"), "demo", "--out", str(tmp_path / "demo")]
+    first = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert first.returncode == 0, first.stderr[-3000:]
+    again = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
+    assert again.returncode == 0 and again.stderr.count("(done before)") == 8, again.stderr[-3000:]
+    results = json.loads(again.stdout)
+    valid, spotting = results["valid"], results["keyword spotting"]
+    assert valid["accuracy"] > 1.5 * valid["majority"]
+    assert spotting["pretrained"]["accuracy"] > spotting["untrained"]["accuracy"] + 0.1
+    assert "masked accuracy" in first.stdout and f"{valid['accuracy']:.1%}" in first.stdout

@@ -19,8 +19,7 @@ from ..layers.linear import Linear
 from ..layers.norm import MaskedBatchNorm
 from ..layers.position import relative_sinusoids
 from ..registry import register_encoder
-from .base import Encoder, Frames
-from .transformer import DEBUG
+from .base import DEBUG, HUBERT_BASE, Encoder, Frames
 
 
 @dataclass
@@ -97,17 +96,12 @@ class ConformerBlock(nn.Module):
     presets={
         # Conformer (S) of the paper's table 1; pre-training keys as in HuBERT-base
         "conformer-s": {
+            **HUBERT_BASE,
             "encoder_layers": 16,
             "encoder_embed_dim": 144,
             "encoder_ffn_embed_dim": 576,
             "encoder_attention_heads": 4,
             "required_seq_len_multiple": 1,
-            "final_dim": 256,
-            "untie_final_proj": True,
-            "mask_prob": 0.8,
-            "encoder_layerdrop": 0.05,
-            "dropout_input": 0.1,
-            "feature_grad_mult": 0.1,
         },
         "conformer-debug": {**DEBUG, "depthwise_conv_kernel_size": 15},
     },

@@ -14,7 +14,7 @@ from ..layers.attention import SelfAttention
 from ..layers.dropout import Dropout
 from ..layers.linear import Linear
 from ..registry import register_encoder
-from .base import Encoder, Frames
+from .base import DEBUG, HUBERT_BASE, Encoder, Frames
 
 
 @dataclass
@@ -49,36 +49,11 @@ class TransformerBlock(nn.Module):
         return self.dropout(self.fc2(self.activation_dropout(F.gelu(self.fc1(x)))))  # type: ignore[no-any-return]
 
 
-DEBUG = {  # small enough to learn something in a minute on two CPU cores
-    "extractor_mode": "layer_norm",
-    "conv_feature_layers": "[(32,10,5)] + [(32,3,2)] * 4 + [(32,2,2)] * 2",
-    "conv_bias": True,  # without it a LayerNorm right after the first convolution hides how loud the speech is
-    "encoder_layers": 2,
-    "encoder_embed_dim": 64,
-    "encoder_ffn_embed_dim": 128,
-    "encoder_attention_heads": 4,
-    "conv_pos": 32,
-    "conv_pos_groups": 4,
-    "required_seq_len_multiple": 1,
-    "final_dim": 64,
-    "mask_prob": 0.5,
-    "mask_length": 5,
-}
-
-
 @register_encoder(
     "transformer",
     config=TransformerConfig,
     presets={
-        # what HuBERT-base sets beside fairseq's defaults (Hsu et al. 2021, section IV-C), with the FastConv extractor
-        "transformer-base": {
-            "final_dim": 256,
-            "untie_final_proj": True,
-            "mask_prob": 0.8,
-            "encoder_layerdrop": 0.05,
-            "dropout_input": 0.1,
-            "feature_grad_mult": 0.1,
-        },
+        "transformer-base": HUBERT_BASE,  # with the FastConv extractor
         "transformer-debug": DEBUG,
     },
 )
