@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -90,8 +89,3 @@ def preset_config(preset: str, **overrides: Any) -> HubertConfig:
         if preset in entry.presets:
             return entry.config.from_dict({**entry.presets[preset], **overrides})
     raise unknown("preset", preset, list_presets())
-
-
-def replace(config: HubertConfig, **changes: Any) -> HubertConfig:
-    """A copy of a config with some keys changed, checked again."""
-    return type(config).from_dict({**{f.name: getattr(config, f.name) for f in dataclasses.fields(config)}, **changes})
