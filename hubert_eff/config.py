@@ -121,17 +121,15 @@ class HubertConfig:
             other, span = getattr(self, f"{axis}_other"), getattr(self, f"{axis}_length")
             if getattr(self, f"{axis}_selection") == "uniform" and not 0 <= other <= 2 * span:
                 raise UserError(f"{axis}_other={other} must be in [0, 2 * {axis}_length = {2 * span}]: the shortest uniform span")
-        for name in ("encoder_attention_heads", "conv_pos_groups"):
-            if self.encoder_embed_dim % getattr(self, name):
-                raise UserError(
-                    f"{name}={getattr(self, name)} does not divide encoder_embed_dim={self.encoder_embed_dim}: "
-                    "change one of the two"
-                )
-        if self.mask_channel_prob > 0 and self.mask_channel_prob * self.encoder_embed_dim / self.mask_channel_length < 1:
+        for name, width, dim in (("encoder_attention_heads", "encoder_embed_dim", self.encoder_embed_dim),
+                                 ("conv_pos_groups", "the encoder's input width", self.input_dim)):
+            if dim % getattr(self, name):
+                raise UserError(f"{name}={getattr(self, name)} does not divide {width}={dim}: change one of the two")
+        if self.mask_channel_prob > 0 and self.mask_channel_prob * self.input_dim / self.mask_channel_length < 1:
             raise UserError(
                 f"mask_channel_prob={self.mask_channel_prob} asks for less than one span of mask_channel_length="
-                f"{self.mask_channel_length} in {self.encoder_embed_dim} channels: raise it to "
-                f"{self.mask_channel_length / self.encoder_embed_dim:.3g} or shorten the span"
+                f"{self.mask_channel_length} in {self.input_dim} channels: raise it to "
+                f"{self.mask_channel_length / self.input_dim:.3g} or shorten the span"
             )
         if self.label_rate * FRAME_STRIDE % SAMPLE_RATE:
             raise UserError(f"label_rate={self.label_rate} is no multiple of the frame rate {SAMPLE_RATE // FRAME_STRIDE} Hz")
@@ -146,6 +144,11 @@ class HubertConfig:
     def conv_layers(self) -> tuple[tuple[int, int, int], ...]:
         """(channels, kernel, stride) of each convolution of the extractor."""
         return parse_conv_layers(self.conv_feature_layers)
+
+    @property
+    def input_dim(self) -> int:
+        """Width of the projected features that enter the encoder: D, unless its first block is narrower."""
+        return self.encoder_embed_dim
 
     @property
     def codebook_dim(self) -> int:

@@ -44,7 +44,7 @@ class HubertModel(nn.Module):
         self.config = config
         self.num_classes = tuple(num_classes)
         self.num_updates = 0
-        channels, dim, code = config.conv_layers[-1][0], config.encoder_embed_dim, config.codebook_dim
+        channels, dim, code = config.conv_layers[-1][0], config.input_dim, config.codebook_dim
         self.feature_extractor = ConvFeatureExtractor(config)
         self.layer_norm = nn.LayerNorm(channels)
         self.post_extract_proj = Linear(channels, dim) if channels != dim else None
@@ -52,7 +52,7 @@ class HubertModel(nn.Module):
         self.mask_emb = nn.Parameter(torch.empty(dim).uniform_())
         self.encoder = encoder_of(config).module(config)
         copies = len(self.num_classes) if config.untie_final_proj and self.num_classes else 1
-        self.final_proj = Linear(dim, code * copies)
+        self.final_proj = Linear(config.encoder_embed_dim, code * copies)
         self.target_glu = nn.Sequential(Linear(code, 2 * code), nn.GLU()) if config.target_glu else None
         if self.num_classes:
             self.label_embs_concat = nn.Parameter(torch.empty(sum(self.num_classes), code).uniform_())

@@ -66,8 +66,11 @@ def test_padding_is_sealed(model, training: bool) -> None:
     model.train(training)
     wav, padding = padded_batch()
     other = copy.deepcopy(model)
+    noisy = torch.where(padding, torch.randn_like(wav) * 100, wav)
+    torch.manual_seed(1)  # what an encoder draws in training must not differ
     first, _ = model.hidden_states(wav, padding)
-    second, _ = other.hidden_states(torch.where(padding, torch.randn_like(wav) * 100, wav), padding)
+    torch.manual_seed(1)
+    second, _ = other.hidden_states(noisy, padding)
     longer, _ = other.eval().hidden_states(*(torch.nn.functional.pad(t, (0, 3_200), value=v) for t, v in ((wav, 5.0), (padding, True))))
     for a, b, c in zip(first, second, longer):
         assert torch.equal(a, b)
@@ -75,6 +78,16 @@ def test_padding_is_sealed(model, training: bool) -> None:
             torch.testing.assert_close(a, c[:, :49], rtol=1e-4, atol=1e-5)
     for a, b in zip(model.buffers(), other.buffers()):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("seconds", [0.025, 300])
+def test_very_short_and_very_long_audio(model, seconds: float) -> None:
+    samples = int(seconds * 16_000)
+    with torch.no_grad():
+        states, padding = model.hidden_states(torch.randn(1, samples))
+    assert len(states) == model.config.encoder_layers + 1
+    assert {tuple(s.shape) for s in states} == {(1, model.num_frames(samples), 64)}
+    assert all(torch.isfinite(s).all() for s in states) and not padding.any()
 
 
 def test_every_parameter_learns(model) -> None:
@@ -97,7 +110,7 @@ def test_hidden_states_keep_mode_and_gradients(model) -> None:
 
 
 def test_encoder_alone(model) -> None:
-    x = torch.randn(2, 30, 64)
+    x = torch.randn(2, 30, model.config.input_dim)
     padding = torch.zeros(2, 30, dtype=torch.bool)
     padding[1, 20:] = True
     y = model.encoder(x, padding)
@@ -120,7 +133,27 @@ def test_bfloat16(model) -> None:
     exact, _ = model.hidden_states(wav)
     with torch.autocast("cpu", torch.bfloat16):
         rough, _ = model.hidden_states(wav)
-    assert torch.nn.functional.cosine_similarity(exact[-1].flatten(), rough[-1].float().flatten(), 0) > 0.99
+    half, _ = copy.deepcopy(model).bfloat16().hidden_states(wav.bfloat16())
+    assert half[-1].dtype == torch.bfloat16
+    for other in (rough, half):
+        assert torch.nn.functional.cosine_similarity(exact[-1].flatten(), other[-1].float().flatten(), 0) > 0.99
+
+
+def test_compiles(model) -> None:
+    torch.compiler.reset()
+    wav, padding = padded_batch()
+    direction = torch.randn(3, 49, 64)
+    compiled = torch.compile(model.encoder, backend="aot_eager")
+    x = torch.randn(3, 49, model.config.input_dim)
+    mask = model.hidden_states(wav, padding)[1]
+    gradients = []
+    for encoder in (model.encoder, compiled):
+        leaf = x.clone().requires_grad_()
+        y = encoder(leaf, mask)
+        (y * direction).sum().backward()
+        gradients.append((y.detach(), leaf.grad))
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_required_multiple_changes_nothing(model) -> None:
@@ -140,6 +173,7 @@ def test_checkpointed_activations(model) -> None:
         for batch in ((wav[:1], None), (wav, padding)):
             twin = copy.deepcopy(model)
             twin.encoder.checkpoint_activations = recompute
+            torch.manual_seed(1)
             x = twin(batch[0], padding_mask=batch[1], features_only=True)["x"]
             (x * direction[: len(x)]).sum().backward()
             runs.append(([p.grad for p in twin.encoder.parameters()], list(twin.buffers())))

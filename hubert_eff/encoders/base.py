@@ -55,7 +55,7 @@ class Frames:
 
 
 class Encoder(nn.Module):
-    """Projected features (B, T, D) -> (B, T, D), through `encoder_layers` blocks at 20 ms per frame.
+    """Projected features (B, T, input_dim) -> (B, T, D), through `encoder_layers` blocks at 20 ms per frame.
 
     x + positional convolution, LayerNorm, blocks (or blocks, LayerNorm if `layer_norm_first`), as in wav2vec 2.0, section 2.
     Padded frames are zero on the way in and on the way out, and reach no valid frame.
@@ -63,14 +63,14 @@ class Encoder(nn.Module):
 
     def __init__(self, config: HubertConfig) -> None:
         super().__init__()
-        dim = config.encoder_embed_dim
+        dim = config.input_dim
         self.layer_norm_first = config.layer_norm_first
         self.layerdrop = config.encoder_layerdrop
         self.multiple = config.required_seq_len_multiple
         self.checkpoint_activations = config.checkpoint_activations
         self.pos_conv = nn.Sequential(PositionalConv1d(dim, config.conv_pos, config.conv_pos_groups), nn.GELU())
         self.layers = nn.ModuleList([self.build_block(config, index) for index in range(config.encoder_layers)])
-        self.layer_norm = nn.LayerNorm(dim)
+        self.layer_norm = self.build_norm(config)
         self.dropout = Dropout(config.dropout)
         self.seed = config.seed
         self.num_updates = 0
@@ -79,6 +79,10 @@ class Encoder(nn.Module):
     def build_block(self, config: HubertConfig, index: int) -> nn.Module:
         """Block `index`, called as block(x (B, T, D), frames: Frames) -> (B, T, D)."""
         raise TypeError(f"{type(self).__name__} must define build_block")
+
+    def build_norm(self, config: HubertConfig) -> nn.Module:
+        """The norm before the first block, or after the last one if `layer_norm_first`."""
+        return nn.LayerNorm(config.encoder_embed_dim)
 
     def positions(self, x: Tensor) -> Tensor | None:
         """A positional table for x (B, T, D) that all blocks share, if the encoder has one."""
@@ -129,23 +133,34 @@ class Encoder(nn.Module):
                 padding_mask = torch.zeros(x.size(0), length, dtype=torch.bool, device=x.device)
             padding_mask = F.pad(padding_mask, (0, excess), value=True)
         frames = self._frames(x, padding_mask)
-        x = self.dropout(x)
-        states = [x]
-        for block, kept in zip(self.layers[:depth], self._kept(depth, layerdrop), strict=True):
-            if kept:
-                if self.checkpoint_activations and self.training:
-                    x = checkpoint(block, x, frames, use_reentrant=False, context_fn=once_tracked)
-                else:
-                    x = block(x, frames)
-            states.append(x)
+        states = self.run_blocks(self.dropout(x), frames, self._kept(depth, layerdrop))
         if self.layer_norm_first and depth == len(self.layers):
-            states[-1] = self.layer_norm(x)
+            states[-1] = self.layer_norm(states[-1])
         if excess:
             states = [s[:, :length] for s in states]
         if frames.valid is not None:
             padded = ~frames.valid[:, :length].unsqueeze(-1)
             states = [s.masked_fill(padded, 0.0) for s in states]
         return states
+
+    def run_blocks(self, x: Tensor, frames: Frames, kept: list[bool]) -> list[Tensor]:
+        """States 0 ... len(kept), each (B, T, D) at 20 ms: x, then the output of each of the first blocks; those not `kept` are skipped.
+
+        An encoder that changes rate or width between its blocks overrides this.
+        """
+        states = [x]
+        for block, keep in zip(self.layers, kept, strict=False):
+            if keep:
+                x = self.run_block(block, x, frames)
+            states.append(x)
+        return states
+
+    def run_block(self, block: nn.Module, x: Tensor, frames: Frames) -> Tensor:
+        """One block; with `checkpoint_activations` its activations are recomputed in the backward pass."""
+        if self.checkpoint_activations and self.training:
+            y: Tensor = checkpoint(block, x, frames, use_reentrant=False, context_fn=once_tracked)
+            return y
+        return block(x, frames)  # type: ignore[no-any-return]
 
     def _frames(self, x: Tensor, padding_mask: Tensor | None) -> Frames:
         if padding_mask is None:
