@@ -45,7 +45,10 @@ from fairseq_plugins.criterions.hubert_eff import HubertEffCriterion, perplexity
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs" / "pretrain"
-PRESET_OF = {"transformer_base": "transformer-base", "conformer_s": "conformer-s", "debug": "conformer-debug"}
+# a configuration is named after the preset it trains; `debug`, the one to start with, is a Conformer
+PRESET_OF = {
+    path.stem: "conformer-debug" if path.stem == "debug" else path.stem.replace("_", "-") for path in sorted(CONFIGS.glob("*.yaml"))
+}
 DECIDED_ELSEWHERE = {"label_rate", "normalize", "seed"}  # by the task and by common.seed
 CLASSES = 5
 
