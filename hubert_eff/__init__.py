@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .checkpoint import load as load
     from .exporting import export as export
+    from .fusing import fuse as fuse
     from .model import build as build
     from .profiling import profile as profile
     from .registry import list_encoders as list_encoders
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "build": "model",
     "export": "exporting",
+    "fuse": "fusing",
     "list_encoders": "registry",
     "list_presets": "registry",
     "load": "checkpoint",

@@ -13,6 +13,7 @@ from torch import nn
 from . import __version__
 from .errors import UserError
 from .files import replacing
+from .fusing import fuse
 from .layers.linear import Linear
 from .model import HubertModel
 from .registry import encoder_of, get_encoder
@@ -34,6 +35,7 @@ def export(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "version": __version__,
         "encoder": encoder_of(model.config).name,
         "config": json.dumps(model.config.to_dict(), sort_keys=True),
+        "fused": json.dumps(model.fused),
         "final_projections": str(model.final_proj.out_features // model.config.codebook_dim),
     }
     weights = {name: w.detach().cpu().contiguous() for name, w in model.state_dict().items() if name != "label_embs_concat"}
@@ -63,6 +65,8 @@ def read_export(file: Path) -> HubertModel:
     if metadata["final_projections"] != "1":
         code = config.codebook_dim * int(metadata["final_projections"])
         model.final_proj = Linear(config.encoder_embed_dim, code)
+    if metadata.get("fused") == "true":
+        model = fuse(model)  # the structure; the weights are the file's
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from .layers.dropout import Dropout
 from .layers.linear import Linear, linear
 from .masking import batch_mask
 from .registry import encoder_of, preset_config
+
+M = TypeVar("M", bound="HubertModel")
 
 
 class ScaleGradient(torch.autograd.Function):
@@ -39,6 +41,8 @@ class HubertModel(nn.Module):
     `num_classes`: size of each codebook; empty for a model without pre-training head. State names are those of fairseq's HubertModel.
     """
 
+    fused = False  # whether this is a copy for inference that `hubert_eff.fuse` made
+
     def __init__(self, config: HubertConfig, num_classes: Sequence[int] = ()) -> None:
         super().__init__()
         self.config = config
@@ -56,6 +60,10 @@ class HubertModel(nn.Module):
         self.target_glu = nn.Sequential(Linear(code, 2 * code), nn.GLU()) if config.target_glu else None
         if self.num_classes:
             self.label_embs_concat = nn.Parameter(torch.empty(sum(self.num_classes), code).uniform_())
+
+    def train(self: M, mode: bool = True) -> M:
+        """Set train or eval mode; a fused model stays in eval mode."""
+        return super().train(mode and not self.fused)
 
     # -- features ----------------------------------------------------------------------------------------------------
 

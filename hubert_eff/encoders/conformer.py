@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,8 +16,9 @@ from ..layers.attention import RelativeSelfAttention, SelfAttention
 from ..layers.convolution import DepthwiseConv
 from ..layers.dropout import Dropout
 from ..layers.feedforward import ConformerFeedForward
+from ..layers.folding import fold_after, fold_before
 from ..layers.linear import Linear
-from ..layers.norm import MaskedBatchNorm
+from ..layers.norm import NORMS, MaskedBatchNorm, norm_of
 from ..layers.position import relative_sinusoids
 from ..registry import register_encoder
 from .base import DEBUG, HUBERT_BASE, Encoder, Frames
@@ -33,27 +35,38 @@ class ConformerConfig(HubertConfig):
         ("rel_pos", "abs"),
     )
     conv_module_bias: bool = option(False, "biases in the convolution module (torchaudio's Conformer has them, fairseq's not)")
+    block_norm: str = option(
+        "layer_norm", "norms of the blocks; with batch_norm and none the encoder has none outside its blocks either", NORMS
+    )
 
     def validate(self) -> None:
         super().validate()
         if self.depthwise_conv_kernel_size < 1 or self.depthwise_conv_kernel_size % 2 == 0:
             raise UserError(f"depthwise_conv_kernel_size={self.depthwise_conv_kernel_size} must be odd and positive")
+        if self.layer_norm_first and self.block_norm != "layer_norm":
+            raise UserError(f"layer_norm_first=True: with block_norm={self.block_norm} there is no such LayerNorm; set it to false")
 
 
 class ConvolutionModule(nn.Module):
-    """LayerNorm, pointwise D -> 2D, GLU, depthwise, BatchNorm, SiLU, pointwise D -> D (Conformer, section 2.2)."""
+    """LayerNorm (or `norm`), pointwise D -> 2D, GLU, depthwise, BatchNorm, SiLU, pointwise D -> D (Conformer, section 2.2)."""
 
-    def __init__(self, dim: int, kernel: int, bias: bool, dropout: float) -> None:
+    def __init__(self, dim: int, kernel: int, bias: bool, dropout: float, norm: str = "layer_norm") -> None:
         super().__init__()
-        self.layer_norm = nn.LayerNorm(dim)
+        self.layer_norm = norm_of(norm, dim)
         self.pointwise_conv1 = Linear(dim, 2 * dim, bias=bias)
         self.depthwise_conv = DepthwiseConv(dim, kernel, bias=bias)
-        self.batch_norm = MaskedBatchNorm(dim)
+        self.batch_norm: nn.Module = MaskedBatchNorm(dim)
         self.pointwise_conv2 = Linear(dim, dim, bias=bias)
         self.dropout = Dropout(dropout)
 
+    def fold(self) -> ConvolutionModule:
+        """Fold the BatchNorm into the depthwise convolution, and that in LayerNorm's place into the layer behind it."""
+        self.layer_norm = fold_before(self.layer_norm, self.pointwise_conv1)
+        self.batch_norm = fold_after(self.depthwise_conv, self.batch_norm)
+        return self
+
     def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:  # (B, T, D)
-        x = F.glu(self.pointwise_conv1(self.layer_norm(x)))
+        x = F.glu(self.pointwise_conv1(self.layer_norm(x, valid)))
         if valid is not None:  # the kernel must not carry padding into valid frames
             x = x.masked_fill(~valid.unsqueeze(-1), 0.0)
         x = F.silu(self.batch_norm(self.depthwise_conv(x), valid))
@@ -66,43 +79,58 @@ class ConformerBlock(nn.Module):
     def __init__(self, config: ConformerConfig) -> None:
         super().__init__()
         dim, inner, heads = config.encoder_embed_dim, config.encoder_ffn_embed_dim, config.encoder_attention_heads
-        self.ffn1 = ConformerFeedForward(dim, inner, config.dropout, config.activation_dropout)
-        self.self_attn_layer_norm = nn.LayerNorm(dim)
+        norm = config.block_norm
+        self.ffn1 = ConformerFeedForward(dim, inner, config.dropout, config.activation_dropout, norm)
+        self.self_attn_layer_norm = norm_of(norm, dim)
         attention = RelativeSelfAttention if config.pos_enc_type == "rel_pos" else SelfAttention
         self.self_attn = attention(dim, heads, config.attention_dropout)
         self.conv_module = ConvolutionModule(
-            dim, config.depthwise_conv_kernel_size, config.conv_module_bias, config.dropout
+            dim, config.depthwise_conv_kernel_size, config.conv_module_bias, config.dropout, norm
         )
-        self.ffn2 = ConformerFeedForward(dim, inner, config.dropout, config.activation_dropout)
-        self.final_layer_norm = nn.LayerNorm(dim)
+        self.ffn2 = ConformerFeedForward(dim, inner, config.dropout, config.activation_dropout, norm)
+        self.final_layer_norm = norm_of(norm, dim)
         self.dropout = Dropout(config.dropout)
 
+    def fold(self) -> ConformerBlock:
+        """Fold a BatchNorm into the projections that read it. The one at the end stays: the next residual sum reads it too."""
+        attention = self.self_attn
+        self.self_attn_layer_norm = fold_before(self.self_attn_layer_norm, attention.q_proj, attention.k_proj, attention.v_proj)
+        return self
+
     def forward(self, x: Tensor, frames: Frames) -> Tensor:  # (B, T, D)
-        x = x + 0.5 * self.ffn1(x)
-        normed = self.self_attn_layer_norm(x)
+        x = x + 0.5 * self.ffn1(x, frames.valid)
+        normed = self.self_attn_layer_norm(x, frames.valid)
         if frames.positions is None:
             mixed = self.self_attn(normed, frames.attend)
         else:
             mixed = self.self_attn(normed, frames.positions, frames.attend)
         x = x + self.dropout(mixed)
         x = x + self.conv_module(x, frames.valid)
-        x = x + 0.5 * self.ffn2(x)
-        return self.final_layer_norm(x)  # type: ignore[no-any-return]
+        x = x + 0.5 * self.ffn2(x, frames.valid)
+        return self.final_layer_norm(x, frames.valid)  # type: ignore[no-any-return]
+
+
+def _preset(layers: int, dim: int, heads: int) -> dict[str, Any]:
+    return {
+        **HUBERT_BASE,
+        "encoder_layers": layers,
+        "encoder_embed_dim": dim,
+        "encoder_ffn_embed_dim": 4 * dim,
+        "encoder_attention_heads": heads,
+        "required_seq_len_multiple": 1,
+    }
 
 
 @register_encoder(
     "conformer",
     config=ConformerConfig,
     presets={
-        # Conformer (S) of the paper's table 1; pre-training keys as in HuBERT-base
-        "conformer-s": {
-            **HUBERT_BASE,
-            "encoder_layers": 16,
-            "encoder_embed_dim": 144,
-            "encoder_ffn_embed_dim": 576,
-            "encoder_attention_heads": 4,
-            "required_seq_len_multiple": 1,
-        },
+        # Conformer (S), (M), (L) of the paper's table 1; pre-training keys as in HuBERT-base
+        "conformer-s": _preset(16, 144, 4),
+        "conformer-m": _preset(16, 256, 4),
+        "conformer-l": _preset(17, 512, 8),
+        # what Table 1 of "Attention or Convolution" counts: fairseq's defaults around the sizes of Conformer (S)
+        "conformer-s-table1": {**_preset(16, 144, 4), "encoder_ffn_embed_dim": 3072, "pos_enc_type": "abs", "required_seq_len_multiple": 2},
         "conformer-debug": {**DEBUG, "depthwise_conv_kernel_size": 15},
     },
 )
@@ -115,6 +143,10 @@ class ConformerEncoder(Encoder):
         assert isinstance(config, ConformerConfig)
         self.relative = config.pos_enc_type == "rel_pos"
         return ConformerBlock(config)
+
+    def build_norm(self, config: HubertConfig) -> nn.Module:
+        assert isinstance(config, ConformerConfig)
+        return super().build_norm(config) if config.block_norm == "layer_norm" else nn.Identity()
 
     def positions(self, x: Tensor) -> Tensor | None:
         return relative_sinusoids(x.size(1), x.size(2), x) if self.relative else None

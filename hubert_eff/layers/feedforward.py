@@ -6,20 +6,28 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .dropout import Dropout
+from .folding import fold_before
 from .linear import Linear
+from .norm import norm_of
 
 
 class ConformerFeedForward(nn.Module):
-    """LayerNorm, Linear D -> F, SiLU, Linear F -> D (Conformer, section 2.3)."""
+    """LayerNorm (or another norm, or none), Linear D -> F, SiLU, Linear F -> D (Conformer, section 2.3)."""
 
-    def __init__(self, dim: int, inner: int, dropout: float, activation_dropout: float) -> None:
+    def __init__(self, dim: int, inner: int, dropout: float, activation_dropout: float, norm: str = "layer_norm") -> None:
         super().__init__()
-        self.layer_norm = nn.LayerNorm(dim)
+        self.layer_norm = norm_of(norm, dim)
         self.w_1 = Linear(dim, inner)
         self.w_2 = Linear(inner, dim)
         self.activation_dropout = Dropout(activation_dropout)
         self.dropout = Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.activation_dropout(F.silu(self.w_1(self.layer_norm(x))))
+    def fold(self) -> ConformerFeedForward:
+        """Fold a BatchNorm into the layer that reads it."""
+        self.layer_norm = fold_before(self.layer_norm, self.w_1)
+        return self
+
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        """x (B, T, D), valid (B, T) -> (B, T, D)."""
+        x = self.activation_dropout(F.silu(self.w_1(self.layer_norm(x, valid))))
         return self.dropout(self.w_2(x))  # type: ignore[no-any-return]

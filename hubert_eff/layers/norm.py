@@ -30,6 +30,22 @@ def once_tracked() -> tuple[AbstractContextManager[None], AbstractContextManager
     return nullcontext(), _untracked()
 
 
+class NoNorm(nn.Module):
+    """Stands where a norm could."""
+
+    def forward(self, input: Tensor, valid: Tensor | None = None) -> Tensor:
+        """`input`, as it is."""
+        return input
+
+
+class FrameNorm(nn.LayerNorm):
+    """LayerNorm of each frame, called like the norms that need to know which frames are valid."""
+
+    def forward(self, input: Tensor, valid: Tensor | None = None) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        return super().forward(input)
+
+
 class MaskedBatchNorm(nn.BatchNorm1d):
     """BatchNorm over the valid frames of (B, T, C), statistics joined over all data-parallel processes.
 
@@ -71,6 +87,15 @@ class MaskedBatchNorm(nn.BatchNorm1d):
         rate = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), rate)
         self.running_var.lerp_(variance.to(self.running_var.dtype), rate)
+
+
+_NORMS = {"layer_norm": FrameNorm, "batch_norm": MaskedBatchNorm}
+NORMS = (*_NORMS, "none")
+
+
+def norm_of(kind: str, dim: int) -> nn.Module:
+    """A norm of (B, T, dim), called as norm(x, valid); kind: one of `NORMS`."""
+    return _NORMS[kind](dim) if kind in _NORMS else NoNorm()
 
 
 def _sum_over_processes(x: Tensor) -> Tensor:

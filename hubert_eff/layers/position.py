@@ -14,32 +14,43 @@ from torch.nn import functional as F
 class PositionalConv1d(nn.Module):
     """Grouped convolution over time with weight normalisation per tap (wav2vec 2.0, section 2); (B, D, T) -> (B, D, T).
 
-    Parameters carry fairseq's names: the weight is `weight_g * weight_v / |weight_v|`, the norm over all but the tap dimension.
+    Parameters carry fairseq's names: the weight is `weight_g * weight_v / |weight_v|`, the norm over all but the tap dimension. Once fused
+    there is one parameter `weight` in place of the two.
     """
+
+    weight_v: nn.Parameter | None
+    weight_g: nn.Parameter | None
+    weight: nn.Parameter | None
 
     def __init__(self, dim: int, kernel: int, groups: int) -> None:
         super().__init__()
         self.groups = groups
         self.weight_v = nn.Parameter(torch.empty(dim, dim // groups, kernel))
         self.weight_g = nn.Parameter(torch.empty(1, 1, kernel))
+        self.register_parameter("weight", None)
         self.bias = nn.Parameter(torch.zeros(dim))
         nn.init.normal_(self.weight_v, std=math.sqrt(4.0 / (kernel * dim)))
         with torch.no_grad():
-            self.weight_g.copy_(self.norm())
+            self.weight_g.copy_(torch.linalg.vector_norm(self.weight_v, dim=(0, 1), keepdim=True))
 
-    def norm(self) -> Tensor:
-        """|weight_v| per tap, (1, 1, k)."""
-        norm: Tensor = torch.linalg.vector_norm(self.weight_v, dim=(0, 1), keepdim=True)
-        return norm
-
-    @property
-    def weight(self) -> Tensor:
+    def plain_weight(self) -> Tensor:
         """The normalised weight, (D, D / groups, k)."""
-        return self.weight_v * (self.weight_g / self.norm())
+        if self.weight is not None:
+            return self.weight
+        assert self.weight_v is not None and self.weight_g is not None
+        norm: Tensor = torch.linalg.vector_norm(self.weight_v, dim=(0, 1), keepdim=True)
+        return self.weight_v * (self.weight_g / norm)
+
+    def fold(self) -> PositionalConv1d:
+        """Fold the weight normalisation into the weight."""
+        self.weight = nn.Parameter(self.plain_weight())
+        self.weight_v = self.weight_g = None
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
-        kernel = self.weight_v.size(-1)
-        return F.conv1d(F.pad(x, (kernel // 2, (kernel - 1) // 2)), self.weight, self.bias, groups=self.groups)
+        weight = self.plain_weight()
+        kernel = weight.size(-1)
+        return F.conv1d(F.pad(x, (kernel // 2, (kernel - 1) // 2)), weight, self.bias, groups=self.groups)
 
 
 def relative_sinusoids(frames: int, dim: int, like: Tensor) -> Tensor:
