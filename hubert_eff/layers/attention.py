@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -67,13 +68,53 @@ class _DropoutAttention(torch.autograd.Function):
         return grad_rows.view(split), grad_keys.view(split), grad_values.view(split), bias, None
 
 
+Bias = Callable[[int, int, int, Tensor], object]
+BLOCK = 256  # queries whose scores of one head stay in cache, per thread
+
+
+def _blockwise(q: Tensor, k: Tensor, v: Tensor, add_bias: Bias | None) -> Tensor:
+    """Attention without gradient on a CPU, head by head and a block of queries at a time: oneDNN's products are faster than torch's
+    fused kernel, which goes through MKL. `add_bias(row, start, stop, scores)` adds to the scores of queries start ... stop - 1 of
+    row b H + h in place."""
+    rows = (q * q.size(-1) ** -0.5).flatten(0, 1).contiguous()  # (B H, T, d)
+    keys, values = k.flatten(0, 1).contiguous(), v.flatten(0, 1)
+    mixed = torch.empty_like(rows)
+    block = BLOCK * torch.get_num_threads()
+    for row in range(rows.size(0)):
+        columns = values[row].t().contiguous()
+        for start in range(0, rows.size(1), block):
+            stop = min(start + block, rows.size(1))
+            scores = product(rows[row, start:stop], keys[row])
+            if add_bias is not None:
+                add_bias(row, start, stop, scores)
+            mixed[row, start:stop] = product(torch.softmax(scores, -1, out=scores), columns)
+    return mixed.view(q.shape)
+
+
+def _takes_blocks(q: Tensor, k: Tensor, *others: Tensor | None) -> bool:
+    """Whether `_blockwise` applies, and has enough work per head to be faster."""
+    needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, *others))
+    return min(q.size(2), k.size(2)) >= BLOCK and not needs_gradient and takes_onednn(q, k)
+
+
+def _unseen(attend: Tensor, like: Tensor) -> Tensor:
+    """0 where `attend` (bool), else -inf."""
+    return torch.zeros(attend.shape, dtype=like.dtype, device=like.device).masked_fill_(~attend, float("-inf"))
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
     """`F.scaled_dot_product_attention` of q (B, H, T, d), k and v (B, H, T', d); bias: bool (False = never seen) or float, or None."""
-    if dropout == 0.0 or not takes_onednn(q, k):
+    blockwise = dropout == 0.0 and _takes_blocks(q, k, v, bias)
+    if not blockwise and (dropout == 0.0 or not takes_onednn(q, k)):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
     if bias is not None and bias.dtype == torch.bool:
-        bias = torch.zeros_like(bias, dtype=q.dtype).masked_fill(~bias, float("-inf"))
-    return _DropoutAttention.apply(q, k, v, bias, dropout)  # type: ignore[no-any-return,no-untyped-call]
+        bias = _unseen(bias, q)
+    if not blockwise:
+        return _DropoutAttention.apply(q, k, v, bias, dropout)  # type: ignore[no-any-return,no-untyped-call]
+    if bias is None:
+        return _blockwise(q, k, v, None)
+    biases = bias.expand(*q.shape[:3], k.size(2)).flatten(0, 1)
+    return _blockwise(q, k, v, lambda row, start, stop, scores: scores.add_(biases[row, start:stop]))
 
 
 class SelfAttention(nn.Module):
@@ -122,25 +163,46 @@ class RelativeSelfAttention(SelfAttention):
 
     def forward(self, x: Tensor, positions: Tensor, attend: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """`positions`: (2T - 1, D), sinusoids of the offsets T-1 .. -(T-1); `attend` as above, but without a query dimension of its own."""
-        batch, frames, dim = x.shape
         q, k, v = self.heads_of(x)
-        p = self.linear_pos(positions).view(-1, self.heads, dim // self.heads).permute(1, 2, 0)
-        content = q + self.pos_bias_u[:, None]
-        position = (q + self.pos_bias_v[:, None]) * (dim // self.heads) ** -0.5
+        scale = q.size(-1) ** -0.5
+        p = self.linear_pos(positions).view(-1, self.heads, q.size(-1)).transpose(0, 1)  # (H, 2T - 1, d)
+        content, position = q + self.pos_bias_u[:, None], (q + self.pos_bias_v[:, None]) * scale
         dropout = self.dropout if self.training else 0.0
+        if dropout == 0.0 and _takes_blocks(content, k, p):
+            mixed = self._blockwise(content, position, k, v, p.contiguous(), attend)
+        else:
+            mixed = self._chunked(content, position, k, v, p, attend, dropout)
+        return self.out_proj(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    def _chunked(
+        self, content: Tensor, position: Tensor, k: Tensor, v: Tensor, p: Tensor, attend: Tensor | None, dropout: float
+    ) -> Tensor:
+        batch, heads, frames, _ = content.shape
         mixed = []
         for start in range(0, frames, self.CHUNK):
             stop = min(start + self.CHUNK, frames)
             n = stop - start
             span = frames + n - 1  # offsets that this chunk's queries see
-            product = position[:, :, start:stop] @ p[:, :, frames - stop : frames - stop + span]  # (B, H, n, span)
+            by_offset = position[:, :, start:stop] @ p[:, frames - stop : frames - stop + span].mT  # (B, H, n, span)
             # row i holds offsets (stop - 1 - start) .. : key j of query start + i stands at column n - 1 - i + j
-            bias = product.contiguous().as_strided(
-                (batch, self.heads, n, frames), (self.heads * n * span, n * span, span - 1, 1), n - 1
-            )
+            bias = by_offset.contiguous().as_strided((batch, heads, n, frames), (heads * n * span, n * span, span - 1, 1), n - 1)
             if bias.is_cuda and attend is None:
                 bias = bias.contiguous()  # a view that starts off its alignment is refused by the memory-efficient kernel
             if attend is not None:
                 bias = bias.masked_fill(~attend, float("-inf"))
             mixed.append(attention(content[:, :, start:stop], k, v, bias, dropout))
-        return self.out_proj(torch.cat(mixed, dim=2).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        return torch.cat(mixed, dim=2)
+
+    def _blockwise(self, content: Tensor, position: Tensor, k: Tensor, v: Tensor, p: Tensor, attend: Tensor | None) -> Tensor:
+        batch, heads, frames, _ = content.shape
+        position = position.flatten(0, 1)
+        unseen = None if attend is None else _unseen(attend, k).expand(batch, heads, 1, frames).flatten(0, 1)
+
+        def add_bias(row: int, start: int, stop: int, scores: Tensor) -> None:
+            n, span = stop - start, frames + stop - start - 1
+            by_offset = product(position[row, start:stop], p[row % heads, frames - stop : frames - stop + span])
+            scores += by_offset.as_strided((n, frames), (span - 1, 1), n - 1)  # as in `_chunked`
+            if unseen is not None:
+                scores += unseen[row]
+
+        return _blockwise(content, k, v, add_bias)
