@@ -7,11 +7,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import HubertConfig, option
 from ..errors import UserError
+from ..layers.activation import silu
 from ..layers.attention import RelativeSelfAttention, SelfAttention
 from ..layers.convolution import DepthwiseConv
 from ..layers.dropout import Dropout
@@ -69,7 +71,7 @@ class ConvolutionModule(nn.Module):
         x = F.glu(self.pointwise_conv1(self.layer_norm(x, valid)))
         if valid is not None:  # the kernel must not carry padding into valid frames
             x = x.masked_fill(~valid.unsqueeze(-1), 0.0)
-        x = F.silu(self.batch_norm(self.depthwise_conv(x), valid))
+        x = silu(self.batch_norm(self.depthwise_conv(x), valid))
         return self.dropout(self.pointwise_conv2(x))  # type: ignore[no-any-return]
 
 
@@ -98,7 +100,7 @@ class ConformerBlock(nn.Module):
         return self
 
     def forward(self, x: Tensor, frames: Frames) -> Tensor:  # (B, T, D)
-        x = x + 0.5 * self.ffn1(x, frames.valid)
+        x = torch.add(x, self.ffn1(x, frames.valid), alpha=0.5)
         normed = self.self_attn_layer_norm(x, frames.valid)
         if frames.positions is None:
             mixed = self.self_attn(normed, frames.attend)
@@ -106,7 +108,7 @@ class ConformerBlock(nn.Module):
             mixed = self.self_attn(normed, frames.positions, frames.attend)
         x = x + self.dropout(mixed)
         x = x + self.conv_module(x, frames.valid)
-        x = x + 0.5 * self.ffn2(x, frames.valid)
+        x = torch.add(x, self.ffn2(x, frames.valid), alpha=0.5)
         return self.final_layer_norm(x, frames.valid)  # type: ignore[no-any-return]
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from .activation import silu
 from .dropout import Dropout
 from .folding import fold_before
 from .linear import Linear
@@ -29,5 +29,5 @@ class ConformerFeedForward(nn.Module):
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
         """x (B, T, D), valid (B, T) -> (B, T, D)."""
-        x = self.activation_dropout(F.silu(self.w_1(self.layer_norm(x, valid))))
+        x = self.activation_dropout(silu(self.w_1(self.layer_norm(x, valid))))
         return self.dropout(self.w_2(x))  # type: ignore[no-any-return]
