@@ -62,14 +62,21 @@ def strided_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) ->
 
 
 class DepthwiseConv(nn.Module):
-    """Depthwise convolution of (B, T, C) with centred kernel and zero padding; (B, T, C) -> (B, T, C)."""
+    """Depthwise convolution with zero padding, (B, T, C) -> (B, ceil(T / stride), C).
 
-    def __init__(self, channels: int, kernel: int, bias: bool = False) -> None:
+    At stride 1 the kernel is centred, above it begins at its frame: output t sees inputs t * stride ... t * stride + k - 1.
+    """
+
+    def __init__(self, channels: int, kernel: int, bias: bool = False, stride: int = 1) -> None:
         super().__init__()
+        self.stride = stride
         self.weight = nn.Parameter(torch.empty(channels, 1, kernel))
         self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         channels, _, kernel = self.weight.shape
-        return _convolve(x, self.weight, self.bias, 1, kernel // 2, channels)
+        if self.stride == 1:
+            return _convolve(x, self.weight, self.bias, 1, kernel // 2, channels)
+        missing = kernel - self.stride + -x.size(1) % self.stride
+        return _convolve(F.pad(x, (0, 0, 0, missing)), self.weight, self.bias, self.stride, 0, channels)

@@ -1,0 +1,256 @@
+"""Squeezeformer encoder (Kim et al. 2022): post-LN blocks, of which the middle ones run at half the frame rate (temporal U-Net)."""
+
+# B batch, T frames, D model dim
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..config import HubertConfig, option
+from ..errors import UserError
+from ..layers.attention import RelativeSelfAttention, SelfAttention
+from ..layers.convolution import DepthwiseConv
+from ..layers.dropout import Dropout
+from ..layers.feedforward import ConformerFeedForward
+from ..layers.folding import fold_affine, fold_after
+from ..layers.linear import Linear
+from ..layers.norm import MaskedBatchNorm, NoNorm
+from ..layers.position import relative_sinusoids
+from ..registry import register_encoder
+from .base import DEBUG, HUBERT_BASE, Encoder, Frames
+from .conformer import ConformerBlock, ConformerConfig
+
+REDUCTION_KERNEL = 5
+BATCH_NORM_MOMENTUM = 0.015  # Keras' 0.985, as torch counts it
+
+
+@dataclass
+class SqueezeformerConfig(HubertConfig):
+    """A Squeezeformer HuBERT. Blocks are counted from 0."""
+
+    time_reduce_idx: int = option(5, "block before which the frame rate is halved (20 to 40 ms)")
+    time_recover_idx: int = option(11, "block before which it is restored; the blocks from time_reduce_idx on up to it run at 40 ms")
+    depthwise_conv_kernel_size: int = option(31, "kernel of the depthwise convolution, in frames of the block's own rate; odd")
+    pos_enc_type: str = option(
+        "rel_pos",
+        "relative positions in the attention, or none beside the convolutional positional embedding",
+        ("rel_pos", "abs"),
+    )
+    layer_type: str = option("squeezeformer", "the blocks: the paper's, or those of fairseq's Conformer", ("squeezeformer", "conformer"))
+
+    def validate(self) -> None:
+        super().validate()
+        if self.depthwise_conv_kernel_size < 1 or self.depthwise_conv_kernel_size % 2 == 0:
+            raise UserError(f"depthwise_conv_kernel_size={self.depthwise_conv_kernel_size} must be odd and positive")
+        if not 0 <= self.time_reduce_idx < self.time_recover_idx < self.encoder_layers:
+            raise UserError(
+                f"time_reduce_idx={self.time_reduce_idx}, time_recover_idx={self.time_recover_idx}, encoder_layers={self.encoder_layers}: "
+                "the rate is halved before it is restored, and restored before the last block: 0 <= time_reduce_idx < time_recover_idx "
+                "< encoder_layers"
+            )
+        if self.layer_norm_first:
+            raise UserError("layer_norm_first=True: a Squeezeformer has its LayerNorm before the first block; set it to false")
+
+
+class ScaleBias(nn.Module):
+    """weight * x + bias per channel, (..., D) -> (..., D): the adaptive scaling in front of each module (Squeezeformer, section 3.2)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addcmul(self.bias, self.weight, x)
+
+
+def _fold_scale(scale: nn.Module, *layers: nn.Linear) -> nn.Module:
+    """Fold a `ScaleBias` into the linear layers that read it; returns what stands in its place."""
+    if not isinstance(scale, ScaleBias):
+        return scale  # folded already
+    for layer in layers:
+        fold_affine(layer, scale.weight, scale.bias)
+    return NoNorm()
+
+
+class ConvolutionModule(nn.Module):
+    """Pointwise D -> 2D, SiLU, depthwise, BatchNorm, SiLU, pointwise 2D -> D; no GLU (Squeezeformer, section 3.2)."""
+
+    def __init__(self, dim: int, kernel: int, dropout: float) -> None:
+        super().__init__()
+        self.pointwise_conv1 = Linear(dim, 2 * dim)
+        self.depthwise_conv = DepthwiseConv(2 * dim, kernel)  # its bias is the BatchNorm's
+        self.batch_norm: nn.Module = MaskedBatchNorm(2 * dim, momentum=BATCH_NORM_MOMENTUM)
+        self.pointwise_conv2 = Linear(2 * dim, dim)
+        self.dropout = Dropout(dropout)
+
+    def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:  # (B, T, D)
+        x = F.silu(self.pointwise_conv1(x))
+        if valid is not None:  # the kernel must not carry padding into valid frames
+            x = x.masked_fill(~valid.unsqueeze(-1), 0.0)
+        x = F.silu(self.batch_norm(self.depthwise_conv(x), valid))
+        return self.dropout(self.pointwise_conv2(x))  # type: ignore[no-any-return]
+
+    def fold(self) -> ConvolutionModule:
+        """Fold the BatchNorm into the depthwise convolution."""
+        self.batch_norm = fold_after(self.depthwise_conv, self.batch_norm)
+        return self
+
+
+class SqueezeformerBlock(nn.Module):
+    """x <- LayerNorm(x + f(scale * x + bias)), f = attention, feed-forward, convolution, feed-forward (Squeezeformer, figure 3)."""
+
+    def __init__(self, config: SqueezeformerConfig) -> None:
+        super().__init__()
+        dim, inner, dropout = config.encoder_embed_dim, config.encoder_ffn_embed_dim, config.dropout
+        attention = RelativeSelfAttention if config.pos_enc_type == "rel_pos" else SelfAttention
+        self.self_attn_scale: nn.Module = ScaleBias(dim)
+        self.self_attn = attention(dim, config.encoder_attention_heads, config.attention_dropout)
+        self.self_attn_layer_norm = nn.LayerNorm(dim)
+        self.ffn1_scale: nn.Module = ScaleBias(dim)
+        self.ffn1 = ConformerFeedForward(dim, inner, dropout, config.activation_dropout, norm="none")
+        self.ffn1_layer_norm = nn.LayerNorm(dim)
+        self.conv_scale: nn.Module = ScaleBias(dim)
+        self.conv_module = ConvolutionModule(dim, config.depthwise_conv_kernel_size, dropout)
+        self.conv_layer_norm = nn.LayerNorm(dim)
+        self.ffn2_scale: nn.Module = ScaleBias(dim)
+        self.ffn2 = ConformerFeedForward(dim, inner, dropout, config.activation_dropout, norm="none")
+        self.ffn2_layer_norm = nn.LayerNorm(dim)
+        self.dropout = Dropout(dropout)
+
+    def forward(self, x: Tensor, frames: Frames) -> Tensor:  # (B, T, D)
+        scaled = self.self_attn_scale(x)
+        if frames.positions is None:
+            mixed = self.self_attn(scaled, frames.attend)
+        else:
+            mixed = self.self_attn(scaled, frames.positions, frames.attend)
+        x = self.self_attn_layer_norm(x + self.dropout(mixed))
+        x = self.ffn1_layer_norm(x + self.ffn1(self.ffn1_scale(x)))
+        x = self.conv_layer_norm(x + self.conv_module(self.conv_scale(x), frames.valid))
+        return self.ffn2_layer_norm(x + self.ffn2(self.ffn2_scale(x)))  # type: ignore[no-any-return]
+
+    def fold(self) -> SqueezeformerBlock:
+        """Fold the scales and biases into the linear layers behind them."""
+        attention = self.self_attn
+        self.self_attn_scale = _fold_scale(self.self_attn_scale, attention.q_proj, attention.k_proj, attention.v_proj)
+        self.ffn1_scale = _fold_scale(self.ffn1_scale, self.ffn1.w_1)
+        self.conv_scale = _fold_scale(self.conv_scale, self.conv_module.pointwise_conv1)
+        self.ffn2_scale = _fold_scale(self.ffn2_scale, self.ffn2.w_1)
+        return self
+
+
+class TimeReduction(nn.Module):
+    """Depthwise convolution with stride 2, pointwise: (B, T, D) -> (B, ceil(T / 2), D) (Squeezeformer, section 3.1)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.depthwise_conv = DepthwiseConv(dim, REDUCTION_KERNEL, stride=2)
+        self.pointwise_conv = Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:
+        if valid is not None:  # the kernel sees up to four frames beyond the last valid one
+            x = x.masked_fill(~valid.unsqueeze(-1), 0.0)
+        return self.pointwise_conv(self.depthwise_conv(x))  # type: ignore[no-any-return]
+
+
+def _preset(layers: int, dim: int, heads: int, reduce: int, recover: int, **keys: object) -> dict[str, object]:
+    return {
+        **HUBERT_BASE,
+        "encoder_layers": layers,
+        "encoder_embed_dim": dim,
+        "encoder_ffn_embed_dim": 4 * dim,
+        "encoder_attention_heads": heads,
+        "required_seq_len_multiple": 1,
+        "time_reduce_idx": reduce,
+        "time_recover_idx": recover,
+        **keys,
+    }
+
+
+@register_encoder(
+    "squeezeformer",
+    config=SqueezeformerConfig,
+    presets={
+        # table 2 of the paper; pre-training keys as in HuBERT-base
+        "squeezeformer-xs": _preset(16, 144, 4, 7, 15),
+        "squeezeformer-s": _preset(18, 196, 4, 8, 17, conv_pos_groups=14),  # 16 divides neither 196 nor 324
+        "squeezeformer-sm": _preset(16, 256, 4, 7, 15),
+        "squeezeformer-m": _preset(20, 324, 4, 9, 19, conv_pos_groups=18),
+        "squeezeformer-ml": _preset(18, 512, 8, 8, 17),
+        "squeezeformer-l": _preset(22, 640, 8, 10, 21),
+        # what Table 1 of the main paper counts: the same U-Net around fairseq's Conformer blocks at its defaults
+        "squeezeformer-xs-table1": _preset(
+            16, 144, 4, 7, 15, encoder_ffn_embed_dim=3072, pos_enc_type="abs", layer_type="conformer", required_seq_len_multiple=2
+        ),
+        "squeezeformer-debug": {
+            **DEBUG,
+            "encoder_layers": 4,
+            "time_reduce_idx": 1,
+            "time_recover_idx": 3,
+            "depthwise_conv_kernel_size": 15,
+        },
+    },
+)
+class SqueezeformerEncoder(Encoder):
+    """Blocks at 20 ms, at 40 ms between `time_reduce_idx` and `time_recover_idx`, and at 20 ms again.
+
+    The input to the first block is LayerNorm(sqrt(D) (x + positional convolution of x)).
+    """
+
+    relative: bool
+
+    def __init__(self, config: HubertConfig) -> None:
+        assert isinstance(config, SqueezeformerConfig)
+        self.relative = config.pos_enc_type == "rel_pos"
+        self.reduce, self.recover = config.time_reduce_idx, config.time_recover_idx
+        super().__init__(config)
+        self.time_reduction = TimeReduction(config.encoder_embed_dim)
+        self.time_recovery = Linear(config.encoder_embed_dim, config.encoder_embed_dim)
+
+    def build_block(self, config: HubertConfig, index: int) -> nn.Module:
+        assert isinstance(config, SqueezeformerConfig)
+        if config.layer_type == "squeezeformer":
+            return SqueezeformerBlock(config)
+        shared = {key.name for key in dataclasses.fields(ConformerConfig)} & {key.name for key in dataclasses.fields(config)}
+        return ConformerBlock(ConformerConfig(**{key: getattr(config, key) for key in shared}))
+
+    def build_norm(self, config: HubertConfig) -> nn.Module:
+        """LayerNorm of sqrt(D) x: the factor leaves nothing but a smaller eps."""
+        return nn.LayerNorm(config.encoder_embed_dim, eps=1e-5 / config.encoder_embed_dim)
+
+    def init_weights(self) -> None:
+        """Weights and biases stay as `nn.Linear` and `DepthwiseConv` make them: uniform in +-fan_in^-1/2, as the authors'."""
+
+    def positions(self, x: Tensor) -> Tensor | None:
+        return relative_sinusoids(x.size(1), x.size(2), x) if self.relative else None
+
+    def run_blocks(self, x: Tensor, frames: Frames, kept: list[bool]) -> list[Tensor]:
+        length, full, saved = x.size(1), frames, x
+        states = [x]
+        reduced = False
+        for index, keep in enumerate(kept):
+            if index == self.reduce:
+                reduced, saved = True, x
+                x = self.time_reduction(x, full.valid)  # (B, ceil(T / 2), D)
+                frames = Frames(
+                    valid=None if full.valid is None else full.valid[:, ::2],
+                    attend=None if full.attend is None else full.attend[..., ::2],
+                    positions=self.positions(x),
+                )
+            elif index == self.recover:
+                reduced, frames = False, full
+                x = _repeated(self.time_recovery(x), length) + saved
+            if keep:
+                x = self.run_block(self.layers[index], x, frames)
+            states.append(_repeated(x, length) if reduced else x)
+        return states
+
+
+def _repeated(x: Tensor, length: int) -> Tensor:
+    """(B, ceil(length / 2), D) -> (B, length, D): each frame twice."""
+    return x.repeat_interleave(2, dim=1)[:, :length]
