@@ -54,11 +54,19 @@ class MaskedBatchNorm(nn.BatchNorm1d):
     """
 
     def forward(self, input: Tensor, valid: Tensor | None = None) -> Tensor:
-        """`valid`: (B, T) bool, None = all. The output on padding is that of the affine map, not zero."""
+        """`valid`: (B, T) bool, None = all. What comes out on padding means nothing."""
         x = input
+        rows = x.reshape(-1, x.size(-1))
+        if not self.training:
+            return super().forward(rows).view_as(x)
         joint = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        if not self.training or (valid is None and not joint):
-            return self._plain(x.reshape(-1, x.size(-1))).view_as(x)
+        if not joint and valid is None and len(rows) > 1:
+            return self._plain(rows).view_as(x)
+        if not joint and valid is not None and x.device.type == "cpu" and not torch.compiler.is_compiling():
+            index = valid.reshape(-1).nonzero().squeeze(1)  # on a GPU this would wait for all that is queued
+            if len(index) > 1:
+                packed = self._plain(rows.index_select(0, index))
+                return packed.new_zeros(rows.shape).index_copy(0, index, packed).view_as(x)
         weight = torch.ones(x.shape[:2], device=x.device) if valid is None else valid.float()
         wide = x.float()
         weight = weight.unsqueeze(-1)
@@ -73,7 +81,7 @@ class MaskedBatchNorm(nn.BatchNorm1d):
         return y.to(x.dtype)
 
     def _plain(self, rows: Tensor) -> Tensor:
-        if self.training and not _tracking:
+        if not _tracking:
             assert self.running_mean is not None and self.running_var is not None
             scratch = self.running_mean.clone(), self.running_var.clone()
             return F.batch_norm(rows, *scratch, self.weight, self.bias, True, 0.0, self.eps)

@@ -1,0 +1,177 @@
+"""FusionFormer encoder (Song et al. 2022): a Conformer that holds no norm once it is fused for inference."""
+
+# B batch, T frames, D model dim, H heads
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..config import HubertConfig, option
+from ..errors import UserError
+from ..layers.attention import attention
+from ..layers.convolution import DepthwiseConv
+from ..layers.dropout import Dropout
+from ..layers.folding import fold_after
+from ..layers.linear import Linear
+from ..layers.norm import MaskedBatchNorm
+from ..registry import register_encoder
+from .base import DEBUG, HUBERT_BASE, Encoder, Frames
+
+
+@dataclass
+class FusionformerConfig(HubertConfig):
+    """A FusionFormer HuBERT. Where the paper leaves the convolution module open there is an option; the default is the cheapest reading."""
+
+    depthwise_conv_kernel_size: int = option(15, "kernel of the depthwise convolution, in frames; odd")
+    conv_module_expansion: int = option(
+        1, "channels inside the convolution module, in units of D: 1, or the 2 that a Conformer's first pointwise convolution has"
+    )
+    conv_module_relu: str = option(
+        "both", "layers of the convolution module that a ReLU follows: the first pointwise, the depthwise, or both",
+        ("both", "pointwise", "depthwise"),
+    )  # fmt: skip
+
+    def validate(self) -> None:
+        super().validate()
+        if self.depthwise_conv_kernel_size < 1 or self.depthwise_conv_kernel_size % 2 == 0:
+            raise UserError(f"depthwise_conv_kernel_size={self.depthwise_conv_kernel_size} must be odd and positive")
+        if self.conv_module_expansion not in (1, 2):
+            raise UserError(f"conv_module_expansion={self.conv_module_expansion} must be 1 or 2")
+        if self.layer_norm_first:
+            raise UserError("layer_norm_first=True: a FusionFormer has no LayerNorm; set it to false")
+
+
+# In every module a layer has no bias, and a BatchNorm follows at once, so that the two fold into one layer with a bias.
+
+
+class FeedForward(nn.Module):
+    """Linear D -> F, BatchNorm, ReLU, Linear F -> D, BatchNorm."""
+
+    def __init__(self, config: FusionformerConfig) -> None:
+        super().__init__()
+        dim, inner = config.encoder_embed_dim, config.encoder_ffn_embed_dim
+        self.w_1 = Linear(dim, inner, bias=False)
+        self.norm_1: nn.Module = MaskedBatchNorm(inner)
+        self.w_2 = Linear(inner, dim, bias=False)
+        self.norm_2: nn.Module = MaskedBatchNorm(dim)
+        self.activation_dropout = Dropout(config.activation_dropout)
+        self.dropout = Dropout(config.dropout)
+
+    def fold(self) -> FeedForward:
+        """Fold the norms."""
+        self.norm_1 = fold_after(self.w_1, self.norm_1)
+        self.norm_2 = fold_after(self.w_2, self.norm_2)
+        return self
+
+    def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:  # (B, T, D)
+        x = self.activation_dropout(F.relu(self.norm_1(self.w_1(x), valid), inplace=True))
+        return self.dropout(self.norm_2(self.w_2(x), valid))  # type: ignore[no-any-return]
+
+
+class Attention(nn.Module):
+    """Self-attention; a BatchNorm after the projections to queries, keys and values, which are one product, and after the last one."""
+
+    def __init__(self, config: FusionformerConfig) -> None:
+        super().__init__()
+        dim = config.encoder_embed_dim
+        self.heads = config.encoder_attention_heads
+        self.qkv_proj = Linear(dim, 3 * dim, bias=False)
+        self.qkv_norm: nn.Module = MaskedBatchNorm(3 * dim)
+        self.out_proj = Linear(dim, dim, bias=False)
+        self.out_norm: nn.Module = MaskedBatchNorm(dim)
+        self.attention_dropout = config.attention_dropout
+        self.dropout = Dropout(config.dropout)
+
+    def fold(self) -> Attention:
+        """Fold the norms. The 1 / sqrt(d) stays in the attention kernel, where it costs nothing."""
+        self.qkv_norm = fold_after(self.qkv_proj, self.qkv_norm)
+        self.out_norm = fold_after(self.out_proj, self.out_norm)
+        return self
+
+    def forward(self, x: Tensor, frames: Frames) -> Tensor:  # (B, T, D)
+        qkv = self.qkv_norm(self.qkv_proj(x), frames.valid)  # (B, T, 3 D)
+        q, k, v = qkv.view(*x.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, D / H)
+        mixed = attention(q, k, v, frames.attend, self.attention_dropout if self.training else 0.0)
+        return self.dropout(self.out_norm(self.out_proj(mixed.transpose(1, 2).flatten(2)), frames.valid))  # type: ignore[no-any-return]
+
+
+class ConvolutionModule(nn.Module):
+    """Pointwise D -> E, depthwise, pointwise E -> D, each with its BatchNorm; ReLU in the places of GLU and SiLU."""
+
+    def __init__(self, config: FusionformerConfig) -> None:
+        super().__init__()
+        dim = config.encoder_embed_dim
+        inner = dim * config.conv_module_expansion
+        self.pointwise_conv1 = Linear(dim, inner, bias=False)
+        self.norm_1: nn.Module = MaskedBatchNorm(inner)
+        self.depthwise_conv = DepthwiseConv(inner, config.depthwise_conv_kernel_size)
+        self.norm_2: nn.Module = MaskedBatchNorm(inner)
+        self.pointwise_conv2 = Linear(inner, dim, bias=False)
+        self.norm_3: nn.Module = MaskedBatchNorm(dim)
+        self.relu_1 = config.conv_module_relu != "depthwise"
+        self.relu_2 = config.conv_module_relu != "pointwise"
+        self.dropout = Dropout(config.dropout)
+
+    def fold(self) -> ConvolutionModule:
+        """Fold the norms: all stand behind their layer, so that the depthwise convolution's zero padding is no obstacle."""
+        self.norm_1 = fold_after(self.pointwise_conv1, self.norm_1)
+        self.norm_2 = fold_after(self.depthwise_conv, self.norm_2)
+        self.norm_3 = fold_after(self.pointwise_conv2, self.norm_3)
+        return self
+
+    def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:  # (B, T, D)
+        x = self.norm_1(self.pointwise_conv1(x), valid)
+        if self.relu_1:
+            x = F.relu(x, inplace=True)
+        if valid is not None:  # the kernel must not carry padding into valid frames
+            x = x.masked_fill(~valid.unsqueeze(-1), 0.0)
+        x = self.norm_2(self.depthwise_conv(x), valid)
+        if self.relu_2:
+            x = F.relu(x, inplace=True)
+        return self.dropout(self.norm_3(self.pointwise_conv2(x), valid))  # type: ignore[no-any-return]
+
+
+class FusionformerBlock(nn.Module):
+    """The residual sums of a Conformer block without its LayerNorms."""
+
+    def __init__(self, config: FusionformerConfig) -> None:
+        super().__init__()
+        self.ffn1 = FeedForward(config)
+        self.self_attn = Attention(config)
+        self.conv_module = ConvolutionModule(config)
+        self.ffn2 = FeedForward(config)
+
+    def forward(self, x: Tensor, frames: Frames) -> Tensor:  # (B, T, D)
+        x = x.add(self.ffn1(x, frames.valid), alpha=0.5)
+        x = x + self.self_attn(x, frames)
+        x = x + self.conv_module(x, frames.valid)
+        return x.add(self.ffn2(x, frames.valid), alpha=0.5)
+
+
+@register_encoder(
+    "fusionformer",
+    config=FusionformerConfig,
+    presets={
+        "fusionformer-s": {
+            **HUBERT_BASE,
+            "encoder_layers": 12,
+            "encoder_embed_dim": 256,
+            "encoder_ffn_embed_dim": 2048,
+            "encoder_attention_heads": 4,
+            "required_seq_len_multiple": 1,
+        },
+        "fusionformer-debug": DEBUG,
+    },
+)
+class FusionformerEncoder(Encoder):
+    """Stack of `FusionformerBlock`; no norm before it or after it."""
+
+    def build_block(self, config: HubertConfig, index: int) -> nn.Module:
+        assert isinstance(config, FusionformerConfig)
+        return FusionformerBlock(config)
+
+    def build_norm(self, config: HubertConfig) -> nn.Module:
+        return nn.Identity()
