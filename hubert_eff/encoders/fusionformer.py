@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -145,10 +146,10 @@ class FusionformerBlock(nn.Module):
         self.ffn2 = FeedForward(config)
 
     def forward(self, x: Tensor, frames: Frames) -> Tensor:  # (B, T, D)
-        x = x.add(self.ffn1(x, frames.valid), alpha=0.5)
+        x = torch.add(x, self.ffn1(x, frames.valid), alpha=0.5)
         x = x + self.self_attn(x, frames)
         x = x + self.conv_module(x, frames.valid)
-        return x.add(self.ffn2(x, frames.valid), alpha=0.5)
+        return torch.add(x, self.ffn2(x, frames.valid), alpha=0.5)
 
 
 @register_encoder(
