@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..config import HubertConfig, option
 from ..errors import UserError
+from ..layers.activation import silu
 from ..layers.attention import RelativeSelfAttention, SelfAttention
 from ..layers.convolution import DepthwiseConv
 from ..layers.dropout import Dropout
@@ -90,10 +90,10 @@ class ConvolutionModule(nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:  # (B, T, D)
-        x = F.silu(self.pointwise_conv1(x))
+        x = silu(self.pointwise_conv1(x))
         if valid is not None:  # the kernel must not carry padding into valid frames
             x = x.masked_fill(~valid.unsqueeze(-1), 0.0)
-        x = F.silu(self.batch_norm(self.depthwise_conv(x), valid))
+        x = silu(self.batch_norm(self.depthwise_conv(x), valid))
         return self.dropout(self.pointwise_conv2(x))  # type: ignore[no-any-return]
 
     def fold(self) -> ConvolutionModule:
