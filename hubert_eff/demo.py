@@ -19,16 +19,10 @@ from typing import Any
 from rich.table import Table
 
 from .errors import UserError
-from .files import write_json
+from .files import config_dir, write_json
 
 CLUSTERS = 50
 UNTRAINED = "conformer-debug@0"
-
-
-def config_dir() -> Path:
-    """The folder of configurations: inside an installed package, or at the top of a checkout."""
-    package = Path(__file__).resolve().parent
-    return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
 
 
 def plugin_dir() -> Path:
@@ -172,7 +166,7 @@ def table(results: dict[str, Any], out: Path) -> Table:
         run = spotting[name]
         rows.append((f"keyword spotting, {name}", f"{run['accuracy']:.1%} (largest class: {run['chance']:.1%})", folder))
     rows += [
-        ("parameters", f"{cost['params_without_labels']:,}, {cost['storage_mb']['fp32']:.2f} MB at fp32", ""),
+        ("parameters", f"{cost['params_without_labels']:,}, {cost['storage_mb']['file']:.2f} MB as a file", ""),
         ("operations, 10 s", f"{cost['macs'] / 1e9:.3f} GMAC = {cost['gflop']:.3f} GFLOP", ""),
         ("time", ", ".join(f"{name} {seconds:.0f} s" for name, seconds in results["seconds"].items()), ""),
         ("all figures", "", "summary.json"),

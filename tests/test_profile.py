@@ -12,7 +12,9 @@ from torch import Tensor, nn
 import hubert_eff
 from hubert_eff.cli import main
 from hubert_eff.errors import UserError
-from hubert_eff.profiling import count_operations, register_formula
+from hubert_eff.profiling import count_operations, list_devices, read_device, register_formula
+from hubert_eff.profiling.cost import bit_operations, file_storage, paper_storage
+from hubert_eff.profiling.formulas import ATTENTION, CONVOLUTION, COPY, DEPTHWISE, ELEMENTWISE, GROUPED, KINDS, MATRIX, NORM
 
 B, T, D, H = 2, 7, 12, 3
 
@@ -56,7 +58,12 @@ def test_convolution(groups, stride, padding, dilation):
     kernel, out_channels = 3, 24
     conv = nn.Conv1d(D, out_channels, kernel, stride, padding, dilation, groups)
     frames = (20 + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-    assert macs(conv, torch.randn(B, D, 20)) == B * frames * out_channels * (D // groups) * kernel
+    with torch.no_grad(), count_operations(conv) as counts:
+        conv(torch.randn(B, D, 20))
+    expected = B * frames * out_channels * (D // groups) * kernel
+    kind = {1: CONVOLUTION, 3: GROUPED, 12: DEPTHWISE}[groups]
+    assert counts.total().macs == counts.total(kind=kind).macs == expected
+    assert counts.total().macs_by_bits == {(32, 32): expected}
 
 
 def test_convolution_2d_and_transposed():
@@ -81,6 +88,8 @@ def test_attention_counts_do_not_depend_on_the_kernel(mask):
     with torch.inference_mode(), count_operations(module) as counts:
         module(q, k, v)
     assert counts.total().macs == 2 * B * H * T * T * 4
+    if mask != "learned":
+        assert counts.total(kind=ATTENTION).macs == counts.total().macs
 
 
 def test_attention_with_other_key_length_and_value_size():
@@ -117,6 +126,8 @@ def test_block_in_every_gradient_mode(context):
     assert counts.total().macs == B * T * D * 20 * 2
     assert counts.total().element_ops == B * T * (D + 20 + D)  # LayerNorm, GELU, softmax
     assert counts.total("2").element_ops == B * T * 20
+    assert counts.total(kind=NORM).element_ops == B * T * D and counts.total(kind=ELEMENTWISE).element_ops == B * T * (20 + D)
+    assert counts.total(kind=MATRIX).macs == counts.total().macs
 
 
 def test_free_operations():
@@ -162,7 +173,7 @@ def test_attribution_of_shared_and_repeated_modules():
     assert counts.total("first.linear").macs == product
     assert counts.total("second.linear").macs == 2 * product
     assert counts.total("second").macs == 2 * (product + 2 * B * T * T * D)
-    assert counts.tallies["", "aten.mm"].macs == product  # the root's own F.linear
+    assert counts.own("").macs == counts.tallies["", "aten.mm", MATRIX].macs == product  # the root's own F.linear
     assert counts.total().macs == 4 * product + 6 * B * T * T * D
 
 
@@ -187,18 +198,24 @@ def library():
 
 
 def test_unknown_operation_is_refused_by_name_and_module_until_it_has_a_formula(library, monkeypatch):
-    from hubert_eff.profiling import counters
+    from hubert_eff.profiling import formulas
 
-    monkeypatch.setattr(counters, "_MACS", dict(counters._MACS))
+    for table in ("_MACS", "_KIND"):
+        monkeypatch.setattr(formulas, table, dict(getattr(formulas, table)))
     model = nn.Sequential(nn.Identity(), Function(lambda x: library.outer(x, x)))
     with pytest.raises(UserError, match=r"hubert_eff_test\.outer in module '1' has no MAC formula"):
         macs(model, torch.randn(3))
 
-    @register_formula(library.outer)
+    with pytest.raises(UserError, match="kind='outer'"):
+        register_formula(library.outer, kind="outer")
+
+    @register_formula(library.outer, kind=DEPTHWISE)
     def outer(a: Tensor, b: Tensor, out: Tensor) -> int:
         return out.numel()
 
-    assert macs(model, torch.randn(3)) == 9
+    with count_operations(model) as counts:
+        model(torch.randn(3))
+    assert counts.total(kind=DEPTHWISE).macs == counts.total().macs == 9
     with pytest.raises(UserError, match="already"):
         register_formula(library.outer)(outer)
     with pytest.raises(UserError, match="already"):
@@ -220,6 +237,161 @@ def test_agrees_with_torch_flop_counter():
     assert 2 * counts.total().macs == flop.get_total_flops() == 2 * B * T * (4 * D * D + 2 * D * 20 + 2 * T * D)
 
 
+def test_user_defined_encoder_with_an_unknown_operation_is_refused_by_name(library):
+    model = hubert_eff.build("transformer-debug")
+    model.encoder.layers[1].fc1 = Function(lambda x: library.outer(x[0, :, 0], x[0, :, 1])[None])
+    with pytest.raises(UserError, match=r"hubert_eff_test\.outer in module 'encoder\.layers\.1\.fc1' has no MAC formula"):
+        hubert_eff.profile(model, seconds=0.5)
+
+
+# -- bit widths ----------------------------------------------------------------------------------------------------------
+
+
+class SignLinear(nn.Module):
+    """A linear of +-1 weights on +-1 inputs, computed in floats; it declares one bit for both."""
+
+    operand_bits = (1, 1)
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, inputs).sign())
+        self.bias = nn.Parameter(torch.zeros(outputs))
+        self.stored_bits = {"weight": (inputs * outputs, 1)}
+
+    def forward(self, x):
+        return F.linear(torch.where(x > 0, 1.0, -1.0), self.weight, self.bias)
+
+
+class SignDepthwise(SignLinear):
+    """The same for a depthwise convolution."""
+
+    def __init__(self, channels, kernel):
+        super().__init__(channels, 1)
+        self.weight = nn.Parameter(torch.randn(channels, 1, kernel).sign())
+        self.stored_bits = {"weight": (channels * kernel, 1)}
+
+    def forward(self, x):
+        return F.conv1d(torch.where(x > 0, 1.0, -1.0), self.weight, padding="same", groups=len(self.weight))
+
+
+class PackedLinear(nn.Module):
+    """`SignLinear` on packed weights: eight in a byte."""
+
+    operand_bits = (1, 1)
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.outputs = outputs
+        self.register_buffer("weight", torch.zeros(-(-inputs * outputs // 8), dtype=torch.uint8))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+        self.stored_bits = {"weight": (inputs * outputs, 1)}
+
+    def forward(self, x):
+        bits = self.weight[:, None].bitwise_right_shift(torch.arange(8, dtype=torch.uint8)).bitwise_and(1)
+        rows = bits.flatten()[: self.outputs * x.shape[-1]].view(self.outputs, -1)
+        return F.linear(torch.where(x > 0, 1.0, -1.0), 2.0 * rows - 1.0, self.bias)
+
+
+def test_declared_bits():
+    model = nn.Sequential(nn.Linear(D, 20), SignLinear(20, 6), Function(lambda x: x.transpose(1, 2)), SignDepthwise(6, 3))
+    with torch.no_grad(), count_operations(model) as counts:
+        model(torch.randn(B, T, D))
+    floats, linear, depthwise = B * T * D * 20, B * T * 20 * 6, B * T * 6 * 3
+    assert counts.total().macs_by_bits == {(32, 32): floats, (1, 1): linear + depthwise}
+    assert counts.total(kind=DEPTHWISE).macs_by_bits == {(1, 1): depthwise}
+    assert counts.total("1").macs_by_bits == {(1, 1): linear}
+    assert bit_operations(counts.total().macs_by_bits, "paper") == (32 * floats / 2**30, (linear + depthwise) / 2**30)
+    assert bit_operations(counts.total().macs_by_bits, "product") == (1024 * floats / 2**30, (linear + depthwise) / 2**30)
+    # the declared weights take one bit each, biases are floats
+    floats = D * 20 + 20 + 6 + 1
+    assert paper_storage(model) == 4 * floats + (20 * 6 + 6 * 3) / 8
+    assert paper_storage(model, float_bytes=2) == 2 * floats + (20 * 6 + 6 * 3) / 8
+    assert file_storage(model) == 4 * floats + 15 + 3
+
+
+def test_simulated_and_packed_forms_cost_the_same():
+    model = hubert_eff.build("transformer-debug")
+    profiles = []
+    for form in (SignLinear, PackedLinear):
+        for block in model.encoder.layers:
+            block.fc1, block.fc2 = form(64, 128), form(128, 64)
+        profiles.append(hubert_eff.profile(model, seconds=1.0))
+    simulated, packed = profiles
+    for name in ("params", "storage_mb", "macs_by_bits", "gflop", "bop_nonq_g", "bop_bq_g", "est_time_s"):
+        assert getattr(simulated, name) == getattr(packed, name), name
+    weights = 2 * 2 * 64 * 128
+    assert simulated.macs_by_bits[1, 1] == weights * simulated.frames
+    assert simulated.bop_bq_g == weights * simulated.frames / 2**30
+    # 1 bit instead of 32 per weight, and no mask embedding
+    full = hubert_eff.profile("transformer-debug", seconds=1.0)
+    assert simulated.storage_mb["paper"] == pytest.approx(full.storage_mb["paper"] - (weights * (4 - 1 / 8) + 4 * 64) / 1e6)
+    assert simulated.storage_mb["file"] == pytest.approx(full.storage_mb["file"] - weights * (4 - 1 / 8) / 1e6)
+    assert "1x1" in simulated.table() and "1x1" not in full.table()
+
+
+def test_widths_of_other_dtypes():
+    linear = nn.Linear(D, 5)
+    x = torch.randn(B, T, D)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), count_operations(linear) as counts:
+        linear(x)
+    assert counts.total().macs_by_bits == {(16, 16): B * T * D * 5}
+    with torch.no_grad(), count_operations(linear.double()) as counts:
+        linear(x.double())
+    assert counts.total().macs_by_bits == {(64, 64): B * T * D * 5}
+
+
+@pytest.mark.skipif(not {"x86", "fbgemm", "qnnpack"} & set(torch.backends.quantized.supported_engines), reason="no int8 kernels")
+def test_int8_linear():
+    model = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(D, 5)), {nn.Linear}, torch.qint8)
+    with torch.no_grad(), count_operations(model) as counts:
+        model(torch.randn(B, T, D))
+    assert counts.total().macs_by_bits == {(8, 8): B * T * D * 5}
+
+
+def test_wrong_declarations_are_refused():
+    model = SignLinear(4, 4)
+    model.operand_bits = 1
+    with pytest.raises(UserError, match="SignLinear.operand_bits=1 must be a pair"), count_operations(model):
+        pass
+    model.stored_bits = {"wait": (16, 1)}
+    with pytest.raises(UserError, match="names 'wait'"):
+        paper_storage(model)
+
+
+# -- devices -------------------------------------------------------------------------------------------------------------
+
+
+def test_devices():
+    assert {"a100", "h100", "h200"} <= set(list_devices())
+    for name in list_devices():
+        device = read_device(name)
+        assert device.rate(16) > device.rate(32) > 0 and device.rate(1) >= device.rate(8)
+    a100 = read_device("a100")
+    assert (a100.rate(16), a100.rate(1), a100.rate(2)) == (312, 4992, 1248)
+    assert a100.paper_time(312 * 1024, 4992 * 1024) == 2.0
+    assert a100.roofline_time({(16, 16): 312 * 10**12, (1, 1): 4992 * 10**12}, 0) == 4.0
+    assert a100.roofline_time({(1, 1): 1}, 2039e9) == 1.0  # reading the weights takes longer
+    with pytest.raises(UserError, match="64 bits"):
+        a100.roofline_time({(64, 64): 1}, 0)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("name: x", "must have the keys"),
+        ("[", "is no YAML file"),
+        ("{name: x, source: y, tops: {16: fast}, bandwidth_gb_s: 1}", "tops must map"),
+        ("{name: x, source: y, tops: {16: 312}, bandwidth_gb_s: 0}", "bandwidth_gb_s=0"),
+    ],
+)
+def test_bad_device_files(text, message, tmp_path):
+    (tmp_path / "device.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_device(tmp_path / "device.yaml")
+    with pytest.raises(UserError, match="unknown device"):
+        read_device("a1000")
+
+
 # -- presets -------------------------------------------------------------------------------------------------------------
 
 FASTCONV, FRAMES = 3_295_436_160, 499  # MACs of the extractor on 10 s, frames of 10 s
@@ -234,11 +406,18 @@ def expected_macs(dim: int, layers: int, per_frame: int, frames: int) -> int:
 def test_transformer_base():
     result = hubert_eff.profile("transformer-base", seconds=10.0)
     assert result.params == result.params_without_labels == result.modules.params == 92_212_096
-    assert result.storage_mb == {"fp32": 368.848384, "fp16": 184.424192}  # the paper's 184.42 is the fp16 figure
+    assert result.storage_mb == {"paper": 368.848384, "file": 368.848384}
+    assert paper_storage(hubert_eff.build("transformer-base"), float_bytes=2) / 1e6 == 184.424192  # the paper's figure
     assert (result.samples, result.frames) == (160_000, FRAMES)
     assert result.macs == expected_macs(768, 12, 12 * 768**2, 500)  # the encoder works on a multiple of two frames
     assert result.gflop == pytest.approx(105.85, abs=0.01)
-    assert result.bop_nonq_g == 32 * result.macs / 2**30
+    assert result.bop_nonq_g == 32 * result.macs / 2**30 and result.bop_bq_g == 0.0
+    assert result.est_time_s["paper"] == result.bop_nonq_g / (312 * 1024)
+    assert result.est_time_s["roofline"] == 2 * result.macs / 19.5e12  # float32 of an A100
+    attention = 12 * 2 * 500**2 * 768
+    assert result.kinds[ATTENTION].macs == attention
+    assert result.kinds[GROUPED].macs == 8 * 768**2 * FRAMES
+    assert result.kinds[MATRIX].macs + result.kinds[CONVOLUTION].macs == result.macs - attention - result.kinds[GROUPED].macs
     modules = {module.name: module for module in result.modules.walk()}
     assert modules["feature_extractor"].macs == FASTCONV
     assert modules["final_proj"].macs == 0 < modules["final_proj"].params
@@ -272,12 +451,33 @@ def test_profiling_leaves_the_model_as_it_was_and_repeats():
     assert hubert_eff.profile("conformer-debug", seconds=1.0).macs == first.macs
 
 
+@pytest.mark.parametrize("encoder", hubert_eff.list_encoders())
+def test_every_encoder_is_counted_and_twice_the_same(encoder):
+    model = hubert_eff.build(f"{encoder}-debug")
+    first = hubert_eff.profile(model, seconds=1.0)
+    assert hubert_eff.profile(model, seconds=1.0) == first
+    assert hubert_eff.profile(f"{encoder}-debug", seconds=1.0).macs_by_bits == first.macs_by_bits
+    assert first.frames == 49 and set(first.kinds) <= set(KINDS) and COPY in first.kinds
+    assert first.macs == sum(kind.macs for kind in first.kinds.values()) == first.macs_by_bits[32, 32]
+    narrow = hubert_eff.profile(model.bfloat16(), seconds=1.0)
+    assert narrow.macs_by_bits.get((16, 16), 0) > 0.99 * narrow.macs  # a table of positions may stay wider
+
+
 @pytest.mark.parametrize("preset", hubert_eff.list_presets())
 def test_every_preset_is_counted(preset):
-    result = hubert_eff.profile(preset, seconds=0.5)
-    assert result.macs > 0 and result.frames == 24
+    model = hubert_eff.build(preset)
+    result = hubert_eff.profile(model, seconds=0.5)
+    assert result.macs > 0 and result.frames == 24 and result.bops == "paper"
     assert sum(t.macs for t in result.operations.values()) == result.macs
-    assert sum(c.params for c in result.modules.children) + hubert_eff.build(preset).mask_emb.numel() == result.params
+    assert sum(c.params for c in result.modules.children) + model.mask_emb.numel() == result.params
+
+
+def test_file_storage_is_what_export_writes(tmp_path):
+    model = hubert_eff.build("conformer-debug", num_classes=(7,))
+    hubert_eff.export(model, tmp_path / "model.safetensors")
+    content = (tmp_path / "model.safetensors").read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    assert file_storage(model) == len(content) - header
 
 
 def test_command(capsys):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from .bits import counted_as
 from .dropout import keep_signs
 from .linear import Linear, linear, product, takes_onednn
 
@@ -102,6 +103,7 @@ def _unseen(attend: Tensor, like: Tensor) -> Tensor:
     return torch.zeros(attend.shape, dtype=like.dtype, device=like.device).masked_fill_(~attend, float("-inf"))
 
 
+@counted_as("attention")
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
     """`F.scaled_dot_product_attention` of q (B, H, T, d), k and v (B, H, T', d); bias: bool (False = never seen) or float, or None."""
     blockwise = dropout == 0.0 and _takes_blocks(q, k, v, bias)
@@ -174,6 +176,7 @@ class RelativeSelfAttention(SelfAttention):
             mixed = self._chunked(content, position, k, v, p, attend, dropout)
         return self.out_proj(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
+    @counted_as("attention")
     def _chunked(
         self, content: Tensor, position: Tensor, k: Tensor, v: Tensor, p: Tensor, attend: Tensor | None, dropout: float
     ) -> Tensor:
@@ -193,6 +196,7 @@ class RelativeSelfAttention(SelfAttention):
             mixed.append(attention(content[:, :, start:stop], k, v, bias, dropout))
         return torch.cat(mixed, dim=2)
 
+    @counted_as("attention")
     def _blockwise(self, content: Tensor, position: Tensor, k: Tensor, v: Tensor, p: Tensor, attend: Tensor | None) -> Tensor:
         batch, heads, frames, _ = content.shape
         position = position.flatten(0, 1)

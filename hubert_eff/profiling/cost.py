@@ -1,4 +1,4 @@
-"""What a model costs: parameters, storage, and the operations of one forward pass, by module.
+"""What a model costs: parameters, storage, and the operations of one forward pass, by module; the time that a device needs at least.
 
 Counted is inference from a waveform to the last hidden state (`model.hidden_states`), one utterance, no padding mask. The
 pre-training head (`final_proj`, label embeddings) is applied to frames in training only: it has parameters and no operations.
@@ -7,18 +7,22 @@ pre-training head (`final_proj`, label embeddings) is applied to frames in train
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import SAMPLE_RATE
 from ..errors import UserError, unknown
+from ..layers.bits import Bits, stored_bits
 from ..registry import list_presets
 from .counters import Counts, Tally, count_operations
+from .device import read_device
 
 if TYPE_CHECKING:
     from ..model import HubertModel
@@ -26,6 +30,26 @@ if TYPE_CHECKING:
 MIN_SAMPLES = 400  # the receptive field of one frame: 25 ms
 MAX_SECONDS = 3600.0
 LABEL_EMBEDDINGS = "label_embs_concat"
+MASK_EMBEDDING = "mask_emb"
+FLOAT_BITS = 16  # a product with an operand below is a quantised one
+
+# bit operations of one MAC: the paper counts the width once (32 for float32, 1 for W1A1), Bayesian Bits the product of both widths
+BOPS: dict[str, Callable[[Bits], int]] = {"paper": max, "product": math.prod}
+
+
+def is_float(bits: Bits) -> bool:
+    """Whether a product of these widths counts as a float one (FLOP, BOP_NonQ), not as a quantised one (BOP_BQ)."""
+    return min(bits) >= FLOAT_BITS
+
+
+def bit_operations(macs_by_bits: Mapping[Bits, int], convention: str) -> tuple[float, float]:
+    """(BOP_NonQ, BOP_BQ) in 2^30: bit operations of float products, and of quantised ones. `convention`: paper | product."""
+    if convention not in BOPS:
+        raise unknown("BOP convention", convention, BOPS)
+    total = {True: 0, False: 0}
+    for bits, macs in macs_by_bits.items():
+        total[is_float(bits)] += macs * BOPS[convention](bits)
+    return total[True] / 2**30, total[False] / 2**30
 
 
 @dataclass
@@ -35,9 +59,14 @@ class ModuleCost:
     name: str
     kind: str
     params: int
-    macs: int
+    macs_by_bits: dict[Bits, int]
     element_ops: int
     children: list[ModuleCost] = field(default_factory=list)
+
+    @property
+    def macs(self) -> int:
+        """MACs of all widths."""
+        return sum(self.macs_by_bits.values())
 
     def walk(self) -> Iterator[ModuleCost]:
         """This module and all below it, in the model's order."""
@@ -48,7 +77,7 @@ class ModuleCost:
 
 @dataclass
 class Profile:
-    """The cost of a model. MB is 1e6 bytes, G in `gflop` is 1e9 and in `bop_nonq_g` 2^30."""
+    """The cost of a model. MB is 1e6 bytes, G in `gflop` is 1e9 and in `bop_*_g` 2^30. Times are estimates."""
 
     name: str
     seconds: float
@@ -56,11 +85,17 @@ class Profile:
     frames: int
     params: int  # all parameters
     params_without_labels: int  # without the label embeddings, which depend on the number of classes
-    storage_mb: dict[str, float]  # float format -> size of the parameters without label embeddings
+    storage_mb: dict[str, float]  # paper: by the paper's formula; file: the tensors that `export` writes
     macs: int
-    gflop: float  # 2 operations per MAC
-    bop_nonq_g: float  # bit operations of the products that are not quantised: 32 per MAC
+    macs_by_bits: dict[Bits, int]  # (weight, activation) bits -> MACs
+    gflop: float  # 2 operations per MAC of float operands
+    bops: str  # convention of the bit operations: paper | product
+    bop_nonq_g: float  # bit operations of float products
+    bop_bq_g: float  # bit operations of quantised products
+    device: str
+    est_time_s: dict[str, float]  # paper: by the paper's formula; roofline: at the device's peak rates
     element_ops: int
+    kinds: dict[str, Tally]
     operations: dict[str, Tally]
     modules: ModuleCost
 
@@ -70,10 +105,17 @@ class Profile:
         def tree(module: ModuleCost, left: int | None) -> dict[str, Any]:
             below = [] if left == 0 else [tree(c, None if left is None else left - 1) for c in module.children]
             return {"name": module.name, "kind": module.kind, "params": module.params, "macs": module.macs,
-                    "element_ops": module.element_ops, "children": below}
+                    "macs_by_bits": _plain(module.macs_by_bits), "element_ops": module.element_ops, "children": below}
+
+        def rows(tallies: dict[str, Tally]) -> dict[str, Any]:
+            return {
+                name: {"calls": t.calls, "macs": t.macs, "macs_by_bits": _plain(t.macs_by_bits), "element_ops": t.element_ops}
+                for name, t in tallies.items()
+            }
 
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        values["operations"] = {name: dataclasses.asdict(tally) for name, tally in self.operations.items()}
+        values["macs_by_bits"] = _plain(self.macs_by_bits)
+        values["kinds"], values["operations"] = rows(self.kinds), rows(self.operations)
         values["modules"] = tree(self.modules, depth)
         return values
 
@@ -84,48 +126,65 @@ class Profile:
         return render_text(self, depth)
 
 
-def profile(model_or_preset: HubertModel | str | os.PathLike[str], seconds: float = 10.0) -> Profile:
+def _plain(macs_by_bits: Mapping[Bits, int]) -> dict[str, int]:
+    return {f"{weight}x{activation}": macs for (weight, activation), macs in sorted(macs_by_bits.items(), reverse=True)}
+
+
+def profile(
+    model_or_preset: HubertModel | str | os.PathLike[str],
+    seconds: float = 10.0,
+    bops: str = "paper",
+    device: str | os.PathLike[str] = "a100",
+) -> Profile:
     """Profile a model, a preset by name, or a checkpoint by path, on `seconds` of random 16 kHz audio.
 
+    bops: convention of bit operations (paper: the wider operand's width per MAC; product: the product of both widths). device:
+    name in configs/device or path of such a file; times are estimated from its rates.
     The model is run once, in evaluation mode and without gradients; its mode is restored. Raises `UserError` for a name that is
     neither a preset nor a file, for a duration that is not between 25 ms and one hour, and for an operation without a formula.
     """
     if not MIN_SAMPLES / SAMPLE_RATE <= seconds <= MAX_SECONDS:  # also refuses nan
         raise UserError(f"seconds={seconds:g} cannot be profiled: give between {MIN_SAMPLES / SAMPLE_RATE} and {MAX_SECONDS:g}")
-    model, name = _resolve(model_or_preset)
-    samples = round(seconds * SAMPLE_RATE)
-    parameter = next(model.parameters())
-    wave = torch.randn(1, samples, generator=torch.Generator().manual_seed(0)).to(parameter.device, parameter.dtype)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad(), count_operations(model) as counts:
-            states, _ = model.hidden_states(wave)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    params = sum(p.numel() for p in model.parameters())
-    labels = getattr(model, LABEL_EMBEDDINGS, None)
-    without_labels = params - (labels.numel() if labels is not None else 0)
+    rates = read_device(device)
+    if bops not in BOPS:
+        raise unknown("BOP convention", bops, BOPS)
+    model, name = resolve(model_or_preset)
+    wave = noise(model, seconds)
+    with evaluating(model), count_operations(model) as counts:
+        states, _ = model.hidden_states(wave)
     total = counts.total()
+    modules = _tree(model, "", counts, seen=set())
+    labels = getattr(model, LABEL_EMBEDDINGS, None)
+    storage = {"paper": paper_storage(model) / 1e6, "file": file_storage(model) / 1e6}
+    nonq, quantised = bit_operations(total.macs_by_bits, bops)
     return Profile(
         name=name,
-        seconds=samples / SAMPLE_RATE,
-        samples=samples,
+        seconds=wave.size(1) / SAMPLE_RATE,
+        samples=wave.size(1),
         frames=states[-1].shape[1],
-        params=params,
-        params_without_labels=without_labels,
-        storage_mb={"fp32": without_labels * 4 / 1e6, "fp16": without_labels * 2 / 1e6},
+        params=modules.params,
+        params_without_labels=modules.params - (labels.numel() if labels is not None else 0),
+        storage_mb=storage,
         macs=total.macs,
-        gflop=2 * total.macs / 1e9,
-        bop_nonq_g=32 * total.macs / 2**30,
+        macs_by_bits=total.macs_by_bits,
+        gflop=2 * sum(macs for bits, macs in total.macs_by_bits.items() if is_float(bits)) / 1e9,
+        bops=bops,
+        bop_nonq_g=nonq,
+        bop_bq_g=quantised,
+        device=rates.name,
+        est_time_s={
+            "paper": rates.paper_time(*bit_operations(total.macs_by_bits, "paper")),
+            "roofline": rates.roofline_time(total.macs_by_bits, storage["file"] * 1e6),
+        },
         element_ops=total.element_ops,
+        kinds=counts.by_kind(),
         operations=counts.by_operation(),
-        modules=_tree(model, "", counts, seen=set()),
+        modules=modules,
     )
 
 
-def _resolve(model_or_preset: HubertModel | str | os.PathLike[str]) -> tuple[HubertModel, str]:
+def resolve(model_or_preset: HubertModel | str | os.PathLike[str]) -> tuple[HubertModel, str]:
+    """(model, name to show) of a model, a preset by name, or a checkpoint by path. Raises `UserError` for another name."""
     if isinstance(model_or_preset, nn.Module):
         return model_or_preset, type(model_or_preset).__name__
     name = os.fspath(model_or_preset)
@@ -140,11 +199,68 @@ def _resolve(model_or_preset: HubertModel | str | os.PathLike[str]) -> tuple[Hub
     raise unknown("preset or checkpoint", name, list_presets())
 
 
+def noise(model: nn.Module, seconds: float, batch: int = 1) -> Tensor:
+    """(batch, samples) of noise in the dtype and on the device of the model; always the same."""
+    parameter = next(model.parameters())
+    wave = torch.randn(batch, round(seconds * SAMPLE_RATE), generator=torch.Generator().manual_seed(0))
+    return wave.to(parameter.device, parameter.dtype)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; the mode of every module is restored."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def paper_storage(model: nn.Module, float_bytes: int | None = None) -> float:
+    """Bytes by the paper's formula: parameters without label embeddings, each at its width, buffers not at all.
+
+    A model with quantised weights is counted without its mask embedding too, as the paper's BQ rows are. float_bytes: bytes of a
+    float parameter (default: of its dtype).
+    """
+    total, quantised, seen = 0.0, False, set()
+    for module in model.modules():
+        stored = stored_bits(module)
+        quantised |= any(bits < FLOAT_BITS for _, bits in stored.values())
+        total += sum(elements * bits / 8 for elements, bits in stored.values())
+        for name, parameter in module.named_parameters(recurse=False):
+            if name not in stored and name != LABEL_EMBEDDINGS and id(parameter) not in seen:
+                seen.add(id(parameter))
+                total += parameter.numel() * (float_bytes or parameter.element_size())
+    mask = getattr(model, MASK_EMBEDDING, None)
+    if quantised and mask is not None:
+        total -= mask.numel() * (float_bytes or mask.element_size())
+    return total
+
+
+def file_storage(model: nn.Module) -> int:
+    """Bytes of the tensors that `export` writes: parameters and persistent buffers, without label embeddings, each at its width."""
+    modules = dict(model.named_modules())
+    total = 0
+    for name, tensor in model.state_dict().items():
+        path, _, own = name.rpartition(".")
+        stored = stored_bits(modules[path]) if path in modules else {}
+        if own in stored:
+            elements, bits = stored[own]
+            total += -(-elements * bits // 8)
+        elif isinstance(tensor, Tensor) and name != LABEL_EMBEDDINGS:
+            total += tensor.numel() * tensor.element_size()
+    return total
+
+
 def _tree(module: nn.Module, path: str, counts: Counts, seen: set[int]) -> ModuleCost:
     # a parameter that several modules share belongs to the first of them
-    own = [p for p in module.parameters(recurse=False) if id(p) not in seen]
+    stored = stored_bits(module)
+    own = [p for name, p in module.named_parameters(recurse=False) if name not in stored and id(p) not in seen]
     seen.update(map(id, own))
     children = [_tree(c, f"{path}.{name}" if path else name, counts, seen) for name, c in module.named_children()]
     total = counts.total(path)
-    params = sum(p.numel() for p in own) + sum(c.params for c in children)
-    return ModuleCost(path, type(module).__name__, params, total.macs, total.element_ops, children)
+    params = sum(p.numel() for p in own) + sum(elements for elements, _ in stored.values()) + sum(c.params for c in children)
+    return ModuleCost(path, type(module).__name__, params, total.macs_by_bits, total.element_ops, children)

@@ -14,36 +14,49 @@ from .cost import ModuleCost, Profile
 NOTE = (
     "Counted: one waveform to the last hidden state; the pre-training head runs in training only. Element operations (activations, "
     "norms,\nsoftmax, reductions) are elements handled; a bias inside a product, views and copies count nothing. Storage leaves out "
-    "label embeddings."
+    "label embeddings;\n'paper' is the formula of the paper's Table 1, 'file' the tensors that export writes. Times are estimated, not "
+    "measured: 'paper' is the\nformula of Table 1, 'roofline' the least at the device's peak rates (hubert-eff bench measures)."
 )
 
 
+BOPS_TEXT = {"paper": "a MAC counts the width of its wider operand", "product": "a MAC counts the product of its operands' widths"}
+
+
 def render(profile: Profile, depth: int = 3) -> Group:
-    """Summary, modules down to `depth` levels below the model, and operations. Equal neighbours share one row."""
+    """Summary, kinds of operations, modules down to `depth` levels below the model, and operations. Equal neighbours share one row."""
     summary = Table.grid(padding=(0, 2))
     labels = profile.params - profile.params_without_labels
     rows = {
         "model": f"{profile.name}, {profile.seconds:g} s ({profile.samples:,} samples, {profile.frames:,} frames)",
         "parameters": f"{profile.params_without_labels:,}" + (f" and {labels:,} in label embeddings" if labels else ""),
         "storage": ", ".join(f"{mb:,.2f} MB {kind}" for kind, mb in profile.storage_mb.items()),
-        "products": f"{profile.macs:,} MACs = {profile.gflop:,.2f} GFLOP",
-        "bit operations": f"{profile.bop_nonq_g:,.2f} G not quantised (32 per MAC, G = 2^30)",
+        "products": f"{profile.macs:,} MACs; float: {profile.gflop:,.2f} GFLOP",
+        "widths": ", ".join(f"{w}x{a} bit {macs:,} MACs" for (w, a), macs in sorted(profile.macs_by_bits.items(), reverse=True)),
+        "bit operations": f"{profile.bop_nonq_g:,.2f} G float, {profile.bop_bq_g:,.2f} G quantised ({BOPS_TEXT[profile.bops]}, G = 2^30)",
         "element operations": f"{profile.element_ops:,}",
+        "estimated time": ", ".join(f"{1e3 * s:.3g} ms {kind}" for kind, s in profile.est_time_s.items()) + f" ({profile.device})",
     }
     for name, value in rows.items():
         summary.add_row(name, value)
 
-    modules = _table("module", "class", "params", "MACs", "MACs %", "element ops")
+    kinds = _table("kind", "calls", "MACs", "element ops")
+    for name, tally in profile.kinds.items():
+        if tally.macs or tally.element_ops:
+            kinds.add_row(name, f"{tally.calls:,}", f"{tally.macs:,}", f"{tally.element_ops:,}")
+
+    mixed = len(profile.macs_by_bits) > 1
+    modules = _table("module", "class", "params", "MACs", "MACs %", "element ops", *(("bits",) if mixed else ()))
     for level, label, module in _rows(profile.modules, depth):
         share = f"{100 * module.macs / profile.macs:.1f}" if profile.macs else "-"
         figures = (f"{module.params:,}", f"{module.macs:,}", share, f"{module.element_ops:,}")
-        modules.add_row("  " * level + label, module.kind, *figures)
+        widths = (" ".join(f"{w}x{a}" for w, a in sorted(module.macs_by_bits, reverse=True)),) if mixed else ()
+        modules.add_row("  " * level + label, module.kind, *figures, *widths)
 
     operations = _table("operation", "calls", "MACs", "element ops")
     for name, tally in profile.operations.items():
         if tally.macs or tally.element_ops:
             operations.add_row(name, f"{tally.calls:,}", f"{tally.macs:,}", f"{tally.element_ops:,}")
-    return Group(summary, modules, operations, NOTE)
+    return Group(summary, kinds, modules, operations, NOTE)
 
 
 def render_text(profile: Profile, depth: int = 3) -> str:
@@ -92,4 +105,4 @@ def _label(module: ModuleCost) -> str:
 
 
 def _figures(module: ModuleCost) -> tuple[object, ...]:
-    return (module.kind, module.params, module.macs, module.element_ops, *map(_figures, module.children))
+    return (module.kind, module.params, tuple(module.macs_by_bits.items()), module.element_ops, *map(_figures, module.children))
