@@ -25,11 +25,11 @@ class TransformerConfig(HubertConfig):
 class TransformerBlock(nn.Module):
     """Self-attention, then Linear, GELU, Linear; LayerNorm after each residual sum, or before each module (pre-LN)."""
 
-    def __init__(self, config: HubertConfig) -> None:
+    def __init__(self, config: HubertConfig, attention: SelfAttention) -> None:
         super().__init__()
         dim = config.encoder_embed_dim
         self.pre_norm = config.layer_norm_first
-        self.self_attn = SelfAttention(dim, config.encoder_attention_heads, config.attention_dropout)
+        self.self_attn = attention
         self.self_attn_layer_norm = nn.LayerNorm(dim)
         self.fc1 = Linear(dim, config.encoder_ffn_embed_dim)
         self.fc2 = Linear(config.encoder_ffn_embed_dim, dim)
@@ -61,4 +61,5 @@ class TransformerEncoder(Encoder):
     """Stack of `TransformerBlock`."""
 
     def build_block(self, config: HubertConfig, index: int) -> nn.Module:
-        return TransformerBlock(config)
+        attention = SelfAttention(config.encoder_embed_dim, config.encoder_attention_heads, config.attention_dropout)
+        return TransformerBlock(config, attention)

@@ -1,0 +1,92 @@
+"""Sparseformer encoder: a Transformer with sparse attention (Child et al. 2019, "fixed" pattern), in HuBERT's post-LN layer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..config import HubertConfig, option
+from ..errors import UserError
+from ..layers.sparse import SparsePattern, SparseSelfAttention
+from ..registry import register_encoder
+from .base import DEBUG, HUBERT_BASE, Encoder
+from .transformer import TransformerBlock
+
+
+@dataclass
+class SparseformerConfig(HubertConfig):
+    """A Sparseformer HuBERT; stride and expressivity are by default those of fairseq's sparse attention."""
+
+    sparse_pattern: str = option(
+        "fixed",
+        "the keys of a frame: its block of sparse_stride frames and the last sparse_expressivity frames of every block; the same as "
+        "fairseq shifts it, with one more; or the frames up to sparse_window away",
+        ("fixed", "fairseq", "local"),
+    )
+    sparse_stride: int = option(32, "length of a block, in frames; 0: round(sqrt(sparse_expressivity * sparse_max_frames)), the cheapest")
+    sparse_expressivity: int = option(8, "frames at the end of each block that all frames see")
+    sparse_max_frames: int = option(1500, "length of the input that sparse_stride=0 is the best for, in frames")
+    sparse_window: int = option(64, "how far a frame sees to each side with sparse_pattern=local, in frames")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sparse_stride == 0:  # resolved here, so that it is saved with the model and never depends on a batch
+            self.sparse_stride = self._automatic_stride()
+
+    def _automatic_stride(self) -> int:
+        """The stride l that makes the keys per frame, l - c + c T / l, fewest at T = sparse_max_frames."""
+        return round(math.sqrt(self.sparse_expressivity * self.sparse_max_frames))
+
+    def validate(self) -> None:
+        super().validate()
+        for name in ("sparse_expressivity", "sparse_max_frames", "sparse_window"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.sparse_stride < 0:
+            raise UserError(f"sparse_stride={self.sparse_stride} must be positive, or 0 to be chosen for sparse_max_frames")
+        if self.sparse_stride == 0 and self._automatic_stride() <= self.sparse_expressivity:
+            raise UserError(
+                f"sparse_max_frames={self.sparse_max_frames} is too short for blocks of more than sparse_expressivity="
+                f"{self.sparse_expressivity} frames: raise it or set sparse_stride"
+            )
+        if 0 < self.sparse_stride <= self.sparse_expressivity:
+            raise UserError(
+                f"sparse_stride={self.sparse_stride} must be more than sparse_expressivity={self.sparse_expressivity}: "
+                "a block has more frames than those of it that all see"
+            )
+
+
+@register_encoder(
+    "sparseformer",
+    config=SparseformerConfig,
+    presets={
+        # deep and narrow, shallow and wide: the two of the main paper's table 1
+        "sparseformer-dn-s": {
+            **HUBERT_BASE,
+            "encoder_layers": 16,
+            "encoder_embed_dim": 256,
+            "encoder_ffn_embed_dim": 1024,
+            "encoder_attention_heads": 4,
+        },
+        "sparseformer-sw-s": {
+            **HUBERT_BASE,
+            "encoder_layers": 8,
+            "encoder_embed_dim": 512,
+            "encoder_ffn_embed_dim": 2048,
+            "encoder_attention_heads": 4,
+        },
+        "sparseformer-debug": {**DEBUG, "sparse_stride": 128},
+    },
+)
+class SparseformerEncoder(Encoder):
+    """Stack of `TransformerBlock` with `SparseSelfAttention`."""
+
+    def build_block(self, config: HubertConfig, index: int) -> nn.Module:
+        assert isinstance(config, SparseformerConfig)
+        pattern = SparsePattern(config.sparse_pattern, config.sparse_stride, config.sparse_expressivity, config.sparse_window)
+        attention = SparseSelfAttention(
+            config.encoder_embed_dim, config.encoder_attention_heads, config.attention_dropout, pattern
+        )
+        return TransformerBlock(config, attention)

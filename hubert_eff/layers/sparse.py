@@ -1,0 +1,274 @@
+"""Self-attention in which a frame sees some of the others, exact, and never through a (T, T) tensor.
+
+fixed (Child et al. 2019, section 4.2, without its causal mask): frame i sees its own block of l frames, and the last c frames of every
+block. The keys fall into two parts that no query has in common: what is seen within one block only, and the summaries that all see.
+"""
+
+# B batch, T frames, D model dim, H heads, d = D / H, l stride, c expressivity, n blocks, L frames of a block, G summaries, W window
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from .attention import SelfAttention, attention
+from .dropout import Dropout
+
+ROWS = 512  # queries whose scores exist at a time in `_plain`
+SPAN = 128  # queries that share one window of keys in `_windowed`
+
+_FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)  # private: torch may change them
+_FLASH_BACKWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """`count` blocks of `length` frames, one after the other from frame `start`; all but the first `own` frames of each are summaries."""
+
+    start: int
+    count: int
+    length: int
+    own: int
+
+    def blocks(self, x: Tensor) -> Tensor:
+        """This segment of x (B, H, T, d) as a view (B, H, n, L, d)."""
+        return _split(x[:, :, self.start : self.start + self.count * self.length], self.count)
+
+
+@dataclass(frozen=True)
+class SparsePattern:
+    """Which keys a query sees, in frames.
+
+    fixed: {j: j // l = i // l} and {j: j mod l >= l - c}. fairseq: what fairseq's SparseMultiheadAttention describes, that is `fixed`
+    with c + 1 summaries on the frames 1, 2, ..., and frame 0 in front of their first block. local: {j: |i - j| <= W}.
+    """
+
+    kind: str
+    stride: int
+    expressivity: int
+    window: int
+
+    def segments(self, frames: int) -> list[Segment]:
+        """The blocks of `frames` frames; the last one may be cut short."""
+        length, summaries, start, segments = self.stride, self.expressivity, 0, []
+        if self.kind == "fairseq":
+            start, own = min(length + 1, frames), min(length - summaries, frames)
+            segments.append(Segment(0, 1, start, own))
+            summaries += 1
+        count, rest = divmod(frames - start, length)
+        if count:
+            segments.append(Segment(start, count, length, length - summaries))
+        if rest:
+            segments.append(Segment(frames - rest, 1, rest, min(rest, length - summaries)))
+        return segments
+
+
+def _split(x: Tensor, count: int) -> Tensor:
+    """(B, H, n L, d) -> (B, H, n, L, d)."""
+    return torch.unflatten(x, 2, (count, -1))
+
+
+def _summaries(x: Tensor, segments: list[Segment]) -> Tensor:
+    """The summaries among the frames of x, (B, H, G, d)."""
+    return torch.cat([s.blocks(x)[:, :, :, s.own :].flatten(2, 3) for s in segments], 2)
+
+
+def _fold(blocks: Tensor) -> Tensor:
+    """(B, H, n, L, d) -> (B n, H, L, d)."""
+    return blocks.transpose(1, 2).flatten(0, 1)
+
+
+def _unfold(x: Tensor, count: int) -> Tensor:
+    """(B n, H, L, d) -> (B, H, n, L, d)."""
+    return torch.unflatten(x, 0, (-1, count)).transpose(1, 2)
+
+
+def _row(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.transpose(-1, -2)
+
+
+class _Flash(torch.autograd.Function):
+    """Both parts of the keys through torch's fused kernel, joined by their log-sum-exp.
+
+    With s the log-sum-exp of all scores of a query, its probabilities are exp(score - s) in either part, so that the kernel's own
+    backward pass, given the joint output and s, returns each part's share of the gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, segments: list[Segment]) -> Tensor:
+        assert _FLASH is not None
+        kept = None if bias is None else _summaries(bias, segments)
+        keys, values = _summaries(k, segments), _summaries(v, segments)  # (B, H, G, d)
+        if keys.size(2):
+            out, total = _FLASH(q, keys, values, attn_mask=_row(kept))  # (B, H, T, d), (B, H, T)
+        else:
+            out, total = torch.zeros_like(q), q.new_full(q.shape[:3], torch.finfo(q.dtype).min)
+        for s in segments:
+            if not s.own:
+                continue
+            mask = None if bias is None else _row(_fold(s.blocks(bias)[:, :, :, : s.own]))
+            own = _FLASH(_fold(s.blocks(q)), *(_fold(s.blocks(x)[:, :, :, : s.own]) for x in (k, v)), attn_mask=mask)
+            mixed, scores = s.blocks(out), s.blocks(total.unsqueeze(-1))  # views
+            other = _unfold(own[1].unsqueeze(-1), s.count)
+            mixed.lerp_(_unfold(own[0], s.count), torch.sigmoid(other - scores).to(out.dtype))
+            scores.copy_(torch.logaddexp(scores, other))
+        ctx.save_for_backward(q, k, v, bias, out, total)
+        ctx.segments = segments
+        return out  # type: ignore[no-any-return]
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        assert _FLASH_BACKWARD is not None
+        q, k, v, bias, out, total = ctx.saved_tensors
+        segments: list[Segment] = ctx.segments
+        keys, values = _summaries(k, segments), _summaries(v, segments)
+        grad_k, grad_v = torch.empty_like(k), torch.empty_like(v)
+        if keys.size(2):
+            kept = None if bias is None else _row(_summaries(bias, segments))
+            grad_q, *shares = _FLASH_BACKWARD(grad, q, keys, values, out, total, 0.0, False, attn_mask=kept)
+            begin = 0
+            for s in segments:
+                end = begin + s.count * (s.length - s.own)
+                if end == begin:
+                    continue
+                for whole, share in zip((grad_k, grad_v), shares, strict=True):
+                    s.blocks(whole)[:, :, :, s.own :] = _split(share[:, :, begin:end], s.count)
+                begin = end
+        else:
+            grad_q = torch.zeros_like(q)
+        for s in segments:
+            if not s.own:
+                continue
+            mask = None if bias is None else _row(_fold(s.blocks(bias)[:, :, :, : s.own]))
+            inner = [_fold(s.blocks(x)[:, :, :, : s.own]) for x in (k, v)]
+            outer = [_fold(s.blocks(x)) for x in (grad, q, out)]
+            scores = _fold(s.blocks(total.unsqueeze(-1))).squeeze(-1)
+            own = _FLASH_BACKWARD(*outer[:2], *inner, outer[2], scores, 0.0, False, attn_mask=mask)
+            s.blocks(grad_q).add_(_unfold(own[0], s.count))
+            for whole, share in zip((grad_k, grad_v), own[1:], strict=True):
+                s.blocks(whole)[:, :, :, : s.own] = _unfold(share, s.count)
+        return grad_q, grad_k, grad_v, None, None
+
+
+def _takes_flash(q: Tensor) -> bool:
+    """Whether `_Flash` applies: an eager pass on a CPU whose torch has the kernel."""
+    return (
+        _FLASH is not None
+        and _FLASH_BACKWARD is not None
+        and q.device.type == "cpu"
+        and q.numel() > 0
+        and not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
+    )
+
+
+def _rows(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, keys: Tensor, values: Tensor, kept: Tensor | None,
+    count: int, own: int, dropout: Callable[[Tensor], Tensor],
+) -> Tensor:  # fmt: skip
+    """Attention of `count` whole blocks q, k, v (B, H, n L, d) to their own keys and to the summaries (B, H, G, d)."""
+    q = q * q.size(-1) ** -0.5
+    near = _split(q, count) @ _split(k, count)[:, :, :, :own].transpose(-1, -2)  # (B, H, n, L, own)
+    far = q @ keys.transpose(-1, -2)  # (B, H, n L, G)
+    if bias is not None and kept is not None:
+        near = near + _split(bias, count)[:, :, :, :own].transpose(-1, -2)
+        far = far + kept.transpose(-1, -2)
+    probs = dropout(torch.softmax(torch.cat((near.flatten(2, 3), far), -1), -1)).to(v.dtype)
+    near, far = probs[..., :own], probs[..., own:]
+    mixed = (_split(near, count) @ _split(v, count)[:, :, :, :own]).flatten(2, 3)
+    return mixed + far @ values
+
+
+def _plain(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, segments: list[Segment], dropout: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """The same from ordinary operations, about `ROWS` queries at a time. The backward pass computes their scores again."""
+    keys, values = _summaries(k, segments), _summaries(v, segments)
+    kept = None if bias is None else _summaries(bias, segments)
+    recompute = torch.is_grad_enabled() and q.requires_grad
+    mixed = []
+    for s in segments:
+        group = max(1, ROWS // s.length)
+        for first in range(0, s.count, group):
+            count = min(group, s.count - first)
+            part = slice(s.start + first * s.length, s.start + (first + count) * s.length)
+            ours = [x[:, :, part] for x in (q, k, v)]
+            seen = None if bias is None else bias[:, :, part]
+            args: list[Any] = [*ours, seen, keys, values, kept, count, s.own, dropout]
+            mixed.append(checkpoint(_rows, *args, use_reentrant=False) if recompute else _rows(*args))
+    return torch.cat(mixed, 2)
+
+
+def _windowed(q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None, window: int, dropout: float) -> Tensor:
+    """|i - j| <= window: blocks of queries, each with the keys from `window` frames before it to `window` frames after it."""
+    frames = q.size(2)
+    window = min(window, frames)
+    length = min(max(SPAN, window), frames)
+    count = -(-frames // length)
+    span = length + 2 * window
+    behind = count * length - frames
+
+    def windows(x: Tensor) -> Tensor:  # (B, H, T, d) -> (B n, H, span, d)
+        x = F.pad(x, (0, 0, window, behind + length))
+
+        def blocks(start: int, size: int) -> Tensor:
+            return _split(x[:, :, start : start + count * length], count)[:, :, :, :size]
+
+        return _fold(torch.cat((blocks(0, window), blocks(window, length), blocks(window + length, window)), 3))
+
+    offsets = torch.arange(span, device=q.device) - torch.arange(length, device=q.device).unsqueeze(1)
+    band = (offsets >= 0) & (offsets <= 2 * window)  # (L, span)
+    if attend is None:
+        attend = torch.ones(1, 1, 1, frames, dtype=torch.bool, device=q.device)
+    real = windows(attend.transpose(-1, -2)).transpose(-1, -2)  # (B n, 1, 1, span)
+    bias = _bias(band & real, q.dtype)
+    bias = bias.expand(q.size(0), count, 1, length, span).flatten(0, 1) if len(bias) < q.size(0) * count else bias
+    queries = _fold(_split(F.pad(q, (0, 0, 0, behind)), count))
+    mixed = attention(queries, windows(k), windows(v), bias, dropout)
+    return _unfold(mixed, count).flatten(2, 3)[:, :, :frames]
+
+
+def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where `seen`, else so low that it is never chosen; finite, so that a query that sees nothing makes no 0 / 0."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min / 2)
+
+
+def sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, pattern: SparsePattern, attend: Tensor | None = None, dropout: Dropout | None = None
+) -> Tensor:
+    """softmax(q k' / sqrt(d)) v of q, k, v (B, H, T, d) over the keys that `pattern` and `attend` (B, 1, 1, T) bool let through.
+
+    Equal to dense attention under the pattern's mask; a query that sees no key has some finite output. `dropout` falls on the
+    probabilities. Memory grows with T, not with T squared.
+    """
+    drops = dropout is not None and dropout.training and dropout.p > 0
+    if pattern.kind == "local":
+        return _windowed(q, k, v, attend, pattern.window, dropout.p if dropout is not None and drops else 0.0)
+    segments = pattern.segments(q.size(2))
+    bias = None if attend is None else _bias(attend.transpose(-1, -2), q.dtype)  # (B, 1, T, 1)
+    if not drops and _takes_flash(q):
+        return _Flash.apply(q, k, v, bias, segments)  # type: ignore[no-any-return,no-untyped-call]
+    return _plain(q, k, v, bias, segments, dropout if dropout is not None else torch.nn.Identity())
+
+
+class SparseSelfAttention(SelfAttention):
+    """`SelfAttention` over a sparse pattern, with the same parameters."""
+
+    def __init__(self, dim: int, heads: int, dropout: float, pattern: SparsePattern) -> None:
+        super().__init__(dim, heads, dropout)
+        self.pattern = pattern
+        self.attention_dropout = Dropout(dropout)
+
+    def forward(self, x: Tensor, attend: Tensor | None = None) -> Tensor:
+        """`attend`: (B, 1, 1, T) bool, False = never seen."""
+        q, k, v = self.heads_of(x)
+        mixed = sparse_attention(q, k, v, self.pattern, attend, self.attention_dropout)
+        return self.out_proj(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
