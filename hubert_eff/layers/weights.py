@@ -1,0 +1,182 @@
+"""Attention weights that several modules share: computed once, applied to the values of each."""
+
+# B batch, T frames, H heads, N = H B rows (head by head), d query and key dim, e position dim, n queries of a block
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .dropout import Dropout
+from .linear import product, takes_onednn
+
+BLOCK = 256  # queries per block: the scores of one row's block stay in cache
+KEPT = 1 << 26  # without gradient, weights of more elements than this are computed anew for each use, block by block
+UNSEEN = -1000.0  # the score of a key that may not be seen
+LIMIT, PENALTY = 25.0, 1e-4  # in training, gradient added to scores beyond the limit
+
+
+def _times(x: Tensor, y: Tensor) -> Tensor:
+    """x (N, M, K) times the transpose of each y (N, L, K), (N, M, L): through oneDNN where it is faster."""
+    if not takes_onednn(x, y):
+        return x @ y.mT
+    if x.size(0) == 1:
+        return product(x[0], y[0]).unsqueeze(0)
+    return torch.stack([product(a, b) for a, b in zip(x.unbind(0), y.unbind(0), strict=True)])
+
+
+def _blocks(q: Tensor) -> Iterator[tuple[slice, int, int]]:
+    """Rows and queries [start, stop) of q (N, T, d) that are worked on at a time: on a CPU one row after the other."""
+    group = 1 if takes_onednn(q, q) else q.size(0)
+    for row in range(0, q.size(0), group):
+        for start in range(0, q.size(1), BLOCK):
+            yield slice(row, row + group), start, min(start + BLOCK, q.size(1))
+
+
+def _at_keys(by_offset: Tensor, frames: int) -> Tensor:
+    """View (N, n, T) of (N, n, T + n - 1): row i holds the offsets -(i + start) - (n - 1 - i) ..; key j stands at column n - 1 - i + j."""
+    rows, n, span = by_offset.shape
+    return by_offset.as_strided((rows, n, frames), (n * span, span - 1, 1), n - 1)
+
+
+def _scores(q: Tensor, k: Tensor, p: Tensor, offsets: Tensor, start: int) -> Tensor:
+    """q_i k_j + p_i offset_{j-i}, (N, n, T), for the queries from `start` on.
+
+    q (N, n, d), k (N, T, d), p (N, n, e), offsets (N, 2T - 1, e).
+    """
+    n, frames = q.size(1), k.size(1)
+    first = frames - start - n
+    by_offset = _times(p, offsets[:, first : first + frames + n - 1])
+    return _times(q, k).add_(_at_keys(by_offset, frames))
+
+
+def _softmax(scores: Tensor, seen: Tensor | None) -> Tensor:
+    """In place; seen: (N, T) bool."""
+    if seen is not None:
+        scores.masked_fill_(~seen.unsqueeze(1), UNSEEN)
+    return torch.softmax(scores, -1, out=scores) if not torch.compiler.is_compiling() else torch.softmax(scores, -1)
+
+
+def _weights(
+    q: Tensor, k: Tensor, p: Tensor, offsets: Tensor, seen: Tensor | None, penalise: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """Weights (N, T, T) and, to penalise them, the signs of the scores that are beyond the limit, block by block."""
+    weights = q.new_empty(*q.shape[:2], k.size(1))
+    beyond = []
+    for rows, start, stop in _blocks(q):
+        scores = _scores(q[rows, start:stop], k[rows], p[rows, start:stop], offsets[rows], start)
+        if penalise:
+            over = torch.where(scores.abs() > LIMIT, scores.sign(), 0.0).to(torch.int8)
+            if seen is not None:  # what is padding gets no gradient
+                over *= seen[rows, start:stop, None] & seen[rows, None]
+            beyond.append(over)
+        weights[rows, start:stop] = _softmax(scores, None if seen is None else seen[rows])
+    return weights, beyond
+
+
+class _Weights(torch.autograd.Function):
+    """Keeps nothing of the size of the scores but the result (and where they are penalised)."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, p: Tensor, offsets: Tensor, seen: Tensor | None, penalise: bool) -> Tensor:
+        weights, beyond = _weights(q, k, p, offsets, seen, penalise)
+        ctx.save_for_backward(q, k, p, offsets, weights, *beyond)
+        return weights
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, p, offsets, weights, *beyond = ctx.saved_tensors
+        frames = k.size(1)
+        grad_q, grad_p = torch.empty_like(q), torch.empty_like(p)
+        grad_k, grad_offsets = torch.zeros_like(k), torch.zeros_like(offsets)
+        for index, (rows, start, stop) in enumerate(_blocks(q)):
+            block = weights[rows, start:stop]
+            scores = grad[rows, start:stop] * block
+            scores -= block * scores.sum(-1, keepdim=True)
+            if beyond:
+                scores += PENALTY * beyond[index]
+            n, first = stop - start, frames - stop
+            span = slice(first, first + frames + n - 1)
+            by_offset = scores.new_zeros(scores.size(0), n, frames + n - 1)
+            _at_keys(by_offset, frames).copy_(scores)
+            # oneDNN is handed the large matrices as they lie, and the small ones transposed
+            grad_q[rows, start:stop] = _times(scores, k[rows].mT)
+            grad_k[rows] += _times(q[rows, start:stop].mT, scores.mT).mT
+            grad_p[rows, start:stop] = _times(by_offset, offsets[rows, span].mT)
+            grad_offsets[rows, span] += _times(p[rows, start:stop].mT, by_offset.mT).mT
+        return grad_q, grad_k, grad_p, grad_offsets, None, None
+
+
+class _Mix(torch.autograd.Function):
+    """Weights (N, T, T) times values (N, T, c)."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, values: Tensor) -> Tensor:
+        ctx.save_for_backward(weights, values)
+        return _times(weights, values.mT)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        weights, values = ctx.saved_tensors
+        return _times(grad, values), _times(grad.mT, weights.mT).mT
+
+
+class RelativeWeights:
+    """Weights softmax_j(q_i k_j + p_i offset_{j-i}) of all heads, without the usual 1 / sqrt(d) (Zipformer, section 3.1).
+
+    q, k: (B, H, T, d); p: (B, H, T, e); offsets: (H, 2T - 1, e), those of -(T-1) .. T-1; seen: (B, T) bool, the keys that may be seen,
+    None = all. What `dropout` drops is the same for all users of the weights; `penalise` adds a small gradient against scores beyond +-25.
+
+    Where gradients are needed the weights are kept, (H, B, T, T) per layer; without, only up to `KEPT` elements.
+    """
+
+    def __init__(
+        self, q: Tensor, k: Tensor, p: Tensor, offsets: Tensor, seen: Tensor | None, dropout: Dropout, penalise: bool = False
+    ) -> None:
+        self.batch, self.heads, frames = q.shape[:3]
+        q, k, p = (t.transpose(0, 1).flatten(0, 1) for t in (q, k, p))
+        offsets = offsets.unsqueeze(1).expand(-1, self.batch, -1, -1).flatten(0, 1)
+        rows = None if seen is None else seen.repeat(self.heads, 1)
+        self.args = q, k, p, offsets, rows
+        self.parts: tuple[Tensor, ...] = ()
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, p, offsets)):
+            weights: Tensor = _Weights.apply(q, k, p, offsets, rows, penalise)  # type: ignore[no-untyped-call]
+        elif q.size(0) * frames * frames <= KEPT or (dropout.training and dropout.p > 0.0):
+            weights = _weights(q, k, p, offsets, rows, penalise=False)[0]
+        else:
+            return
+        weights = dropout(weights)
+        # the first head has a user of its own: apart, it gets that gradient without a tensor of zeros for the others
+        self.parts = torch.split(weights, [self.batch, q.size(0) - self.batch]) if self.heads > 1 else (weights,)
+
+    def mix(self, values: Tensor) -> Tensor:
+        """Values (B, H, T, c) of all heads, or (B, 1, T, c) of the first one, each summed over time with its head's weights."""
+        heads = values.size(1)
+        flat = values.transpose(0, 1).flatten(0, 1)
+        if not self.parts:
+            mixed = self._anew(flat)
+        elif heads == 1 or len(self.parts) == 1:
+            mixed = _mix(self.parts[0], flat)
+        else:
+            mixed = torch.cat((_mix(self.parts[0], flat[: self.batch]), _mix(self.parts[1], flat[self.batch :])))
+        return mixed.view(heads, self.batch, *values.shape[2:]).transpose(0, 1)
+
+    def _anew(self, values: Tensor) -> Tensor:
+        q, k, p, offsets, seen = self.args
+        mixed = torch.empty_like(values)
+        for rows, start, stop in _blocks(q[: values.size(0)]):
+            scores = _scores(q[rows, start:stop], k[rows], p[rows, start:stop], offsets[rows], start)
+            mixed[rows, start:stop] = _times(_softmax(scores, None if seen is None else seen[rows]), values[rows].mT)
+        return mixed
+
+
+def _mix(weights: Tensor, values: Tensor) -> Tensor:
+    if torch.is_grad_enabled() and (weights.requires_grad or values.requires_grad):
+        return _Mix.apply(weights, values)  # type: ignore[no-any-return,no-untyped-call]
+    return _times(weights, values.mT)

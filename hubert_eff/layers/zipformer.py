@@ -1,0 +1,236 @@
+"""The modules of a Zipformer block, and the changes of rate between its stacks (Yao et al. 2024)."""
+
+# B batch, T frames, C channels, H heads, d query head dim, e position head dim, c value head dim
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .activation import swoosh_l, swoosh_r
+from .convolution import DepthwiseConv
+from .dropout import Dropout
+from .linear import Linear
+from .scaling import LIMIT_RATE, Balancer, Schedule, Scheduled, Whitener, chance, limit_parameter
+from .weights import RelativeWeights
+
+
+def scaled_linear(inputs: int, outputs: int, scale: float, bias: bool = True) -> Linear:
+    """A linear layer whose weight starts at torch's default times `scale`, its bias uniform within 0.1 `scale`."""
+    layer = Linear(inputs, outputs, bias=bias)
+    with torch.no_grad():
+        layer.weight *= scale
+    if bias:
+        nn.init.uniform_(layer.bias, -0.1 * scale, 0.1 * scale)
+    return layer
+
+
+def whitener(limit: float, scale: float = 0.01, growth: float = 2.0, groups: int = 1) -> Whitener:
+    """A whitener whose limit grows by the factor `growth` over the first 20,000 updates."""
+    return Whitener(Schedule(((0, limit), (20_000, growth * limit))), scale, groups)
+
+
+def compact_positions(frames: int, dim: int, like: Tensor) -> Tensor:
+    """Positional table of the offsets -(T-1) .. T-1, (2T - 1, dim), in the dtype and on the device of `like`.
+
+    Offsets are compressed to a logarithm beyond sqrt(dim) frames, and by an arc tangent to a circle; its cosines and sines fill the
+    channels in turn, the last one is 1 (appendix A of the paper: finer near 0 than sinusoids of the offset).
+    """
+    x = torch.arange(1 - frames, frames, device=like.device, dtype=torch.float32)
+    start = math.sqrt(dim)
+    compressed = start * x.sign() * ((x.abs() + start) / start).log()
+    angles = (2.0 * math.pi / dim * compressed).atan()[:, None] * torch.arange(1, dim // 2 + 1, device=like.device)
+    table = torch.stack((angles.cos(), angles.sin()), dim=-1).flatten(1)
+    table[:, -1] = 1.0
+    return table.to(like.dtype)
+
+
+class AttentionWeights(Scheduled):
+    """Queries, keys and position queries from one projection -> `RelativeWeights`, for all users in a block."""
+
+    POSITION_SKIP = Schedule(((0, 0.5), (4_000, 0.0)))  # share of the batches without positions in the scores
+    PENALTY_RATE = 0.1  # share of the batches in which scores beyond the limit are penalised
+
+    def __init__(self, dim: int, heads: int, query_dim: int, position_dim: int, table_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.query_dim, self.position_dim = heads, query_dim, position_dim
+        self.in_proj = scaled_linear(dim, heads * (2 * query_dim + position_dim), query_dim**-0.25)
+        self.linear_pos = scaled_linear(table_dim, heads * position_dim, 0.05, bias=False)
+        self.balance_keys = Balancer((0.4, 0.6), (0.0, 100.0), rate=0.025)
+        self.whiten_keys = whitener(3.0, scale=0.025, groups=heads)
+        self.dropout = Dropout(dropout)
+
+    def forward(self, x: Tensor, positions: Tensor, valid: Tensor | None = None, seen: Tensor | None = None) -> RelativeWeights:
+        """x (B, T, C), positions (2T - 1, table_dim), valid and seen (B, T) bool: frames that are no padding, keys that may be seen."""
+        queries = self.heads * self.query_dim
+        q, k, p = self.in_proj(x).split((queries, queries, self.heads * self.position_dim), dim=-1)
+        k = self.whiten_keys(self.balance_keys(k, valid), valid)
+        q, k, p = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, p))
+        offsets = self.linear_pos(positions).unflatten(-1, (self.heads, -1)).transpose(0, 1)  # (H, 2T - 1, e)
+        if self.training and chance(self.now(self.POSITION_SKIP)):
+            offsets = offsets * 0.0  # parameters keep a gradient, as data-parallel training needs
+        return RelativeWeights(q, k, p, offsets, seen, self.dropout, self.training and chance(self.PENALTY_RATE))
+
+
+class SelfAttention(nn.Module):
+    """Values mixed by weights that are given; (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, dim: int, heads: int, value_dim: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.in_proj = Linear(dim, heads * value_dim)
+        self.out_proj = scaled_linear(heads * value_dim, dim, 0.05)
+        self.whiten = whitener(7.5, growth=3.0)
+
+    def forward(self, x: Tensor, weights: RelativeWeights, valid: Tensor | None = None) -> Tensor:
+        values = self.in_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, c)
+        return self.whiten(self.out_proj(weights.mix(values).transpose(1, 2).flatten(2)), valid)  # type: ignore[no-any-return]
+
+
+class NonlinearAttention(nn.Module):
+    """out(A (v tanh s) * y) with the weights A of one head; s, v, y of 3/4 C channels (section 3.1)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        inner = 3 * dim // 4
+        self.in_proj = Linear(dim, 3 * inner)
+        self.out_proj = scaled_linear(inner, dim, 0.05)
+        self.balancer = Balancer(
+            (Schedule(((0, 0.25), (20_000, 0.05))), Schedule(((0, 0.75), (20_000, 0.95)))), (0.5, 5.0)
+        )
+        self.whiten1 = whitener(5.0)
+        self.whiten2 = whitener(5.0, growth=3.0)
+
+    def forward(
+        self, x: Tensor, weights: RelativeWeights, valid: Tensor | None = None, seen: Tensor | None = None, uniform: bool = False
+    ) -> Tensor:
+        """`uniform`: weigh all keys that may be seen alike, in place of `weights`."""
+        s, v, y = self.in_proj(x).chunk(3, dim=-1)
+        v = self.whiten1(v, valid) * torch.tanh(self.balancer(s, valid))
+        if not uniform:
+            mixed = weights.mix(v.unsqueeze(1)).squeeze(1)
+        elif seen is None:
+            mixed = v.mean(1, keepdim=True)
+        else:
+            share = seen.to(v.dtype).unsqueeze(1)  # (B, 1, T)
+            mixed = (share / share.sum(-1, keepdim=True)) @ v
+        return self.whiten2(self.out_proj(mixed * y), valid)  # type: ignore[no-any-return]
+
+
+class FeedForward(Scheduled):
+    """Linear, SwooshL, dropout, Linear. One dropout mask serves all frames; its rate falls from 3 times `dropout` (at most 0.9)."""
+
+    def __init__(self, dim: int, inner: int, dropout: float, activation_dropout: float) -> None:
+        super().__init__()
+        self.in_proj = Linear(dim, inner)
+        self.out_proj = scaled_linear(inner, dim, 0.1)
+        self.balancer = Balancer((0.3, 1.0), (0.75, 5.0))
+        self.whiten = whitener(7.5)
+        self.dropout = Schedule(((0, max(dropout, min(3 * dropout, 0.9))), (20_000, dropout)))
+        self.activation_dropout = Dropout(activation_dropout)
+
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:  # (B, T, C)
+        x = swoosh_l(self.balancer(self.in_proj(x), valid))
+        if self.training and (rate := self.now(self.dropout)) > 0.0:
+            x = x * torch.dropout(x.new_ones(x.size(0), 1, x.size(2)), rate, True)
+        return self.whiten(self.out_proj(self.activation_dropout(x)), valid)  # type: ignore[no-any-return]
+
+
+class ConvolutionModule(nn.Module):
+    """Pointwise C -> 2C, gate, depthwise, SwooshR, pointwise C -> C."""
+
+    def __init__(self, dim: int, kernel: int) -> None:
+        super().__init__()
+        self.in_proj = Linear(dim, 2 * dim)
+        self.depthwise_conv = DepthwiseConv(dim, kernel, bias=True)
+        self.out_proj = scaled_linear(dim, dim, 0.05)
+        self.balancer1 = Balancer(
+            (Schedule(((0, 0.05), (8_000, 0.025))), 1.0), (1.5, Schedule(((0, 5.0), (8_000, 10.0))))
+        )
+        self.balancer2 = Balancer(
+            (Schedule(((0, 0.1), (8_000, 0.05))), 1.0), (Schedule(((0, 0.2), (20_000, 0.5))), 10.0)
+        )
+        self.whiten = whitener(7.5)
+
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:  # (B, T, C)
+        x, gate = self.in_proj(x).chunk(2, dim=-1)
+        x = x * torch.sigmoid(self.balancer1(gate, valid))
+        if valid is not None:  # the kernel must not carry padding into valid frames
+            x = x.masked_fill(~valid.unsqueeze(-1), 0.0)
+        x = self.whiten(self.balancer2(self.depthwise_conv(x), valid), valid)
+        return self.out_proj(swoosh_r(x))  # type: ignore[no-any-return]
+
+
+class Bypass(Scheduled):
+    """x0 + (x - x0) c, c one learnt scale per channel (equation 2).
+
+    In training c's gradient keeps it between a minimum that falls from 0.9 to 0.2 and 1, so that all modules learn early, and
+    `skip` is the share of sequences for which c is 0.
+    """
+
+    MINIMUM = Schedule(((0, 0.9), (20_000, 0.2)))
+
+    def __init__(self, dim: int, skip: Schedule | float = 0.0) -> None:
+        super().__init__()
+        self.bypass_scale = nn.Parameter(torch.full((dim,), 0.5))
+        self.skip = skip
+
+    def forward(self, before: Tensor, after: Tensor) -> Tensor:  # (B, T, C)
+        scale: Tensor = self.bypass_scale
+        if self.training:
+            if chance(LIMIT_RATE):
+                scale = limit_parameter(scale, self.now(self.MINIMUM), 1.0)
+            scale = skipped(scale.to(before.dtype).expand(before.size(0), 1, -1), self.now(self.skip))
+        return torch.addcmul(before, after - before, scale.to(before.dtype))
+
+
+def skipped(x: Tensor, rate: float) -> Tensor:
+    """x (B, ...), zero for a random share `rate` of its sequences."""
+    if rate == 0.0:
+        return x
+    return x * x.new_empty(x.size(0), *(1,) * (x.dim() - 1)).bernoulli_(1.0 - rate)
+
+
+class RateChange(nn.Module):
+    """Into a stack of 1 / rate of the frames, by a learnt average of `rate` frames, and back, by repetition and a bypass.
+
+    At rate 1 nothing is done, and there are no parameters.
+    """
+
+    def __init__(self, dim: int, rate: int) -> None:
+        super().__init__()
+        self.rate = rate
+        self.log_shares = nn.Parameter(torch.zeros(rate)) if rate > 1 else None
+        self.bypass = Bypass(dim) if rate > 1 else None
+
+    def down(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        """(B, T, C) -> (B, ceil(T / rate), C). Past the last valid frame (or T) that frame is repeated, so that padding has no share."""
+        if self.log_shares is None:
+            return x
+        if valid is not None:
+            last = torch.where(valid, torch.arange(x.size(1), device=x.device), 0).amax(1)  # (B,)
+            x = torch.where(valid.unsqueeze(-1), x, x[torch.arange(x.size(0), device=x.device), last].unsqueeze(1))
+        excess = -x.size(1) % self.rate
+        if excess:
+            x = torch.cat((x, x[:, -1:].expand(-1, excess, -1)), dim=1)
+        shares = self.log_shares.softmax(0).to(x.dtype)
+        groups = x.view(x.size(0), -1, self.rate, x.size(2))
+        return (groups * shares[:, None]).sum(2)
+
+    def up(self, x: Tensor, before: Tensor) -> Tensor:
+        """x (B, ceil(T / rate), C), before (B, T, C) -> (B, T, C)."""
+        if self.bypass is None:
+            return x
+        return self.bypass(before, repeated(x, self.rate, before.size(1)))  # type: ignore[no-any-return]
+
+
+def repeated(x: Tensor, rate: int, frames: int) -> Tensor:
+    """Each frame of x (B, T, C) `rate` times, cut to `frames`."""
+    return x if rate == 1 else x.repeat_interleave(rate, dim=1)[:, :frames]
+
+
+def fitted(x: Tensor, dim: int) -> Tensor:
+    """x (..., C) cut or zero-padded to `dim` channels."""
+    return x[..., :dim] if x.size(-1) >= dim else nn.functional.pad(x, (0, dim - x.size(-1)))
