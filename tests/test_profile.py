@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import hubert_eff
 from hubert_eff.cli import main
 from hubert_eff.errors import UserError
-from hubert_eff.profiling import count_operations, list_devices, read_device, register_formula
+from hubert_eff.profiling import count_operations, list_devices, read_device, register_formula, table1
 from hubert_eff.profiling.cost import bit_operations, file_storage, paper_storage
 from hubert_eff.profiling.formulas import ATTENTION, CONVOLUTION, COPY, DEPTHWISE, ELEMENTWISE, GROUPED, KINDS, MATRIX, NORM
 
@@ -463,13 +463,98 @@ def test_every_encoder_is_counted_and_twice_the_same(encoder):
     assert narrow.macs_by_bits.get((16, 16), 0) > 0.99 * narrow.macs  # a table of positions may stay wider
 
 
-@pytest.mark.parametrize("preset", hubert_eff.list_presets())
+LARGE = ("-m", "-ml", "-l")  # these add seconds, and differ from the small ones in their sizes only
+
+
+@pytest.mark.parametrize(
+    "preset", [pytest.param(p, marks=pytest.mark.long) if p.endswith(LARGE) else p for p in hubert_eff.list_presets()]
+)
 def test_every_preset_is_counted(preset):
     model = hubert_eff.build(preset)
     result = hubert_eff.profile(model, seconds=0.5)
     assert result.macs > 0 and result.frames == 24 and result.bops == "paper"
     assert sum(t.macs for t in result.operations.values()) == result.macs
     assert sum(c.params for c in result.modules.children) + model.mask_emb.numel() == result.params
+
+
+# -- the paper's Table 1 -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return {row["preset"]: row for row in table1.table1()}
+
+
+def test_table1_time_follows_from_the_papers_own_bit_operations():
+    assert len(table1.PAPER_TABLE) == 10
+    for row in table1.PAPER_TABLE:
+        assert row.recomputed_time(read_device("a100")) == pytest.approx(row.est_time_e4_s, rel=1e-3), row.title
+
+
+def test_table1_float_rows(rows):
+    expected = {  # parameters, GFLOP of a clean count
+        "transformer-base": (92_212_096, 105.85),
+        "conformer-s-table1": (32_967_760, 39.84),
+        "squeezeformer-xs-table1": (33_010_096, 31.33),
+    }
+    for preset, (params, gflop) in expected.items():
+        row = rows[preset]
+        assert row["params"] == params
+        assert f"{row['storage_mb']:.2f}" == f"{row['paper']['storage_mb']:.2f}"
+        assert row["gflop"] == pytest.approx(gflop, abs=0.012)  # ours embeds positions on 499 frames, not on 500
+        assert row["bop_nonq_g"] == pytest.approx(16 * row["gflop"] * 1e9 / 2**30) and row["bop_bq_g"] == 0.0
+        assert row["est_time_e4_s"] == 1e4 * row["bop_nonq_g"] / (312 * 1024)
+        assert row["difference_percent"]["gflop"] == 100 * (row["gflop"] / row["paper"]["gflop"] - 1)
+    assert "368.85 MB" in rows["transformer-base"]["note"]
+
+
+def test_table1_sparse_rows_are_what_is_computed(rows):
+    for preset, params, gflop in (("sparseformer-dn-s", 15_203_712, 23.92), ("sparseformer-sw-s", 29_294_720, 37.95)):
+        row = rows[preset]
+        assert row["params"] == params
+        assert row["storage_mb"] == pytest.approx(row["paper"]["storage_mb"], abs=0.006)  # 60.815 is printed as 60.81
+        assert row["gflop"] < gflop and f"{gflop} GFLOP" in row["note"]  # the dense figure
+
+
+def test_table1_row_of_a_model_that_is_not_there(monkeypatch):
+    missing = table1.Row("Missing", "no-such-encoder", 1.0, 2.0, 3.0, None, 4.0)
+    monkeypatch.setattr(table1, "PAPER_TABLE", (missing,))
+    (row,) = table1.table1()
+    assert row["storage_mb"] is None and row["paper"]["gflop"] == 2.0 and "no-such-encoder is registered" in row["note"]
+
+
+def test_table1_binarised_row(monkeypatch):
+    def binarise(model, scheme, policy):
+        assert (scheme, policy) == ("w1a1", "paper")
+        for block in model.encoder.layers:
+            block.fc1, block.fc2 = SignLinear(64, 128), SignLinear(128, 64)
+        return model
+
+    monkeypatch.setattr(hubert_eff, "binarize", binarise, raising=False)
+    paper = table1.Row("BQ", "transformer-debug+w1a1", 0.5, 2.0, 3.0, 4.0, 5.0, "a reason", float_bytes=2)
+    monkeypatch.setattr(table1, "PAPER_TABLE", (paper,))
+    (row,) = table1.table1()
+    full = hubert_eff.profile("transformer-debug")
+    weights = 2 * 2 * 64 * 128
+    assert row["params"] == full.params
+    assert row["storage_mb"] == pytest.approx((2 * (full.params - weights - 64) + weights / 8) / 1e6)
+    assert row["bop_bq_g"] == weights * 499 / 2**30
+    assert row["gflop"] == pytest.approx(full.gflop - 2 * weights * 499 / 1e9)
+    assert row["note"].startswith("a reason; at 4 B per float")
+    (product,) = table1.table1("product")
+    assert product["bop_nonq_g"] == 32 * row["bop_nonq_g"] and product["bop_bq_g"] == row["bop_bq_g"]
+    assert product["est_time_e4_s"] == row["est_time_e4_s"] and product["paper"]["bop_nonq_g"] == 96.0
+
+
+def test_table1_command(rows, monkeypatch, capsys):
+    monkeypatch.setattr(table1, "table1", lambda bops: list(rows.values()))
+    assert main(["profile", "--table1", "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)["rows"]
+    assert len(values) == 10
+    assert {"preset", "storage_mb", "gflop", "bop_nonq_g", "bop_bq_g", "est_time_e4_s", "params"} <= set(values[0])
+    assert main(["profile", "--table1"]) == 0
+    text = capsys.readouterr().out
+    assert all(row["row"] in text and row["note"] in text for row in values) and "estimated" in text
 
 
 def test_file_storage_is_what_export_writes(tmp_path):
@@ -499,6 +584,9 @@ def test_command(capsys):
         (["conformer-s", "--seconds", "0.02"], "seconds=0.02"),
         (["conformer-s", "--seconds", "nan"], "seconds=nan"),
         (["conformer-s", "--depth", "-1"], "--depth -1"),
+        (["conformer-s", "--device", "a1000"], "unknown device"),
+        (["conformer-s", "--table1"], "--table1 has its own models"),
+        ([], "name a preset"),
         (["{file}"], "is no checkpoint"),
         (["{file}.missing"], "unknown preset or checkpoint"),
     ],

@@ -1,37 +1,55 @@
-"""`hubert-eff profile PRESET|CHECKPOINT`: parameters, storage and operations, by module."""
+"""`hubert-eff profile PRESET|CHECKPOINT`: parameters, storage and operations, by module; `--table1`: the paper's Table 1 rebuilt."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 
 from ..errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `hubert-eff profile`."""
-    parser.add_argument("model", metavar="PRESET|CHECKPOINT", help="name of a preset, or path of a checkpoint")
-    parser.add_argument("--seconds", type=float, default=10.0, help="length of the 16 kHz input (default: 10)")
+    parser.add_argument("model", nargs="?", metavar="PRESET|CHECKPOINT", help="name of a preset, or path of a checkpoint")
+    parser.add_argument("--table1", action="store_true", help="the ten models of the paper's Table 1, ours beside the paper's figures")
+    parser.add_argument("--seconds", type=float, default=None, help="length of the 16 kHz input (default: 10)")
     parser.add_argument("--depth", type=int, default=None, help="levels of modules shown (default: 3; with --json: all)")
+    parser.add_argument(
+        "--bops", choices=("paper", "product"), default="paper",
+        help="bit operations of a MAC: the wider operand's width, or the product of both widths (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--device", default=None, metavar="NAME|FILE",
+        help="estimate times for a device of configs/device, or of such a file (default: a100); hubert-eff bench --roofline writes one",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """Profile and print; returns 0."""
-    from ..profiling import profile
-    from ..profiling.report import render, render_text
+    from ..profiling import profile, table1
+    from ..profiling.report import render, show
 
+    if args.table1:
+        for name in ("model", "seconds", "depth", "device"):
+            if getattr(args, name) is not None:
+                raise UserError(f"--table1 has its own models, length and device: leave out {'' if name == 'model' else '--'}"
+                                f"{getattr(args, name) if name == 'model' else name}")  # fmt: skip
+        rows = table1.table1(args.bops)
+        if args.json:
+            print(json.dumps({"bops": args.bops, "rows": rows}, indent=2))
+        else:
+            show(table1.render(rows, args.bops))
+        return 0
+    if args.model is None:
+        raise UserError("name a preset or the path of a checkpoint, or ask for --table1")
     if args.depth is not None and args.depth < 0:
         raise UserError(f"--depth {args.depth} must be 0 or more")
-    result = profile(args.model, seconds=args.seconds)
-    depth = 3 if args.depth is None else args.depth
+    result = profile(
+        args.model, seconds=10.0 if args.seconds is None else args.seconds, bops=args.bops, device=args.device or "a100"
+    )
     if args.json:
         print(json.dumps(result.to_dict(args.depth), indent=2))
-    elif sys.stdout.isatty():
-        from rich.console import Console
-
-        Console().print(render(result, depth))
     else:
-        print(render_text(result, depth), end="")
+        show(render(result, 3 if args.depth is None else args.depth))
     return 0

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+import hubert_eff
+
 from ..config import SAMPLE_RATE
 from ..errors import UserError, unknown
 from ..layers.bits import Bits, stored_bits
@@ -31,6 +33,7 @@ MIN_SAMPLES = 400  # the receptive field of one frame: 25 ms
 MAX_SECONDS = 3600.0
 LABEL_EMBEDDINGS = "label_embs_concat"
 MASK_EMBEDDING = "mask_emb"
+BINARISE = "binarize"  # the package's function, where it has one
 FLOAT_BITS = 16  # a product with an operand below is a quantised one
 
 # bit operations of one MAC: the paper counts the width once (32 for float32, 1 for W1A1), Bayesian Bits the product of both widths
@@ -183,20 +186,34 @@ def profile(
     )
 
 
-def resolve(model_or_preset: HubertModel | str | os.PathLike[str]) -> tuple[HubertModel, str]:
-    """(model, name to show) of a model, a preset by name, or a checkpoint by path. Raises `UserError` for another name."""
+def resolve(model_or_preset: HubertModel | str | os.PathLike[str], policy: str = "default") -> tuple[HubertModel, str]:
+    """(model, name to show) of a model, a preset by name, or a checkpoint by path.
+
+    `PRESET+w1a1` is a preset binarised by `policy`. Raises `UserError` for another name.
+    """
     if isinstance(model_or_preset, nn.Module):
         return model_or_preset, type(model_or_preset).__name__
     name = os.fspath(model_or_preset)
-    if name in list_presets():
+    base, _, scheme = name.partition("+")
+    if base in list_presets():
         from ..model import build
 
-        return build(name), name
+        model = build(base)
+        if not scheme:
+            return model, name
+        if not can_binarise():
+            raise UserError(f"{name}: this version cannot binarise a model; '{base}' is its float form")
+        return getattr(hubert_eff, BINARISE)(model, scheme, policy=policy), name
     if os.path.exists(name):
         from ..checkpoint import load
 
         return load(name), name
     raise unknown("preset or checkpoint", name, list_presets())
+
+
+def can_binarise() -> bool:
+    """Whether this version of the package can binarise a model."""
+    return hasattr(hubert_eff, BINARISE)
 
 
 def noise(model: nn.Module, seconds: float, batch: int = 1) -> Tensor:

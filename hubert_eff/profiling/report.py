@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Iterator
 
 from rich import box
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
 from .cost import ModuleCost, Profile
@@ -39,20 +40,20 @@ def render(profile: Profile, depth: int = 3) -> Group:
     for name, value in rows.items():
         summary.add_row(name, value)
 
-    kinds = _table("kind", "calls", "MACs", "element ops")
+    kinds = plain_table("kind", "calls", "MACs", "element ops")
     for name, tally in profile.kinds.items():
         if tally.macs or tally.element_ops:
             kinds.add_row(name, f"{tally.calls:,}", f"{tally.macs:,}", f"{tally.element_ops:,}")
 
     mixed = len(profile.macs_by_bits) > 1
-    modules = _table("module", "class", "params", "MACs", "MACs %", "element ops", *(("bits",) if mixed else ()))
+    modules = plain_table("module", "class", "params", "MACs", "MACs %", "element ops", *(("bits",) if mixed else ()))
     for level, label, module in _rows(profile.modules, depth):
         share = f"{100 * module.macs / profile.macs:.1f}" if profile.macs else "-"
         figures = (f"{module.params:,}", f"{module.macs:,}", share, f"{module.element_ops:,}")
         widths = (" ".join(f"{w}x{a}" for w, a in sorted(module.macs_by_bits, reverse=True)),) if mixed else ()
         modules.add_row("  " * level + label, module.kind, *figures, *widths)
 
-    operations = _table("operation", "calls", "MACs", "element ops")
+    operations = plain_table("operation", "calls", "MACs", "element ops")
     for name, tally in profile.operations.items():
         if tally.macs or tally.element_ops:
             operations.add_row(name, f"{tally.calls:,}", f"{tally.macs:,}", f"{tally.element_ops:,}")
@@ -61,16 +62,30 @@ def render(profile: Profile, depth: int = 3) -> Group:
 
 def render_text(profile: Profile, depth: int = 3) -> str:
     """`render` as plain text of any width."""
+    return as_text(render(profile, depth))
+
+
+def as_text(content: RenderableType) -> str:
+    """Anything rich can draw as plain text: no colours, nothing cut off."""
     console = Console(file=io.StringIO(), width=200, no_color=True)
     with console.capture() as capture:
-        console.print(render(profile, depth))
+        console.print(content)
     return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
 
 
-def _table(*columns: str) -> Table:
+def show(content: RenderableType) -> None:
+    """Print: with rich on a terminal, else as plain text."""
+    if sys.stdout.isatty():
+        Console().print(content)
+    else:
+        print(as_text(content), end="")
+
+
+def plain_table(*columns: str) -> Table:
+    """An empty table; numbers stand on the right."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for position, column in enumerate(columns):
-        text = position == 0 or column == "class"
+        text = position == 0 or column in ("class", "")
         table.add_column(column, justify="left" if text else "right", no_wrap=True)
     return table
 
