@@ -29,6 +29,7 @@ class SparseformerConfig(HubertConfig):
     sparse_expressivity: int = option(8, "frames at the end of each block that all frames see")
     sparse_max_frames: int = option(1500, "length of the input that sparse_stride=0 is the best for, in frames")
     sparse_window: int = option(64, "how far a frame sees to each side with sparse_pattern=local, in frames")
+    flex_attention: bool = option(False, "FlexAttention on a GPU where no attention probabilities are dropped; compiles at first use")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,6 +88,6 @@ class SparseformerEncoder(Encoder):
         assert isinstance(config, SparseformerConfig)
         pattern = SparsePattern(config.sparse_pattern, config.sparse_stride, config.sparse_expressivity, config.sparse_window)
         attention = SparseSelfAttention(
-            config.encoder_embed_dim, config.encoder_attention_heads, config.attention_dropout, pattern
+            config.encoder_embed_dim, config.encoder_attention_heads, config.attention_dropout, pattern, config.flex_attention
         )
         return TransformerBlock(config, attention)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -21,8 +22,14 @@ from torch.utils.checkpoint import checkpoint
 from .attention import SelfAttention, attention
 from .dropout import Dropout
 
+try:
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+except ImportError:  # torch < 2.5
+    flex_attention = None  # type: ignore[assignment]
+
 ROWS = 512  # queries whose scores exist at a time in `_plain`
 SPAN = 128  # queries that share one window of keys in `_windowed`
+TILE = 128  # queries and keys of a block in FlexAttention's block mask
 
 _FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)  # private: torch may change them
 _FLASH_BACKWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
@@ -236,20 +243,85 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None, window: in
     return _unfold(mixed, count).flatten(2, 3)[:, :, :frames]
 
 
+@lru_cache(maxsize=16)
+def _tiles(pattern: SparsePattern, frames: int, device: torch.device) -> tuple[Tensor, BlockMask]:
+    """The order of the keys for FlexAttention (T,), and the mask of `frames` frames padded to whole tiles.
+
+    Summaries come first: in the order of time there is one in nearly every tile, and none could be left out. A key is seen if it is a
+    summary or not further than `reach` from the query, in block numbers, or in frames with the local pattern.
+    """
+    size = -(-frames // TILE) * TILE
+    place = torch.arange(frames, device=device)
+    if pattern.kind == "local":
+        order, query_at, key_at, summaries, reach = place, place, place, 0, pattern.window
+    else:
+        segments, grid = pattern.segments(frames), place.view(1, 1, -1, 1)
+        first = [_summaries(grid, segments).flatten()]
+        order = torch.cat(first + [s.blocks(grid)[:, :, :, : s.own].flatten() for s in segments])
+        starts = torch.tensor([s.start + n * s.length for s in segments for n in range(s.count)], device=device)
+        query_at = torch.searchsorted(starts, place, right=True)  # number of the block
+        key_at, summaries, reach = query_at[order], first[0].numel(), 0
+    shared = torch.arange(size, device=device) < summaries
+    query_at = F.pad(query_at, (0, size - frames), value=int(query_at[-1]))
+    nowhere = -2 * size  # further than any reach
+    key_at = F.pad(key_at, (0, size - frames), value=nowhere).masked_fill(shared, nowhere)
+
+    def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return shared[j] | ((query_at[i] - key_at[j]).abs() <= reach)
+
+    queries, keys = query_at.view(-1, TILE), key_at.view(-1, TILE)
+    real = keys != nowhere
+    low, high = keys.masked_fill(~real, 2 * size).amin(1), keys.amax(1)
+    table = (low - reach <= queries.amax(1, True)) & (high + reach >= queries.amin(1, True)) | shared.view(-1, TILE).any(1)
+    indices = table.int().argsort(dim=1, descending=True, stable=True)
+    return order, BlockMask.from_kv_blocks(table.sum(1)[None, None].int(), indices[None, None].int(), BLOCK_SIZE=TILE, mask_mod=visible)
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None, pattern: SparsePattern, kernel: Callable[..., Any]) -> Tensor:
+    """The same through `kernel`, which is `flex_attention`, compiled."""
+    frames = q.size(2)
+    order, mask = _tiles(pattern, frames, q.device)
+    behind = -frames % TILE
+    q, k, v = (F.pad(x, (0, 0, 0, behind)) for x in (q, k.index_select(2, order), v.index_select(2, order)))
+    score = None
+    if attend is not None:
+        seen = F.pad(attend[:, 0, 0].index_select(1, order), (0, behind), value=True)  # (B, T)
+        never = torch.finfo(q.dtype).min / 2
+
+        def score(value: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return torch.where(seen[b, j], value, never)
+
+    mixed: Tensor = kernel(q, k, v, score_mod=score, block_mask=mask)
+    return mixed[:, :, :frames]
+
+
+@lru_cache(maxsize=1)
+def _compiled_flex() -> Callable[..., Any]:
+    return torch.compile(flex_attention)
+
+
+def _takes_flex(q: Tensor) -> bool:
+    width = q.size(-1)
+    return flex_attention is not None and q.is_cuda and q.numel() > 0 and width >= 16 and width & (width - 1) == 0
+
+
 def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
     """0 where `seen`, else so low that it is never chosen; finite, so that a query that sees nothing makes no 0 / 0."""
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min / 2)
 
 
 def sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, pattern: SparsePattern, attend: Tensor | None = None, dropout: Dropout | None = None
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, pattern: SparsePattern, attend: Tensor | None = None, dropout: Dropout | None = None,
+    flex: bool = False,
+) -> Tensor:  # fmt: skip
     """softmax(q k' / sqrt(d)) v of q, k, v (B, H, T, d) over the keys that `pattern` and `attend` (B, 1, 1, T) bool let through.
 
     Equal to dense attention under the pattern's mask; a query that sees no key has some finite output. `dropout` falls on the
-    probabilities. Memory grows with T, not with T squared.
+    probabilities. `flex`: FlexAttention on a GPU where nothing is dropped. No tensor has T squared elements.
     """
     drops = dropout is not None and dropout.training and dropout.p > 0
+    if flex and not drops and _takes_flex(q):
+        return _flex(q, k, v, attend, pattern, _compiled_flex())
     if pattern.kind == "local":
         return _windowed(q, k, v, attend, pattern.window, dropout.p if dropout is not None and drops else 0.0)
     segments = pattern.segments(q.size(2))
@@ -262,13 +334,13 @@ def sparse_attention(
 class SparseSelfAttention(SelfAttention):
     """`SelfAttention` over a sparse pattern, with the same parameters."""
 
-    def __init__(self, dim: int, heads: int, dropout: float, pattern: SparsePattern) -> None:
+    def __init__(self, dim: int, heads: int, dropout: float, pattern: SparsePattern, flex: bool = False) -> None:
         super().__init__(dim, heads, dropout)
-        self.pattern = pattern
+        self.pattern, self.flex = pattern, flex
         self.attention_dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, attend: Tensor | None = None) -> Tensor:
         """`attend`: (B, 1, 1, T) bool, False = never seen."""
         q, k, v = self.heads_of(x)
-        mixed = sparse_attention(q, k, v, self.pattern, attend, self.attention_dropout)
+        mixed = sparse_attention(q, k, v, self.pattern, attend, self.attention_dropout, self.flex)
         return self.out_proj(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
