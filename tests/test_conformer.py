@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import distributed as dist
@@ -9,10 +11,12 @@ from torch import multiprocessing as mp
 
 import hubert_eff
 from hubert_eff.encoders.base import Frames
+from hubert_eff.errors import UserError
 from hubert_eff.layers.attention import RelativeSelfAttention
 from hubert_eff.layers.convolution import DepthwiseConv
-from hubert_eff.layers.norm import MaskedBatchNorm
+from hubert_eff.layers.norm import MaskedBatchNorm, NoNorm
 from hubert_eff.layers.position import relative_sinusoids
+from hubert_eff.registry import preset_config
 
 
 def test_blocks_equal_torchaudio() -> None:
@@ -50,6 +54,95 @@ def test_blocks_equal_torchaudio() -> None:
     for block in ours:
         y = block(y, Frames())
     torch.testing.assert_close(y, theirs(x, torch.tensor([50, 50]))[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("frames", [49, 300])
+def test_blocks_equal_transformers_relative_conformer(frames: int) -> None:
+    """Copied weights, all frames valid: transformers' convolution has no mask."""
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.wav2vec2_conformer import modeling_wav2vec2_conformer as hf
+
+    config = transformers.Wav2Vec2ConformerConfig(
+        hidden_size=64, intermediate_size=128, num_attention_heads=4, conv_depthwise_kernel_size=15, hidden_act="swish",
+        position_embeddings_type="relative", max_source_positions=500,
+    )  # fmt: skip
+    theirs = torch.nn.ModuleList([hf.Wav2Vec2ConformerEncoderLayer(config) for _ in range(3)]).eval()
+    model = hubert_eff.build("conformer-debug", encoder_layers=3).eval()
+    for parameter in theirs.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    for buffer in theirs.buffers():
+        buffer.data = buffer.uniform_(0.5, 2) if buffer.is_floating_point() else buffer
+    names = {
+        "ffn1_layer_norm": "ffn1.layer_norm", "ffn2_layer_norm": "ffn2.layer_norm", "intermediate_dense": "w_1", "output_dense": "w_2",
+        "linear_q": "q_proj", "linear_k": "k_proj", "linear_v": "v_proj", "linear_out": "out_proj",
+    }  # fmt: skip
+    shapes = model.encoder.layers.state_dict()
+    state = {}
+    for name, value in theirs.state_dict().items():
+        for other, ours in names.items():
+            name = name.replace(other, ours)
+        state[name] = value.view(shapes[name].shape)  # pointwise convolutions are linear layers here
+    model.encoder.layers.load_state_dict(state)
+    x = torch.randn(2, frames, 64, requires_grad=True)
+    positions = hf.Wav2Vec2ConformerRelPositionalEmbedding(config)(x)
+    expected = y = x
+    for layer, block in zip(theirs, model.encoder.layers):
+        expected, _ = layer(expected, relative_position_embeddings=positions)
+        y = block(y, Frames(positions=model.encoder.positions(x)))
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        for block in model.encoder.layers:
+            x = block(x, Frames(positions=model.encoder.positions(x)))
+    torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("preset", "sizes"),
+    [
+        ("conformer-s", (16, 144, 4, 576, "rel_pos")),
+        ("conformer-m", (16, 256, 4, 1024, "rel_pos")),
+        ("conformer-l", (17, 512, 8, 2048, "rel_pos")),
+        ("conformer-s-table1", (16, 144, 4, 3072, "abs")),
+    ],
+)
+def test_presets_are_the_papers(preset: str, sizes: tuple) -> None:
+    c = preset_config(preset)
+    assert (c.encoder_layers, c.encoder_embed_dim, c.encoder_attention_heads, c.encoder_ffn_embed_dim, c.pos_enc_type) == sizes
+
+
+def test_table1_has_the_papers_number_of_parameters() -> None:
+    assert sum(p.numel() for p in hubert_eff.build("conformer-s-table1").parameters()) == 32_967_760
+
+
+@pytest.mark.parametrize(("norm", "kind"), [("none", None), ("batch_norm", MaskedBatchNorm)])
+def test_layer_norms_are_replaced_or_removed(norm: str, kind: type | None) -> None:
+    with_layer_norms, model = hubert_eff.build("conformer-debug"), hubert_eff.build("conformer-debug", block_norm=norm)
+    replaced = [name for name, m in with_layer_norms.encoder.layers.named_modules() if isinstance(m, torch.nn.LayerNorm)]
+    assert len(replaced) == 2 * 5
+    for name in replaced:
+        assert type(model.encoder.layers.get_submodule(name)) is (kind or NoNorm)
+    assert not any(isinstance(m, torch.nn.LayerNorm) for m in model.encoder.modules())
+
+
+@pytest.mark.parametrize("norm", ["none", "batch_norm"])
+@pytest.mark.parametrize("training", [False, True])
+def test_padding_is_sealed_without_layer_norm(norm: str, training: bool) -> None:
+    model = hubert_eff.build("conformer-debug", block_norm=norm, dropout=0.0, attention_dropout=0.0).train(training)
+    other = copy.deepcopy(model)
+    wav, padding = torch.randn(2, 16_000), torch.zeros(2, 16_000, dtype=torch.bool)
+    padding[1, 9_000:] = True
+    noisy = torch.where(padding, 100.0, wav)
+    for a, b in zip(model.hidden_states(wav, padding)[0], other.hidden_states(noisy, padding)[0]):
+        assert torch.equal(a, b)
+    for a, b in zip(model.buffers(), other.buffers()):
+        assert torch.equal(a, b)
+    model.hidden_states(wav, padding)[0][-1].square().sum().backward()
+    assert all(p.grad is not None for name, p in model.encoder.named_parameters())
+
+
+def test_layer_norm_first_needs_a_layer_norm() -> None:
+    with pytest.raises(UserError, match="layer_norm_first=True: with block_norm=none"):
+        hubert_eff.build("conformer-debug", block_norm="none", layer_norm_first=True)
 
 
 @pytest.mark.parametrize("frames", [1, 2, 127, 128, 129, 300])
@@ -134,6 +227,27 @@ def test_masked_batch_norm_equals_packed_frames() -> None:
     torch.testing.assert_close(x.grad, grad, rtol=1e-3, atol=1e-4)
     for name, value in norm.state_dict().items():
         torch.testing.assert_close(value, after[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("valid", [None, torch.tensor([[True]]), torch.tensor([[False]])])
+def test_masked_batch_norm_of_one_frame_and_of_none(valid: torch.Tensor | None) -> None:
+    norm = MaskedBatchNorm(5)
+    x = torch.randn(1, 1, 5, requires_grad=True)
+    norm(x, valid).sum().backward()
+    assert torch.isfinite(x.grad).all() and all(torch.isfinite(b).all() for b in norm.buffers())
+
+
+def test_masked_batch_norm_compiles_in_training() -> None:
+    x, valid, state = norm_case()
+    torch.compiler.reset()
+    outputs = []
+    for compiled in (False, True):
+        norm = MaskedBatchNorm(5)
+        norm.load_state_dict(state)
+        function = torch.compile(norm, backend="aot_eager", fullgraph=True) if compiled else norm
+        outputs.append((function(x, valid)[valid], *norm.state_dict().values()))
+    for a, b in zip(*outputs):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def _half_of_the_batch(rank: int, port_file: str, results: dict) -> None:

@@ -13,6 +13,7 @@ import hubert_eff
 from hubert_eff.errors import UserError
 from hubert_eff.layers.norm import MaskedBatchNorm
 from hubert_eff.model import HubertModel
+from hubert_eff.optim import noam
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 
@@ -220,3 +221,37 @@ def test_masked_prediction_learns() -> None:
     model.eval()
     with torch.no_grad():
         assert step(40)[1] > 0.9
+
+
+def test_noam_peaks_at_the_end_of_the_warm_up() -> None:
+    rates = [noam(update, 0.002, 100) for update in range(1, 1001)]
+    assert max(rates) == rates[99] == pytest.approx(0.002)
+    assert rates[0] == pytest.approx(0.002 / 100) and rates[49] == pytest.approx(0.001) and rates[399] == pytest.approx(0.001)
+    assert rates == [pytest.approx(0.002 * 100**0.5 * min(t**-0.5, t * 100**-1.5)) for t in range(1, 1001)]
+
+
+def test_noam_is_a_schedule_of_fairseq() -> None:
+    pytest.importorskip("fairseq", reason="fairseq is not installed: pip install 'hubert-eff[fairseq]'")
+    from fairseq.dataclass.configs import FairseqConfig
+    from fairseq.optim import build_optimizer
+    from fairseq.optim.lr_scheduler import build_lr_scheduler
+    from omegaconf import OmegaConf
+
+    import fairseq_plugins  # noqa: F401
+
+    def schedule(lr: tuple[float, ...] = (0.002,), warmup_updates: int = 100) -> tuple:
+        config = OmegaConf.structured(FairseqConfig)
+        OmegaConf.set_struct(config, False)
+        schedule = {"_name": "noam", "warmup_updates": warmup_updates}
+        config = OmegaConf.merge(config, {"optimizer": {"_name": "adam"}, "lr_scheduler": schedule, "optimization": {"lr": list(lr)}})
+        optimizer = build_optimizer(config.optimizer, [nn.Parameter(torch.ones(2))])
+        return optimizer, build_lr_scheduler(config.lr_scheduler, optimizer)
+
+    optimizer, built = schedule()
+    assert optimizer.get_lr() == noam(1, 0.002, 100)
+    for done in (1, 99, 1000):
+        assert built.step_update(done) == optimizer.get_lr() == noam(done + 1, 0.002, 100)
+    with pytest.raises(UserError, match="warmup_updates=0"):
+        schedule(warmup_updates=0)
+    with pytest.raises(UserError, match="one peak rate"):
+        schedule(lr=(0.1, 0.2))
