@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch.nn import functional as F
-
-PROBE_LIMIT = 12.0  # SiLU and softmax take 1 to 5 times a multiplication of the same tensor; a slow process, 50 times and more
-ALLOCATOR = ("LD_PRELOAD", "MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
+from hubert_eff.profiling.machine import SlowProcessError
+from hubert_eff.profiling.machine import guard as checked
+from hubert_eff.profiling.machine import machine as machine
+from hubert_eff.profiling.machine import seconds_of as seconds
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -28,31 +24,13 @@ def parser(description: str) -> argparse.ArgumentParser:
     return options
 
 
-def seconds(function: Callable[[], object]) -> float:
-    """Wall time of one call."""
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
-def probe() -> float:
-    """How many times slower SiLU or softmax is than a multiplication, the worse of the two."""
-    x = torch.randn(1024, 1024)
-    base = min(seconds(lambda: x * 2.0) for _ in range(9))
-    return max(min(seconds(lambda f=f: f(x)) for _ in range(5)) / base for f in (F.silu, lambda t: t.softmax(-1)))
-
-
 def guard(when: str) -> float:
     """Stop with exit code 3 if this process runs activations abnormally slowly: its figures would say nothing."""
-    ratio = probe()
-    if ratio > PROBE_LIMIT:
-        print(
-            f"discarded: {when}, SiLU or softmax takes {ratio:.0f} times a multiplication in this process (limit {PROBE_LIMIT:g}); "
-            "run again",
-            file=sys.stderr,
-        )
-        raise SystemExit(3)
-    return ratio
+    try:
+        return checked(when)
+    except SlowProcessError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(3) from error
 
 
 def compare(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
@@ -64,18 +42,6 @@ def compare(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, li
         for name, function in sides.items():
             times[name].append(seconds(function))
     return times
-
-
-def machine() -> dict[str, Any]:
-    """What the figures depend on besides the code."""
-    return {
-        "torch": torch.__version__,
-        "cpu": _cpu(),
-        "threads": torch.get_num_threads(),
-        "load": [round(x, 1) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None,
-        "matmul_precision": torch.get_float32_matmul_precision(),
-        "allocator": {name: os.environ[name] for name in ALLOCATOR if name in os.environ} or "default",
-    }
 
 
 def row(what: str, times: dict[str, list[float]], target: float) -> dict[str, Any]:
@@ -106,11 +72,3 @@ def show(rows: list[dict[str, Any]], facts: dict[str, Any], as_json: bool) -> No
             f"{r['what']:<{width}}  {r['sides'][0]} {r['ms'][0]:9.1f} ms   {r['sides'][1]} {r['ms'][1]:9.1f} ms   "
             f"{r['ratio']:6.2f}x (rounds {r['ratio_range'][0]:.2f} - {r['ratio_range'][1]:.2f}; target {r['target']:g}x)"
         )
-
-
-def _cpu() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

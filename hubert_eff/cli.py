@@ -18,7 +18,8 @@ COMMANDS = {
     "corpus": "make a small synthetic speech corpus offline",
     "manifest": "check a folder of audio, convert it once to 16 kHz mono, write train.tsv and valid.tsv",
     "labels": "k-means labels from MFCC or from a layer of a checkpoint; their quality",
-    "profile": "parameters, storage and operations of a preset or a checkpoint",
+    "profile": "parameters, storage and operations of a preset or a checkpoint; the paper's Table 1",
+    "bench": "measured latency, memory and throughput, and where the time goes",
 }
 
 

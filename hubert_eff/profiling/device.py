@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from ..errors import UserError, unknown
-from ..files import config_dir, write_text
+from ..files import config_dir
 from ..layers.bits import Bits
 
 PAPER_UNIT = 1024  # the paper divides 2^30 bit operations by so many per "TOP" (2^40 operations)
@@ -28,11 +28,11 @@ class Device:
     bandwidth_gb_s: float
 
     def rate(self, bits: int) -> float:
-        """Operations per second, in 10^12, of operands of so many bits: of the narrowest type of the device that holds them."""
-        wide = [width for width in self.tops if width >= bits]
+        """Operations per second, in 10^12, of operands of so many bits: of the fastest type of the device that holds them."""
+        wide = [rate for width, rate in self.tops.items() if width >= bits]
         if not wide:
             raise UserError(f"{self.name} has no rate for operands of {bits} bits, only for {', '.join(map(str, sorted(self.tops)))}")
-        return self.tops[min(wide)]
+        return max(wide)
 
     def paper_time(self, bop_nonq_g: float, bop_bq_g: float) -> float:
         """Seconds by the formula behind the paper's Table 1: bit operations (in 2^30) over the rates at 16 bits and at 1 bit."""
@@ -43,9 +43,13 @@ class Device:
         compute = sum(2 * macs / (self.rate(max(bits)) * 1e12) for bits, macs in macs_by_bits.items())
         return max(compute, weight_bytes / (self.bandwidth_gb_s * 1e9))
 
-    def write(self, path: str | os.PathLike[str]) -> None:
-        """Write the file that `read_device` reads."""
-        write_text(path, yaml.safe_dump({**dataclasses.asdict(self), "tops": dict(self.tops)}, sort_keys=False))
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values: what a device file holds."""
+        return {**dataclasses.asdict(self), "tops": dict(self.tops)}
+
+    def to_yaml(self) -> str:
+        """The content of a device file, which `read_device` reads."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
 
 def list_devices() -> list[str]:

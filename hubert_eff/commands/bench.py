@@ -1,0 +1,93 @@
+"""`hubert-eff bench PRESET|CHECKPOINT...`: measured latency, memory and throughput, and where the time goes; `--roofline`: this CPU."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from ..errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `hubert-eff bench`."""
+    parser.add_argument("models", nargs="*", metavar="PRESET|CHECKPOINT", help="presets, or paths of checkpoints, measured in turn")
+    parser.add_argument(
+        "--seconds", type=float, nargs="+", default=[1.0, 5.0, 10.0, 30.0], metavar="S", help="lengths of audio (default: 1 5 10 30)"
+    )
+    parser.add_argument("--batch", type=int, nargs="+", default=[1], metavar="B", help="utterances at a time (default: 1)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: %(default)d)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=20, help="timed calls of each model on each input (default: %(default)d)")
+    parser.add_argument("--roofline", action="store_true", help="measure the peak rates of this CPU: a device file for hubert-eff profile")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write bench.json, bench.svg and bench.png there; with --roofline cpu.yaml")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print; returns 0, or 1 if this process runs abnormally slowly."""
+    import torch
+
+    from ..profiling.machine import SlowProcessError
+
+    if args.threads < 1:
+        raise UserError(f"--threads {args.threads} must be at least 1")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here; hubert-eff doctor says more")
+    before = torch.get_num_threads()
+    torch.set_num_threads(args.threads)
+    try:
+        return _roofline(args) if args.roofline else _bench(args)
+    except SlowProcessError as error:
+        print(f"hubert-eff bench: {error}", file=sys.stderr)
+        return 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from ..files import write_json
+    from ..profiling import bench_report
+    from ..profiling.cost import resolve
+    from ..profiling.latency import measure, measure_shares, plain
+    from ..profiling.machine import machine
+    from ..profiling.report import show
+
+    if not args.models:
+        raise UserError("name one or more presets or checkpoints, or ask for --roofline")
+    models = {name: model for model, name in map(resolve, dict.fromkeys(args.models))}
+    timings = measure(models, args.seconds, args.batch, args.rounds, args.device)
+    shares = [
+        measure_shares(name, model, length, max(1, args.rounds // 4), args.device)
+        for length in dict.fromkeys(args.seconds)
+        for name, model in models.items()
+    ]
+    longest = [s for s in shares if s.seconds == max(args.seconds)]
+    facts = machine(args.device)
+    result = {"basis": "measured", "machine": facts, "timings": [plain(t) for t in timings], "shares": [plain(s) for s in shares]}
+    if args.out is not None:
+        write_json(args.out / "bench.json", result)
+        bench_report.draw(timings, longest, args.out)
+    if args.json:
+        print(json.dumps(result, indent=2))
+    else:
+        show(bench_report.render(timings, longest, facts))
+    return 0
+
+
+def _roofline(args: argparse.Namespace) -> int:
+    from ..files import write_text
+    from ..profiling.machine import guard, measure_roofline
+
+    if args.models or args.device != "cpu":
+        raise UserError("--roofline measures this CPU and nothing else: leave out the models and --device")
+    guard("before the roofline")
+    device = measure_roofline()
+    if args.out is not None:
+        write_text(args.out / "cpu.yaml", device.to_yaml())
+    if args.json:
+        print(json.dumps({"basis": "measured", **device.to_dict()}, indent=2))
+    else:
+        print(device.to_yaml(), end="")
+    return 0

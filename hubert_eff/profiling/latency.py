@@ -1,0 +1,232 @@
+"""Measured cost: latency, real-time factor, peak memory and throughput of models in turn, and where their time goes."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..config import SAMPLE_RATE
+from ..errors import UserError
+from ..progress import progress
+from .cost import MAX_SECONDS, MIN_SAMPLES, evaluating, noise
+from .counters import Counts, Tally, count_operations
+from .machine import guard, peak_growth, seconds_of
+
+if TYPE_CHECKING:
+    from ..model import HubertModel
+
+WARM_UP = 2  # calls before the timed ones
+BLOCKS = "encoder.layers"
+
+
+@dataclass
+class Timing:
+    """One model on one shape of input, measured. Ratios are of its time over the first model's, round by round."""
+
+    model: str
+    seconds: float  # of audio per utterance
+    batch: int
+    rounds: int
+    median_ms: float
+    p5_ms: float
+    p95_ms: float
+    rtf: float  # time over the length of all audio
+    throughput: float  # seconds of audio per second
+    peak_memory_mb: float | None  # weights, and what the process grows by during the call
+    ratio: float
+    ratio_p5: float
+    ratio_p95: float
+
+
+@dataclass
+class Share:
+    """One group of modules or of operations: its parameters, floating-point operations and time, and their shares of the whole in %."""
+
+    name: str
+    params: int
+    flop: int  # 2 per MAC, 1 per element operation
+    ms: float
+    params_percent: float = 0.0
+    flop_percent: float = 0.0
+    time_percent: float = 0.0
+
+
+@dataclass
+class Shares:
+    """Where the time of a model goes, measured by operation: over the whole model's parts, over the classes of the modules inside the
+    encoder's blocks (a module without operations of its own counts with its parent), and over the kinds of operations."""
+
+    model: str
+    seconds: float
+    parts: list[Share]
+    blocks: list[Share]
+    kinds: list[Share]
+
+
+def measure(
+    models: Mapping[str, HubertModel], seconds: Sequence[float], batches: Sequence[int], rounds: int, device: str = "cpu"
+) -> list[Timing]:
+    """Time `hidden_states` of each model on each length and batch. A round calls every model once, so that a slow moment meets all.
+
+    Raises `UserError` for impossible lengths or counts, and `SlowProcessError` where figures of this process would say nothing.
+    """
+    _validate(seconds, batches, rounds)
+    models = {name: model.to(device) for name, model in models.items()}
+    timings = []
+    with ExitStack() as modes:
+        for model in models.values():
+            modes.enter_context(evaluating(model))
+        advance = modes.enter_context(progress("bench", len(seconds) * len(batches) * (rounds + WARM_UP)))
+        for length in seconds:
+            for batch in batches:
+                if device == "cpu":
+                    guard(f"before {length:g} s")
+                timings += _measure(models, length, batch, rounds, device, advance)
+    if device == "cpu":
+        guard("after the last round")
+    return timings
+
+
+def _measure(
+    models: Mapping[str, HubertModel], seconds: float, batch: int, rounds: int, device: str, advance: Callable[[int], None]
+) -> list[Timing]:
+    calls = {name: _call(model, noise(model, seconds, batch), device) for name, model in models.items()}
+    for call in calls.values():
+        for _ in range(WARM_UP - 1):
+            call()
+    peaks = {name: peak_growth(call, device) for name, call in calls.items()}
+    advance(WARM_UP)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            times[name].append(seconds_of(call))
+        advance(1)
+    first = times[next(iter(times))]
+    timings = []
+    for name, values in times.items():
+        median, audio, peak = statistics.median(values), seconds * batch, peaks[name]
+        ratios = [mine / other for mine, other in zip(values, first, strict=True)]
+        timings.append(
+            Timing(
+                name, seconds, batch, rounds, 1e3 * median, 1e3 * _quantile(values, 0.05), 1e3 * _quantile(values, 0.95),
+                median / audio, audio / median, None if peak is None else (_bytes(models[name]) + peak) / 1e6,
+                statistics.median(ratios), _quantile(ratios, 0.05), _quantile(ratios, 0.95),
+            )
+        )  # fmt: skip
+    return timings
+
+
+def _call(model: HubertModel, wave: Tensor, device: str) -> Callable[[], object]:
+    def call() -> None:
+        model.hidden_states(wave)
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return call
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+
+
+def _quantile(values: Sequence[float], q: float) -> float:
+    return float(torch.tensor(values, dtype=torch.float64).quantile(q))
+
+
+def _validate(seconds: Sequence[float], batches: Sequence[int], rounds: int) -> None:
+    for length in seconds:
+        if not MIN_SAMPLES / SAMPLE_RATE <= length <= MAX_SECONDS:
+            raise UserError(f"{length:g} s cannot be measured: give between {MIN_SAMPLES / SAMPLE_RATE} and {MAX_SECONDS:g}")
+    if min(batches) < 1 or rounds < 1:
+        raise UserError(f"batch {min(batches)} and rounds {rounds} must be at least 1")
+
+
+# -- where the time goes -------------------------------------------------------------------------------------------------
+
+
+def measure_shares(name: str, model: HubertModel, seconds: float, rounds: int, device: str = "cpu") -> Shares:
+    """Time each operation over one utterance, the median of `rounds` passes; Python's own time between operations is left out."""
+    _validate([seconds], [1], rounds)
+    wave = noise(model.to(device), seconds)
+
+    def synchronised() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    passes = []
+    with evaluating(model):
+        model.hidden_states(wave)
+        for _ in range(rounds):
+            with count_operations(model, time.perf_counter if device == "cpu" else synchronised) as counts:
+                model.hidden_states(wave)
+            passes.append(counts)
+    for key, tally in passes[0].tallies.items():
+        tally.seconds = statistics.median(counts.tallies[key].seconds for counts in passes)
+    return shares_of(name, model, seconds, passes[0])
+
+
+def shares_of(name: str, model: nn.Module, seconds: float, counts: Counts) -> Shares:
+    """`Shares` of one pass that `count_operations` has counted with a clock."""
+    modules = dict(model.named_modules())
+    ran = {path for path, _, _ in counts.tallies}
+    own_params: dict[str, int] = defaultdict(int)  # by the path of the module that runs something
+    for path, module in modules.items():
+        runner = path
+        while runner and runner not in ran:
+            runner = runner.rpartition(".")[0]
+        own_params[runner] += sum(p.numel() for p in module.parameters(recurse=False))
+
+    def grouped(group: Callable[[str], str | None]) -> list[Share]:
+        params: dict[str, int] = defaultdict(int)
+        tallies: dict[str, Tally] = defaultdict(Tally)
+        for path in {*own_params, *ran}:
+            label = group(path)
+            if label is not None:
+                params[label] += own_params[path]
+                tallies[label].add(counts.own(path))
+        return _shares(params, tallies)
+
+    def by_class(path: str) -> str | None:
+        if not path.startswith(BLOCKS + "."):
+            return None
+        return "LayerNorm" if isinstance(modules[path], nn.LayerNorm) else type(modules[path]).__name__  # whatever derives from it
+
+    return Shares(name, seconds, grouped(_part), grouped(by_class), _shares({}, counts.by_kind()))
+
+
+def _part(path: str) -> str:
+    """The part of the model that a module belongs to: the first name of its path, two inside the encoder."""
+    names = path.split(".")
+    return ".".join(names[:2] if names[0] == "encoder" else names[:1]) or "(model)"
+
+
+def _shares(params: Mapping[str, int], tallies: Mapping[str, Tally]) -> list[Share]:
+    rows = [
+        Share(name, params.get(name, 0), 2 * tally.macs + tally.element_ops, 1e3 * tally.seconds)
+        for name, tally in tallies.items()
+        if tally.calls or params.get(name)
+    ]
+    for key in ("params", "flop"):
+        _percent(rows, key, f"{key}_percent")
+    _percent(rows, "ms", "time_percent")
+    return sorted(rows, key=lambda row: -row.ms)
+
+
+def _percent(rows: list[Share], key: str, target: str) -> None:
+    whole = sum(getattr(row, key) for row in rows)
+    for row in rows:
+        setattr(row, target, 100 * getattr(row, key) / whole if whole else 0.0)
+
+
+def plain(result: Timing | Shares) -> dict[str, object]:
+    """Plain values for JSON, marked as measured."""
+    return {"basis": "measured", **dataclasses.asdict(result)}

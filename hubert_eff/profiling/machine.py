@@ -1,0 +1,134 @@
+"""The machine that figures are measured on: what it is, whether it is fit to be measured on, its memory, its own peak rates."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from ..layers.linear import linear
+from .device import Device
+
+PROBE_LIMIT = 12.0  # SiLU and softmax take 1 to 5 times a multiplication of the same tensor; in a slow process, 50 times and more
+ALLOCATOR = ("LD_PRELOAD", "MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
+SIZE = 2048  # of the square matrices of the roofline
+COPY_BYTES = 1 << 28  # of its copy, more than caches hold
+
+
+class SlowProcessError(RuntimeError):
+    """This process runs activations abnormally slowly: its figures would say nothing."""
+
+
+def seconds_of(function: Callable[[], object]) -> float:
+    """Wall time of one call."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def probe() -> float:
+    """How many times slower SiLU or softmax is than a multiplication, the worse of the two."""
+    x = torch.randn(1024, 1024)
+    base = min(seconds_of(lambda: x * 2.0) for _ in range(9))
+    slow = [min(seconds_of(f) for _ in range(5)) for f in (lambda: F.silu(x), lambda: x.softmax(-1))]
+    return max(slow) / base
+
+
+def guard(when: str) -> float:
+    """`probe`; raises `SlowProcessError` beyond its limit."""
+    ratio = probe()
+    if ratio > PROBE_LIMIT:
+        raise SlowProcessError(
+            f"discarded: {when}, SiLU or softmax takes {ratio:.0f} times a multiplication in this process (limit {PROBE_LIMIT:g}); "
+            "run again"
+        )
+    return ratio
+
+
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """What measured figures depend on besides the code."""
+    facts = {
+        "torch": torch.__version__,
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "load": [round(x, 1) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None,
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "allocator": {name: os.environ[name] for name in ALLOCATOR if name in os.environ} or "default",
+    }
+    return facts | ({"gpu": torch.cuda.get_device_name()} if device == "cuda" else {})
+
+
+def cpu_name() -> str:
+    """The processor's name, as far as the system tells it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def peak_growth(function: Callable[[], object], device: str) -> int | None:
+    """Bytes by which the memory in use rises at most during a call: of the process, or of torch on a GPU. None where it cannot be read."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # memory that the allocator keeps would hide what the call needs
+        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+            file.write("5")  # the peak starts anew (proc(5))
+        before = _status("VmRSS")
+        function()
+        return _status("VmHWM") - before
+    except (OSError, AttributeError):  # another system than Linux, another C library than glibc
+        return None
+
+
+def _status(key: str) -> int:
+    with open("/proc/self/status", encoding="ascii") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
+
+
+def measure_roofline() -> Device:
+    """Peak rates of this CPU at the current number of threads: the best of several products of square matrices in each type, one copy."""
+    tops = {32: _float_rate(torch.float32), 16: _float_rate(torch.bfloat16)}
+    int8 = _int8_rate()
+    if int8 is not None:
+        tops[8] = int8
+    x = torch.ones(COPY_BYTES // 4)
+    y = torch.empty_like(x)
+    copy = min(seconds_of(lambda: y.copy_(x)) for _ in range(5))
+    source = f"measured by hubert-eff bench --roofline, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
+    return Device(cpu_name(), source, {bits: round(rate, 4) for bits, rate in tops.items()}, round(2 * COPY_BYTES / copy / 1e9, 2))
+
+
+def _rate(product: Callable[[], object]) -> float:
+    """10^12 operations per second of a product of two SIZE x SIZE matrices."""
+    with torch.no_grad():
+        product()
+        return 2 * SIZE**3 / min(seconds_of(product) for _ in range(5)) / 1e12
+
+
+def _float_rate(dtype: torch.dtype) -> float:
+    x, weight = torch.randn(SIZE, SIZE).to(dtype), torch.randn(SIZE, SIZE).to(dtype)
+    return _rate(lambda: linear(x, weight))
+
+
+def _int8_rate() -> float | None:
+    """Of float matrices that are quantised on the way in and out, as dynamic quantisation does; None without such a kernel."""
+    try:
+        weight = torch.quantize_per_tensor(torch.randn(SIZE, SIZE), 0.03, 0, torch.qint8)
+        packed = torch.ops.quantized.linear_prepack(weight, None)
+        x = torch.randn(SIZE, SIZE)
+        return _rate(lambda: torch.ops.quantized.linear_dynamic(x, packed, True))
+    except (RuntimeError, AttributeError):
+        return None
