@@ -136,8 +136,7 @@ class SqueezeformerBlock(nn.Module):
 
     def fold(self) -> SqueezeformerBlock:
         """Fold the scales and biases into the linear layers behind them."""
-        attention = self.self_attn
-        self.self_attn_scale = _fold_scale(self.self_attn_scale, attention.q_proj, attention.k_proj, attention.v_proj)
+        self.self_attn_scale = _fold_scale(self.self_attn_scale, *self.self_attn.projections())
         self.ffn1_scale = _fold_scale(self.ffn1_scale, self.ffn1.w_1)
         self.conv_scale = _fold_scale(self.conv_scale, self.conv_module.pointwise_conv1)
         self.ffn2_scale = _fold_scale(self.ffn2_scale, self.ffn2.w_1)
@@ -244,7 +243,7 @@ class SqueezeformerEncoder(Encoder):
                 )
             elif index == self.recover:
                 reduced, frames = False, full
-                x = _repeated(self.time_recovery(x), length) + saved
+                x = self.time_recovery(_repeated(x, length)) + saved
             if keep:
                 x = self.run_block(self.layers[index], x, frames)
             states.append(_repeated(x, length) if reduced else x)
