@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .bits import counted_as
 from .dropout import Dropout
 from .linear import product, takes_onednn
 
@@ -61,6 +62,7 @@ def _softmax(scores: Tensor, seen: Tensor | None) -> Tensor:
     return torch.softmax(scores, -1, out=scores) if not torch.compiler.is_compiling() else torch.softmax(scores, -1)
 
 
+@counted_as("attention")
 def _weights(
     q: Tensor, k: Tensor, p: Tensor, offsets: Tensor, seen: Tensor | None, penalise: bool
 ) -> tuple[Tensor, list[Tensor]]:
@@ -167,6 +169,7 @@ class RelativeWeights:
             mixed = torch.cat((_mix(self.parts[0], flat[: self.batch]), _mix(self.parts[1], flat[self.batch :])))
         return mixed.view(heads, self.batch, *values.shape[2:]).transpose(0, 1)
 
+    @counted_as("attention")
     def _anew(self, values: Tensor) -> Tensor:
         q, k, p, offsets, seen = self.args
         mixed = torch.empty_like(values)
@@ -176,6 +179,7 @@ class RelativeWeights:
         return mixed
 
 
+@counted_as("attention")
 def _mix(weights: Tensor, values: Tensor) -> Tensor:
     if torch.is_grad_enabled() and (weights.requires_grad or values.requires_grad):
         return _Mix.apply(weights, values)  # type: ignore[no-any-return,no-untyped-call]
