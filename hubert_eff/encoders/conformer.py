@@ -95,8 +95,7 @@ class ConformerBlock(nn.Module):
 
     def fold(self) -> ConformerBlock:
         """Fold a BatchNorm into the projections that read it. The one at the end stays: the next residual sum reads it too."""
-        attention = self.self_attn
-        self.self_attn_layer_norm = fold_before(self.self_attn_layer_norm, attention.q_proj, attention.k_proj, attention.v_proj)
+        self.self_attn_layer_norm = fold_before(self.self_attn_layer_norm, *self.self_attn.projections())
         return self
 
     def forward(self, x: Tensor, frames: Frames) -> Tensor:  # (B, T, D)

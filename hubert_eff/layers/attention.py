@@ -126,16 +126,35 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.dropout = dropout
-        self.k_proj = Linear(dim, dim)
-        self.v_proj = Linear(dim, dim)
-        self.q_proj = Linear(dim, dim)
+        self.k_proj: Linear | None = Linear(dim, dim)
+        self.v_proj: Linear | None = Linear(dim, dim)
+        self.q_proj: Linear | None = Linear(dim, dim)
+        self.qkv_proj: Linear | None = None  # in place of the three, once fused
         self.out_proj = Linear(dim, dim)
+
+    def projections(self) -> tuple[Linear, ...]:
+        """The layers that read the input: to queries, keys and values, or to all of them."""
+        return tuple(p for p in (self.q_proj, self.k_proj, self.v_proj, self.qkv_proj) if p is not None)
+
+    def fold(self) -> SelfAttention:
+        """Store the three projections as one."""
+        if self.qkv_proj is None:
+            parts = self.projections()
+            joint = Linear(self.out_proj.in_features, 3 * self.out_proj.in_features, device="meta")
+            joint.weight = nn.Parameter(torch.cat([p.weight for p in parts]))
+            joint.bias = nn.Parameter(torch.cat([p.bias for p in parts]))
+            self.q_proj = self.k_proj = self.v_proj = None
+            self.qkv_proj = joint.fold().eval()
+        return self
 
     def heads_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each (B, H, T, d)."""
-        parts = (self.q_proj, self.k_proj, self.v_proj)
-        weight, bias = torch.cat([p.weight for p in parts]), torch.cat([p.bias for p in parts])
-        q, k, v = linear(x, weight, bias).view(*x.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.qkv_proj is not None:
+            joint = self.qkv_proj(x)
+        else:
+            parts = self.projections()
+            joint = linear(x, torch.cat([p.weight for p in parts]), torch.cat([p.bias for p in parts]))
+        q, k, v = joint.view(*x.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         return q, k, v
 
     def forward(self, x: Tensor, attend: Tensor | None = None) -> Tensor:

@@ -70,5 +70,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 class Linear(nn.Linear):
     """`nn.Linear` through `linear`."""
 
+    def fold(self) -> Linear:
+        """Lay the weight out input by input, the order in which oneDNN reads it: without a copy per call few rows take half the time."""
+        self.weight = nn.Parameter(self.weight.t().contiguous().t())
+        return self
+
     def forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight, self.bias)
