@@ -577,6 +577,17 @@ def test_command(capsys):
     assert not any(mark in text for mark in ("\x1b", "\u2026"))  # neither colours nor cut-off cells
 
 
+def test_command_compares(capsys):
+    models = ["transformer-debug", "conformer-debug"]
+    assert main(["profile", *models, "--seconds", "1", "--json", "--depth", "0", "--bops", "product"]) == 0
+    profiles = json.loads(capsys.readouterr().out)["profiles"]
+    assert [p["name"] for p in profiles] == models
+    assert all(p["bop_nonq_g"] == 1024 * p["macs"] / 2**30 for p in profiles)
+    assert main(["profile", *models, "--seconds", "1", "--device", "h200"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"{p['gflop']:,.2f}" in text and p["name"] in text for p in profiles) and "NVIDIA H200" in text
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -10,7 +10,9 @@ from ..errors import UserError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `hubert-eff profile`."""
-    parser.add_argument("model", nargs="?", metavar="PRESET|CHECKPOINT", help="name of a preset, or path of a checkpoint")
+    parser.add_argument(
+        "models", nargs="*", metavar="PRESET|CHECKPOINT", help="presets by name, checkpoints by path; several are compared in one table"
+    )
     parser.add_argument("--table1", action="store_true", help="the ten models of the paper's Table 1, ours beside the paper's figures")
     parser.add_argument("--seconds", type=float, default=None, help="length of the 16 kHz input (default: 10)")
     parser.add_argument("--depth", type=int, default=None, help="levels of modules shown (default: 3; with --json: all)")
@@ -28,28 +30,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Profile and print; returns 0."""
     from ..profiling import profile, table1
-    from ..profiling.report import render, show
+    from ..profiling.report import compare, render, show
 
     if args.table1:
-        for name in ("model", "seconds", "depth", "device"):
-            if getattr(args, name) is not None:
-                raise UserError(f"--table1 has its own models, length and device: leave out {'' if name == 'model' else '--'}"
-                                f"{getattr(args, name) if name == 'model' else name}")  # fmt: skip
+        given = [*args.models, *(f"--{name}" for name in ("seconds", "depth", "device") if getattr(args, name) is not None)]
+        if given:
+            raise UserError(f"--table1 has its own models, length and device: leave out {given[0]}")
         rows = table1.table1(args.bops)
         if args.json:
             print(json.dumps({"bops": args.bops, "rows": rows}, indent=2))
         else:
             show(table1.render(rows, args.bops))
         return 0
-    if args.model is None:
+    if not args.models:
         raise UserError("name a preset or the path of a checkpoint, or ask for --table1")
     if args.depth is not None and args.depth < 0:
         raise UserError(f"--depth {args.depth} must be 0 or more")
-    result = profile(
-        args.model, seconds=10.0 if args.seconds is None else args.seconds, bops=args.bops, device=args.device or "a100"
-    )
+    seconds = 10.0 if args.seconds is None else args.seconds
+    results = [profile(model, seconds, args.bops, args.device or "a100") for model in args.models]
     if args.json:
-        print(json.dumps(result.to_dict(args.depth), indent=2))
+        values = [result.to_dict(args.depth) for result in results]
+        print(json.dumps(values[0] if len(values) == 1 else {"profiles": values}, indent=2))
+    elif len(results) == 1:
+        show(render(results[0], 3 if args.depth is None else args.depth))
     else:
-        show(render(result, 3 if args.depth is None else args.depth))
+        show(compare(results))
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -58,6 +58,19 @@ def render(profile: Profile, depth: int = 3) -> Group:
         if tally.macs or tally.element_ops:
             operations.add_row(name, f"{tally.calls:,}", f"{tally.macs:,}", f"{tally.element_ops:,}")
     return Group(summary, kinds, modules, operations, NOTE)
+
+
+def compare(profiles: Sequence[Profile]) -> Group:
+    """One row per model."""
+    device = profiles[0].device
+    table = plain_table(
+        "model", "params", "storage MB: paper", "file", "GFLOP", "BOP_NonQ G", "BOP_BQ G", f"ms on {device}: paper", "roofline"
+    )
+    for p in profiles:
+        figures = (*p.storage_mb.values(), p.gflop, p.bop_nonq_g, p.bop_bq_g)
+        times = (f"{1e3 * seconds:.3f}" for seconds in p.est_time_s.values())
+        table.add_row(p.name, f"{p.params_without_labels:,}", *(f"{value:,.2f}" for value in figures), *times)
+    return Group(table, f"{profiles[0].seconds:g} s of audio; bit operations: {BOPS_TEXT[profiles[0].bops]}.\n" + NOTE)
 
 
 def render_text(profile: Profile, depth: int = 3) -> str:
