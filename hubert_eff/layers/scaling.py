@@ -167,19 +167,20 @@ class _Balance(torch.autograd.Function):
         means, rmss, scale = ctx.bounds
         rows, weight = _rows(x, valid)
         mean, square = weight @ rows, weight @ rows.square()
-        rms = square.clamp(min=TINY).sqrt()
-        std = (square - mean.square()).clamp(min=TINY).sqrt()
-        ratio = mean / std
-        # signs: where, and to which side, the ratio and the rms are out of bounds; the penalty's derivative is c0 + c1 x
+        variance = square - mean.square()
+        spread = variance > TINY
+        square, std = square.clamp(min=TINY), variance.clamp(min=TINY).sqrt()
+        ratio, rms = mean / std, square.sqrt()
+        # which bounds are broken, and to which side
         ratio_sign = (ratio - ratio.clamp(*means)).sign()
         rms_sign = (rms - rms.clamp(*rmss)).sign()
-        slope = ratio_sign * mean / (std * std.square())
-        c0 = ratio_sign / std + slope * mean
-        c1 = rms_sign / square.clamp(min=TINY) - slope
-        size = (c0.square() + 2 * c0 * c1 * mean + c1.square() * square).clamp(min=0).sqrt()  # rms of c0 + c1 x over the frames
-        factor = scale / size.clamp(min=TINY)
+        # the derivative of |ratio - bound| + |log(rms / bound)| by x is (level + slope (x - mean) / std) / (std M)
+        level = ratio_sign + rms_sign * mean * std / square
+        slope = (rms_sign * std.square() / square - ratio_sign * ratio) * spread
+        factor = scale / (level.square() + slope.square()).sqrt().clamp(min=TINY)  # rms over the frames
+        per_x = slope / std * factor
         flat = grad.reshape(rows.shape)
-        pushed = torch.addcmul(c0 * factor, rows, c1 * factor).mul_(flat.abs()).add_(flat)
+        pushed = torch.addcmul(level * factor - mean * per_x, rows, per_x).mul_(flat.abs()).add_(flat)
         return pushed.to(grad.dtype).view(grad.shape), None, None, None, None
 
 
