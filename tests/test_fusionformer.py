@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import hubert_eff
 from hubert_eff.errors import UserError
+from hubert_eff.layers.linear import Linear
 from hubert_eff.layers.norm import MaskedBatchNorm
 from hubert_eff.model import HubertModel
 from hubert_eff.optim import noam
@@ -101,6 +102,16 @@ def test_a_fused_model_is_exported_and_read_back(preset: str, keys: dict, tmp_pa
     wav, padding = batch()
     for a, b in zip(fused.hidden_states(wav, padding)[0], loaded.hidden_states(wav, padding)[0]):
         assert torch.equal(a, b)
+
+
+def test_weights_are_laid_out_for_onednn_and_stay_so(tmp_path) -> None:
+    fused = hubert_eff.fuse(hubert_eff.build("conformer-debug", block_norm="batch_norm"))
+    hubert_eff.export(fused, tmp_path / "model.safetensors")
+    for model in (fused, copy.deepcopy(fused), hubert_eff.fuse(fused), hubert_eff.load(tmp_path / "model.safetensors")):
+        layers = [m for m in model.modules() if isinstance(m, Linear)]
+        assert len(layers) > 10 and all(layer.weight.stride(0) == 1 for layer in layers)
+        for block in model.encoder.layers:
+            assert block.self_attn.qkv_proj.out_features == 3 * 64 and block.self_attn.q_proj is None
 
 
 @pytest.mark.parametrize("encoder", hubert_eff.list_encoders())
