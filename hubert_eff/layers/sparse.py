@@ -8,7 +8,7 @@ block. The keys fall into two parts that no query has in common: what is seen wi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import get_device_states, set_device_states
 
 from .attention import SelfAttention, attention
+from .bits import counted_as
 from .dropout import Dropout
 
 try:
@@ -44,9 +45,14 @@ class Segment:
     length: int
     own: int
 
+    @property
+    def place(self) -> slice:
+        """The frames of this segment."""
+        return slice(self.start, self.start + self.count * self.length)
+
     def blocks(self, x: Tensor) -> Tensor:
         """This segment of x (B, H, T, d) as a view (B, H, n, L, d)."""
-        return _split(x[:, :, self.start : self.start + self.count * self.length], self.count)
+        return _split(x[:, :, self.place], self.count)
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,16 @@ def _split(x: Tensor, count: int) -> Tensor:
 def _summaries(x: Tensor, segments: list[Segment]) -> Tensor:
     """The summaries among the frames of x, (B, H, G, d)."""
     return torch.cat([s.blocks(x)[:, :, :, s.own :].flatten(2, 3) for s in segments], 2)
+
+
+def _put_summaries(whole: Tensor, summaries: Tensor, segments: list[Segment]) -> None:
+    """The inverse of `_summaries`, into `whole` (B, H, T, d)."""
+    begin = 0
+    for s in segments:
+        end = begin + s.count * (s.length - s.own)
+        if end > begin:
+            s.blocks(whole)[:, :, :, s.own :] = _split(summaries[:, :, begin:end], s.count)
+        begin = end
 
 
 def _fold(blocks: Tensor) -> Tensor:
@@ -141,14 +157,8 @@ class _Flash(torch.autograd.Function):
         if keys.size(2):
             kept = None if bias is None else _row(_summaries(bias, segments))
             grad_q, *shares = _FLASH_BACKWARD(grad, q, keys, values, out, total, 0.0, False, attn_mask=kept)
-            begin = 0
-            for s in segments:
-                end = begin + s.count * (s.length - s.own)
-                if end == begin:
-                    continue
-                for whole, share in zip((grad_k, grad_v), shares, strict=True):
-                    s.blocks(whole)[:, :, :, s.own :] = _split(share[:, :, begin:end], s.count)
-                begin = end
+            _put_summaries(grad_k, shares[0], segments)
+            _put_summaries(grad_v, shares[1], segments)
         else:
             grad_q = torch.zeros_like(q)
         for s in segments:
@@ -165,16 +175,13 @@ class _Flash(torch.autograd.Function):
         return grad_q, grad_k, grad_v, None, None
 
 
+def _is_eager() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is None
+
+
 def _takes_flash(q: Tensor) -> bool:
     """Whether `_Flash` applies: an eager pass on a CPU whose torch has the kernel."""
-    return (
-        _FLASH is not None
-        and _FLASH_BACKWARD is not None
-        and q.device.type == "cpu"
-        and q.numel() > 0
-        and not torch.compiler.is_compiling()
-        and torch._C._get_tracing_state() is None
-    )
+    return _FLASH is not None and _FLASH_BACKWARD is not None and q.device.type == "cpu" and q.numel() > 0 and _is_eager()
 
 
 def _rows(
@@ -194,24 +201,73 @@ def _rows(
     return mixed + far @ values
 
 
-def _plain(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, segments: list[Segment], dropout: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """The same from ordinary operations, about `ROWS` queries at a time. The backward pass computes their scores again."""
-    keys, values = _summaries(k, segments), _summaries(v, segments)
-    kept = None if bias is None else _summaries(bias, segments)
-    recompute = torch.is_grad_enabled() and q.requires_grad
-    mixed = []
+def _chunks(segments: list[Segment]) -> list[Segment]:
+    """The segments in pieces of about `ROWS` queries."""
+    pieces = []
     for s in segments:
         group = max(1, ROWS // s.length)
         for first in range(0, s.count, group):
-            count = min(group, s.count - first)
-            part = slice(s.start + first * s.length, s.start + (first + count) * s.length)
-            ours = [x[:, :, part] for x in (q, k, v)]
-            seen = None if bias is None else bias[:, :, part]
-            args: list[Any] = [*ours, seen, keys, values, kept, count, s.own, dropout]
-            mixed.append(checkpoint(_rows, *args, use_reentrant=False) if recompute else _rows(*args))
-    return torch.cat(mixed, 2)
+            pieces.append(Segment(s.start + first * s.length, min(group, s.count - first), s.length, s.own))
+    return pieces
+
+
+def _plain(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, segments: list[Segment], dropout: Callable[[Tensor], Tensor]
+) -> Iterator[tuple[slice, Tensor]]:
+    """The same from ordinary operations: chunk after chunk its place in time and its output (B, H, rows, d)."""
+    keys, values = _summaries(k, segments), _summaries(v, segments)
+    kept = None if bias is None else _summaries(bias, segments)
+    for s in _chunks(segments):
+        part = s.place
+        seen = None if bias is None else bias[:, :, part]
+        yield part, _rows(q[:, :, part], k[:, :, part], v[:, :, part], seen, keys, values, kept, s.count, s.own, dropout)
+
+
+class _Recomputed(torch.autograd.Function):
+    """`_plain`, whose backward pass computes the scores of each chunk again, with the same draws, instead of keeping them.
+
+    torch's own checkpoint of each chunk would do, but leaves holes in glibc's heap that grow with T squared.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, segments: list[Segment], dropout: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        kind = q.device.type
+        ctx.random = torch.get_rng_state(), *get_device_states(q)
+        ctx.precision = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
+        out = torch.empty_like(q)
+        for part, mixed in _plain(q, k, v, bias, segments, dropout):
+            out[:, :, part] = mixed
+        ctx.save_for_backward(q, k, v, bias)
+        ctx.segments, ctx.dropout = segments, dropout
+        return out
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+        q, k, v, bias = ctx.saved_tensors
+        state, devices, states = ctx.random
+        grads = [torch.empty_like(x) for x in (q, k, v)]
+        keys, values = (_summaries(x, ctx.segments).requires_grad_() for x in (k, v))
+        grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
+        kept = None if bias is None else _summaries(bias, ctx.segments)
+        with torch.random.fork_rng(devices), torch.set_grad_enabled(True), torch.autocast(q.device.type, **ctx.precision):
+            torch.set_rng_state(state)
+            set_device_states(devices, states)
+            for s in _chunks(ctx.segments):
+                part = s.place
+                a, b, c = (x[:, :, part].detach().requires_grad_() for x in (q, k, v))
+                seen = None if bias is None else bias[:, :, part]
+                mixed = _rows(a, b, c, seen, keys, values, kept, s.count, s.own, ctx.dropout)
+                shares = torch.autograd.grad(mixed, (a, b, c, keys, values), grad[:, :, part].to(mixed.dtype))
+                for whole, share in zip(grads, shares[:3], strict=True):
+                    whole[:, :, part] = share
+                grad_keys += shares[3]
+                grad_values += shares[4]
+        _put_summaries(grads[1], grad_keys, ctx.segments)
+        _put_summaries(grads[2], grad_values, ctx.segments)
+        return grads[0], grads[1], grads[2], None, None, None
 
 
 def _windowed(q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None, window: int, dropout: float) -> Tensor:
@@ -310,6 +366,7 @@ def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min / 2)
 
 
+@counted_as("attention")
 def sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, pattern: SparsePattern, attend: Tensor | None = None, dropout: Dropout | None = None,
     flex: bool = False,
@@ -328,7 +385,10 @@ def sparse_attention(
     bias = None if attend is None else _bias(attend.transpose(-1, -2), q.dtype)  # (B, 1, T, 1)
     if not drops and _takes_flash(q):
         return _Flash.apply(q, k, v, bias, segments)  # type: ignore[no-any-return,no-untyped-call]
-    return _plain(q, k, v, bias, segments, dropout if dropout is not None else torch.nn.Identity())
+    drop: Callable[[Tensor], Tensor] = dropout if dropout is not None else torch.nn.Identity()
+    if _is_eager():
+        return _Recomputed.apply(q, k, v, bias, segments, drop)  # type: ignore[no-any-return,no-untyped-call]
+    return torch.cat([mixed for _, mixed in _plain(q, k, v, bias, segments, drop)], 2)  # a compiler decides what to keep
 
 
 class SparseSelfAttention(SelfAttention):
