@@ -1,11 +1,12 @@
 """A fused FusionFormer against our own Conformer of the same size, inference: float32 and int8, 10 s and streaming chunks.
 
-    python benchmarks/fusionformer.py [--frames 16 64 499] [--ffn 2048] [--pos-enc-type abs]
+    python benchmarks/fusionformer.py [--frames 16 499] [--ffn 2048] [--pos-enc-type abs rel_pos]
 
 Both sides are encoder blocks of 12 layers, D 256, 4 heads, kernel 15, in the same code and both through `hubert_eff.fuse`, which takes the
 Conformer's BatchNorm too, joins its projections and lays out its weights. What differs is what FusionFormer changes: LayerNorm,
 SiLU -> ReLU, GLU -> ReLU, and the first pointwise convolution's width, D (`--expansion 1`) instead of the Conformer's 2D. `--expansion 2`
-has the Conformer's width in the whole convolution module. int8 is torch's dynamic quantisation of all linear layers of the blocks.
+has the Conformer's width in the whole convolution module. The Conformer comes with the absolute positions that FusionFormer has, and
+with the relative ones that are its own default. int8 is torch's dynamic quantisation of all linear layers of the blocks.
 """
 
 from __future__ import annotations
@@ -80,23 +81,20 @@ def main() -> None:
     """Build both sides, time them, print, and show where the time goes."""
     options = harness.parser(__doc__.splitlines()[0])
     options.set_defaults(rounds=25)
-    options.add_argument("--frames", type=int, nargs="+", default=[16, 64, 499], help="input lengths: chunks, and 10 s = 499")
+    options.add_argument("--frames", type=int, nargs="+", default=[16, 499], help="input lengths: a chunk, and 10 s = 499")
     options.add_argument("--ffn", type=int, default=2048, help="inner dimension of the feed-forward modules (default: 2048)")
     options.add_argument("--expansion", type=int, default=1, help="FusionFormer's conv_module_expansion (default: 1)")
-    options.add_argument("--pos-enc-type", default="abs", help="positions in the Conformer's attention (default: abs, as in FusionFormer)")
+    options.add_argument("--pos-enc-type", nargs="+", default=["abs", "rel_pos"], help="positions of the Conformers (default: both kinds)")
     args = options.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     before = harness.guard("before the run")
-    conformer = fused(
-        "conformer-m", encoder_layers=12, encoder_ffn_embed_dim=args.ffn, depthwise_conv_kernel_size=15, pos_enc_type=args.pos_enc_type
-    )
-    fusionformer = fused("fusionformer-s", encoder_ffn_embed_dim=args.ffn, conv_module_expansion=args.expansion)
+    conformer = {"encoder_layers": 12, "encoder_ffn_embed_dim": args.ffn, "depthwise_conv_kernel_size": 15}
+    encoders = {f"conformer {kind}": fused("conformer-m", pos_enc_type=kind, **conformer) for kind in args.pos_enc_type}
+    encoders["fusionformer"] = fused("fusionformer-s", encoder_ffn_embed_dim=args.ffn, conv_module_expansion=args.expansion)
     rows, table = [], []
     for precision, target in TARGETS.items():
-        sides = {"conformer": conformer, "fusionformer": fusionformer}
-        if precision == "int8":
-            sides = {name: quantized(encoder) for name, encoder in sides.items()}
+        sides = {name: quantized(encoder) for name, encoder in encoders.items()} if precision == "int8" else encoders
         for frames in args.frames:
             x = torch.randn(1, frames, 256)
             repeats = max(1, 200 // frames)  # of a short call, so that one is long enough to time
@@ -108,7 +106,8 @@ def main() -> None:
             times = harness.compare({name: lambda e=encoder: call(e) for name, encoder in sides.items()}, args.rounds)
             times = {name: [t / repeats for t in values] for name, values in times.items()}
             what = f"{precision}, {frames} frames ({frames / 50:g} s), FFN {args.ffn}"
-            rows.append(harness.row(what, times, target))
+            for name in list(sides)[:-1]:
+                rows.append(harness.row(what, {side: times[side] for side in (name, "fusionformer")}, target))
             table += [(what, name, shares(encoder, x)) for name, encoder in sides.items()]
     after = harness.guard("after the run")
     facts = harness.machine() | {"probe": [round(before, 1), round(after, 1)], "int8_engine": torch.backends.quantized.engine}
@@ -117,9 +116,9 @@ def main() -> None:
     harness.show(rows, facts, args.json)
     if not args.json:
         width = max(len(what) for what, _, _ in table)
-        print(f"\n{'share of the time inside operations':<{width + 14}}" + "".join(f"{kind:>11}" for kind in (*KINDS, "other")))
+        print(f"\n{'share of the time inside operations':<{width + 19}}" + "".join(f"{kind:>11}" for kind in (*KINDS, "other")))
         for what, side, kinds in table:
-            print(f"{what:<{width}}  {side:<12}" + "".join(f"{share:>11.1%}" for share in kinds.values()))
+            print(f"{what:<{width}}  {side:<17}" + "".join(f"{share:>11.1%}" for share in kinds.values()))
 
 
 if __name__ == "__main__":
