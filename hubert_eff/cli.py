@@ -20,6 +20,7 @@ COMMANDS = {
     "labels": "k-means labels from MFCC or from a layer of a checkpoint; their quality",
     "profile": "parameters, storage and operations of a preset or a checkpoint; the paper's Table 1",
     "bench": "measured latency, memory and throughput, and where the time goes",
+    "report": "costs, quality over cost and shares of time on one HTML page",
 }
 
 

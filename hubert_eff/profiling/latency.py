@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -230,3 +232,17 @@ def _percent(rows: list[Share], key: str, target: str) -> None:
 def plain(result: Timing | Shares) -> dict[str, object]:
     """Plain values for JSON, marked as measured."""
     return {"basis": "measured", **dataclasses.asdict(result)}
+
+
+def read(path: Path) -> tuple[list[Timing], list[Shares]]:
+    """What a bench.json holds. Raises `UserError` for another file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        timings = [Timing(**{name: value for name, value in t.items() if name != "basis"}) for t in content["timings"]]
+        shares = []
+        for values in content["shares"]:
+            parts, blocks, kinds = ([Share(**row) for row in values[name]] for name in ("parts", "blocks", "kinds"))
+            shares.append(Shares(values["model"], values["seconds"], parts, blocks, kinds))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path} is no result of `hubert-eff bench --out`: {error}") from error
+    return timings, shares

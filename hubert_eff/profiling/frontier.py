@@ -1,0 +1,102 @@
+"""Quality over cost: the points, which of them no other beats, and their drawing with labels that do not overlap."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import missing_extra
+
+SIZE = (4.8, 4.0)  # inches: at a phone's width, letters are still about their natural size
+LINE = 1.15  # height of a label, in its own heights
+
+
+@dataclass(frozen=True)
+class Point:
+    """One model: its cost, its quality, and whose figures these are."""
+
+    label: str
+    cost: float
+    quality: float
+    ours: bool
+
+
+def best(points: Sequence[Point], more_is_better: bool) -> list[Point]:
+    """The points that no other one equals or beats in both cost and quality, cheapest first."""
+    sign = 1.0 if more_is_better else -1.0
+    front: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.cost, -sign * p.quality)):
+        if not front or sign * point.quality > sign * front[-1].quality:
+            front.append(point)
+    return front
+
+
+def draw(points: Sequence[Point], cost: str, quality: str, more_is_better: bool) -> Any:
+    """A matplotlib figure: cost on a logarithmic x axis, the better quality on top, the frontier as a line. Needs matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator, NullLocator
+    except ModuleNotFoundError as error:
+        raise missing_extra("matplotlib", "plot", "the report's figures") from error
+    figure = Figure(figsize=SIZE, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for ours, colour, name in ((False, "#8a8a8a", "the paper's figures"), (True, "#c2410c", "measured here")):
+        chosen = [p for p in points if p.ours is ours]
+        if chosen:
+            axes.scatter([p.cost for p in chosen], [p.quality for p in chosen], s=22, color=colour, label=name, zorder=3)
+    front = best(points, more_is_better)
+    axes.step([p.cost for p in front], [p.quality for p in front], where="post", color="#9db4d0", lw=1.2, zorder=1)
+    axes.set(xscale="log", xlabel=cost, ylabel=quality + (", higher is better" if more_is_better else ", lower is better"))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.margins(x=0.28, y=0.12)
+    if not more_is_better:
+        axes.invert_yaxis()
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, 1.1), ncols=2)
+    _place_labels(figure, axes, points)
+    return figure
+
+
+def _place_labels(figure: Any, axes: Any, points: Sequence[Point]) -> None:
+    """Beside each point, moved up or down until it overlaps no label or point; a thin line leads to one that was moved."""
+    figure.canvas.draw()
+    figure.set_layout_engine("none")  # the axes stay where they are from here on
+    renderer = figure.canvas.get_renderer()
+    axes.autoscale(False)
+    frame, to_data = axes.get_window_extent(), axes.transData.inverted().transform
+    dots = [axes.transData.transform((p.cost, p.quality)) for p in points]
+    radius = 5.0 * figure.dpi / 100
+    taken = [(x - radius, y - radius, x + radius, y + radius) for x, y in dots]
+    for point, (x, y) in sorted(zip(points, dots, strict=True), key=lambda item: -item[1][1]):
+        text = axes.text(point.cost, point.quality, point.label, fontsize=7.5, va="center", zorder=4)
+        box = text.get_window_extent(renderer)
+        height = LINE * box.height
+        for step in range(4 * len(points) + 2):
+            shift = ((step // 2 + 1) // 2) * height * (1 if step // 2 % 2 else -1)
+            left = x + 1.6 * radius if step % 2 == 0 else x - 1.6 * radius - box.width
+            place = (left, y + shift - height / 2, left + box.width, y + shift + height / 2)
+            inside = frame.x0 <= place[0] and place[2] <= frame.x1 and frame.y0 <= place[1] and place[3] <= frame.y1
+            if inside and not any(_overlap(place, other) for other in taken):
+                break
+        taken.append(place)
+        text.set_position(to_data((place[0], y + shift)))
+        if abs(shift) > height / 2:
+            end = to_data((place[0] if left > x else place[2], y + shift))
+            axes.plot([point.cost, end[0]], [point.quality, end[1]], color="#b0b0b0", lw=0.6, zorder=2)
+
+
+def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def as_bytes(figure: Any, kind: str) -> bytes:
+    """The figure as svg or png."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format=kind, dpi=figure.dpi if kind == "svg" else 200, metadata={"Date": None} if kind == "svg" else None)
+    return stream.getvalue()

@@ -1,0 +1,319 @@
+"""The report: one self-contained HTML page of costs, quality over cost, shares of time and module trees; figures and tables beside it."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..errors import UserError
+from ..files import replacing, write_json, write_text
+from . import frontier, table1
+from .cost import ModuleCost, Profile, profile
+from .latency import Shares, Timing, read
+from .table2 import METRICS, paper_quality
+
+COSTS = {"storage": "storage, MB", "bop": "bit operations of 10 s, 2^30", "ms": "measured latency of 10 s, ms"}
+MEASURED_SECONDS = 10.0
+LEAST = 1.0  # shares of time below this, in %, are summed up as the rest
+
+
+@dataclass
+class Findings:
+    """What the folders hold: results of SUPERB tasks, measurements, and the profiles of the models that both speak of."""
+
+    results: list[dict[str, Any]] = field(default_factory=list)
+    timings: list[Timing] = field(default_factory=list)
+    shares: list[Shares] = field(default_factory=list)
+    profiles: dict[str, Profile] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)  # models that cannot be profiled any more
+
+
+def collect(folders: Iterable[str | os.PathLike[str]]) -> Findings:
+    """Read every result.json of a SUPERB task and every bench.json below the folders; profile their models.
+
+    Raises `UserError` for a folder that is none, or that holds neither.
+    """
+    found = Findings()
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            raise UserError(f"no folder at {folder}")
+        results = [values for values in map(_result, sorted(folder.rglob("result.json"))) if values]
+        benches = [read(path) for path in sorted(folder.rglob("bench.json"))]
+        if not results and not benches:
+            raise UserError(f"{folder} holds no result.json of a SUPERB task and no bench.json of `hubert-eff bench --out`")
+        found.results += results
+        for timings, shares in benches:
+            found.timings += timings
+            found.shares += shares
+    names = [_model(values) for values in found.results] + [timing.model for timing in found.timings]
+    for name in dict.fromkeys(names):
+        try:
+            found.profiles[name] = profile(name)
+        except UserError as error:
+            found.left_out.append(f"{name}: {error}")
+    return found
+
+
+def _result(path: Path) -> dict[str, Any] | None:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    task = values.get("task") if isinstance(values, dict) else None
+    known = task in METRICS and "upstream" in values and isinstance(values.get(METRICS[task].key), (int, float))
+    return values if known else None
+
+
+def _model(result: dict[str, Any]) -> str:
+    """The preset or checkpoint of a result: an untrained preset is named PRESET@SEED."""
+    return str(result["upstream"]).partition("@")[0]
+
+
+def _label(name: str) -> str:
+    """A checkpoint by its last folder and file."""
+    return "/".join(Path(name).parts[-2:]) if os.sep in name else name
+
+
+def points(found: Findings, task: str, cost: str) -> list[frontier.Point]:
+    """The models of one chart: the paper's, with the paper's own figures, and those of the results found."""
+    chart = []
+    for row in table1.PAPER_TABLE:
+        value = {"storage": row.storage_mb, "bop": row.bop_nonq_g + (row.bop_bq_g or 0.0), "ms": None}[cost]
+        if value is not None:
+            chart.append(frontier.Point(row.title, value, paper_quality(row.title, task), ours=False))
+    for result in found.results:
+        name = _model(result)
+        known = found.profiles.get(name)
+        if result["task"] != task or known is None:
+            continue
+        times = [t.median_ms for t in found.timings if (t.model, t.seconds, t.batch) == (name, MEASURED_SECONDS, 1)]
+        value = {
+            "storage": known.storage_mb["paper"],
+            "bop": known.bop_nonq_g + known.bop_bq_g,
+            "ms": times[0] if times else None,
+        }[cost]
+        if value is not None:
+            label = _label(str(result["upstream"])) + (f" ({result['steps']} steps)" if "steps" in result else "")
+            chart.append(frontier.Point(label, value, METRICS[task].scale * result[METRICS[task].key], ours=True))
+    return chart
+
+
+def write_report(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> list[Path]:
+    """Write report.html, report.json, cost.csv, and as SVG and PNG the figures of the tasks with results; returns the paths.
+
+    The page holds everything it shows and needs no network. Raises `UserError` as `collect` does, and without matplotlib.
+    """
+    found, rows = collect(folders), table1.table1()
+    target, written = Path(out), []
+    charts = []
+    for task, metric in METRICS.items():
+        for cost, axis in COSTS.items():
+            chart = points(found, task, cost)
+            if not chart:
+                continue
+            figure = frontier.draw(chart, axis, metric.title, metric.more_is_better)
+            svg = frontier.as_bytes(figure, "svg")
+            charts.append((task, cost, svg))
+            if task not in _shown_tasks(found):
+                continue
+            for kind, content in (("svg", svg), ("png", frontier.as_bytes(figure, "png"))):
+                path = target / f"frontier-{task}-{cost}.{kind}"
+                with replacing(path) as temporary:
+                    temporary.write_bytes(content)
+                written.append(path)
+    costs = _costs(rows, found)
+    table = io.StringIO()
+    writer = csv.DictWriter(table, costs[0])
+    writer.writeheader()
+    writer.writerows(costs)
+    values = {
+        "version": __version__,
+        "table1": rows,
+        "models": {name: p.to_dict() for name, p in found.profiles.items()},
+        "results": found.results,
+        "left_out": found.left_out,
+    }
+    write_text(target / "cost.csv", table.getvalue())
+    write_json(target / "report.json", values)
+    write_text(target / "report.html", _page(rows, found, charts))
+    return [target / "report.html", target / "report.json", target / "cost.csv", *written]
+
+
+def _shown_tasks(found: Findings) -> list[str]:
+    """The tasks that results were found of, or else one of the paper's."""
+    return list(dict.fromkeys(result["task"] for result in found.results)) or ["ks"]
+
+
+def _costs(rows: Sequence[dict[str, Any]], found: Findings) -> list[dict[str, Any]]:
+    """The cost table as plain columns: the paper's models by our count, then the models found."""
+    figures = ("params", "storage_mb", "gflop", "bop_nonq_g", "bop_bq_g", "est_time_e4_s")
+    table = []
+    for row in rows:
+        table.append({"model": row["row"], "source": "Table 1, our count", **{name: row[name] for name in figures}})
+        table.append({"model": row["row"], "source": "Table 1, the paper", "params": None, **row["paper"]})
+    for name, p in found.profiles.items():
+        own = (p.params_without_labels, p.storage_mb["paper"], p.gflop, p.bop_nonq_g, p.bop_bq_g, 1e4 * p.est_time_s["paper"])
+        table.append({"model": name, "source": "found", **dict(zip(figures, own, strict=True))})
+    return table
+
+
+# -- HTML ----------------------------------------------------------------------------------------------------------------
+
+STYLE = """
+:root { color-scheme: light; --line: #d9dde3; --soft: #5b6472; }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1160px; padding: 0 16px 48px; color: #1b2430; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; } p, li { max-width: 75ch; } .soft { color: var(--soft); }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
+th, td { padding: 3px 10px; text-align: right; white-space: nowrap; } th:first-child, td:first-child { text-align: left; }
+thead th { border-bottom: 2px solid var(--line); } tbody tr.first td { border-top: 1px solid var(--line); }
+.controls { display: flex; flex-wrap: wrap; gap: 12px; } select { font: inherit; max-width: 100%; padding: 4px; }
+.chart { max-width: 100%; width: 560px; display: block; } .bar { display: flex; height: 22px; border-radius: 4px; overflow: hidden; }
+.bar span { display: block; height: 100%; }
+.legend { display: flex; flex-wrap: wrap; gap: 4px 16px; font-size: .85rem; margin: 6px 0 14px; }
+.legend i { display: inline-block; width: 11px; height: 11px; border-radius: 2px; margin-right: 5px; }
+details { margin-left: 18px; } details > summary { cursor: pointer; } .leaf { margin-left: 34px; }
+.tree { font-size: .9rem; overflow-x: auto; }
+.tree summary, .leaf { white-space: nowrap; }
+"""
+SCRIPT = """
+const charts = [...document.querySelectorAll('figure')], task = document.getElementById('task'), cost = document.getElementById('cost');
+function choose() {
+  const has = c => charts.some(f => f.id === task.value + '-' + c);
+  for (const option of cost.options) option.disabled = !has(option.value);
+  if (!has(cost.value)) cost.value = [...cost.options].find(o => !o.disabled).value;
+  for (const figure of charts) figure.hidden = figure.id !== task.value + '-' + cost.value;
+}
+task.onchange = cost.onchange = choose; choose();
+"""
+COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#b07aa1", "#76b7b2", "#edc948", "#9c755f", "#ff9da7")
+REST = "#c9ced6"
+
+
+def _page(rows: Sequence[dict[str, Any]], found: Findings, charts: Sequence[tuple[str, str, bytes]]) -> str:
+    left_out = "".join(f"<p class=soft>Left out: {escape(text)}</p>" for text in found.left_out)
+    body = [
+        "<h1>What the models cost, and what they are worth</h1>",
+        f"<p class=soft>hubert-eff {escape(__version__)}. Counts are of 10 s of audio; times are estimated unless they say measured.</p>",
+        "<h2>Cost</h2>", _cost_table(rows), _found_table(found), left_out,
+        "<h2>Quality over cost</h2>", _charts(found, charts),
+        "<h2>Where the time goes (measured)</h2>", _shares(found),
+        "<h2>Modules</h2>", *(_modules(name, p) for name, p in found.profiles.items()),
+        "" if found.profiles else "<p class=soft>No model was found in the folders given.</p>",
+    ]  # fmt: skip
+    head = (
+        "<meta charset=utf-8><meta name=viewport content='width=device-width, initial-scale=1'><title>hubert-eff report</title>"
+        f"<style>{STYLE}</style>"
+    )
+    content = "\n".join(body)
+    return f"<!doctype html>\n<html lang=en><head>{head}</head><body>\n{content}\n<script>{SCRIPT}</script></body></html>\n"
+
+
+def _number(value: float | None, form: str = ",.2f") -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _table(head: Sequence[str], rows: Iterable[tuple[bool, Sequence[str]]]) -> str:
+    """`rows`: whether a line stands above it, and its cells."""
+    lines = ["<div class=wide><table><thead><tr>", *(f"<th>{escape(h)}</th>" for h in head), "</tr></thead><tbody>"]
+    for first, cells in rows:
+        lines += ["<tr class=first>" if first else "<tr>", *(f"<td>{escape(c)}</td>" for c in cells), "</tr>"]
+    return "".join([*lines, "</tbody></table></div>"])
+
+
+def _cost_table(rows: Sequence[dict[str, Any]]) -> str:
+    lines: list[tuple[bool, Sequence[str]]] = []
+    notes: list[str] = []
+    for row in rows:
+        if row["note"] and row["note"] not in notes:
+            notes.append(row["note"])
+        mark = f" [{notes.index(row['note']) + 1}]" if row["note"] else ""
+        params = _number(row["params"], ",")
+        lines.append((True, [row["row"] + mark, "ours", params, *(_number(row[f]) for f in table1.FIGURES)]))
+        lines.append((False, ["", "paper", "", *(_number(row["paper"][f]) for f in table1.FIGURES)]))
+        lines.append((False, ["", "diff %", "", *(_number(row["difference_percent"][f], "+.2f") for f in table1.FIGURES)]))
+    listed = "".join(f"<li>{escape(note)}</li>" for note in notes)
+    caption = "<p>The paper's Table 1 rebuilt. BOP: 32 per float MAC, 1 per W1A1 MAC, G = 2^30.</p>"
+    return caption + _table(("model", "", "params", *table1.HEADINGS), lines) + f"<ol>{listed}</ol>"
+
+
+def _found_table(found: Findings) -> str:
+    if not found.profiles:
+        return ""
+    lines = [
+        (True, [_label(name), f"{p.params_without_labels:,}",
+                *map(_number, (p.storage_mb["paper"], p.storage_mb["file"], p.gflop, p.bop_nonq_g, p.bop_bq_g))])
+        for name, p in found.profiles.items()
+    ]  # fmt: skip
+    return "<p>Models found.</p>" + _table(
+        ("model", "params", "storage MB (paper's formula)", "file MB", "GFLOP", "BOP_NonQ G", "BOP_BQ G"), lines
+    )
+
+
+def _charts(found: Findings, charts: Sequence[tuple[str, str, bytes]]) -> str:
+    first = _shown_tasks(found)[0]
+    tasks = "".join(
+        f"<option value={task}{' selected' if task == first else ''}>{escape(metric.title)}</option>"
+        for task, metric in METRICS.items()
+    )
+    costs = "".join(f"<option value={cost}>{escape(axis)}</option>" for cost, axis in COSTS.items())
+    images = "".join(
+        f"<figure id={task}-{cost} style='margin:12px 0'><img class=chart alt='{escape(METRICS[task].title)} over {escape(COSTS[cost])}' "
+        f"src='data:image/svg+xml;base64,{base64.b64encode(svg).decode()}'></figure>"
+        for task, cost, svg in charts
+    )
+    return (
+        "<p>The paper's models carry the paper's figures (Tables 1 and 2, full LibriSpeech and SUPERB). Results found here may come from "
+        "other data and fewer steps: they compare among themselves, not with the paper's.</p>"
+        f"<div class=controls><label>Quality <select id=task>{tasks}</select></label>"
+        f"<label>Cost <select id=cost>{costs}</select></label></div>{images}"
+    )
+
+
+def _shares(found: Findings) -> str:
+    if not found.shares:
+        return "<p class=soft>No bench.json was found in the folders given: hubert-eff bench ... --out DIR makes one.</p>"
+    parts = []
+    for s in found.shares:
+        names = [row.name for row in s.blocks if row.time_percent >= LEAST or row.name == "LayerNorm"]
+        colours = dict(zip(names, COLOURS, strict=False))
+        parts.append(f"<p><b>{escape(_label(s.model))}</b>, {s.seconds:g} s: modules inside the blocks</p>")
+        for title, key in (("parameters", "params_percent"), ("FLOP", "flop_percent"), ("time", "time_percent")):
+            spans = "".join(
+                f"<span style='width:{getattr(row, key):.2f}%;background:{colours.get(row.name, REST)}' "
+                f"title='{escape(row.name)} {getattr(row, key):.1f}%'></span>"
+                for row in sorted(s.blocks, key=lambda row: row.name not in colours)
+            )
+            parts.append(f"<div class=soft>{title}</div><div class=bar>{spans}</div>")
+        legend = "".join(
+            f"<span><i style='background:{colours[row.name]}'></i>{escape(row.name)} {row.params_percent:.1f} / {row.flop_percent:.1f} / "
+            f"{row.time_percent:.1f} %</span>"
+            for row in s.blocks
+            if row.name in colours
+        )
+        parts.append(f"<div class=legend>{legend}<span><i style='background:{REST}'></i>rest</span></div>")
+    return "<p>Shares of parameters / FLOP / time in %.</p>" + "".join(parts)
+
+
+def _modules(name: str, found: Profile) -> str:
+    def line(module: ModuleCost) -> str:
+        label = module.name.rpartition(".")[2] or _label(name)
+        share = f", {100 * module.macs / found.macs:.1f}% of MACs" if found.macs and module.macs else ""
+        widths = " ".join(f"{w}x{a} bit" for w, a in sorted(module.macs_by_bits, reverse=True))
+        return f"<b>{escape(label)}</b> <span class=soft>{escape(module.kind)}: {module.params:,} parameters{share} {widths}</span>"
+
+    def tree(module: ModuleCost) -> str:
+        below = [child for child in module.children if child.params or child.macs or child.element_ops]
+        if not below:
+            return f"<div class=leaf>{line(module)}</div>"
+        return f"<details><summary>{line(module)}</summary>{''.join(map(tree, below))}</details>"
+
+    return f"<div class=tree>{tree(found.modules)}</div>"

@@ -1,0 +1,48 @@
+"""The paper's Table 2 ("Attention or Convolution"): ten SUPERB tasks per model, as reference points beside results of one's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A task's figure in %, except where said: its name, its key in a results file, whether more is better."""
+
+    title: str
+    key: str
+    more_is_better: bool
+    scale: float = 100.0  # from the results file, where shares are in [0, 1], to the paper's unit
+
+
+METRICS = {
+    "asr": Metric("speech recognition, WER", "wer", False),
+    "ks": Metric("keyword spotting, accuracy", "accuracy", True),
+    "sf": Metric("slot filling, F1 (of 1)", "f1", True, 1.0),
+    "sid": Metric("speaker identification, accuracy", "accuracy", True),
+    "pr": Metric("phoneme recognition, PER", "per", False),
+    "qbe": Metric("spoken term detection, MTWV x 100", "mtwv", True),
+    "ic": Metric("intent classification, accuracy", "accuracy", True),
+    "asv": Metric("speaker verification, EER", "eer", False),
+    "sd": Metric("diarisation, DER", "der", False),
+    "er": Metric("emotion recognition, accuracy", "accuracy", True),
+}
+
+# by the names of Table 1's rows; the Vanilla rows are those of the paper's own set-up
+PAPER_TABLE: dict[str, tuple[float, ...]] = {
+    "Vanilla Trans": (6.89, 96.56, 0.89, 53.52, 5.82, 6.70, 97.86, 5.96, 6.63, 63.83),
+    "Conformer-S": (8.56, 95.94, 0.87, 52.11, 9.42, 6.20, 92.88, 5.80, 6.81, 62.12),
+    "Squeeze-XS": (8.96, 96.13, 0.80, 35.35, 10.73, 6.14, 83.31, 7.86, 9.18, 58.75),
+    "Sparseformer-DN-S": (8.44, 95.89, 0.88, 60.57, 7.99, 6.27, 96.02, 6.24, 7.66, 62.26),
+    "Sparseformer-SW-S": (7.88, 93.25, 0.88, 61.86, 9.72, 4.92, 93.15, 6.98, 6.56, 65.90),
+    "BQ-Vanilla": (16.83, 94.77, 0.79, 40.15, 20.63, 5.57, 89.77, 9.13, 7.80, 60.74),
+    "BQ-Conformer-S": (20.53, 92.44, 0.76, 24.98, 37.13, 5.18, 69.73, 9.86, 11.11, 56.41),
+    "BQ-Squeeze-XS": (24.10, 92.79, 0.69, 18.56, 28.82, 5.08, 62.01, 11.97, 13.42, 57.57),
+    "BQ-Sparseformer-DN-S": (19.33, 92.24, 0.79, 29.21, 33.17, 4.66, 71.34, 10.70, 9.64, 58.97),
+    "BQ-Sparseformer-SW-S": (18.15, 94.03, 0.79, 38.92, 24.37, 6.09, 84.37, 9.19, 8.39, 61.39),
+}
+
+
+def paper_quality(row: str, task: str) -> float:
+    """The paper's figure of a row of Table 1 on a task."""
+    return PAPER_TABLE[row][list(METRICS).index(task)]

@@ -1,0 +1,177 @@
+"""The report: what it reads, which points are best, labels that do not overlap, a page that needs nothing else."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+
+import hubert_eff
+from hubert_eff.cli import main
+from hubert_eff.profiling import table1
+from hubert_eff.profiling.table2 import METRICS, PAPER_TABLE, paper_quality
+
+pytest.importorskip("matplotlib")
+
+from hubert_eff.profiling import frontier  # noqa: E402
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def test_paper_tables_belong_together():
+    assert set(PAPER_TABLE) == {row.title for row in table1.PAPER_TABLE}
+    assert all(len(values) == len(METRICS) == 10 for values in PAPER_TABLE.values())
+    assert paper_quality("BQ-Sparseformer-DN-S", "asr") == 19.33 and paper_quality("Squeeze-XS", "er") == 58.75
+
+
+def test_frontier():
+    points = [frontier.Point(*p, True) for p in (("a", 1, 5.0), ("b", 2, 4.0), ("c", 2, 7.0), ("d", 3, 7.0), ("e", 4, 9.0))]
+    assert [p.label for p in frontier.best(points, more_is_better=True)] == ["a", "c", "e"]
+    assert [p.label for p in frontier.best(points, more_is_better=False)] == ["a", "b"]
+
+
+@pytest.mark.parametrize("task", METRICS)
+def test_labels_do_not_overlap(task):
+    points = [frontier.Point(row.title, row.storage_mb, paper_quality(row.title, task), False) for row in table1.PAPER_TABLE]
+    middle = paper_quality("Squeeze-XS", task)
+    points += [frontier.Point(f"digits/checkpoint_{i}.pt (300 steps)", 0.8 + 0.05 * i, middle, True) for i in range(3)]
+    figure = frontier.draw(points, "storage, MB", METRICS[task].title, METRICS[task].more_is_better)
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    frame = axes.get_window_extent()
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(boxes) == len(points)
+    for i, box in enumerate(boxes):
+        assert frame.x0 - 1 <= box.x0 and box.x1 <= frame.x1 + 1 and frame.y0 - 1 <= box.y0 and box.y1 <= frame.y1 + 1
+        for other in boxes[:i]:
+            assert not box.overlaps(other)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder with a measurement and results of two tasks on two models, one of which is gone."""
+    folder = tmp_path_factory.mktemp("runs")
+    model = folder / "pretrain" / "model.safetensors"
+    model.parent.mkdir()
+    hubert_eff.export(hubert_eff.build("conformer-debug"), model)
+    results = {
+        "ks": {"task": "ks", "upstream": str(model), "accuracy": 0.875, "steps": 40},
+        "ks0": {"task": "ks", "upstream": "conformer-debug@0", "accuracy": 0.5, "steps": 40},
+        "asr": {"task": "asr", "upstream": str(folder / "gone.pt"), "wer": 0.25},
+        "other": {"accuracy": 1.0},
+    }
+    for name, values in results.items():
+        (folder / name).mkdir()
+        (folder / name / "result.json").write_text(json.dumps(values))
+    assert main(["bench", str(model), "--seconds", "10", "--rounds", "2", "--out", str(folder / "bench")]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def report(runs, tmp_path_factory):
+    patch = pytest.MonkeyPatch()
+    patch.setattr(table1, "PAPER_TABLE", table1.PAPER_TABLE[1:2] + table1.PAPER_TABLE[5:])  # Conformer-S and the binarised rows
+    out = tmp_path_factory.mktemp("report")
+    assert main(["report", str(runs), "--out", str(out)]) == 0
+    patch.undo()
+    return out
+
+
+class Page(HTMLParser):
+    """Checks that tags close in order, and collects the attributes that could load something."""
+
+    VOID = {"meta", "img", "br"}
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.sources: list[str] = []
+        self.text = ""
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self.sources += [value for name, value in attrs if name in ("src", "href")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_page_is_complete_and_self_contained(report, runs):
+    source = (report / "report.html").read_text()
+    page = Page(source)
+    assert page.sources and all(value.startswith("data:image/svg+xml;base64,") for value in page.sources)
+    assert "url(" not in source and "@import" not in source and "<script src" not in source
+    assert "Left out: " in page.text and "gone.pt" in page.text
+    assert "pretrain/model.safetensors" in page.text and "LayerNorm" in page.text and "conv_module" in page.text
+    for task in ("ks", "asr", "er"):
+        assert f"id={task}-storage" in source and f"id={task}-bop" in source
+    assert "id=ks-ms" in source and "id=asr-ms" not in source  # measured latencies are of the found checkpoint only
+
+
+def test_files_beside_the_page(report, runs):
+    names = {path.name for path in report.iterdir()}
+    charts = ("ks-storage", "ks-bop", "ks-ms", "asr-bop")
+    expected = {f"frontier-{chart}.{kind}" for chart in charts for kind in ("svg", "png")}
+    assert expected <= names and not any(name.startswith("frontier-er") for name in names)
+    rows = list(csv.DictReader((report / "cost.csv").open()))
+    assert [row["source"] for row in rows].count("found") == 2
+    values = json.loads((report / "report.json").read_text())
+    model = values["models"][str(runs / "pretrain" / "model.safetensors")]
+    (row,) = [row for row in rows if row["model"].endswith("model.safetensors")]
+    assert float(row["gflop"]) == model["gflop"] and len(values["results"]) == 3 and len(values["left_out"]) == 1
+
+
+def test_points_carry_results_in_the_papers_unit(runs):
+    from hubert_eff.profiling import page
+
+    found = page.collect([runs])
+    ours = {p.label: p for p in page.points(found, "ks", "storage") if p.ours}
+    trained = ours["pretrain/model.safetensors (40 steps)"]
+    assert trained.quality == 87.5 and trained.cost == found.profiles["conformer-debug"].storage_mb["paper"]
+    assert ours["conformer-debug@0 (40 steps)"].quality == 50.0
+    (timed,) = [p for p in page.points(found, "ks", "ms")]
+    assert timed.cost == found.timings[0].median_ms
+
+
+@pytest.mark.parametrize(
+    "content, message", [(None, "no folder at"), ({}, "holds no result.json"), ({"bench.json": "{}"}, "is no result of")]
+)
+def test_bad_input_is_one_line(content, message, tmp_path, capsys):
+    folder = tmp_path / "runs"
+    if content is not None:
+        folder.mkdir()
+        for name, text in content.items():
+            (folder / name).write_text(text)
+    assert main(["report", str(folder), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.long
+@pytest.mark.skipif(BROWSER is None, reason="no chromium here")
+@pytest.mark.parametrize("width", [1280, 500])  # a desktop, and the narrowest window of a headless chromium
+def test_in_a_browser(report, width, tmp_path):
+    """Nothing is wider than the window, the script shows one chart at a time, and a screenshot can be taken."""
+    shown = "document.querySelectorAll('figure:not([hidden])').length"
+    probe = f"<script>document.title = [document.documentElement.scrollWidth, {shown}]</script>"
+    page = tmp_path / "report.html"
+    page.write_text((report / "report.html").read_text().replace("</body>", probe + "</body>"))
+    profile = f"--user-data-dir={tmp_path / 'user'}"
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},2400", profile]
+    dom = subprocess.run([*command, "--dump-dom", page.as_uri()], capture_output=True, text=True, check=True, timeout=120).stdout
+    found = re.search(r"<title>(\d+),(\d+)</title>", dom)
+    assert found and int(found[1]) <= width and int(found[2]) == 1
+    shot = tmp_path / "shot.png"
+    subprocess.run([*command, f"--screenshot={shot}", page.as_uri()], capture_output=True, check=True, timeout=120)
+    assert shot.stat().st_size > 20_000
