@@ -348,8 +348,8 @@ def test_initial_scales() -> None:
         ("nonlin_attention.out_proj", 0.05 * 192**-0.5), ("self_attn_weights.linear_pos", 0.05 * 48**-0.5),
         ("self_attn_weights.in_proj", 32**-0.25 / 16), ("feed_forward1.in_proj", 1 / 16),
     ):  # fmt: skip
-        assert float(block.get_submodule(name).weight.abs().max()) == pytest.approx(bound, rel=1e-2), name
-    assert (float(block.norm.log_scale), float(block.bypass.bypass_scale.mean())) == (1.0, 0.5)
+        assert float(block.get_submodule(name).weight.detach().abs().max()) == pytest.approx(bound, rel=1e-2), name
+    assert (block.norm.log_scale.item(), block.bypass.bypass_scale.mean().item()) == (1.0, 0.5)
     assert 1e-5 < float(block.norm.bias.abs().mean()) < 1e-3
     assert isinstance(block.self_attn2, SelfAttention) and isinstance(block.bypass_mid, Bypass)
 

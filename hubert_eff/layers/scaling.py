@@ -55,7 +55,7 @@ class Scheduled(nn.Module):
 
 def chance(rate: float) -> bool:
     """True with probability `rate`; drawn on the CPU, so that no accelerator is waited for."""
-    return rate > 0.0 and float(torch.rand(())) < rate
+    return rate > 0.0 and float(torch.rand((), device="cpu")) < rate
 
 
 # -- limits on parameters and values -----------------------------------------------------------------------------------------
