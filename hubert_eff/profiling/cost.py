@@ -143,8 +143,9 @@ def profile(
 
     bops: convention of bit operations (paper: the wider operand's width per MAC; product: the product of both widths). device:
     name in configs/device or path of such a file; times are estimated from its rates.
-    The model is run once, in evaluation mode and without gradients; its mode is restored. Raises `UserError` for a name that is
-    neither a preset nor a file, for a duration that is not between 25 ms and one hour, and for an operation without a formula.
+    The model is run once, on one thread, in evaluation mode and without gradients; its mode is restored. Raises `UserError` for a
+    name that is neither a preset nor a file, for a duration that is not between 25 ms and one hour, and for an operation without a
+    formula.
     """
     if not MIN_SAMPLES / SAMPLE_RATE <= seconds <= MAX_SECONDS:  # also refuses nan
         raise UserError(f"seconds={seconds:g} cannot be profiled: give between {MIN_SAMPLES / SAMPLE_RATE} and {MAX_SECONDS:g}")
@@ -153,7 +154,7 @@ def profile(
         raise unknown("BOP convention", bops, BOPS)
     model, name = resolve(model_or_preset)
     wave = noise(model, seconds)
-    with evaluating(model), count_operations(model) as counts:
+    with evaluating(model), _one_thread(), count_operations(model) as counts:
         states, _ = model.hidden_states(wave)
     total = counts.total()
     modules = _tree(model, "", counts, seen=set())
@@ -234,6 +235,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Attention cuts its work into blocks by the number of threads, and relative positions cost by block: count the same everywhere."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def paper_storage(model: nn.Module, float_bytes: int | None = None) -> float:
