@@ -14,20 +14,21 @@ from torch.nn import functional as F
 from .linear import linear, product, takes_onednn
 
 
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int = 0, groups: int = 1) -> Tensor:
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int = 0, groups: int = 1) -> Tensor:
+    """x (B, T, C), weight (N, C / groups, k) -> (B, T', N)."""
     grid = x.transpose(1, 2).unsqueeze(2)  # (B, C, 1, T)
     y = F.conv2d(grid, weight.unsqueeze(2), bias, stride=(1, stride), padding=(0, padding), groups=groups)
     return y.squeeze(2).transpose(1, 2)
 
 
 class _StridedConv(torch.autograd.Function):
-    """Forward as `_convolve`; backward as matrix products of windows, several times faster than the convolution's own on long input."""
+    """Forward as `convolve`; backward as matrix products of windows, several times faster than the convolution's own on long input."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.stride = stride
-        return _convolve(x, weight, None, stride)
+        return convolve(x, weight, None, stride)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
@@ -58,7 +59,7 @@ def strided_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) ->
     if torch.is_grad_enabled() and takes_onednn(x, weight) and weight.requires_grad:
         y: Tensor = _StridedConv.apply(x, weight, stride)  # type: ignore[no-untyped-call]
         return y if bias is None else y + bias
-    return _convolve(x, weight, bias, stride)
+    return convolve(x, weight, bias, stride)
 
 
 class DepthwiseConv(nn.Module):
@@ -74,9 +75,10 @@ class DepthwiseConv(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        """`valid`: (B, T); of use to the binarised form. Padding in x must be zero."""
         channels, _, kernel = self.weight.shape
         if self.stride == 1:
-            return _convolve(x, self.weight, self.bias, 1, kernel // 2, channels)
+            return convolve(x, self.weight, self.bias, 1, kernel // 2, channels)
         missing = kernel - self.stride + -x.size(1) % self.stride
-        return _convolve(F.pad(x, (0, 0, 0, missing)), self.weight, self.bias, self.stride, 0, channels)
+        return convolve(F.pad(x, (0, 0, 0, missing)), self.weight, self.bias, self.stride, 0, channels)

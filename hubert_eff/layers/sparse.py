@@ -52,7 +52,7 @@ class Segment:
 
     def blocks(self, x: Tensor) -> Tensor:
         """This segment of x (B, H, T, d) as a view (B, H, n, L, d)."""
-        return _split(x[:, :, self.place], self.count)
+        return split_blocks(x[:, :, self.place], self.count)
 
 
 @dataclass(frozen=True)
@@ -82,24 +82,30 @@ class SparsePattern:
             segments.append(Segment(frames - rest, 1, rest, min(rest, length - summaries)))
         return segments
 
+    def visible(self, frames: Tensor) -> Tensor:
+        """About how many keys a query sees in inputs of `frames` frames: all but cut-off blocks and the ends counted."""
+        if self.kind == "local":
+            return frames.clamp(max=2 * self.window + 1)
+        return self.stride + self.expressivity * (frames / self.stride - 1).clamp(min=0.0)
 
-def _split(x: Tensor, count: int) -> Tensor:
+
+def split_blocks(x: Tensor, count: int) -> Tensor:
     """(B, H, n L, d) -> (B, H, n, L, d)."""
     return torch.unflatten(x, 2, (count, -1))
 
 
-def _summaries(x: Tensor, segments: list[Segment]) -> Tensor:
+def gather_summaries(x: Tensor, segments: list[Segment]) -> Tensor:
     """The summaries among the frames of x, (B, H, G, d)."""
     return torch.cat([s.blocks(x)[:, :, :, s.own :].flatten(2, 3) for s in segments], 2)
 
 
 def _put_summaries(whole: Tensor, summaries: Tensor, segments: list[Segment]) -> None:
-    """The inverse of `_summaries`, into `whole` (B, H, T, d)."""
+    """The inverse of `gather_summaries`, into `whole` (B, H, T, d)."""
     begin = 0
     for s in segments:
         end = begin + s.count * (s.length - s.own)
         if end > begin:
-            s.blocks(whole)[:, :, :, s.own :] = _split(summaries[:, :, begin:end], s.count)
+            s.blocks(whole)[:, :, :, s.own :] = split_blocks(summaries[:, :, begin:end], s.count)
         begin = end
 
 
@@ -127,8 +133,8 @@ class _Flash(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, segments: list[Segment]) -> Tensor:
         assert _FLASH is not None
-        kept = None if bias is None else _summaries(bias, segments)
-        keys, values = _summaries(k, segments), _summaries(v, segments)  # (B, H, G, d)
+        kept = None if bias is None else gather_summaries(bias, segments)
+        keys, values = gather_summaries(k, segments), gather_summaries(v, segments)  # (B, H, G, d)
         if keys.size(2):
             out, total = _FLASH(q, keys, values, attn_mask=_row(kept))  # (B, H, T, d), (B, H, T)
         else:
@@ -152,10 +158,10 @@ class _Flash(torch.autograd.Function):
         assert _FLASH_BACKWARD is not None
         q, k, v, bias, out, total = ctx.saved_tensors
         segments: list[Segment] = ctx.segments
-        keys, values = _summaries(k, segments), _summaries(v, segments)
+        keys, values = gather_summaries(k, segments), gather_summaries(v, segments)
         grad_k, grad_v = torch.empty_like(k), torch.empty_like(v)
         if keys.size(2):
-            kept = None if bias is None else _row(_summaries(bias, segments))
+            kept = None if bias is None else _row(gather_summaries(bias, segments))
             grad_q, *shares = _FLASH_BACKWARD(grad, q, keys, values, out, total, 0.0, False, attn_mask=kept)
             _put_summaries(grad_k, shares[0], segments)
             _put_summaries(grad_v, shares[1], segments)
@@ -190,18 +196,18 @@ def _rows(
 ) -> Tensor:  # fmt: skip
     """Attention of `count` whole blocks q, k, v (B, H, n L, d) to their own keys and to the summaries (B, H, G, d)."""
     q = q * q.size(-1) ** -0.5
-    near = _split(q, count) @ _split(k, count)[:, :, :, :own].transpose(-1, -2)  # (B, H, n, L, own)
+    near = split_blocks(q, count) @ split_blocks(k, count)[:, :, :, :own].transpose(-1, -2)  # (B, H, n, L, own)
     far = q @ keys.transpose(-1, -2)  # (B, H, n L, G)
     if bias is not None and kept is not None:
-        near = near + _split(bias, count)[:, :, :, :own].transpose(-1, -2)
+        near = near + split_blocks(bias, count)[:, :, :, :own].transpose(-1, -2)
         far = far + kept.transpose(-1, -2)
     probs = dropout(torch.softmax(torch.cat((near.flatten(2, 3), far), -1), -1)).to(v.dtype)
     near, far = probs[..., :own], probs[..., own:]
-    mixed = (_split(near, count) @ _split(v, count)[:, :, :, :own]).flatten(2, 3)
+    mixed = (split_blocks(near, count) @ split_blocks(v, count)[:, :, :, :own]).flatten(2, 3)
     return mixed + far @ values
 
 
-def _chunks(segments: list[Segment]) -> list[Segment]:
+def chunks(segments: list[Segment]) -> list[Segment]:
     """The segments in pieces of about `ROWS` queries."""
     pieces = []
     for s in segments:
@@ -215,9 +221,9 @@ def _plain(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, segments: list[Segment], dropout: Callable[[Tensor], Tensor]
 ) -> Iterator[tuple[slice, Tensor]]:
     """The same from ordinary operations: chunk after chunk its place in time and its output (B, H, rows, d)."""
-    keys, values = _summaries(k, segments), _summaries(v, segments)
-    kept = None if bias is None else _summaries(bias, segments)
-    for s in _chunks(segments):
+    keys, values = gather_summaries(k, segments), gather_summaries(v, segments)
+    kept = None if bias is None else gather_summaries(bias, segments)
+    for s in chunks(segments):
         part = s.place
         seen = None if bias is None else bias[:, :, part]
         yield part, _rows(q[:, :, part], k[:, :, part], v[:, :, part], seen, keys, values, kept, s.count, s.own, dropout)
@@ -249,13 +255,13 @@ class _Recomputed(torch.autograd.Function):
         q, k, v, bias = ctx.saved_tensors
         state, devices, states = ctx.random
         grads = [torch.empty_like(x) for x in (q, k, v)]
-        keys, values = (_summaries(x, ctx.segments).requires_grad_() for x in (k, v))
+        keys, values = (gather_summaries(x, ctx.segments).requires_grad_() for x in (k, v))
         grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
-        kept = None if bias is None else _summaries(bias, ctx.segments)
+        kept = None if bias is None else gather_summaries(bias, ctx.segments)
         with torch.random.fork_rng(devices), torch.set_grad_enabled(True), torch.autocast(q.device.type, **ctx.precision):
             torch.set_rng_state(state)
             set_device_states(devices, states)
-            for s in _chunks(ctx.segments):
+            for s in chunks(ctx.segments):
                 part = s.place
                 a, b, c = (x[:, :, part].detach().requires_grad_() for x in (q, k, v))
                 seen = None if bias is None else bias[:, :, part]
@@ -283,7 +289,7 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None, window: in
         x = F.pad(x, (0, 0, window, behind + length))
 
         def blocks(start: int, size: int) -> Tensor:
-            return _split(x[:, :, start : start + count * length], count)[:, :, :, :size]
+            return split_blocks(x[:, :, start : start + count * length], count)[:, :, :, :size]
 
         return _fold(torch.cat((blocks(0, window), blocks(window, length), blocks(window + length, window)), 3))
 
@@ -294,7 +300,7 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None, window: in
     real = windows(attend.transpose(-1, -2)).transpose(-1, -2)  # (B n, 1, 1, span)
     bias = _bias(band & real, q.dtype)
     bias = bias.expand(q.size(0), count, 1, length, span).flatten(0, 1) if len(bias) < q.size(0) * count else bias
-    queries = _fold(_split(F.pad(q, (0, 0, 0, behind)), count))
+    queries = _fold(split_blocks(F.pad(q, (0, 0, 0, behind)), count))
     mixed = attention(queries, windows(k), windows(v), bias, dropout)
     return _unfold(mixed, count).flatten(2, 3)[:, :, :frames]
 
@@ -312,7 +318,7 @@ def _tiles(pattern: SparsePattern, frames: int, device: torch.device) -> tuple[T
         order, query_at, key_at, summaries, reach = place, place, place, 0, pattern.window
     else:
         segments, grid = pattern.segments(frames), place.view(1, 1, -1, 1)
-        first = [_summaries(grid, segments).flatten()]
+        first = [gather_summaries(grid, segments).flatten()]
         order = torch.cat(first + [s.blocks(grid)[:, :, :, : s.own].flatten() for s in segments])
         starts = torch.tensor([s.start + n * s.length for s in segments for n in range(s.count)], device=device)
         query_at = torch.searchsorted(starts, place, right=True)  # number of the block

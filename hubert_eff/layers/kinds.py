@@ -1,0 +1,63 @@
+"""What layers tell the binariser: of which kind each of their parts is, and which values its input takes.
+
+A module with `kinds()` declares parts by the name of the attribute that holds them. What is not declared stays float. `hubert_eff.quant`
+decides by kind alone (quant/policy.py) and names no encoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+PROJECTION, PRODUCT, FEED_FORWARD = "attention_projection", "attention_product", "feed_forward"
+POINTWISE, DEPTHWISE = "pointwise_conv", "depthwise_conv"
+BINARY_KINDS = {  # kind -> what it is; a policy decides which of these are binarised
+    PROJECTION: "linear layers to queries, keys and values, and out of the attention",
+    PRODUCT: "queries times keys, probabilities times values",
+    FEED_FORWARD: "linear layers of feed-forward modules",
+    POINTWISE: "convolutions over one frame: linear layers of convolution modules",
+    DEPTHWISE: "convolutions over time, channel by channel",
+}
+EXTRACTOR, INPUT_PROJECTION, POSITIONAL_CONV = "extractor", "input_projection", "positional_conv"
+POSITION_PROJECTION, RATE_CHANGE, CODEBOOK_HEAD = "position_projection", "rate_change", "codebook_head"
+FLOAT_KINDS = {  # kind -> why it is never binarised
+    EXTRACTOR: "reads the waveform itself, where single bits lose the signal",
+    INPUT_PROJECTION: "one layer that all others depend on",
+    POSITIONAL_CONV: "one layer; position reaches the encoder through it alone",
+    POSITION_PROJECTION: "its output, not its input, is what the attention binarises",
+    RATE_CHANGE: "part of the path between frame rates that passes by the blocks",
+    CODEBOOK_HEAD: "used in pre-training only",
+}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """The kind of one part of a module.
+
+    signed: whether the layer's input takes both signs; else it is non-negative, once `activation` is a ReLU.
+    activation: attribute of the module with the activation function right in front of the layer.
+    shared: attribute of the module where the quantiser of an input stands that several layers share.
+    form: which attention product stands in for a part that is None in the float model (quant/attention.py), and `shapes`: those of its
+    operands that carry a learnable bias, as they broadcast to (B, H, T, d).
+    """
+
+    name: str
+    signed: bool = True
+    activation: str = ""
+    shared: str = ""
+    form: str = ""
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Declared(Protocol):
+    """A module that declares the kinds of its parts."""
+
+    def kinds(self) -> Mapping[str, Kind]:
+        """Attribute -> its kind."""
+
+
+def head_shapes(heads: int, dim: int, *names: str) -> dict[str, tuple[int, ...]]:
+    """`Kind.shapes` of operands of `heads` heads of `dim` channels each."""
+    return dict.fromkeys(names, (heads, 1, dim))
