@@ -65,6 +65,8 @@ def draw(points: Sequence[Point], cost: str, quality: str, more_is_better: bool)
 
 def _place_labels(figure: Any, axes: Any, points: Sequence[Point]) -> None:
     """Beside each point, moved up or down until it overlaps no label or point; a thin line leads to one that was moved."""
+    from matplotlib.patheffects import withStroke
+
     figure.canvas.draw()
     figure.set_layout_engine("none")  # the axes stay where they are from here on
     renderer = figure.canvas.get_renderer()
@@ -75,6 +77,7 @@ def _place_labels(figure: Any, axes: Any, points: Sequence[Point]) -> None:
     taken = [(x - radius, y - radius, x + radius, y + radius) for x, y in dots]
     for point, (x, y) in sorted(zip(points, dots, strict=True), key=lambda item: -item[1][1]):
         text = axes.text(point.cost, point.quality, point.label, fontsize=7.5, va="center", zorder=4)
+        text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])  # the line of the best passes behind
         box = text.get_window_extent(renderer)
         height = LINE * box.height
         for step in range(4 * len(points) + 2):
