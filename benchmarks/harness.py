@@ -15,11 +15,12 @@ from hubert_eff.profiling.machine import machine as machine
 from hubert_eff.profiling.machine import seconds_of as seconds
 
 
-def parser(description: str) -> argparse.ArgumentParser:
+def parser(description: str, rounds: bool = True) -> argparse.ArgumentParser:
     """The arguments that all benchmarks share."""
     options = argparse.ArgumentParser(description=description)
     options.add_argument("--threads", type=int, default=1, help="threads of torch, for both sides (default: 1)")
-    options.add_argument("--rounds", type=int, default=5, help="timed rounds of each side, after one to warm up (default: 5)")
+    if rounds:
+        options.add_argument("--rounds", type=int, default=5, help="timed rounds of each side, after one to warm up (default: 5)")
     options.add_argument("--json", action="store_true", help="print the figures as JSON")
     return options
 
