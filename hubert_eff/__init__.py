@@ -12,12 +12,14 @@ if TYPE_CHECKING:
     from .fusing import fuse as fuse
     from .model import build as build
     from .profiling import profile as profile
+    from .quant import binarize as binarize
     from .registry import list_encoders as list_encoders
     from .registry import list_presets as list_presets
     from .registry import register_encoder as register_encoder
 
 # public name -> module that defines it; imported on first use, so that commands which need no torch start at once
 _PUBLIC = {
+    "binarize": "quant",
     "build": "model",
     "export": "exporting",
     "fuse": "fusing",

@@ -100,8 +100,16 @@ class HubertConfig:
     mask_channel_selection: str = option("static", "distribution of its lengths", ("static", "uniform", "normal", "poisson"))
     mask_channel_other: float = option(0.0, "second parameter of that distribution")
 
+    # quantisation
+    quant: str = option("none", "float; or one-bit weights with activations of one bit, or of two", ("none", "w1a1", "w1a2"))
+    quant_policy: str = option("default", "what is binarised: default | paper | a YAML file, or its content as {...}")
+
     def __post_init__(self) -> None:
         self.validate()
+        if self.quant != "none":
+            from .quant.policy import read_policy
+
+            self.quant_policy = read_policy(self.quant_policy).text  # a file's content, so that it is saved with the model
 
     def validate(self) -> None:
         """Raise `UserError` for a value that cannot be built or trained. Encoders extend it."""

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +15,7 @@ from .config import FRAME_STRIDE, SAMPLE_RATE, HubertConfig
 from .errors import UserError
 from .frontend import ConvFeatureExtractor, frame_padding_mask, num_frames
 from .layers.dropout import Dropout
+from .layers.kinds import CODEBOOK_HEAD, EXTRACTOR, INPUT_PROJECTION, Kind
 from .layers.linear import Linear, linear
 from .masking import batch_mask
 from .registry import encoder_of, preset_config
@@ -60,6 +61,16 @@ class HubertModel(nn.Module):
         self.target_glu = nn.Sequential(Linear(code, 2 * code), nn.GLU()) if config.target_glu else None
         if self.num_classes:
             self.label_embs_concat = nn.Parameter(torch.empty(sum(self.num_classes), code).uniform_())
+        if config.quant != "none":
+            from .quant.convert import convert  # which knows this class
+            from .quant.policy import SPECS, read_policy
+
+            convert(self, SPECS[config.quant], read_policy(config.quant_policy))
+
+    def kinds(self) -> Mapping[str, Kind]:
+        """See `layers.kinds.Declared`."""
+        head = dict.fromkeys(("final_proj", "target_glu"), Kind(CODEBOOK_HEAD))
+        return {"feature_extractor": Kind(EXTRACTOR), "post_extract_proj": Kind(INPUT_PROJECTION), **head}
 
     def train(self: M, mode: bool = True) -> M:
         """Set train or eval mode; a fused model stays in eval mode."""

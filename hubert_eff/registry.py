@@ -83,9 +83,11 @@ def encoder_of(config: HubertConfig) -> EncoderEntry:
 
 
 def preset_config(preset: str, **overrides: Any) -> HubertConfig:
-    """The config of a preset, with single keys replaced."""
+    """The config of a preset, with single keys replaced; `PRESET+w1a1` or `+w1a2` is its binarised form."""
     _load()
+    name, plus, spec = preset.partition("+")
     for entry in _encoders.values():
-        if preset in entry.presets:
-            return entry.config.from_dict({**entry.presets[preset], **overrides})
+        if name in entry.presets:
+            quant = {"quant": spec} if plus else {}
+            return entry.config.from_dict({**entry.presets[name], **quant, **overrides})
     raise unknown("preset", preset, list_presets())

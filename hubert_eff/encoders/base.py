@@ -7,6 +7,7 @@ To add an encoder, write one module: a config dataclass, an `Encoder` with `buil
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config import HubertConfig
 from ..layers.dropout import Dropout
+from ..layers.kinds import POSITIONAL_CONV, Kind
 from ..layers.norm import once_tracked
 from ..layers.position import PositionalConv1d
 
@@ -75,6 +77,10 @@ class Encoder(nn.Module):
         self.seed = config.seed
         self.num_updates = 0
         self.init_weights()
+
+    def kinds(self) -> Mapping[str, Kind]:
+        """Which parts of the encoder itself are of which kind (layers/kinds.py); the modules of its blocks declare their own."""
+        return {"pos_conv": Kind(POSITIONAL_CONV)}
 
     def build_block(self, config: HubertConfig, index: int) -> nn.Module:
         """Block `index`, called as block(x (B, T, D), frames: Frames) -> (B, T, D)."""

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from ..layers.convolution import DepthwiseConv
 from ..layers.dropout import Dropout
 from ..layers.feedforward import ConformerFeedForward
 from ..layers.folding import fold_after, fold_before
+from ..layers.kinds import DEPTHWISE, POINTWISE, Kind
 from ..layers.linear import Linear
 from ..layers.norm import NORMS, MaskedBatchNorm, norm_of
 from ..layers.position import relative_sinusoids
@@ -59,6 +61,7 @@ class ConvolutionModule(nn.Module):
         self.depthwise_conv = DepthwiseConv(dim, kernel, bias=bias)
         self.batch_norm: nn.Module = MaskedBatchNorm(dim)
         self.pointwise_conv2 = Linear(dim, dim, bias=bias)
+        self.activation = silu
         self.dropout = Dropout(dropout)
 
     def fold(self) -> ConvolutionModule:
@@ -67,11 +70,19 @@ class ConvolutionModule(nn.Module):
         self.batch_norm = fold_after(self.depthwise_conv, self.batch_norm)
         return self
 
+    def kinds(self) -> Mapping[str, Kind]:
+        """See `layers.kinds.Declared`."""
+        return {
+            "pointwise_conv1": Kind(POINTWISE),
+            "depthwise_conv": Kind(DEPTHWISE),
+            "pointwise_conv2": Kind(POINTWISE, signed=False, activation="activation"),
+        }
+
     def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:  # (B, T, D)
         x = F.glu(self.pointwise_conv1(self.layer_norm(x, valid)))
         if valid is not None:  # the kernel must not carry padding into valid frames
             x = x.masked_fill(~valid.unsqueeze(-1), 0.0)
-        x = silu(self.batch_norm(self.depthwise_conv(x), valid))
+        x = self.activation(self.batch_norm(self.depthwise_conv(x), valid))
         return self.dropout(self.pointwise_conv2(x))  # type: ignore[no-any-return]
 
 

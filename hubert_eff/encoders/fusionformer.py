@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from ..layers.attention import attention
 from ..layers.convolution import DepthwiseConv
 from ..layers.dropout import Dropout
 from ..layers.folding import fold_after
+from ..layers.kinds import DEPTHWISE, FEED_FORWARD, POINTWISE, PRODUCT, PROJECTION, Kind, head_shapes
 from ..layers.linear import Linear
 from ..layers.norm import MaskedBatchNorm
 from ..registry import register_encoder
@@ -67,6 +69,10 @@ class FeedForward(nn.Module):
         self.norm_2 = fold_after(self.w_2, self.norm_2)
         return self
 
+    def kinds(self) -> Mapping[str, Kind]:
+        """See `layers.kinds.Declared`."""
+        return {"w_1": Kind(FEED_FORWARD), "w_2": Kind(FEED_FORWARD, signed=False)}
+
     def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:  # (B, T, D)
         x = self.activation_dropout(F.relu(self.norm_1(self.w_1(x), valid), inplace=True))
         return self.dropout(self.norm_2(self.w_2(x), valid))  # type: ignore[no-any-return]
@@ -83,6 +89,7 @@ class Attention(nn.Module):
         self.qkv_norm: nn.Module = MaskedBatchNorm(3 * dim)
         self.out_proj = Linear(dim, dim, bias=False)
         self.out_norm: nn.Module = MaskedBatchNorm(dim)
+        self.products: nn.Module | None = None  # in place of `attention`, once binarised
         self.attention_dropout = config.attention_dropout
         self.dropout = Dropout(config.dropout)
 
@@ -92,10 +99,20 @@ class Attention(nn.Module):
         self.out_norm = fold_after(self.out_proj, self.out_norm)
         return self
 
+    def kinds(self) -> Mapping[str, Kind]:
+        """See `layers.kinds.Declared`."""
+        shapes = head_shapes(self.heads, self.out_proj.in_features // self.heads, "query", "key", "value")
+        products = Kind(PRODUCT, form="dense", shapes=shapes)
+        return {"qkv_proj": Kind(PROJECTION), "products": products, "out_proj": Kind(PROJECTION)}
+
     def forward(self, x: Tensor, frames: Frames) -> Tensor:  # (B, T, D)
         qkv = self.qkv_norm(self.qkv_proj(x), frames.valid)  # (B, T, 3 D)
         q, k, v = qkv.view(*x.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, D / H)
-        mixed = attention(q, k, v, frames.attend, self.attention_dropout if self.training else 0.0)
+        dropout = self.attention_dropout if self.training else 0.0
+        if self.products is None:
+            mixed = attention(q, k, v, frames.attend, dropout)
+        else:
+            mixed = self.products(q, k, v, frames.attend, dropout)
         return self.dropout(self.out_norm(self.out_proj(mixed.transpose(1, 2).flatten(2)), frames.valid))  # type: ignore[no-any-return]
 
 
@@ -122,6 +139,14 @@ class ConvolutionModule(nn.Module):
         self.norm_2 = fold_after(self.depthwise_conv, self.norm_2)
         self.norm_3 = fold_after(self.pointwise_conv2, self.norm_3)
         return self
+
+    def kinds(self) -> Mapping[str, Kind]:
+        """See `layers.kinds.Declared`."""
+        return {
+            "pointwise_conv1": Kind(POINTWISE),
+            "depthwise_conv": Kind(DEPTHWISE, signed=not self.relu_1),
+            "pointwise_conv2": Kind(POINTWISE, signed=not self.relu_2),
+        }
 
     def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:  # (B, T, D)
         x = self.norm_1(self.pointwise_conv1(x), valid)

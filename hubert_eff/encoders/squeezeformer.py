@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from ..layers.convolution import DepthwiseConv
 from ..layers.dropout import Dropout
 from ..layers.feedforward import ConformerFeedForward
 from ..layers.folding import fold_affine, fold_after
+from ..layers.kinds import DEPTHWISE, POINTWISE, RATE_CHANGE, Kind
 from ..layers.linear import Linear
 from ..layers.norm import MaskedBatchNorm, NoNorm
 from ..layers.position import relative_sinusoids
@@ -87,13 +89,22 @@ class ConvolutionModule(nn.Module):
         self.depthwise_conv = DepthwiseConv(2 * dim, kernel)  # its bias is the BatchNorm's
         self.batch_norm: nn.Module = MaskedBatchNorm(2 * dim, momentum=BATCH_NORM_MOMENTUM)
         self.pointwise_conv2 = Linear(2 * dim, dim)
+        self.activation_1 = self.activation_2 = silu
         self.dropout = Dropout(dropout)
 
+    def kinds(self) -> Mapping[str, Kind]:
+        """See `layers.kinds.Declared`."""
+        return {
+            "pointwise_conv1": Kind(POINTWISE),
+            "depthwise_conv": Kind(DEPTHWISE, signed=False, activation="activation_1"),
+            "pointwise_conv2": Kind(POINTWISE, signed=False, activation="activation_2"),
+        }
+
     def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:  # (B, T, D)
-        x = silu(self.pointwise_conv1(x))
+        x = self.activation_1(self.pointwise_conv1(x))
         if valid is not None:  # the kernel must not carry padding into valid frames
             x = x.masked_fill(~valid.unsqueeze(-1), 0.0)
-        x = silu(self.batch_norm(self.depthwise_conv(x), valid))
+        x = self.activation_2(self.batch_norm(self.depthwise_conv(x), valid))
         return self.dropout(self.pointwise_conv2(x))  # type: ignore[no-any-return]
 
     def fold(self) -> ConvolutionModule:
@@ -224,6 +235,9 @@ class SqueezeformerEncoder(Encoder):
 
     def init_weights(self) -> None:
         """Weights and biases stay as `nn.Linear` and `DepthwiseConv` make them: uniform in +-fan_in^-1/2, as the authors'."""
+
+    def kinds(self) -> Mapping[str, Kind]:
+        return {**super().kinds(), "time_reduction": Kind(RATE_CHANGE), "time_recovery": Kind(RATE_CHANGE)}
 
     def positions(self, x: Tensor) -> Tensor | None:
         return relative_sinusoids(x.size(1), x.size(2), x) if self.relative else None

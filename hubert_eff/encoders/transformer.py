@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from ..config import HubertConfig
 from ..layers.attention import SelfAttention
 from ..layers.dropout import Dropout
+from ..layers.kinds import FEED_FORWARD, Kind
 from ..layers.linear import Linear
 from ..registry import register_encoder
 from .base import DEBUG, HUBERT_BASE, Encoder, Frames
@@ -33,9 +35,14 @@ class TransformerBlock(nn.Module):
         self.self_attn_layer_norm = nn.LayerNorm(dim)
         self.fc1 = Linear(dim, config.encoder_ffn_embed_dim)
         self.fc2 = Linear(config.encoder_ffn_embed_dim, dim)
+        self.activation: Callable[[Tensor], Tensor] = F.gelu
         self.final_layer_norm = nn.LayerNorm(dim)
         self.dropout = Dropout(config.dropout)
         self.activation_dropout = Dropout(config.activation_dropout)
+
+    def kinds(self) -> Mapping[str, Kind]:
+        """See `layers.kinds.Declared`."""
+        return {"fc1": Kind(FEED_FORWARD), "fc2": Kind(FEED_FORWARD, signed=False, activation="activation")}
 
     def forward(self, x: Tensor, frames: Frames) -> Tensor:  # (B, T, D)
         if self.pre_norm:
@@ -46,7 +53,7 @@ class TransformerBlock(nn.Module):
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        return self.dropout(self.fc2(self.activation_dropout(F.gelu(self.fc1(x)))))  # type: ignore[no-any-return]
+        return self.dropout(self.fc2(self.activation_dropout(self.activation(self.fc1(x)))))  # type: ignore[no-any-return]
 
 
 @register_encoder(

@@ -15,6 +15,11 @@ def silu(x: Tensor) -> Tensor:
     return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
+def relu(x: Tensor) -> Tensor:
+    """max(x, 0), likewise: what stands in front of a layer whose input is binarised."""
+    return F.relu(x, inplace=not torch.is_grad_enabled())
+
+
 SLOPE = 0.08  # both Swoosh functions fall with this slope on the far left
 
 

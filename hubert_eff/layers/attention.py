@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from .bits import counted_as
 from .dropout import keep_signs
+from .kinds import POSITION_PROJECTION, PRODUCT, PROJECTION, Kind, head_shapes
 from .linear import Linear, linear, product, takes_onednn
 
 
@@ -70,7 +71,7 @@ class _DropoutAttention(torch.autograd.Function):
 
 
 Bias = Callable[[int, int, int, Tensor], object]
-BLOCK = 256  # queries whose scores of one head stay in cache, per thread
+BLOCK = 384  # queries whose scores of one head stay in cache, per thread
 
 
 def _blockwise(q: Tensor, k: Tensor, v: Tensor, add_bias: Bias | None) -> Tensor:
@@ -95,7 +96,7 @@ def _blockwise(q: Tensor, k: Tensor, v: Tensor, add_bias: Bias | None) -> Tensor
 def _takes_blocks(q: Tensor, k: Tensor, *others: Tensor | None) -> bool:
     """Whether `_blockwise` applies, and has enough work per head to be faster."""
     needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, *others))
-    return min(q.size(2), k.size(2)) >= BLOCK and not needs_gradient and takes_onednn(q, k)
+    return min(q.size(2), k.size(2)) >= BLOCK // 2 and not needs_gradient and takes_onednn(q, k)
 
 
 def _unseen(attend: Tensor, like: Tensor) -> Tensor:
@@ -131,6 +132,17 @@ class SelfAttention(nn.Module):
         self.q_proj: Linear | None = Linear(dim, dim)
         self.qkv_proj: Linear | None = None  # in place of the three, once fused
         self.out_proj = Linear(dim, dim)
+        self.qkv_input: nn.Module | None = None  # quantiser of what the projections read, once binarised
+        self.products: nn.Module | None = None  # in place of `attention`, once binarised
+
+    def kinds(self) -> Mapping[str, Kind]:
+        """See `layers.kinds.Declared`."""
+        shapes = head_shapes(self.heads, self.out_proj.in_features // self.heads, "query", "key", "value")
+        return {
+            **dict.fromkeys(("q_proj", "k_proj", "v_proj"), Kind(PROJECTION, shared="qkv_input")),
+            "products": Kind(PRODUCT, form="dense", shapes=shapes),
+            "out_proj": Kind(PROJECTION),
+        }
 
     def projections(self) -> tuple[Linear, ...]:
         """The layers that read the input: to queries, keys and values, or to all of them."""
@@ -149,7 +161,10 @@ class SelfAttention(nn.Module):
 
     def heads_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each (B, H, T, d)."""
-        if self.qkv_proj is not None:
+        if self.qkv_input is not None:
+            codes = self.qkv_input(x)
+            joint = torch.cat([p(codes) for p in self.projections()], -1)
+        elif self.qkv_proj is not None:
             joint = self.qkv_proj(x)
         else:
             parts = self.projections()
@@ -161,7 +176,7 @@ class SelfAttention(nn.Module):
         """`attend`: bool, broadcastable to (B, H, T, T), False = never seen."""
         q, k, v = self.heads_of(x)
         dropout = self.dropout if self.training else 0.0
-        mixed = attention(q, k, v, attend, dropout)
+        mixed = attention(q, k, v, attend, dropout) if self.products is None else self.products(q, k, v, attend, dropout)
         return self.out_proj(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
@@ -182,13 +197,21 @@ class RelativeSelfAttention(SelfAttention):
         nn.init.xavier_uniform_(self.pos_bias_u)
         nn.init.xavier_uniform_(self.pos_bias_v)
 
+    def kinds(self) -> Mapping[str, Kind]:
+        shapes = head_shapes(self.heads, self.out_proj.in_features // self.heads, "key", "value")  # u and v are the queries' moves
+        return {**super().kinds(), "products": Kind(PRODUCT, form="relative", shapes=shapes), "linear_pos": Kind(POSITION_PROJECTION)}
+
     def forward(self, x: Tensor, positions: Tensor, attend: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """`positions`: (2T - 1, D), sinusoids of the offsets T-1 .. -(T-1); `attend` as above, but without a query dimension of its own."""
         q, k, v = self.heads_of(x)
         scale = q.size(-1) ** -0.5
         p = self.linear_pos(positions).view(-1, self.heads, q.size(-1)).transpose(0, 1)  # (H, 2T - 1, d)
-        content, position = q + self.pos_bias_u[:, None], (q + self.pos_bias_v[:, None]) * scale
+        content, position = q + self.pos_bias_u[:, None], q + self.pos_bias_v[:, None]
         dropout = self.dropout if self.training else 0.0
+        if self.products is not None:
+            mixed = self.products(content, position, k, p, v, attend, dropout)
+            return self.out_proj(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        position = position * scale
         if dropout == 0.0 and _takes_blocks(content, k, p):
             mixed = self._blockwise(content, position, k, v, p.contiguous(), attend)
         else:

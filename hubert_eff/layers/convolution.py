@@ -75,8 +75,7 @@ class DepthwiseConv(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
 
-    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
-        """`valid`: (B, T); of use to the binarised form. Padding in x must be zero."""
+    def forward(self, x: Tensor) -> Tensor:
         channels, _, kernel = self.weight.shape
         if self.stride == 1:
             return convolve(x, self.weight, self.bias, 1, kernel // 2, channels)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 
 from .activation import silu
 from .dropout import Dropout
 from .folding import fold_before
+from .kinds import FEED_FORWARD, Kind
 from .linear import Linear
 from .norm import norm_of
 
@@ -19,6 +22,7 @@ class ConformerFeedForward(nn.Module):
         self.layer_norm = norm_of(norm, dim)
         self.w_1 = Linear(dim, inner)
         self.w_2 = Linear(inner, dim)
+        self.activation = silu
         self.activation_dropout = Dropout(activation_dropout)
         self.dropout = Dropout(dropout)
 
@@ -27,7 +31,11 @@ class ConformerFeedForward(nn.Module):
         self.layer_norm = fold_before(self.layer_norm, self.w_1)
         return self
 
+    def kinds(self) -> Mapping[str, Kind]:
+        """See `layers.kinds.Declared`."""
+        return {"w_1": Kind(FEED_FORWARD), "w_2": Kind(FEED_FORWARD, signed=False, activation="activation")}
+
     def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
         """x (B, T, D), valid (B, T) -> (B, T, D)."""
-        x = self.activation_dropout(silu(self.w_1(self.layer_norm(x, valid))))
+        x = self.activation_dropout(self.activation(self.w_1(self.layer_norm(x, valid))))
         return self.dropout(self.w_2(x))  # type: ignore[no-any-return]

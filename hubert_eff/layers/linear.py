@@ -75,6 +75,5 @@ class Linear(nn.Linear):
         self.weight = nn.Parameter(self.weight.t().contiguous().t())
         return self
 
-    def forward(self, input: Tensor, valid: Tensor | None = None) -> Tensor:
-        """`valid`: (B, T) for (B, T, K), False = padding; of use to the binarised form, which must know it."""
+    def forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight, self.bias)

@@ -8,8 +8,8 @@ block. The keys fall into two parts that no query has in common: what is seen wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 from .attention import SelfAttention, attention
 from .bits import counted_as
 from .dropout import Dropout
+from .kinds import Kind
 
 try:
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
@@ -405,8 +406,15 @@ class SparseSelfAttention(SelfAttention):
         self.pattern, self.flex = pattern, flex
         self.attention_dropout = Dropout(dropout)
 
+    def kinds(self) -> Mapping[str, Kind]:
+        dense = super().kinds()
+        return {**dense, "products": replace(dense["products"], form="sparse")}
+
     def forward(self, x: Tensor, attend: Tensor | None = None) -> Tensor:
         """`attend`: (B, 1, 1, T) bool, False = never seen."""
         q, k, v = self.heads_of(x)
-        mixed = sparse_attention(q, k, v, self.pattern, attend, self.attention_dropout, self.flex)
+        if self.products is not None:
+            mixed = self.products(q, k, v, attend, self.dropout if self.training else 0.0, self.pattern)
+        else:
+            mixed = sparse_attention(q, k, v, self.pattern, attend, self.attention_dropout, self.flex)
         return self.out_proj(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]

@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from .activation import swoosh_l, swoosh_r
 from .convolution import DepthwiseConv
 from .dropout import Dropout
+from .kinds import DEPTHWISE, FEED_FORWARD, POINTWISE, POSITION_PROJECTION, PRODUCT, PROJECTION, Kind, head_shapes
 from .linear import Linear
 from .scaling import LIMIT_RATE, Balancer, Schedule, Scheduled, Whitener, chance, limit_parameter
 from .weights import RelativeWeights
@@ -47,8 +50,15 @@ def compact_positions(frames: int, dim: int, like: Tensor) -> Tensor:
     return table.to(like.dtype)
 
 
+class Weights(Protocol):
+    """Attention weights for several users: `RelativeWeights`, or their binarised form, whose values are quantised first."""
+
+    def mix(self, values: Any) -> Tensor:
+        """Values summed over time with the weights."""
+
+
 class AttentionWeights(Scheduled):
-    """Queries, keys and position queries from one projection -> `RelativeWeights`, for all users in a block."""
+    """Queries, keys and position queries from one projection -> weights, for all users in a block."""
 
     POSITION_SKIP = Schedule(((0, 0.5), (4_000, 0.0)))  # share of the batches without positions in the scores
     PENALTY_RATE = 0.1  # share of the batches in which scores beyond the limit are penalised
@@ -61,8 +71,19 @@ class AttentionWeights(Scheduled):
         self.balance_keys = Balancer((0.4, 0.6), (0.0, 100.0), rate=0.025)
         self.whiten_keys = whitener(3.0, scale=0.025, groups=heads)
         self.dropout = Dropout(dropout)
+        self.products: nn.Module | None = None  # in place of `RelativeWeights`, once binarised
 
-    def forward(self, x: Tensor, positions: Tensor, valid: Tensor | None = None, seen: Tensor | None = None) -> RelativeWeights:
+    def kinds(self) -> Mapping[str, Kind]:
+        """See `layers.kinds.Declared`."""
+        position = self.in_proj.out_features // self.heads - 2 * self.query_dim
+        shapes = {**head_shapes(self.heads, self.query_dim, "query", "key"), **head_shapes(self.heads, position, "position")}
+        return {
+            "in_proj": Kind(PROJECTION),
+            "products": Kind(PRODUCT, form="weights", shapes=shapes),
+            "linear_pos": Kind(POSITION_PROJECTION),
+        }
+
+    def forward(self, x: Tensor, positions: Tensor, valid: Tensor | None = None, seen: Tensor | None = None) -> Weights:
         """x (B, T, C), positions (2T - 1, table_dim), valid and seen (B, T) bool: frames that are no padding, keys that may be seen."""
         queries = self.heads * self.query_dim
         q, k, p = self.in_proj(x).split((queries, queries, self.heads * self.position_dim), dim=-1)
@@ -71,6 +92,9 @@ class AttentionWeights(Scheduled):
         offsets = self.linear_pos(positions).unflatten(-1, (self.heads, -1)).transpose(0, 1)  # (H, 2T - 1, e)
         if self.training and chance(self.now(self.POSITION_SKIP)):
             offsets = offsets * 0.0  # parameters keep a gradient, as data-parallel training needs
+        if self.products is not None:
+            dropout = self.dropout.p if self.training else 0.0
+            return self.products(q, k, p, offsets, seen, dropout)  # type: ignore[no-any-return]
         return RelativeWeights(q, k, p, offsets, seen, self.dropout, self.training and chance(self.PENALTY_RATE))
 
 
@@ -83,10 +107,17 @@ class SelfAttention(nn.Module):
         self.in_proj = Linear(dim, heads * value_dim)
         self.out_proj = scaled_linear(heads * value_dim, dim, 0.05)
         self.whiten = whitener(7.5, growth=3.0)
+        self.mixer: nn.Module | None = None  # in place of `weights.mix`, once binarised
 
-    def forward(self, x: Tensor, weights: RelativeWeights, valid: Tensor | None = None) -> Tensor:
+    def kinds(self) -> Mapping[str, Kind]:
+        """See `layers.kinds.Declared`."""
+        mixer = Kind(PRODUCT, form="mix", shapes=head_shapes(self.heads, self.in_proj.out_features // self.heads, "value"))
+        return {"in_proj": Kind(PROJECTION), "mixer": mixer, "out_proj": Kind(PROJECTION)}
+
+    def forward(self, x: Tensor, weights: Weights, valid: Tensor | None = None) -> Tensor:
         values = self.in_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, c)
-        return self.whiten(self.out_proj(weights.mix(values).transpose(1, 2).flatten(2)), valid)  # type: ignore[no-any-return]
+        mixed = weights.mix(values) if self.mixer is None else self.mixer(values, weights)
+        return self.whiten(self.out_proj(mixed.transpose(1, 2).flatten(2)), valid)  # type: ignore[no-any-return]
 
 
 class NonlinearAttention(nn.Module):
@@ -102,14 +133,22 @@ class NonlinearAttention(nn.Module):
         )
         self.whiten1 = whitener(5.0)
         self.whiten2 = whitener(5.0, growth=3.0)
+        self.mixer: nn.Module | None = None  # in place of `weights.mix`, once binarised
+
+    def kinds(self) -> Mapping[str, Kind]:
+        """See `layers.kinds.Declared`."""
+        mixer = Kind(PRODUCT, form="mix", shapes=head_shapes(1, self.out_proj.in_features, "value"))
+        return {"in_proj": Kind(PROJECTION), "mixer": mixer, "out_proj": Kind(PROJECTION)}
 
     def forward(
-        self, x: Tensor, weights: RelativeWeights, valid: Tensor | None = None, seen: Tensor | None = None, uniform: bool = False
+        self, x: Tensor, weights: Weights, valid: Tensor | None = None, seen: Tensor | None = None, uniform: bool = False
     ) -> Tensor:
-        """`uniform`: weigh all keys that may be seen alike, in place of `weights`."""
+        """`uniform`: weigh all keys that may be seen alike, in place of `weights`; a binarised form knows no such weights."""
         s, v, y = self.in_proj(x).chunk(3, dim=-1)
         v = self.whiten1(v, valid) * torch.tanh(self.balancer(s, valid))
-        if not uniform:
+        if self.mixer is not None:
+            mixed = self.mixer(v.unsqueeze(1), weights).squeeze(1)
+        elif not uniform:
             mixed = weights.mix(v.unsqueeze(1)).squeeze(1)
         elif seen is None:
             mixed = v.mean(1, keepdim=True)
@@ -130,9 +169,14 @@ class FeedForward(Scheduled):
         self.whiten = whitener(7.5)
         self.dropout = Schedule(((0, max(dropout, min(3 * dropout, 0.9))), (20_000, dropout)))
         self.activation_dropout = Dropout(activation_dropout)
+        self.activation = swoosh_l
+
+    def kinds(self) -> Mapping[str, Kind]:
+        """See `layers.kinds.Declared`."""
+        return {"in_proj": Kind(FEED_FORWARD), "out_proj": Kind(FEED_FORWARD, signed=False, activation="activation")}
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:  # (B, T, C)
-        x = swoosh_l(self.balancer(self.in_proj(x), valid))
+        x = self.activation(self.balancer(self.in_proj(x), valid))
         if self.training and (rate := self.now(self.dropout)) > 0.0:
             x = x * torch.dropout(x.new_ones(x.size(0), 1, x.size(2)), rate, True)
         return self.whiten(self.out_proj(self.activation_dropout(x)), valid)  # type: ignore[no-any-return]
@@ -153,6 +197,15 @@ class ConvolutionModule(nn.Module):
             (Schedule(((0, 0.1), (8_000, 0.05))), 1.0), (Schedule(((0, 0.2), (20_000, 0.5))), 10.0)
         )
         self.whiten = whitener(7.5)
+        self.activation = swoosh_r
+
+    def kinds(self) -> Mapping[str, Kind]:
+        """See `layers.kinds.Declared`."""
+        return {
+            "in_proj": Kind(POINTWISE),
+            "depthwise_conv": Kind(DEPTHWISE),
+            "out_proj": Kind(POINTWISE, signed=False, activation="activation"),
+        }
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:  # (B, T, C)
         x, gate = self.in_proj(x).chunk(2, dim=-1)
@@ -160,7 +213,7 @@ class ConvolutionModule(nn.Module):
         if valid is not None:  # the kernel must not carry padding into valid frames
             x = x.masked_fill(~valid.unsqueeze(-1), 0.0)
         x = self.whiten(self.balancer2(self.depthwise_conv(x), valid), valid)
-        return self.out_proj(swoosh_r(x))  # type: ignore[no-any-return]
+        return self.out_proj(self.activation(x))  # type: ignore[no-any-return]
 
 
 class Bypass(Scheduled):

@@ -1,0 +1,286 @@
+"""Attention products of bits: queries times keys, and probabilities times values.
+
+Queries, keys and values are signed; probabilities are unsigned, and it is (number of visible keys) x P that is quantised: its mean is 1
+whatever the length, so that its scale is of order 1 and one step of an optimiser changes it by little. Scores, softmax and dropout are
+float. Queries go in chunks; each chunk has one softmax over all visible keys, and then its product with the values.
+"""
+
+# B batch, T frames, H heads, d head dim, e position head dim, n queries of a chunk, G summaries
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..layers.bits import counted_as
+from ..layers.sparse import Segment, SparsePattern, chunks, gather_summaries, split_blocks
+from .functional import initial_scale, unsigned_codes
+from .modules import Codes, Quantizer
+
+CHUNK = 128  # queries that are worked on at a time
+KEPT = 1 << 26  # without gradient, shared probabilities of more elements than this are computed anew for each use
+
+Shapes = Mapping[str, tuple[int, ...]]
+Rows = tuple[Tensor, Callable[[Tensor], Tensor], "Tensor | None", int]  # scores, codes -> product with the values, keys seen, their number
+
+
+def _times(values: Tensor, codes: Tensor) -> Tensor:
+    return codes @ values
+
+
+def _pairs(heads: int, q: Tensor, valid: Tensor | None) -> Tensor | int:
+    """Number of probabilities of queries and keys that are no padding."""
+    return heads * q.size(0) * q.size(2) ** 2 if valid is None else heads * valid.sum(1).square().sum()
+
+
+def at_keys(queries: Tensor, table: Tensor, start: int) -> Tensor:
+    """queries (B, H, n, e) from query `start` on, times the row of table (H, 2T - 1, e) that belongs to each key: (B, H, n, T).
+
+    Row T - 1 - i + j of the table is that of query i and key j.
+    """
+    batch, heads, n, _ = queries.shape
+    frames = (table.size(1) + 1) // 2
+    first, span = frames - start - n, frames + n - 1
+    by_offset = queries @ table[:, first : first + span].mT  # (B, H, n, span)
+    return by_offset.contiguous().as_strided((batch, heads, n, frames), (heads * n * span, n * span, span - 1, 1), n - 1)
+
+
+def _table_mask(frames: int, valid: Tensor | None) -> Tensor | None:
+    """Which rows of a table (H, 2T - 1, e) are offsets between valid frames."""
+    if valid is None:
+        return None
+    offsets = torch.arange(1 - frames, frames, device=valid.device).abs()
+    return (offsets < valid.sum(1).amax()).view(1, -1, 1)
+
+
+class Probabilities(nn.Module):
+    """Quantiser of (visible keys) x P; its product with the values belongs to the module that holds it."""
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        levels = 2**bits - 1
+        self.quantizer = Quantizer(bits, signed=False, initial=float(initial_scale(1.0, False, levels)))
+
+    def forward(self, scores: Tensor, seen: Tensor | None, visible: Tensor | int, scale: Tensor, dropout: float) -> Tensor:
+        """Codes of softmax(scores), scores (..., keys); seen: bool, broadcast to scores; visible: number of keys seen, (..., 1).
+
+        `scale`: `quantizer.effective` of the whole tensor of which these are a part.
+        """
+        if seen is not None:
+            scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min / 2)  # finite: a query may see nothing
+        probs = F.dropout(torch.softmax(scores, -1), dropout, dropout > 0.0)
+        x = probs * visible
+        if self.quantizer.bits == 1:
+            return unsigned_codes(x, scale, 1)
+        unseen = None if seen is None else ~seen
+        least = (x.detach() if unseen is None else x.detach().masked_fill(unseen, torch.inf)).amin(-1, keepdim=True)
+        codes = unsigned_codes(x, scale, self.quantizer.bits, least.masked_fill(least == torch.inf, 0.0))
+        return codes if unseen is None else codes.masked_fill(unseen, 0.0)  # a code of 0 stands for the minimum
+
+
+class BinaryAttention(nn.Module):
+    """Dense attention: softmax(q k' / sqrt(d)) v.
+
+    bits: of all operands. shapes: of the learnable biases of query, key and value ("moves", added after the projections); without an
+    entry an operand has none.
+    """
+
+    signed_operands: tuple[str, ...] = ("query", "key", "value")
+    query: Quantizer
+    key: Quantizer
+    value: Quantizer
+
+    def __init__(self, bits: int, shapes: Shapes) -> None:
+        super().__init__()
+        self.operand_bits = (bits, bits)
+        for name in self.signed_operands:
+            self.add_module(name, Quantizer(bits, True, shapes.get(name)))
+        self.probabilities = Probabilities(bits)
+
+    @counted_as("attention")
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None, dropout: float) -> Tensor:
+        """q, k, v (B, H, T, d); attend: (B, 1, 1, T) bool, the keys that may be seen -> (B, H, T, d)."""
+        query, key = self.query(q), self.key(k)
+        scale: Tensor = query.scale * key.scale * q.size(-1) ** -0.5
+
+        def scores(start: int, stop: int) -> Tensor:
+            sums: Tensor = query.values[:, :, start:stop] @ key.values.mT
+            return sums * scale
+
+        return self._mixed(scores, q, self.value(v), attend, dropout)
+
+    def _mixed(
+        self, scores: Callable[[int, int], Tensor], q: Tensor, value: Codes, attend: Tensor | None, dropout: float
+    ) -> Tensor:
+        """`scores(start, stop)`: (B, H, n, T) of the queries start ... stop - 1."""
+        frames = q.size(2)
+        visible = frames if attend is None else attend.sum(-1, keepdim=True)
+        scale = self.probabilities.quantizer.effective(_pairs(q.size(1), q, self.value.frames.valid))
+        mixed = []
+        for start in range(0, frames, CHUNK):
+            codes = self.probabilities(scores(start, min(start + CHUNK, frames)), attend, visible, scale, dropout)
+            mixed.append(codes.to(value.values.dtype) @ value.values)
+        return torch.cat(mixed, 2) * (scale * value.scale / visible)
+
+
+class BinaryRelativeAttention(BinaryAttention):
+    """The same with relative positions: ((q + u) k' + (q + v) r') / sqrt(d). The float model's u and v serve as the queries' moves."""
+
+    signed_operands = ("content", "position", "key", "offset", "value")
+    content: Quantizer
+    position: Quantizer
+    offset: Quantizer
+
+    @counted_as("attention")
+    def forward(  # type: ignore[override]
+        self, content: Tensor, position: Tensor, k: Tensor, r: Tensor, v: Tensor, attend: Tensor | None, dropout: float
+    ) -> Tensor:
+        """content = q + u, position = q + v, k, v (B, H, T, d); r: (H, 2T - 1, d), of the offsets T-1 .. -(T-1) from query to key."""
+        contents, positions, key, width = self.content(content), self.position(position), self.key(k), k.size(-1) ** -0.5
+        offset = self.offset.masked(r, _table_mask(k.size(2), self.key.frames.valid))
+        scale: Tensor = contents.scale * key.scale * width
+        position_scale: Tensor = positions.scale * offset.scale * width
+
+        def scores(start: int, stop: int) -> Tensor:
+            sums: Tensor = contents.values[:, :, start:stop] @ key.values.mT
+            return sums * scale + at_keys(positions.values[:, :, start:stop], offset.values, start) * position_scale
+
+        return self._mixed(scores, k, self.value(v), attend, dropout)
+
+
+class BinarySparseAttention(BinaryAttention):
+    """Attention over a sparse pattern: one softmax over a query's own keys and the summaries together; nothing has T squared elements."""
+
+    @counted_as("attention")
+    def forward(  # type: ignore[override]
+        self, q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None, dropout: float, pattern: SparsePattern
+    ) -> Tensor:
+        """As `BinaryAttention`."""
+        query, key, value = self.query(q), self.key(k), self.value(v)
+        frames, valid = q.size(2), self.query.frames.valid
+        scale = query.scale * key.scale * q.size(-1) ** -0.5
+        length = torch.as_tensor(frames, device=q.device).expand(q.size(0)) if valid is None else valid.sum(1)
+        own_scale = self.probabilities.quantizer.effective(q.size(1) * (length * pattern.visible(length)).sum())
+        rows = self._banded if pattern.kind == "local" else self._blocked
+        mixed = []
+        for scores, product, seen, keys in rows(query.values, key.values, value.values, attend, pattern):
+            visible = keys if seen is None else seen.sum(-1, keepdim=True).clamp(min=1)
+            codes = self.probabilities(scores * scale, seen, visible, own_scale, dropout)
+            mixed.append(product(codes.to(value.values.dtype)) * (own_scale * value.scale / visible))
+        return torch.cat(mixed, 2)
+
+    @staticmethod
+    def _blocked(q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None, pattern: SparsePattern) -> Iterator[Rows]:
+        segments = pattern.segments(q.size(2))
+        keys, values = gather_summaries(k, segments), gather_summaries(v, segments)  # (B, H, G, d)
+        column = None if attend is None else attend.mT  # (B, 1, T, 1)
+        far_seen = None if column is None else gather_summaries(column, segments).mT  # (B, 1, 1, G)
+        for s in chunks(segments):
+            ours = q[:, :, s.place]  # (B, H, n L, d)
+            near = (split_blocks(ours, s.count) @ s.blocks(k)[:, :, :, : s.own].mT).flatten(2, 3)  # (B, H, n L, own)
+            scores = torch.cat((near, ours @ keys.mT), -1)
+            seen = None
+            if column is not None and far_seen is not None:
+                near_seen = s.blocks(column)[:, :, :, : s.own].mT.expand(-1, -1, -1, s.length, -1).flatten(2, 3)
+                seen = torch.cat((near_seen, far_seen.expand(-1, -1, ours.size(2), -1)), -1)
+
+            def product(codes: Tensor, s: Segment = s) -> Tensor:
+                own = split_blocks(codes[..., : s.own], s.count) @ s.blocks(v)[:, :, :, : s.own]
+                return own.flatten(2, 3) + codes[..., s.own :] @ values
+
+            yield scores, product, seen, scores.size(-1)
+
+    @staticmethod
+    def _banded(q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None, pattern: SparsePattern) -> Iterator[Rows]:
+        frames, window = q.size(2), pattern.window
+        place = torch.arange(frames, device=q.device)
+        for start in range(0, frames, CHUNK):
+            stop = min(start + CHUNK, frames)
+            near = slice(max(0, start - window), min(frames, stop + window))
+            seen = ((place[start:stop, None] - place[near]).abs() <= window)[None, None]  # (1, 1, n, keys)
+            if attend is not None:
+                seen = seen & attend[..., near]
+            values = v[:, :, near]
+            yield q[:, :, start:stop] @ k[:, :, near].mT, partial(_times, values), seen, 0
+
+
+class BinaryWeights(nn.Module):
+    """Attention weights that several modules share (Zipformer): softmax_j(q_i k_j + p_i offset_{j-i})."""
+
+    query: Quantizer
+    key: Quantizer
+    position: Quantizer
+    offset: Quantizer
+
+    def __init__(self, bits: int, shapes: Shapes) -> None:
+        super().__init__()
+        self.operand_bits = (bits, bits)
+        for name in ("query", "key", "position", "offset"):
+            self.add_module(name, Quantizer(bits, True, shapes.get(name)))
+        self.probabilities = Probabilities(bits)
+
+    @counted_as("attention")
+    def forward(
+        self, q: Tensor, k: Tensor, p: Tensor, offsets: Tensor, seen: Tensor | None, dropout: float
+    ) -> SharedProbabilities:
+        """q, k (B, H, T, d), p (B, H, T, e), offsets (H, 2T - 1, e), those of -(T-1) .. T-1; seen (B, T) bool."""
+        frames, valid = q.size(2), self.query.frames.valid
+        query, key, position = self.query(q), self.key(k), self.position(p)
+        offset = self.offset.masked(offsets, _table_mask(frames, valid))
+        scale, position_scale = query.scale * key.scale, position.scale * offset.scale
+        attend = None if seen is None else seen[:, None, None]
+        visible = frames if attend is None else attend.sum(-1, keepdim=True).clamp(min=1)
+        own_scale = self.probabilities.quantizer.effective(_pairs(q.size(1), q, valid))
+
+        def codes(start: int, heads: int) -> Tensor:
+            part = slice(start, min(start + CHUNK, frames))
+            sums: Tensor = query.values[:, :heads, part] @ key.values[:, :heads].mT
+            scores = sums * scale + at_keys(position.values[:, :heads, part], offset.values[:heads], start) * position_scale
+            return self.probabilities(scores, attend, visible, own_scale, dropout)  # type: ignore[no-any-return]
+
+        kept = torch.is_grad_enabled() or dropout > 0.0 or q.size(0) * q.size(1) * frames**2 <= KEPT
+        return SharedProbabilities(codes, frames, q.size(1), own_scale / visible, kept)
+
+
+class SharedProbabilities:
+    """Quantised attention weights for several users; without gradient those of long input are computed anew for each."""
+
+    def __init__(self, codes: Callable[[int, int], Tensor], frames: int, heads: int, scale: Tensor, kept: bool) -> None:
+        self.codes, self.scale, self.starts = codes, scale, range(0, frames, CHUNK)
+        self.parts = [codes(start, heads) for start in self.starts] if kept else None
+
+    def mix(self, value: Codes) -> Tensor:
+        """Values (B, H, T, c) of all heads, or (B, 1, T, c) of the first one, each summed over time with its head's weights."""
+        heads = value.values.size(1)
+        mixed = []
+        for index, start in enumerate(self.starts):
+            codes = self.codes(start, heads) if self.parts is None else self.parts[index][:, :heads]
+            mixed.append(codes.to(value.values.dtype) @ value.values)
+        return torch.cat(mixed, 2) * (self.scale * value.scale)
+
+
+class BinaryMix(nn.Module):
+    """A user of shared attention weights: quantises its values and mixes them."""
+
+    def __init__(self, bits: int, shapes: Shapes) -> None:
+        super().__init__()
+        self.operand_bits = (bits, bits)
+        self.value = Quantizer(bits, True, shapes.get("value"))
+
+    @counted_as("attention")
+    def forward(self, values: Tensor, weights: SharedProbabilities) -> Tensor:
+        """values (B, H, T, c), or (B, 1, T, c) for the first head's weights."""
+        return weights.mix(self.value(values))
+
+
+FORMS: dict[str, Callable[[int, Shapes], nn.Module]] = {  # `Kind.form` of a product
+    "dense": BinaryAttention,
+    "relative": BinaryRelativeAttention,
+    "sparse": BinarySparseAttention,
+    "weights": BinaryWeights,
+    "mix": BinaryMix,
+}

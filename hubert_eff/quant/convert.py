@@ -1,0 +1,147 @@
+"""`binarize`: a float HuBERT as one that trains and runs at one bit, by a policy; what became of each of its modules."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..errors import UserError, unknown
+from ..layers.activation import relu
+from ..layers.convolution import DepthwiseConv
+from ..layers.kinds import DEPTHWISE, POINTWISE, Declared, Kind
+from ..model import HubertModel
+from .attention import FORMS
+from .modules import BinaryConv1d, BinaryLinear, FrameMask, Quantizer
+from .policy import BINARY, SPECS, Policy, read_policy
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of one declared part: `owner` holds it as `name`; `conv`: whether its block has a convolution."""
+
+    path: str
+    owner: nn.Module
+    name: str
+    kind: Kind
+    action: str
+    reason: str
+    conv: bool
+
+    @property
+    def part(self) -> nn.Module | None:
+        """The module itself; None for an attention product of the float model."""
+        part: nn.Module | None = getattr(self.owner, self.name)
+        return part
+
+
+def binarize(model: HubertModel, spec: str = "w1a1", policy: str | Path | Mapping[str, Any] = "default") -> HubertModel:
+    """A binarised copy of a HuBERT with any encoder; the source is not changed.
+
+    spec: w1a1 (one-bit weights and activations) or w1a2 (activations of two bits). policy: default, paper, a YAML file or a mapping
+    (quant/policy.py). The copy has the source's weights as float `weight`s, of which signs are taken as it runs; scales of activations
+    start from the first batch in train mode. A w1a2 model becomes w1a1 with the scales it has learned; its policy is kept.
+    Raises `UserError` for an unknown spec or policy, one that names a module that is not there, a fused model, and one that is
+    binarised already.
+    """
+    if not isinstance(model, HubertModel):
+        raise UserError(f"cannot binarise a {type(model).__name__}: expected a HubertModel")
+    if spec not in SPECS:
+        raise unknown("quantisation", spec, SPECS)
+    if model.fused:
+        raise UserError("this model is fused for inference: binarise the model that it was made from")
+    was = model.config.quant
+    if was == "w1a2" and spec == "w1a1":
+        config = dataclasses.replace(model.config, quant=spec)
+        lower = HubertModel(config, model.num_classes)
+        lower.load_state_dict(model.state_dict())
+        lower.to(next(model.parameters()).device, next(model.parameters()).dtype)
+        lower.set_num_updates(model.num_updates)
+        return lower.train(model.training)
+    if was != "none":
+        raise UserError(f"this model is binarised already ({was}): binarise its float form")
+    chosen = read_policy(policy)
+    copied = copy.deepcopy(model)
+    copied.config = dataclasses.replace(model.config, quant=spec, quant_policy=chosen.text)
+    convert(copied, SPECS[spec], chosen)
+    return copied.train(model.training)
+
+
+def decisions(model: HubertModel, policy: Policy) -> list[Decision]:
+    """What the policy decides for each declared part of a model, float or binarised, in the model's order."""
+    found = []
+    blocks = {f"encoder.layers.{index}": block for index, block in enumerate(model.encoder.layers)}
+    for prefix, block in blocks.items():
+        parts = [part for path, module in block.named_modules(prefix=prefix) for part in _parts(module, path)]
+        conv = any(kind.name in (POINTWISE, DEPTHWISE) for _, _, _, kind in parts)
+        found += [(*part, conv) for part in parts]
+    inside = set(map(id, (m for block in blocks.values() for m in block.modules())))
+    for path, module in model.named_modules():
+        if id(module) not in inside:
+            found += [(*part, False) for part in _parts(module, path)]
+    policy.check([path for path, *_ in found])
+    return [Decision(path, owner, name, kind, *policy.decide(path, kind.name), conv) for path, owner, name, kind, conv in found]
+
+
+def _parts(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module, str, Kind]]:
+    if isinstance(module, Declared):
+        for name, kind in module.kinds().items():
+            if kind.form or getattr(module, name) is not None:
+                yield f"{path}.{name}" if path else name, module, name, kind
+
+
+def convert(model: HubertModel, bits: int, policy: Policy) -> None:
+    """Binarise a model in place; its weights stay the parameters they are."""
+    shared: dict[tuple[int, str], set[str]] = {}
+    for choice in decisions(model, policy):
+        if choice.kind.shared:
+            actions = shared.setdefault((id(choice.owner), choice.kind.shared), set())
+            actions.add(choice.action)
+            if len(actions) > 1:
+                raise UserError(f"the policy binarises only some of the layers that share the input of '{choice.path}': all or none")
+        if choice.action == BINARY:
+            setattr(choice.owner, choice.name, _binary(choice, bits, policy))
+            if choice.kind.activation:
+                setattr(choice.owner, choice.kind.activation, relu)
+    for block in model.encoder.layers:
+        frames = FrameMask()
+        for module in block.modules():
+            if isinstance(module, Quantizer):
+                module.frames = frames
+        block.register_forward_pre_hook(frames.enter)
+        block.register_forward_hook(frames.leave)
+
+
+def _binary(choice: Decision, bits: int, policy: Policy) -> nn.Module:
+    kind, part = choice.kind, choice.part
+    if kind.form:
+        moved = policy.moves == "all" or (policy.moves == "attention" and not choice.conv)
+        return FORMS[kind.form](bits, kind.shapes if moved else {}).to(next(choice.owner.parameters()))
+    per_channel, move = policy.weight_scale == "channel", policy.moves == "all"
+    binary: BinaryLinear | BinaryConv1d
+    if isinstance(part, nn.Linear):
+        rows, columns = part.weight.shape
+        if kind.shared and getattr(choice.owner, kind.shared) is None:
+            setattr(choice.owner, kind.shared, Quantizer(bits, kind.signed, (columns,) if move else None).to(part.weight))
+        binary = BinaryLinear(
+            columns, rows, part.bias is not None, bits=bits, signed=kind.signed, per_channel=per_channel, move=move,
+            own_input=not kind.shared,
+        )  # fmt: skip
+    elif isinstance(part, DepthwiseConv):
+        channels, _, kernel = part.weight.shape
+        binary = BinaryConv1d(
+            channels, channels, kernel, part.bias is not None, stride=part.stride, groups=channels, bits=bits, signed=kind.signed,
+            per_channel=per_channel, move=move,
+        )  # fmt: skip
+    else:
+        raise UserError(f"'{choice.path}' is declared as {kind.name}, but a {type(part).__name__} has no binary form")
+    binary.to(part.weight)
+    binary.weight = part.weight
+    if part.bias is not None:
+        binary.bias = part.bias
+    return binary

@@ -1,0 +1,133 @@
+"""Quantisers at one and two bits (Liu et al. 2022, "BiT", section 2), in the form that a bit-packed runtime can follow exactly.
+
+A quantised tensor is a * codes with one learned scale a. A quantiser returns the codes, so that products sum integers first, and one
+multiplication by all scales follows: the same order of arithmetic with +-1 in floats and with packed bits. Gradients are those of
+y = a * codes, g = dL/dy, once the caller's product has multiplied by a:
+
+    signed    q = x / a
+              1 bit   q > 0 ? 1 : -1            dL/dx = g 1[|q| <= 1]          dL/da = sum g sign(x) / n^0.5
+              2 bits  clamp(round(q), -2, 1)    dL/dx = g 1[-2 <= q <= 1]      dL/da = sum g {-2 below, 1 above, round(q) - q} / n^0.5
+    unsigned  q = (x - z) / a, Q = 2^bits - 1; at 1 bit z = 0, and the bit is x > a / 2
+                      clamp(round(q), 0, Q) + z / a
+                                                dL/dx = g 1[0 <= q <= Q]       dL/da = sum g {0 below, Q above, round(q) - q} / (n Q)^0.5
+
+n counts the elements that are no padding. Every bit is a `>`: nothing has the sign 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOOR = 1e-5  # the least scale
+
+
+class _Signed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, bits: int) -> Tensor:
+        ctx.save_for_backward(x, scale)
+        ctx.bits = bits
+        if bits == 1:
+            return (x > 0).to(x.dtype).mul_(2).sub_(1)
+        return (x / scale).round_().clamp_(-2, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, scale = ctx.saved_tensors
+        grad = grad / scale  # dL/dy
+        if ctx.bits == 1:
+            return grad.masked_fill(x.abs() > scale, 0.0), None, None  # the product's gradient of a is all there is
+        q = x / scale
+        grad = grad.masked_fill((q < -2) | (q > 1), 0.0)
+        return grad, -(grad * q).sum().view_as(scale), None
+
+
+class _Unsigned(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, bits: int, offset: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, scale, offset)
+        ctx.bits = bits
+        if bits == 1:
+            return (x > scale / 2).to(x.dtype)
+        assert offset is not None
+        return ((x - offset) / scale).round_().clamp_(0, 2**bits - 1) + offset / scale
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, scale, offset = ctx.saved_tensors
+        grad = grad / scale
+        q = (x if offset is None else x - offset) / scale
+        inside = grad.masked_fill((q < 0) | (q > 2**ctx.bits - 1), 0.0)
+        of_scale = (inside * q).sum()
+        if offset is not None:
+            of_scale = of_scale + (grad * (offset / scale)).sum()  # z is constant, so its share of the product's gradient is taken back
+        return inside, -of_scale.view_as(scale), None, None
+
+
+def signed_codes(x: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Codes of x in {-1, 1}, or {-2, -1, 0, 1} at 2 bits; scale (1,)."""
+    return _Signed.apply(x, scale, bits)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def unsigned_codes(x: Tensor, scale: Tensor, bits: int, offset: Tensor | None = None) -> Tensor:
+    """Codes of x in {0, 1}, or {0, 1, 2, 3} + offset / scale at 2 bits; scale (1,), offset: the minimum z, broadcast to x."""
+    return _Unsigned.apply(x, scale, bits, None if offset is None else offset.detach())  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _Scale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, scale: Tensor, factor: Tensor) -> Tensor:
+        ctx.save_for_backward(factor)
+        return scale.clamp(min=FLOOR)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (factor,) = ctx.saved_tensors
+        return grad * factor, None
+
+
+def effective_scale(scale: Tensor, count: Tensor | int, levels: int) -> Tensor:
+    """The scale, at least `FLOOR`; its gradient is divided by sqrt(count * levels) (and passes the floor, so that it can recover)."""
+    if not torch.is_grad_enabled():
+        return scale.clamp(min=FLOOR)
+    factor = torch.as_tensor(count, device=scale.device).to(scale.dtype).clamp(min=1).mul(levels).rsqrt()
+    return _Scale.apply(scale, factor)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def initial_scale(mean: Tensor | float, signed: bool, levels: int) -> Tensor | float:
+    """The scale to start from, by the mean of |x|."""
+    return 2 * mean if signed else 4 * mean / levels**0.5
+
+
+class _Signs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, centre: Tensor, size: Tensor) -> Tensor:
+        ctx.save_for_backward(size)
+        return (weight > centre).to(weight.dtype).mul_(2).sub_(1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (size,) = ctx.saved_tensors
+        return grad / size, None, None
+
+
+def weight_signs(weight: Tensor, per_channel: bool, groups: int = 1) -> tuple[Tensor, Tensor]:
+    """Signs of a weight (N, ...) and the size m that multiplies them, (N,) or (1,): m sign(W - e), whose gradient is handed to W as it is.
+
+    m = mean |W|, e = mean(W) over the whole tensor; `per_channel`: m of each output channel. With groups e too, except that the
+    channels of a depthwise convolution (one input channel per group) are not centred: that would delete the DC of a smoothing filter.
+    """
+    with torch.no_grad():
+        rows = weight.flatten(1)
+        size = rows.abs().mean(1) if per_channel else rows.abs().mean().view(1)
+        size = size.clamp(min=FLOOR)
+        shape = (-1, *(1,) * (weight.dim() - 1))
+        if per_channel and groups > 1:
+            depthwise = weight.size(1) == 1
+            centre = torch.zeros_like(size) if depthwise else rows.mean(1)
+        else:
+            centre = rows.mean().view(1)
+    signs: Tensor = _Signs.apply(weight, centre.view(shape), size.view(shape))  # type: ignore[no-untyped-call]
+    return signs, size

@@ -1,0 +1,192 @@
+"""Layers that train at one bit: a float `weight` whose signs multiply the codes of the input, sums of integers in float.
+
+`PackedLinear` and its kind, which run the same from bits, have the same contract; nothing else in a model knows which of them it holds.
+"""
+
+# B batch, T frames, K inputs, N outputs, k kernel
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn import functional as F
+
+from ..errors import UserError
+from ..layers.convolution import convolve
+from ..layers.linear import linear
+from .functional import FLOOR, effective_scale, initial_scale, signed_codes, unsigned_codes, weight_signs
+
+
+class Codes(NamedTuple):
+    """A quantised tensor scale * values, values being integers (at 2 unsigned bits, integers and a common offset)."""
+
+    values: Tensor
+    scale: Tensor  # (1,)
+
+
+class FrameMask:
+    """Which frames of the batch that a block is working on are no padding: hooks of the block tell all quantisers in it.
+
+    So a layer of the float model, and what stands in for it, are called in the same way, with nothing but their input.
+    """
+
+    valid: Tensor | None = None  # (B, T) bool; None: all
+
+    def enter(self, block: nn.Module, args: tuple[Any, ...]) -> None:
+        """Forward pre-hook of a block, which is called as block(x, frames)."""
+        self.valid = args[1].valid
+
+    def leave(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook."""
+        self.valid = None
+
+    def over(self, x: Tensor) -> Tensor | None:
+        """The mask as it broadcasts to x (B, T, C) or (B, H, T, d)."""
+        if self.valid is None:
+            return None
+        return self.valid.unsqueeze(-1) if x.dim() == 3 else self.valid[:, None, :, None]
+
+
+class Quantizer(nn.Module):
+    """x -> `Codes` of x + move, with one learned scale.
+
+    The scale starts from the first batch in train mode, padding left out and all data-parallel processes together; until then it is 1.
+    `initial`: a start that is known beforehand. move: shape of the learnable bias per channel ("move"), None: there is none.
+    """
+
+    def __init__(self, bits: int, signed: bool, move: tuple[int, ...] | None = None, initial: float | None = None) -> None:
+        super().__init__()
+        self.bits, self.signed = bits, signed
+        self.levels = 1 if signed else 2**bits - 1
+        self.scale = nn.Parameter(torch.ones(1) if initial is None else torch.full((1,), float(initial)))
+        self.move = None if move is None else nn.Parameter(torch.zeros(move))
+        self.initialized: Tensor
+        self.register_buffer("initialized", torch.tensor(initial is not None))
+        self._ready = initial is not None  # what `initialized` says, without waiting for a GPU
+        self.frames = FrameMask()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[no-untyped-call]
+        self._ready = bool(self.initialized)
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, {'signed' if self.signed else 'unsigned'}, move={self.move is not None}"
+
+    def effective(self, count: Tensor | int) -> Tensor:
+        """The scale for a tensor of `count` elements that are no padding."""
+        return effective_scale(self.scale, count, self.levels)
+
+    def forward(self, x: Tensor) -> Codes:
+        """x (B, T, C) or (B, H, T, d)."""
+        return self.masked(x, self.frames.over(x))
+
+    def masked(self, x: Tensor, mask: Tensor | None) -> Codes:
+        """The same with the padding given: bool, broadcastable to x, with its number of dimensions; False = padding."""
+        if self.move is not None:
+            x = x + self.move
+        if self.training and not self._ready:
+            self._initialize(x.detach(), mask)
+        count = x.numel() if mask is None else mask.sum() * (x.numel() // mask.numel())
+        scale = self.effective(count)
+        if self.signed:
+            return Codes(signed_codes(x, scale, self.bits), scale)
+        offset = None
+        if self.bits > 1:  # the minimum of each sequence
+            seen = x.detach() if mask is None else x.detach().masked_fill(~mask, torch.inf)
+            offset = seen.amin(tuple(range(1, x.dim())), keepdim=True)
+            offset = offset.masked_fill(offset == torch.inf, 0.0)  # a sequence of padding only
+        return Codes(unsigned_codes(x, scale, self.bits, offset), scale)
+
+    @torch.no_grad()
+    def _initialize(self, x: Tensor, mask: Tensor | None) -> None:
+        size = x.float().abs()
+        if mask is None:
+            total = torch.stack((size.sum(), size.new_tensor(float(x.numel()))))
+        else:
+            total = torch.stack((size.masked_fill(~mask, 0.0).sum(), mask.sum().float() * (x.numel() // mask.numel())))
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(total)
+        start = torch.as_tensor(initial_scale(total[0] / total[1].clamp(min=1.0), self.signed, self.levels))
+        start = torch.where(total[1] > 0, start.clamp(min=FLOOR), 1.0)
+        self.scale.copy_(start)
+        self.initialized.fill_(True)
+        self._ready = True
+
+
+class BinaryLinear(nn.Linear):
+    """y = (a m) (codes(x) . signs(W)) + bias; x (..., K) -> (..., N).
+
+    bits: of the input. signed: whether the input takes both signs. per_channel: one weight size m per output instead of one in all. move:
+    a learnable bias before the input's quantiser. own_input: False where a quantiser shared by several layers hands over `Codes`.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, *, bits: int = 1, signed: bool = True, per_channel: bool = True,
+        move: bool = True, own_input: bool = True,
+    ) -> None:  # fmt: skip
+        super().__init__(in_features, out_features, bias)
+        self.per_channel = per_channel
+        self.operand_bits = (1, bits)
+        self.stored_bits = {"weight": (self.weight.numel(), 1)}
+        self.input = Quantizer(bits, signed, (in_features,) if move else None) if own_input else None
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, operand_bits={self.operand_bits}, per_channel={self.per_channel}"
+
+    def forward(self, input: Tensor | Codes) -> Tensor:
+        if isinstance(input, Tensor):
+            assert self.input is not None
+            codes: Codes = self.input(input)
+        else:
+            codes = input
+        signs, size = weight_signs(self.weight, self.per_channel)
+        y = linear(codes.values, signs) * (codes.scale * size)
+        return y if self.bias is None else y + self.bias
+
+
+class BinaryConv1d(nn.Module):
+    """The same for a convolution over time with zero padding, (B, T, K) -> (B, ceil(T / stride), N); weight (N, K / groups, k).
+
+    At stride 1 the kernel, which is odd, is centred, above it begins at its frame. Padded frames and the padding at the ends are 0, that
+    is neither of the two values of a bit: they add nothing to a sum.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: int, bias: bool = True, *, stride: int = 1, groups: int = 1, bits: int = 1,
+        signed: bool = True, per_channel: bool = True, move: bool = True,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if in_channels % groups or out_channels % groups:
+            raise UserError(f"groups={groups} must divide the channels, {in_channels} and {out_channels}")
+        if stride == 1 and kernel % 2 == 0:
+            raise UserError(f"kernel={kernel} must be odd at stride 1")
+        self.stride, self.groups, self.per_channel = stride, groups, per_channel
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, kernel))
+        self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
+        nn.init.kaiming_uniform_(self.weight, a=5**0.5)
+        self.operand_bits = (1, bits)
+        self.stored_bits = {"weight": (self.weight.numel(), 1)}
+        self.input = Quantizer(bits, signed, (in_channels,) if move else None)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, stride={self.stride}, groups={self.groups}, operand_bits={self.operand_bits}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        codes: Codes = self.input(x)
+        values, scale = codes
+        mask = self.input.frames.over(x)
+        if mask is not None:
+            values = values.masked_fill(~mask, 0.0)
+        signs, size = weight_signs(self.weight, self.per_channel, self.groups)
+        kernel = signs.size(2)
+        if kernel == self.stride == self.groups == 1:
+            y = linear(values, signs.squeeze(2))
+        else:
+            before = kernel // 2 if self.stride == 1 else 0
+            after = before if self.stride == 1 else max(0, kernel - self.stride + -x.size(1) % self.stride)
+            y = convolve(F.pad(values, (0, 0, before, after)), signs, None, self.stride, 0, self.groups)
+        y = y * (scale * size)
+        return y if self.bias is None else y + self.bias

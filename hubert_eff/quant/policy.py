@@ -1,0 +1,148 @@
+"""Policies: which kinds of layers are binarised, which stay float, and why. A policy names no encoder; encoders declare kinds.
+
+As YAML, or the mapping that it reads as:
+
+    base: default                  # what is not said below: default | paper
+    depthwise_conv: binary         # binary | float, for any of `BINARY_KINDS`
+    weight_scale: channel          # channel: one weight size per output channel; tensor: one per layer
+    moves: all                     # learnable biases before quantisers: all | attention (queries, keys and values of blocks without
+                                   # convolution) | none
+    modules:                       # single modules, or patterns of them; the last one that fits decides
+      encoder.layers.0.*: float
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import UserError, unknown
+from ..layers.kinds import BINARY_KINDS, DEPTHWISE, FEED_FORWARD, FLOAT_KINDS, POINTWISE, PRODUCT, PROJECTION
+
+BINARY, FLOAT = "binary", "float"
+SPECS = {"w1a1": 1, "w1a2": 2}  # name -> bits of activations
+CHOICES = {"weight_scale": ("channel", "tensor"), "moves": ("all", "attention", "none")}
+SPEEDS_UP = "most of the weights and products; a packed kernel runs it many times faster"
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What becomes of each kind, (action, reason), and how; `modules`: (pattern of paths, action)."""
+
+    base: str
+    rules: Mapping[str, tuple[str, str]]
+    weight_scale: str
+    moves: str
+    modules: Sequence[tuple[str, str]] = ()
+    source: Mapping[str, Any] = field(default_factory=dict)
+
+    def decide(self, path: str, kind: str) -> tuple[str, str]:
+        """(action, reason) for the module at `path`. Raises `UserError` where the policy wants to binarise what cannot be."""
+        action, reason = (FLOAT, FLOAT_KINDS[kind]) if kind in FLOAT_KINDS else self.rules[kind]
+        for pattern, wanted in self.modules:
+            if _fits(path, pattern):
+                if kind in FLOAT_KINDS and wanted == BINARY:
+                    raise UserError(f"the policy binarises '{path}', which has to stay float: {reason}")
+                action, reason = wanted, f"the policy says so of {pattern}"
+        return action, reason
+
+    def check(self, paths: Sequence[str]) -> None:
+        """Raise `UserError` if `modules` names something that is not among the paths of a model."""
+        for pattern, _ in self.modules:
+            if not any(_fits(path, pattern) for path in paths):
+                raise unknown("module in the policy", pattern, paths)
+
+    @property
+    def text(self) -> str:
+        """The name of the policy, or all that it says on one line: what `read_policy` reads again."""
+        return json.dumps(self.source, sort_keys=False) if self.source else self.base
+
+
+def _fits(path: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(path, pattern) or path.startswith(pattern + ".")
+
+
+POLICIES = {
+    "default": Policy(
+        "default",
+        {
+            PROJECTION: (BINARY, SPEEDS_UP),
+            PRODUCT: (BINARY, "as many products as the projections have, from one second of audio on"),
+            FEED_FORWARD: (BINARY, SPEEDS_UP),
+            POINTWISE: (BINARY, SPEEDS_UP),
+            DEPTHWISE: (FLOAT, "0.1 to 1 % of the weights, and bits make it hardly faster"),
+        },
+        weight_scale="channel",
+        moves="all",
+    ),
+    "paper": Policy(
+        "paper",
+        {kind: (BINARY, "the paper's storage counts one bit per weight of every layer in the blocks") for kind in BINARY_KINDS},
+        weight_scale="tensor",
+        moves="attention",
+    ),
+}
+
+
+def read_policy(policy: str | Path | Mapping[str, Any]) -> Policy:
+    """A policy by name, from a mapping, from its text on one line ({...}), or from a YAML file.
+
+    Raises `UserError` for an unknown name, key or value.
+    """
+    if isinstance(policy, Mapping):
+        return _parse(policy, "the policy")
+    text = str(policy)
+    if text in POLICIES:
+        return POLICIES[text]
+    inline = text.lstrip().startswith("{")
+    if not inline and not Path(text).is_file():
+        hint = " (or the path of a YAML file, which is not there)" if Path(text).suffix in (".yaml", ".yml") else ""
+        raise unknown(f"policy{hint}", text, POLICIES)
+    where = "the policy" if inline else text
+    try:
+        content = yaml.safe_load(text if inline else Path(text).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{where} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, Mapping):
+        raise UserError(f"{where} must map kinds of layers to {BINARY} or {FLOAT}")
+    return _parse(content, where)
+
+
+def _parse(content: Mapping[str, Any], where: str) -> Policy:
+    base = content.get("base", "default")
+    if base not in POLICIES:
+        raise unknown("policy", base, POLICIES)
+    policy = POLICIES[base]
+    rules = dict(policy.rules)
+    for key, value in content.items():
+        if key in FLOAT_KINDS:
+            raise UserError(f"{where}: {key} always stays float: {FLOAT_KINDS[key]}")
+        if key in BINARY_KINDS:
+            rules[key] = (_action(key, value, where), "the policy says so")
+        elif key in CHOICES:
+            if value not in CHOICES[key]:
+                raise unknown(f"value of {key} in {where}", value, CHOICES[key])
+        elif key not in ("base", "modules"):
+            raise unknown(f"key of {where}", key, ["base", "modules", *CHOICES, *BINARY_KINDS])
+    modules = content.get("modules") or {}
+    if not isinstance(modules, Mapping):
+        raise UserError(f"{where}: modules must map paths of modules to {BINARY} or {FLOAT}")
+    return replace(
+        policy,
+        rules=rules,
+        modules=tuple((str(path), _action(path, action, where)) for path, action in modules.items()),
+        source=dict(content),
+        **{key: content[key] for key in CHOICES if key in content},
+    )
+
+
+def _action(key: object, value: object, where: str) -> str:
+    if value not in (BINARY, FLOAT):
+        raise unknown(f"action for '{key}' in {where}", value, (BINARY, FLOAT))
+    return str(value)
