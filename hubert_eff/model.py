@@ -76,6 +76,21 @@ class HubertModel(nn.Module):
         """Set train or eval mode; a fused model stays in eval mode."""
         return super().train(mode and not self.fused)
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, *args: Any, **kwargs: Any) -> Any:
+        """As of any module. If `strict`, raises `UserError` for weights of a binarised model in a float one, and the other way round."""
+        quantisers = [name for name in state_dict if name.endswith(".initialized")]
+        if strict and quantisers and self.config.quant == "none":
+            raise UserError(
+                f"these are the weights of a binarised model ({len(quantisers)} quantisers, the first in {quantisers[0][:-12]}), but "
+                "this model is float: build it with quant=w1a1 or w1a2, as a preset PRESET+w1a1 does"
+            )
+        if strict and not quantisers and self.config.quant != "none":
+            raise UserError(
+                f"these are the weights of a float model, without scales of quantisers, but this model is binarised "
+                f"({self.config.quant}): load them into a float model, then hubert_eff.binarize it"
+            )
+        return super().load_state_dict(state_dict, strict, *args, **kwargs)
+
     # -- features ----------------------------------------------------------------------------------------------------
 
     def num_frames(self, samples: int) -> int:

@@ -4,7 +4,8 @@ Two attributes, each about the module itself and not about its submodules. A mod
 
     operand_bits = (1, 1)                          (weight, activation) bits of every product that the module runs directly: matrix
                                                    products, convolutions, attention
-    stored_bits = {"weight": (elements, bits)}     its own parameters or buffers that are kept in fewer bits than their dtype has
+    stored_bits = {"weight": (elements, bits)}     its own parameters or buffers that are kept in fewer bits than their dtype has; what
+                                                   comes with them, such as one scale per channel, adds its share
 
 A module that computes with +-1 in floats and one that computes the same from packed bits declare the same, and so cost the same in a
 profile. A module whose products differ in width runs each kind in a submodule of its own.
@@ -64,9 +65,9 @@ def operand_bits(module: nn.Module) -> Bits | None:
     return bits
 
 
-def stored_bits(module: nn.Module) -> Mapping[str, tuple[int, int]]:
+def stored_bits(module: nn.Module) -> Mapping[str, tuple[int, float]]:
     """(elements, bits per element) by name of those of `module`'s own parameters and buffers that are narrower than their dtype."""
-    stored: Mapping[str, tuple[int, int]] = getattr(module, "stored_bits", {})
+    stored: Mapping[str, tuple[int, float]] = getattr(module, "stored_bits", {})
     missing = sorted(set(stored) - {*module._parameters, *module._buffers})
     if missing:
         raise UserError(f"{type(module).__name__}.stored_bits names '{missing[0]}', which is no parameter or buffer of its own")

@@ -24,7 +24,7 @@ POSITION_PROJECTION, RATE_CHANGE, CODEBOOK_HEAD = "position_projection", "rate_c
 FLOAT_KINDS = {  # kind -> why it is never binarised
     EXTRACTOR: "reads the waveform itself, where single bits lose the signal",
     INPUT_PROJECTION: "one layer that all others depend on",
-    POSITIONAL_CONV: "one layer; position reaches the encoder through it alone",
+    POSITIONAL_CONV: "one layer at the entrance, before the first norm",
     POSITION_PROJECTION: "its output, not its input, is what the attention binarises",
     RATE_CHANGE: "part of the path between frame rates that passes by the blocks",
     CODEBOOK_HEAD: "used in pre-training only",

@@ -22,6 +22,7 @@ import hubert_eff
 from ..config import SAMPLE_RATE
 from ..errors import UserError, unknown
 from ..layers.bits import Bits, stored_bits
+from ..quant import quant_report
 from ..registry import list_presets
 from .counters import Counts, Tally, count_operations
 from .device import read_device
@@ -101,6 +102,7 @@ class Profile:
     kinds: dict[str, Tally]
     operations: dict[str, Tally]
     modules: ModuleCost
+    quantised: list[dict[str, Any]]  # of a binarised model: what became of each of its parts, and why
 
     def to_dict(self, depth: int | None = None) -> dict[str, Any]:
         """Plain values for JSON; the module tree down to `depth` levels below the model (None: all)."""
@@ -184,6 +186,7 @@ def profile(
         kinds=counts.by_kind(),
         operations=counts.by_operation(),
         modules=modules,
+        quantised=quant_report(model),
     )
 
 
@@ -278,7 +281,7 @@ def file_storage(model: nn.Module) -> int:
         stored = stored_bits(modules[path]) if path in modules else {}
         if own in stored:
             elements, bits = stored[own]
-            total += -(-elements * bits // 8)
+            total += math.ceil(elements * bits / 8)
         elif isinstance(tensor, Tensor) and name != LABEL_EMBEDDINGS:
             total += tensor.numel() * tensor.element_size()
     return total

@@ -57,7 +57,10 @@ def render(profile: Profile, depth: int = 3) -> Group:
     for name, tally in profile.operations.items():
         if tally.macs or tally.element_ops:
             operations.add_row(name, f"{tally.calls:,}", f"{tally.macs:,}", f"{tally.element_ops:,}")
-    return Group(summary, kinds, modules, operations, NOTE)
+    fates = plain_table("part", "kind", "becomes", "parts", "weights", "why")
+    for row in profile.quantised:
+        fates.add_row(row["path"], row["kind"], row["becomes"], f"{row['parts']:,}", f"{row['weights']:,}", row["reason"])
+    return Group(summary, kinds, modules, operations, *([fates] if profile.quantised else []), NOTE)
 
 
 def compare(profiles: Sequence[Profile]) -> Group:
@@ -98,7 +101,7 @@ def plain_table(*columns: str) -> Table:
     """An empty table; numbers stand on the right."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for position, column in enumerate(columns):
-        text = position == 0 or column in ("class", "")
+        text = position == 0 or column in ("class", "kind", "becomes", "why", "")
         table.add_column(column, justify="left" if text else "right", no_wrap=True)
     return table
 

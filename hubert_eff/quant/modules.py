@@ -116,6 +116,11 @@ class Quantizer(nn.Module):
         self._ready = True
 
 
+def _stored(weight: Tensor, per_channel: bool) -> dict[str, tuple[int, float]]:
+    """One bit per weight, and the weight sizes as float32."""
+    return {"weight": (weight.numel(), 1 + 32 * (weight.size(0) if per_channel else 1) / weight.numel())}
+
+
 class BinaryLinear(nn.Linear):
     """y = (a m) (codes(x) . signs(W)) + bias; x (..., K) -> (..., N).
 
@@ -130,7 +135,7 @@ class BinaryLinear(nn.Linear):
         super().__init__(in_features, out_features, bias)
         self.per_channel = per_channel
         self.operand_bits = (1, bits)
-        self.stored_bits = {"weight": (self.weight.numel(), 1)}
+        self.stored_bits = _stored(self.weight, per_channel)
         self.input = Quantizer(bits, signed, (in_features,) if move else None) if own_input else None
 
     def extra_repr(self) -> str:
@@ -168,7 +173,7 @@ class BinaryConv1d(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
         self.operand_bits = (1, bits)
-        self.stored_bits = {"weight": (self.weight.numel(), 1)}
+        self.stored_bits = _stored(self.weight, per_channel)
         self.input = Quantizer(bits, signed, (in_channels,) if move else None)
 
     def extra_repr(self) -> str:

@@ -28,7 +28,7 @@ from ..layers.kinds import BINARY_KINDS, DEPTHWISE, FEED_FORWARD, FLOAT_KINDS, P
 BINARY, FLOAT = "binary", "float"
 SPECS = {"w1a1": 1, "w1a2": 2}  # name -> bits of activations
 CHOICES = {"weight_scale": ("channel", "tensor"), "moves": ("all", "attention", "none")}
-SPEEDS_UP = "most of the weights and products; a packed kernel runs it many times faster"
+MOST = "holds most of the weights and products"
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,11 @@ POLICIES = {
     "default": Policy(
         "default",
         {
-            PROJECTION: (BINARY, SPEEDS_UP),
-            PRODUCT: (BINARY, "as many products as the projections have, from one second of audio on"),
-            FEED_FORWARD: (BINARY, SPEEDS_UP),
-            POINTWISE: (BINARY, SPEEDS_UP),
-            DEPTHWISE: (FLOAT, "0.1 to 1 % of the weights, and bits make it hardly faster"),
+            PROJECTION: (BINARY, MOST),
+            PRODUCT: (BINARY, "its share grows with the length of the audio"),
+            FEED_FORWARD: (BINARY, MOST),
+            POINTWISE: (BINARY, MOST),
+            DEPTHWISE: (FLOAT, "about 1 % of the weights; one bit would gain little and costs the filters their shape"),
         },
         weight_scale="channel",
         moves="all",
