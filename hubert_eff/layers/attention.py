@@ -74,14 +74,14 @@ Bias = Callable[[int, int, int, Tensor], object]
 BLOCK = 384  # queries whose scores of one head stay in cache, per thread
 
 
-def _blockwise(q: Tensor, k: Tensor, v: Tensor, add_bias: Bias | None) -> Tensor:
+def _blockwise(q: Tensor, k: Tensor, v: Tensor, add_bias: Bias | None, block: int | None = None) -> Tensor:
     """Attention without gradient on a CPU, head by head and a block of queries at a time: oneDNN's products are faster than torch's
     fused kernel, which goes through MKL. `add_bias(row, start, stop, scores)` adds to the scores of queries start ... stop - 1 of
     row b H + h in place."""
     rows = (q * q.size(-1) ** -0.5).flatten(0, 1).contiguous()  # (B H, T, d)
     keys, values = k.flatten(0, 1).contiguous(), v.flatten(0, 1)
     mixed = torch.empty_like(rows)
-    block = BLOCK * torch.get_num_threads()
+    block = block or BLOCK * torch.get_num_threads()
     for row in range(rows.size(0)):
         columns = values[row].t().contiguous()
         for start in range(0, rows.size(1), block):
@@ -251,4 +251,4 @@ class RelativeSelfAttention(SelfAttention):
             if unseen is not None:
                 scores += unseen[row]
 
-        return _blockwise(content, k, v, add_bias)
+        return _blockwise(content, k, v, add_bias, 2 * self.CHUNK)  # longer blocks compute more offsets that no query sees
