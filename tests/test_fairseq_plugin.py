@@ -25,6 +25,7 @@ import hubert_eff
 from hubert_eff.errors import UserError
 from hubert_eff.frontend import frame_padding_mask
 from hubert_eff.model import HubertModel
+from hubert_eff.quant import BinaryLinear
 from hubert_eff.registry import get_encoder, preset_config
 
 pytest.importorskip("fairseq", reason="fairseq is not installed: pip install 'hubert-eff[fairseq]'")
@@ -129,6 +130,18 @@ def test_state_names_are_the_core_models(encoder: str, data: Path) -> None:
     assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in plain.state_dict().items()}
     model.set_num_updates(12)
     assert model.num_updates == 12
+
+
+def test_binarised_model_and_its_policy_are_in_the_configuration(data: Path, tmp_path: Path) -> None:
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("feed_forward: float")
+    task, cfg = make_task(data, "model.quant=w1a1", f"model.quant_policy={policy}")
+    model = task.build_model(cfg.model)
+    assert isinstance(model.encoder.layers[0].self_attn.q_proj, BinaryLinear)
+    assert not isinstance(model.encoder.layers[0].ffn1.w_1, BinaryLinear)
+    assert json.loads(cfg.model.quant_policy) == {"feed_forward": "float"}
+    with pytest.raises(UserError, match="weights of a float model"):
+        model.load_state_dict(hubert_eff.build("conformer-debug").state_dict(), strict=True, model_cfg=cfg.model)
 
 
 def test_unknown_model_name_offers_the_nearest(data: Path) -> None:

@@ -67,7 +67,9 @@ class HubertEffPretrainingTask(HubertPretrainingTask):
         name = getattr(cfg, "_name", None)
         if name not in MODEL_REGISTRY:
             raise unknown("model", name, (f"hubert_{encoder}" for encoder in list_encoders()))
-        return super().build_model(cfg, from_checkpoint)
+        model = super().build_model(cfg, from_checkpoint)
+        cfg.quant_policy = model.config.quant_policy  # what a policy file says goes into the checkpoints
+        return model
 
     @one_line_errors()
     def load_dataset(self, split: str, **kwargs: Any) -> None:
