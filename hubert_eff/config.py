@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import math
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -30,6 +31,8 @@ CONV_FEATURE_LAYERS: dict[str, tuple[tuple[int, int, int], ...]] = {
         *((512, 2, 2), (512, 1, 1)) * 2,
     ),
 }
+
+_TYPES = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
 
 Config = TypeVar("Config", bound="HubertConfig")
 
@@ -105,11 +108,21 @@ class HubertConfig:
     quant_policy: str = option("default", "what is binarised: default | paper | a YAML file, or its content as {...}")
 
     def __post_init__(self) -> None:
+        self._check_types()
         self.validate()
         if self.quant != "none":
             from .quant.policy import read_policy
 
             self.quant_policy = read_policy(self.quant_policy).text  # a file's content, so that it is saved with the model
+
+    def _check_types(self) -> None:
+        """Raise `UserError` for a value that is not of its key's type, or is not finite."""
+        for key, kind in typing.get_type_hints(type(self)).items():
+            value = getattr(self, key)
+            accepted: Any = (int, float) if kind is float else kind
+            fits = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
+            if kind in _TYPES and not (fits and (kind is not float or math.isfinite(value))):
+                raise UserError(f"{key}={value!r} must be {_TYPES[kind]}")
 
     def validate(self) -> None:
         """Raise `UserError` for a value that cannot be built or trained. Encoders extend it."""
@@ -125,9 +138,15 @@ class HubertConfig:
                      "mask_channel_prob"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise UserError(f"{name}={getattr(self, name)} is no probability: it must be in [0, 1]")
+        for name in ("seed", "feature_grad_mult", "final_dim", "mask_other", "mask_channel_other"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}={getattr(self, name)} must not be negative")
+        for name in ("logit_temp", "label_rate"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name}={getattr(self, name)} must be positive")
         for axis in ("mask", "mask_channel"):
             other, span = getattr(self, f"{axis}_other"), getattr(self, f"{axis}_length")
-            if getattr(self, f"{axis}_selection") == "uniform" and not 0 <= other <= 2 * span:
+            if getattr(self, f"{axis}_selection") == "uniform" and other > 2 * span:
                 raise UserError(f"{axis}_other={other} must be in [0, 2 * {axis}_length = {2 * span}]: the shortest uniform span")
         for name, width, dim in (("encoder_attention_heads", "encoder_embed_dim", self.encoder_embed_dim),
                                  ("conv_pos_groups", "the encoder's input width", self.input_dim)):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import math
 
 import pytest
 import torch
 
 import hubert_eff
 from hubert_eff.errors import UserError
-from hubert_eff.registry import register_encoder
+from hubert_eff.registry import get_encoder, register_encoder
 
 ENCODERS = hubert_eff.list_encoders()
 
@@ -230,8 +232,30 @@ def test_unknown_names_offer_the_nearest() -> None:
         ({"encoder_layers": 0}, "must be at least 1"),
         ({"dropout": 3.0}, "no probability"),
         ({"mask_selection": "uniform", "mask_other": 30.0}, "shortest uniform span"),
+        ({"mask_other": -1.0}, "must not be negative"),
+        ({"seed": -1}, "must not be negative"),
+        ({"logit_temp": 0.0}, "must be positive"),
+        ({"label_rate": 0}, "must be positive"),
     ],
 )
 def test_impossible_configurations_are_refused(keys: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         hubert_eff.build("conformer-debug", **keys)
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_every_key_refuses_what_is_not_of_its_type(encoder: str) -> None:
+    wrong = {
+        "bool": ("yes", None, 1), "int": ("3", None, 2.5, True), "float": ("0.1", None, True, math.nan, math.inf), "str": (None, 3, ["a"])
+    }  # fmt: skip
+    for field in dataclasses.fields(get_encoder(encoder).config):
+        for value in wrong[field.type]:
+            with pytest.raises(UserError, match=f"{field.name}=.*must be|unknown value of {field.name}"):
+                hubert_eff.build(f"{encoder}-debug", **{field.name: value})
+
+
+def test_a_layer_that_is_not_there_is_refused(model) -> None:
+    depth = model.config.encoder_layers
+    for layer in (-1, depth + 1):
+        with pytest.raises(UserError, match=f"layer={layer}.*1 to {depth}"):
+            model(torch.randn(1, 8_000), features_only=True, output_layer=layer)

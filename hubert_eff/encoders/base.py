@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..config import HubertConfig
+from ..errors import UserError
 from ..layers.dropout import Dropout
 from ..layers.kinds import POSITIONAL_CONV, Kind
 from ..layers.norm import once_tracked
@@ -114,11 +115,13 @@ class Encoder(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None, layer: int | None = None) -> Tensor:
-        """Output of block `layer` (1 ... L; default: the last), (B, T, D). LayerDrop is on in train mode.
+        """Output of block `layer` (1 ... L, or 0 for what enters block 1; default: the last), (B, T, D). LayerDrop is on in train mode.
 
-        padding_mask: (B, T) bool, True = padding.
+        padding_mask: (B, T) bool, True = padding. Raises `UserError` for a layer that is not there.
         """
         depth = len(self.layers) if layer is None else layer
+        if not 0 <= depth <= len(self.layers):
+            raise UserError(f"layer={layer} is not there: the encoder has blocks 1 to {len(self.layers)}")
         return self._run(x, padding_mask, depth, self.layerdrop if self.training else 0.0)[-1]
 
     def hidden_states(self, x: Tensor, padding_mask: Tensor | None = None) -> list[Tensor]:
