@@ -163,7 +163,7 @@ class BinarySparseAttention(BinaryAttention):
         query, key, value = self.query(q), self.key(k), self.value(v)
         frames, valid = q.size(2), self.query.frames.valid
         scale = query.scale * key.scale * q.size(-1) ** -0.5
-        length = torch.as_tensor(frames, device=q.device).expand(q.size(0)) if valid is None else valid.sum(1)
+        length = torch.full((q.size(0),), frames, device=q.device) if valid is None else valid.sum(1)
         own_scale = self.probabilities.quantizer.effective(q.size(1) * (length * pattern.visible(length)).sum())
         rows = self._banded if pattern.kind == "local" else self._blocked
         mixed = []

@@ -92,7 +92,9 @@ def effective_scale(scale: Tensor, count: Tensor | int, levels: int) -> Tensor:
     """The scale, at least `FLOOR`; its gradient is divided by sqrt(count * levels) (and passes the floor, so that it can recover)."""
     if not torch.is_grad_enabled():
         return scale.clamp(min=FLOOR)
-    factor = torch.as_tensor(count, device=scale.device).to(scale.dtype).clamp(min=1).mul(levels).rsqrt()
+    if isinstance(count, int):  # a kernel that fills: a copy to a GPU would be waited for
+        count = torch.full((), count, device=scale.device)
+    factor = count.to(scale.dtype).clamp(min=1).mul(levels).rsqrt()
     return _Scale.apply(scale, factor)  # type: ignore[no-any-return,no-untyped-call]
 
 
