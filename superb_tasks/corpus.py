@@ -1,236 +1,74 @@
-"""Keyword corpora: the layout of Speech Commands v1, checked, and a synthetic stand-in for it.
+"""Mini-SUPERB: the data of all ten tasks, generated offline in the layouts of the real data sets.
 
-S3PRL reads two folders. The first holds a folder of recordings per word and `_background_noise_`; its speakers fall into training,
-validation and test by a hash of their id, which begins each file name: `yes/0a7c2a8d_nohash_0.wav`. Files of test speakers are left
-out of it when training; they stand again in the second folder, sorted into the twelve classes of the task (Warden 2018, section 7).
+    hubert-eff corpus superb --out DIR [--minutes M] [--task ks,asr,...]
 
-    hubert-eff corpus superb --task ks --out DIR
+Voices of espeak-ng are the speakers, templates make sentences, intents and slots. It exists so that every task can run and be tested
+without licensed data; its scores compare models with each other only. Each module of `superb_tasks.corpora` makes one data set, and says
+in its first lines how it is laid out and which parts of S3PRL read it.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-import numpy as np
-import soundfile as sf
-from numpy.typing import NDArray
+from hubert_eff.corpus.espeak import version
+from hubert_eff.errors import UserError, unknown
+from hubert_eff.files import write_text
 
-from hubert_eff.config import SAMPLE_RATE
-from hubert_eff.corpus.espeak import Voice, speak
-from hubert_eff.errors import UserError
-from hubert_eff.files import write_json, write_text
-from hubert_eff.progress import progress
+from .corpora import diarization, fluent_commands, iemocap, librispeech, quesst14, snips, speech_commands, voxceleb
+from .corpora.speech_commands import KEYWORDS, SILENCE, UNKNOWN, check_keywords, folders, make_keywords, split_of
 
-KEYWORDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
-OTHER_WORDS = (
-    "bed", "bird", "cat", "dog", "eight", "five", "four", "happy", "house", "marvin", "nine", "one", "seven", "sheila", "six",
-    "three", "tree", "two", "wow", "zero",
-)  # fmt: skip
-UNKNOWN, SILENCE, NOISE = "_unknown_", "_silence_", "_background_noise_"
-TRAIN_FOLDER, TEST_FOLDER = "speech_commands_v0.01", "speech_commands_test_set_v0.01"
-LANGUAGES = ("en-us", "en-us-nyc", "en", "en-gb-x-rp", "en-gb-scotland", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en-029")
-VARIANTS = ("m1", "m2", "m3", "m4", "m5", "m6", "m7", "m8", "f1", "f2", "f3", "f4", "f5", "klatt", "klatt3", "Andrea")
-NOISE_SECONDS = 16
-NOISES = {"white_noise": 0.0, "pink_noise": 1.0, "brown_noise": 2.0}  # power falls with frequency to this exponent
-SNR = (20.0, 40.0)  # dB, of a recording
+__all__ = ["DATA_SETS", "KEYWORDS", "SILENCE", "UNKNOWN", "check_keywords", "folders", "make_keywords", "make_superb", "split_of"]
 
-Audio = NDArray[np.float32]
+DATA_SETS: dict[str, ModuleType] = {  # by task
+    "pr": librispeech,
+    "asr": librispeech,
+    "ks": speech_commands,
+    "qbe": quesst14,
+    "sid": voxceleb,
+    "asv": voxceleb,
+    "sd": diarization,
+    "ic": fluent_commands,
+    "sf": snips,
+    "er": iemocap,
+}
+
+README = """Synthetic speech, made by `hubert-eff corpus superb` with espeak-ng {version}.
+
+The folders are laid out like the data sets of the SUPERB benchmark (LibriSpeech, Speech Commands, QUESST 2014, VoxCeleb1, LibriMix, Fluent
+Speech Commands, Audio SNIPS, IEMOCAP), so that programs which read those can run. They hold nothing of them: all sentences are generated
+from templates, all voices are synthetic. Scores on this data compare models with each other only; they say nothing about scores on the
+real data sets and must not stand beside them.
+
+The recordings, transcripts and labels are free of rights as far as their generator is concerned: use them as you like.
+corpus.json says with which arguments each data set was made; the same arguments and the same version of espeak-ng make the same files.
+"""
 
 
-def split_of(file_name: str) -> str:
-    """`valid`, `test` or `train`: the side of the speaker of a recording, by the data set's own rule.
+def make_superb(out: Path, tasks: Sequence[str] = ("all",), minutes: float = 10.0, seed: int = 0) -> dict[str, Any]:
+    """Make the data sets of some tasks (or `all`) in `out`.
 
-    The percentage is SHA-1 of what stands before `_nohash_`, modulo 2^27; below 10 is validation, below 20 test.
+    Args:
+        out: folder; data sets made earlier with the same arguments are kept, so that an interrupted call may be repeated.
+        minutes: speech in each data set, about; small ones hold what their task needs at least.
+        seed: the same seed, minutes and version of espeak-ng give the same files.
+
+    Returns what each data set was made with and holds, by its first folder. Raises `UserError` for an unknown task, minutes that are not
+    above 0, another data set in the place of one of these, and a missing package.
     """
-    speaker = file_name.split("_nohash_")[0]
-    digest = int(hashlib.sha1(speaker.encode()).hexdigest(), 16)
-    percentage = digest % 2**27 * 100 / (2**27 - 1)
-    return "valid" if percentage < 10 else "test" if percentage < 20 else "train"
-
-
-# -- a corpus somebody has -------------------------------------------------------------------------------------------
-
-
-def check_keywords(root: Path, test_root: Path) -> None:
-    """Raise `UserError` unless both folders are laid out as S3PRL's keyword spotting reads them. Takes a second for the real set."""
-    hint = "(hubert-eff corpus superb --task ks --out DIR makes a synthetic corpus of this layout)"
-    missing = [word for word in KEYWORDS if not _recordings(root / word)]
-    if missing:
-        raise UserError(f"{root} is no Speech Commands training folder: no recordings in {', '.join(missing)} {hint}")
-    if not any(_recordings(folder) for folder in root.iterdir() if folder.name not in (*KEYWORDS, NOISE)):
-        raise UserError(f"{root} has keywords only: the class {UNKNOWN} needs folders of other words {hint}")
-    noises = _recordings(root / NOISE)
-    if not noises:
-        raise UserError(f"{root} has no recordings in {NOISE}, of which the class {SILENCE} is made {hint}")
-    for noise in noises:
-        try:
-            seconds = sf.info(noise).duration
-        except sf.LibsndfileError as error:
-            raise UserError(f"{noise} is not audio: {error}") from error
-        if seconds < 1:
-            raise UserError(f"{noise} lasts {seconds:.2f} s: background noise must last a second or more")
-    sides = {split_of(wav.name) for word in KEYWORDS for wav in _recordings(root / word)}
-    if not {"train", "valid"} <= sides:
-        empty = " and ".join(sorted({"train", "valid"} - sides))
-        raise UserError(f"{root}: no speaker falls into {empty} by the hash of the file names, SPEAKER_nohash_NUMBER.wav")
-    missing = [name for name in (*KEYWORDS, UNKNOWN, SILENCE) if not _recordings(test_root / name)]
-    if missing:
-        raise UserError(f"{test_root} is no Speech Commands test folder: no recordings in {', '.join(missing)} {hint}")
-    more = {folder.name for folder in test_root.iterdir() if folder.is_dir()} - {*KEYWORDS, UNKNOWN, SILENCE}
-    if more:
-        raise UserError(f"{test_root} holds {', '.join(sorted(more))}, which is none of the twelve classes: is it the training folder?")
-
-
-def _recordings(folder: Path) -> list[Path]:
-    """The wav files of a folder, in order; an empty one is an error."""
-    files = sorted(folder.glob("*.wav"))
-    for file in files:
-        if file.stat().st_size <= 44:  # a header without samples
-            raise UserError(f"{file} holds no audio: remove it")
-    return files
-
-
-def folders(data: Path) -> tuple[Path, Path]:
-    """The training and the test folder under a folder that holds both, by the names of their archives."""
-    return Path(data) / TRAIN_FOLDER, Path(data) / TEST_FOLDER
-
-
-# -- a corpus made here ----------------------------------------------------------------------------------------------
-
-
-def make_keywords(out: Path, seed: int = 0, per_word: int = 96, speakers: int = 24) -> dict[str, Any]:
-    """Write a synthetic corpus of the layout of Speech Commands v1 to two folders in `out`; 1 s recordings, 16 kHz mono.
-
-    Each keyword has `per_word` recordings, each of twenty other words a quarter of that, shared evenly among the speakers. A speaker
-    is an espeak-ng voice of its own; pitch, rate, level, position and background noise vary from one recording to the next. A
-    sixth of the speakers (at least one) is kept for validation and a sixth for test. The same arguments give the same files;
-    a corpus that is there already is kept.
-
-    Returns the arguments, `train_dir` and `test_dir` (the folders) and `train`, `valid`, `test` (recordings of words per split).
-    Raises `UserError` for a number of speakers outside 3 to 128, fewer recordings than speakers, and if `out` holds another corpus.
-    """
-    most = len(LANGUAGES) * len(VARIANTS)
-    if not 3 <= speakers <= most:
-        raise UserError(f"speakers={speakers} must lie between 3, one per split, and {most}")
-    if per_word < speakers:
-        raise UserError(f"per_word={per_word} leaves some of the {speakers} speakers without recordings: raise it to {speakers} or more")
-    root, test_root = folders(out)
-    record = root.parent / "corpus.json"
-    arguments = {"seed": seed, "per_word": per_word, "speakers": speakers}
-    made = {**arguments, "train_dir": str(root), "test_dir": str(test_root)}
-    if record.is_file() and root.is_dir() and test_root.is_dir():
-        earlier = json.loads(record.read_text(encoding="utf-8"))
-        if {key: earlier.get(key) for key in arguments} == arguments:
-            return {**earlier, **made}
-    if root.exists() or test_root.exists():
-        raise UserError(f"{out} holds another keyword corpus: choose another folder, or remove {root.name} and {test_root.name}")
-
-    draft = root.parent / f".{root.name}.tmp"  # becomes the corpus when it is complete
-    shutil.rmtree(draft, ignore_errors=True)
-    drafts = folders(draft)
-    try:
-        made |= _write(*drafts, seed, per_word, speakers)
-        for source, target in zip(drafts, (root, test_root)):
-            source.rename(target)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    write_json(record, made)
+    for task in tasks:
+        if task not in (*DATA_SETS, "all"):
+            raise unknown("task", task, (*DATA_SETS, "all"))
+    if not 0 < minutes <= 6000:
+        raise UserError(f"--minutes {minutes:g} must be above 0 and at most 6000")
+    library = version()
+    wanted = [maker for task, maker in DATA_SETS.items() if task in tasks or "all" in tasks]
+    made: dict[str, Any] = {}
+    for maker in dict.fromkeys(wanted):
+        entry = maker.make(Path(out), minutes, seed)
+        made[entry["folders"][0]] = entry
+    write_text(Path(out) / "README.txt", README.format(version=library))
     return made
-
-
-def _write(root: Path, test_root: Path, seed: int, per_word: int, speakers: int) -> dict[str, int]:
-    """Write both folders; the number of recordings of words per split."""
-    for name in (*KEYWORDS, *OTHER_WORDS, NOISE):
-        (root / name).mkdir(parents=True)
-    for name in (*KEYWORDS, UNKNOWN, SILENCE):
-        (test_root / name).mkdir(parents=True)
-    files: dict[str, list[str]] = {"train": [], "valid": [], "test": []}
-    with progress("keyword corpus", speakers) as advance:
-        for number, (speaker, voice) in enumerate(_speakers(seed, speakers).items()):
-            rng = np.random.default_rng([seed, int(speaker, 16)])
-            dealt = 0  # recordings of all words, dealt out to the speakers in turn
-            for word in (*KEYWORDS, *OTHER_WORDS):
-                total = per_word if word in KEYWORDS else max(1, per_word // 4)
-                first, dealt = (number - dealt) % speakers, dealt + total
-                for take in range(len(range(first, total, speakers))):
-                    name = f"{word}/{speaker}_nohash_{take}.wav"
-                    _save(root / name, _record(word, voice, rng))
-                    files[split_of(Path(name).name)].append(name)
-            advance(1)
-    rng = np.random.default_rng([seed, 1])
-    for name, exponent in NOISES.items():
-        _save(root / NOISE / f"{name}.wav", _noise(exponent, NOISE_SECONDS * SAMPLE_RATE, rng))
-    for side, name in (("valid", "validation_list.txt"), ("test", "testing_list.txt")):
-        write_text(root / name, "".join(f"{file}\n" for file in sorted(files[side])))
-
-    # the test folder: every keyword of the test speakers, and as many other words and silences as recordings of one keyword
-    tested = [file for file in files["test"] if Path(file).parent.name in KEYWORDS]
-    others = sorted(set(files["test"]) - set(tested))
-    each = round(len(tested) / len(KEYWORDS))
-    for file in tested:
-        shutil.copy(root / file, test_root / file)
-    rng = np.random.default_rng([seed, 2])
-    for index in rng.choice(len(others), min(each, len(others)), replace=False):
-        word, recording = Path(others[index]).parts
-        shutil.copy(root / others[index], test_root / UNKNOWN / f"{word}_{recording}")
-    for index in range(each):
-        exponent = list(NOISES.values())[index % len(NOISES)]
-        _save(test_root / SILENCE / f"{index:03d}.wav", _noise(exponent, SAMPLE_RATE, rng))
-    return {split: len(names) for split, names in files.items()}
-
-
-def _speakers(seed: int, count: int) -> dict[str, Voice]:
-    """Ids of eight hexadecimal digits and their voices; a sixth of them, at least one, hashes into validation, as many into test."""
-    held_out = max(1, round(count / 6))
-    wanted = {"valid": held_out, "test": held_out, "train": count - 2 * held_out}
-    rng = np.random.default_rng([seed, 0])
-    voices = [(language, variant) for language in LANGUAGES for variant in VARIANTS]
-    order = iter(rng.permutation(len(voices)))
-    chosen: dict[str, Voice] = {}
-    while len(chosen) < count:
-        speaker = f"{rng.integers(2**32):08x}"
-        side = split_of(speaker)
-        if wanted[side] and speaker not in chosen:
-            wanted[side] -= 1
-            language, variant = voices[next(order)]
-            chosen[speaker] = Voice(language, variant, pitch=int(rng.integers(25, 76)), rate=int(rng.integers(130, 200)))
-    return chosen
-
-
-def _record(word: str, voice: Voice, rng: np.random.Generator) -> Audio:
-    """One second in which a voice says a word, somewhere, in its own way each time, over background noise."""
-    manner = replace(
-        voice,
-        pitch=voice.pitch + int(rng.integers(-12, 13)),
-        pitch_range=int(rng.integers(30, 71)),
-        rate=voice.rate + int(rng.integers(-25, 26)),
-    )
-    speech = speak(word, manner, seed=int(rng.integers(2**31)))
-    spoken = speech.audio[int(speech.words[0].start * SAMPLE_RATE) : int(speech.words[-1].end * SAMPLE_RATE)][:SAMPLE_RATE]
-    noise = _noise(float(rng.choice(list(NOISES.values()))), SAMPLE_RATE, rng)
-    wanted = np.sqrt(np.mean(spoken**2)) * 10 ** (-rng.uniform(*SNR) / 20)
-    audio = noise * (wanted / np.sqrt(np.mean(noise**2)))
-    start = int(rng.integers(SAMPLE_RATE - len(spoken) + 1))
-    audio[start : start + len(spoken)] += spoken
-    return _scaled(audio, rng.uniform(0.2, 0.8))
-
-
-def _noise(exponent: float, samples: int, rng: np.random.Generator) -> Audio:
-    """Gaussian noise whose power falls with frequency to `exponent`, below full scale."""
-    spectrum = np.fft.rfft(rng.standard_normal(samples))
-    frequency = np.maximum(np.fft.rfftfreq(samples, 1 / SAMPLE_RATE), 20.0)  # flat below 20 Hz
-    audio = np.fft.irfft(spectrum * frequency ** (-exponent / 2), samples)
-    return _scaled(audio, rng.uniform(0.05, 0.5))
-
-
-def _scaled(audio: NDArray[Any], peak: float) -> Audio:
-    return np.asarray(audio * (peak / np.abs(audio).max()), dtype=np.float32)
-
-
-def _save(path: Path, audio: Audio) -> None:
-    sf.write(path, audio, SAMPLE_RATE, subtype="PCM_16")

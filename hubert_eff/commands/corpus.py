@@ -8,9 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError, missing_extra, unknown
-
-_SUPERB_TASKS = ("ks",)
+from ..errors import missing_extra
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,12 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     demo.add_argument("--seed", type=int, default=1, help="the same seed gives the same corpus (default: %(default)d)")
     demo.add_argument("--json", action="store_true", help="print the summary as JSON")
 
-    superb = kinds.add_parser("superb", help="a stand-in for the data of a SUPERB task, in that data's own layout")
-    superb.add_argument("--out", required=True, type=Path, help="folder to write")
-    superb.add_argument("--task", required=True, help="ks (keyword spotting, laid out as Speech Commands)")
-    superb.add_argument("--per-word", type=int, default=60, help="recordings of each word (default: %(default)d)")
-    superb.add_argument("--speakers", type=int, default=10, help="number of voices (default: %(default)d)")
-    superb.add_argument("--seed", type=int, default=1, help="the same seed gives the same corpus (default: %(default)d)")
+    superb = kinds.add_parser("superb", help="stand-ins for the data of SUPERB's tasks, in the layouts of the real data sets")
+    superb.add_argument("--out", required=True, type=Path, help="folder to write; data sets made earlier with the same arguments are kept")
+    superb.add_argument("--minutes", type=float, default=10.0, help="speech in each data set, about (default: %(default)g)")
+    superb.add_argument("--task", default="all", help="some of pr, asr, ks, qbe, sid, asv, sd, ic, sf, er (default: %(default)s)")
+    superb.add_argument("--seed", type=int, default=1, help="the same seed gives the same data (default: %(default)d)")
     superb.add_argument("--json", action="store_true", help="print the summary as JSON")
 
 
@@ -45,21 +42,20 @@ def run(args: argparse.Namespace) -> int:
         )
     else:
         summary = _make_superb(args)
-        figures = ", ".join(f"{k} {v}" for k, v in summary.items() if isinstance(v, (int, float, str)))
-        line = f"{figures} -> {args.out}"
+        line = "\n".join(
+            f"{name}: {entry['recordings']} recordings, {entry['recorded_minutes']:.1f} min -> {args.out / name}"
+            for name, entry in summary.items()
+        )
     print(json.dumps({**summary, "out": str(args.out)}, ensure_ascii=False) if args.json else line)
     return 0
 
 
 def _make_superb(args: argparse.Namespace) -> dict[str, Any]:
-    if args.task not in _SUPERB_TASKS:
-        raise unknown("task", args.task, _SUPERB_TASKS)
-    if args.per_word < 1 or args.speakers < 1:
-        raise UserError(f"--per-word {args.per_word} and --speakers {args.speakers} must be at least 1")
     try:
         # by name: hubert_eff does not depend on the bridge to S3PRL, which stands above it
         bridge = importlib.import_module("superb_tasks.corpus")
     except ModuleNotFoundError as error:
         raise missing_extra(error.name or "superb_tasks", "superb", "the corpus of a SUPERB task") from error
-    summary: dict[str, Any] = bridge.make_keywords(args.out, seed=args.seed, per_word=args.per_word, speakers=args.speakers)
+    tasks = [task.strip() for task in args.task.split(",") if task.strip()]
+    summary: dict[str, Any] = bridge.make_superb(args.out, tasks, args.minutes, args.seed)
     return summary

@@ -166,7 +166,7 @@ def _write(root: Path, library: str, minutes: float, speaker_count: int, seed: i
         seconds, count = 0.0, 0
         while seconds < minutes * 60 / speaker_count:
             text = sentence(rng)
-            speech = _record(text, voice, rng.randrange(2**31))
+            speech = record(text, voice, rng.randrange(2**31))
             if not MIN_SECONDS <= len(speech.audio) / SAMPLE_RATE <= MAX_SECONDS:
                 continue
             count += 1
@@ -197,12 +197,12 @@ def _write(root: Path, library: str, minutes: float, speaker_count: int, seed: i
     return summary
 
 
-def _record(text: str, voice: Voice, seed: int) -> Speech:
-    """Speech between two stretches of silence, at a random level, with the faint noise of a recording."""
+def record(text: str, voice: Voice, seed: int, levels: tuple[float, float] = (0.3, 0.8)) -> Speech:
+    """Speech between two stretches of silence, at a random peak level of this range, with the faint noise of a recording."""
     speech = speak(text, voice, seed)
     rng = np.random.default_rng(seed)
     before, after = (int(s * SAMPLE_RATE) for s in rng.uniform(0.05, 0.3, 2))
-    level = float(rng.uniform(0.3, 0.8))
+    level = float(rng.uniform(*levels))
     audio = np.pad(speech.audio * (level / max(float(np.abs(speech.audio).max()), 1e-6)), (before, after))
     audio = audio + rng.normal(0.0, NOISE_LEVEL, len(audio))
     shift, end = before / SAMPLE_RATE, len(audio) / SAMPLE_RATE

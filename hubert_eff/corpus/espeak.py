@@ -15,6 +15,8 @@ from __future__ import annotations
 import ctypes
 import re
 import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -34,6 +36,7 @@ _PHONEME_EVENTS, _PHONEME_IPA, _DONT_EXIT = 0x1, 0x2, 0x8000
 _UTF8, _POSITION_CHARACTER = 1, 1
 _RATE, _PITCH, _RANGE = 1, 3, 4
 _EVENT_END_OF_LIST, _EVENT_WORD, _EVENT_PHONEME = 0, 1, 7
+_IPA_TEXT = 0x02  # phoneme mode of espeak_TextToPhonemes
 
 _lock = threading.Lock()
 
@@ -144,6 +147,28 @@ def speak(text: str, voice: Voice | None = None, seed: int = 1) -> Speech:
     return Speech(audio.astype(np.float32, copy=False), phones, words)
 
 
+def pronounce(words: Sequence[str], language: str = "en-us") -> list[str]:
+    """How each word is said on its own: IPA with the stress marks before the stressed vowels, e.g. "lˈæɾɚ".
+
+    Raises `UserError` for a word without a letter or digit, an unknown language and a missing package.
+    """
+    for word in words:
+        if not re.search(r"\w", word):
+            raise UserError(f"nothing to say in {word!r}: give at least one word")
+    said: list[str] = []
+    with _loaded() as (library, _, data_path):
+        _set_voice(library, Voice(language), data_path)
+        library.espeak_TextToPhonemes.restype = ctypes.c_char_p
+        for word in words:
+            buffer = ctypes.create_string_buffer(word.encode("utf-8"))
+            rest = ctypes.c_void_p(ctypes.addressof(buffer))
+            clauses = []
+            while rest.value:  # a clause at a time; null at the end of the text
+                clauses.append(library.espeak_TextToPhonemes(ctypes.byref(rest), _UTF8, _IPA_TEXT).decode("utf-8"))
+            said.append("".join(clauses).replace(" ", ""))
+    return said
+
+
 def _paths() -> tuple[str, str]:
     try:
         import espeakng_loader
@@ -159,11 +184,30 @@ def _unload(library: ctypes.CDLL) -> None:
     close(library._handle)
 
 
+@contextmanager
+def _loaded() -> Iterator[tuple[Any, int, str]]:
+    """A fresh image of the library, initialised: the library, its sampling rate and its data folder. One thread at a time."""
+    library_path, data_path = _paths()
+    with _lock:
+        library = ctypes.CDLL(library_path)
+        try:
+            rate = library.espeak_Initialize(
+                _SYNCHRONOUS, 0, data_path.encode(), _PHONEME_EVENTS | _PHONEME_IPA | _DONT_EXIT
+            )
+            if rate <= 0:
+                raise UserError(f"espeak-ng cannot read its data in {data_path}: reinstall the package espeakng-loader")
+            try:
+                yield library, int(rate), data_path
+            finally:
+                library.espeak_Terminate()
+        finally:
+            _unload(library)
+
+
 def _synthesise(
     text: str, voice: Voice, seed: int
 ) -> tuple[npt.NDArray[np.int16], int, list[tuple[int, int, int, str]]]:
     """Samples, their rate, and the events (type, sample, text position, phoneme)."""
-    library_path, data_path = _paths()
     chunks: list[npt.NDArray[np.int16]] = []
     events: list[tuple[int, int, int, str]] = []
 
@@ -179,29 +223,17 @@ def _synthesise(
         return 0
 
     callback = _Callback(receive)
-    with _lock:
-        library = ctypes.CDLL(library_path)
-        try:
-            rate = library.espeak_Initialize(
-                _SYNCHRONOUS, 0, data_path.encode(), _PHONEME_EVENTS | _PHONEME_IPA | _DONT_EXIT
-            )
-            if rate <= 0:
-                raise UserError(f"espeak-ng cannot read its data in {data_path}: reinstall the package espeakng-loader")
-            try:
-                library.espeak_ng_SetRandSeed(ctypes.c_long(seed))
-                _set_voice(library, voice, data_path)
-                library.espeak_SetSynthCallback(callback)
-                encoded = text.encode("utf-8") + b"\0"
-                status = library.espeak_Synth(
-                    encoded, ctypes.c_size_t(len(encoded)), 0, _POSITION_CHARACTER, 0, _UTF8, None, None
-                )
-            finally:
-                library.espeak_Terminate()
-        finally:
-            _unload(library)
+    with _loaded() as (library, rate, data_path):
+        library.espeak_ng_SetRandSeed(ctypes.c_long(seed))
+        _set_voice(library, voice, data_path)
+        library.espeak_SetSynthCallback(callback)
+        encoded = text.encode("utf-8") + b"\0"
+        status = library.espeak_Synth(
+            encoded, ctypes.c_size_t(len(encoded)), 0, _POSITION_CHARACTER, 0, _UTF8, None, None
+        )
     if status != 0 or not chunks:
         raise UserError(f"espeak-ng made no audio of {text[:60]!r} with the voice {voice.name} (status {status})")
-    return np.concatenate(chunks), int(rate), events
+    return np.concatenate(chunks), rate, events
 
 
 def _set_voice(library: ctypes.CDLL, voice: Voice, data_path: str) -> None:
