@@ -11,7 +11,6 @@ with the relative ones that are its own default. int8 is torch's dynamic quantis
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
 
 import harness
@@ -21,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import hubert_eff
 from hubert_eff.encoders.base import Encoder, Frames
-from hubert_eff.layers.linear import Linear
+from hubert_eff.profiling.precision import int8_linears
 
 TARGETS = {"float32": 1.15, "int8": 1.25}
 KINDS = {  # what an operation's name begins with -> kind; the rest is "other"
@@ -55,15 +54,6 @@ def fused(preset: str, **keys: object) -> Encoder:
     return result
 
 
-def quantized(encoder: Encoder) -> Encoder:
-    """A copy with linear layers in int8, inputs quantised as they come."""
-    encoder = copy.deepcopy(encoder)
-    for module in encoder.modules():
-        if type(module) is Linear:
-            module.__class__ = nn.Linear  # torch looks for exactly this class
-    return torch.ao.quantization.quantize_dynamic(encoder, {nn.Linear}, dtype=torch.qint8)
-
-
 def shares(encoder: Encoder, x: Tensor, passes: int = 5) -> dict[str, float]:
     """Share of each kind of operation in the time inside operations. Attention's own products count as linear where they are such calls."""
     with profile(activities=[ProfilerActivity.CPU]) as recorded:
@@ -94,7 +84,7 @@ def main() -> None:
     encoders["fusionformer"] = fused("fusionformer-s", encoder_ffn_embed_dim=args.ffn, conv_module_expansion=args.expansion)
     rows, table = [], []
     for precision, target in TARGETS.items():
-        sides = {name: quantized(encoder) for name, encoder in encoders.items()} if precision == "int8" else encoders
+        sides = {name: int8_linears(encoder) for name, encoder in encoders.items()} if precision == "int8" else encoders
         for frames in args.frames:
             x = torch.randn(1, frames, 256)
             repeats = max(1, 200 // frames)  # of a short call, so that one is long enough to time

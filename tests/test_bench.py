@@ -13,6 +13,7 @@ from hubert_eff.cli import main
 from hubert_eff.errors import UserError
 from hubert_eff.profiling import count_operations, list_devices, machine, read_device
 from hubert_eff.profiling.latency import measure, measure_shares, shares_of
+from hubert_eff.profiling.precision import at_precision
 
 MODELS = ("transformer-debug", "conformer-debug")
 
@@ -179,3 +180,23 @@ def test_on_a_gpu(capsys):
 def test_measure_refuses_bad_lengths(models):
     with pytest.raises(UserError, match="nan s cannot be measured"):
         measure(models, [float("nan")], [1], 1)
+
+
+def test_precisions_compute_the_same_at_their_width():
+    model = hubert_eff.build("conformer-debug").eval()
+    wav = torch.randn(1, 16_000)
+    with torch.no_grad():
+        exact = model.hidden_states(wav)[0][-1]
+        assert at_precision(model, "float32") is model
+        half = at_precision(model, "bfloat16").hidden_states(wav.bfloat16())[0][-1]
+        eighth_model = at_precision(model, "int8")
+        eighth = eighth_model.hidden_states(wav)[0][-1]
+    for rough in (half.float(), eighth):
+        assert not torch.equal(rough, exact)
+        assert torch.nn.functional.cosine_similarity(exact.flatten(), rough.flatten(), 0) > 0.98
+    shares = measure_shares("int8", eighth_model, 1.0, 1)
+    products = 2 * (4 * 64 * 64 + 64 * 64 + 4 * 64 * 128 + 3 * 64 * 64)  # attention with its positions, feed-forward, pointwise
+    assert next(row.params for row in shares.blocks if row.name == "Linear") >= products
+    with pytest.raises(UserError, match="unknown precision"):
+        at_precision(model, "int4")
+    assert main(["bench", "conformer-debug", "--seconds", "0.5", "--rounds", "1", "--precision", "float32", "int8"]) == 0

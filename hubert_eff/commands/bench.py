@@ -19,6 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1], metavar="B", help="utterances at a time (default: 1)")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: %(default)d)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: %(default)s)")
+    parser.add_argument(
+        "--precision", choices=("float32", "bfloat16", "int8"), nargs="+", default=["float32"],
+        help="measure each model at these (default: float32); int8: a fused copy with int8 linear layers in the encoder"
+    )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=20, help="timed calls of each model on each input (default: %(default)d)")
     parser.add_argument("--roofline", action="store_true", help="measure the peak rates of this CPU: a device file for hubert-eff profile")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write bench.json, bench.svg and bench.png there; with --roofline cpu.yaml")
@@ -33,6 +37,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.threads < 1:
         raise UserError(f"--threads {args.threads} must be at least 1")
+    if args.device == "cuda" and "int8" in args.precision:
+        raise UserError("--precision int8 runs on a CPU only: leave out --device cuda")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here; hubert-eff doctor says more")
     before = torch.get_num_threads()
@@ -52,11 +58,16 @@ def _bench(args: argparse.Namespace) -> int:
     from ..profiling.cost import resolve
     from ..profiling.latency import measure, measure_shares, plain
     from ..profiling.machine import machine
+    from ..profiling.precision import at_precision
     from ..profiling.report import show
 
     if not args.models:
         raise UserError("name one or more presets or checkpoints, or ask for --roofline")
-    models = {name: model for model, name in map(resolve, dict.fromkeys(args.models))}
+    models = {
+        name if precision == "float32" else f"{name} {precision}": at_precision(model, precision)
+        for model, name in map(resolve, dict.fromkeys(args.models))
+        for precision in args.precision
+    }
     timings = measure(models, args.seconds, args.batch, args.rounds, args.device)
     shares = [
         measure_shares(name, model, length, max(1, args.rounds // 4), args.device)

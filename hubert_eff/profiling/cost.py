@@ -17,8 +17,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-import hubert_eff
-
 from ..config import SAMPLE_RATE
 from ..errors import UserError, unknown
 from ..layers.bits import Bits, stored_bits
@@ -34,7 +32,6 @@ MIN_SAMPLES = 400  # the receptive field of one frame: 25 ms
 MAX_SECONDS = 3600.0
 LABEL_EMBEDDINGS = "label_embs_concat"
 MASK_EMBEDDING = "mask_emb"
-BINARISE = "binarize"  # the package's function, where it has one
 FLOAT_BITS = 16  # a product with an operand below is a quantised one
 
 # bit operations of one MAC: the paper counts the width once (32 for float32, 1 for W1A1), Bayesian Bits the product of both widths
@@ -202,22 +199,12 @@ def resolve(model_or_preset: HubertModel | str | os.PathLike[str], policy: str =
     if base in list_presets():
         from ..model import build
 
-        model = build(base)
-        if not scheme:
-            return model, name
-        if not can_binarise():
-            raise UserError(f"{name}: this version cannot binarise a model; '{base}' is its float form")
-        return getattr(hubert_eff, BINARISE)(model, scheme, policy=policy), name
+        return (build(name, quant_policy=policy) if scheme else build(name)), name
     if os.path.exists(name):
         from ..checkpoint import load
 
         return load(name), name
     raise unknown("preset or checkpoint", name, list_presets())
-
-
-def can_binarise() -> bool:
-    """Whether this version of the package can binarise a model."""
-    return hasattr(hubert_eff, BINARISE)
 
 
 def noise(model: nn.Module, seconds: float, batch: int = 1) -> Tensor:

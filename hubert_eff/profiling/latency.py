@@ -22,6 +22,7 @@ from ..progress import progress
 from .cost import MAX_SECONDS, MIN_SAMPLES, evaluating, noise
 from .counters import Counts, Tally, count_operations
 from .machine import guard, peak_growth, seconds_of
+from .precision import own_weights
 
 if TYPE_CHECKING:
     from ..model import HubertModel
@@ -137,7 +138,8 @@ def _call(model: HubertModel, wave: Tensor, device: str) -> Callable[[], object]
 
 
 def _bytes(model: nn.Module) -> int:
-    return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    weights = [w for module in model.modules() for w in own_weights(module)]
+    return sum(t.numel() * t.element_size() for t in (*weights, *model.buffers()))
 
 
 def _quantile(values: Sequence[float], q: float) -> float:
@@ -185,7 +187,7 @@ def shares_of(name: str, model: nn.Module, seconds: float, counts: Counts) -> Sh
         runner = path
         while runner and runner not in ran:
             runner = runner.rpartition(".")[0]
-        own_params[runner] += sum(p.numel() for p in module.parameters(recurse=False))
+        own_params[runner] += sum(w.numel() for w in own_weights(module))
 
     def grouped(group: Callable[[str], str | None]) -> list[Share]:
         params: dict[str, int] = defaultdict(int)

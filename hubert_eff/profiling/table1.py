@@ -10,8 +10,7 @@ from typing import Any
 
 from rich.console import Group
 
-from ..registry import list_presets
-from .cost import Profile, can_binarise, paper_storage, profile, resolve
+from .cost import Profile, paper_storage, profile, resolve
 from .device import Device, read_device
 from .formulas import ATTENTION
 from .report import plain_table
@@ -67,7 +66,7 @@ PAPER_TABLE = (
 
 
 def table1(bops: str = "paper") -> list[dict[str, Any]]:
-    """One mapping per row of the paper: our figures (None where the model cannot be built yet), the paper's, the difference in %, a note.
+    """One mapping per row of the paper: our figures, the paper's, the difference in %, a note.
 
     bops: convention of bit operations, as in `profile`; the time always follows the paper's.
     """
@@ -75,31 +74,24 @@ def table1(bops: str = "paper") -> list[dict[str, Any]]:
 
 
 def _row(row: Row, bops: str) -> dict[str, Any]:
-    base, _, scheme = row.preset.partition("+")
-    values: dict[str, Any] = {"row": row.title, "preset": row.preset, "params": None, **dict.fromkeys(FIGURES), "storage_file_mb": None}
-    if base not in list_presets():
-        note = f"no preset {base} is registered: the row appears with its encoder"
-    elif scheme and not can_binarise():
-        note = "the row appears when binarisation registers"
-    else:
-        model, _ = resolve(row.preset, policy="paper")
-        counted = profile(model, SECONDS, bops, DEVICE)
-        values |= {
-            "params": counted.params,
-            "storage_mb": paper_storage(model, row.float_bytes) / 1e6,
-            "gflop": counted.gflop,
-            "bop_nonq_g": counted.bop_nonq_g,
-            "bop_bq_g": counted.bop_bq_g,
-            "est_time_e4_s": 1e4 * counted.est_time_s["paper"],
-            "storage_file_mb": counted.storage_mb["file"],
-        }
-        note = "; ".join(filter(None, (row.note, *_findings(row, counted, model))))
-    paper = row.paper(bops)
+    model, _ = resolve(row.preset, policy="paper")
+    counted, paper = profile(model, SECONDS, bops, DEVICE), row.paper(bops)
+    values: dict[str, Any] = {
+        "row": row.title,
+        "preset": row.preset,
+        "params": counted.params,
+        "storage_mb": paper_storage(model, row.float_bytes) / 1e6,
+        "gflop": counted.gflop,
+        "bop_nonq_g": counted.bop_nonq_g,
+        "bop_bq_g": counted.bop_bq_g,
+        "est_time_e4_s": 1e4 * counted.est_time_s["paper"],
+        "storage_file_mb": counted.storage_mb["file"],
+    }
     values["paper"] = paper
     values["difference_percent"] = {
-        name: 100 * (values[name] / figure - 1) if figure and values[name] is not None else None for name, figure in paper.items()
+        name: 100 * (values[name] / figure - 1) if figure else None for name, figure in paper.items()
     }
-    values["note"] = note
+    values["note"] = "; ".join(filter(None, (row.note, *_findings(row, counted, model))))
     return values
 
 
