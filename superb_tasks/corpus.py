@@ -62,6 +62,8 @@ def make_superb(out: Path, tasks: Sequence[str] = ("all",), minutes: float = 10.
     for task in tasks:
         if task not in (*DATA_SETS, "all"):
             raise unknown("task", task, (*DATA_SETS, "all"))
+    if not tasks:
+        raise UserError(f"no task given: name some of {', '.join(DATA_SETS)}, or all")
     if not 0 < minutes <= 6000:
         raise UserError(f"--minutes {minutes:g} must be above 0 and at most 6000")
     library = version()

@@ -242,7 +242,7 @@ def _set_voice(library: ctypes.CDLL, voice: Voice, data_path: str) -> None:
         if voice.variant not in variants:
             raise unknown("voice variant", voice.variant, variants)
     if library.espeak_SetVoiceByName(voice.name.encode()) != 0:
-        raise UserError(f"espeak-ng has no voice '{voice.name}': languages are such as en-us, en-gb, en-gb-scotland, de, fr")
+        raise UserError(f"espeak-ng has no voice '{voice.name}': languages are such as en-us, en, en-gb-scotland, de, fr")
     for parameter, value, low, high in (
         (_RATE, voice.rate, 80, 450), (_PITCH, voice.pitch, 0, 99), (_RANGE, voice.pitch_range, 0, 99)
     ):
