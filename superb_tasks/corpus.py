@@ -57,7 +57,7 @@ def make_superb(out: Path, tasks: Sequence[str] = ("all",), minutes: float = 10.
         seed: the same seed, minutes and version of espeak-ng give the same files.
 
     Returns what each data set was made with and holds, by its first folder. Raises `UserError` for an unknown task, minutes that are not
-    above 0, another data set in the place of one of these, and a missing package.
+    above 0, a negative seed, a folder with a space in its path (sd), another data set in the place of one of these, and a missing package.
     """
     for task in tasks:
         if task not in (*DATA_SETS, "all"):
@@ -66,8 +66,12 @@ def make_superb(out: Path, tasks: Sequence[str] = ("all",), minutes: float = 10.
         raise UserError(f"no task given: name some of {', '.join(DATA_SETS)}, or all")
     if not 0 < minutes <= 6000:
         raise UserError(f"--minutes {minutes:g} must be above 0 and at most 6000")
+    if seed < 0:
+        raise UserError(f"--seed {seed} must not be negative")
     library = version()
     wanted = [maker for task, maker in DATA_SETS.items() if task in tasks or "all" in tasks]
+    if diarization in wanted:
+        diarization.home(out)  # may be impossible: said before the others are made
     made: dict[str, Any] = {}
     for maker in dict.fromkeys(wanted):
         entry = maker.make(Path(out), minutes, seed)

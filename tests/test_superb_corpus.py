@@ -223,9 +223,16 @@ def test_command_line(tmp_path, capsys):
     assert re.fullmatch(r"LibriSpeech: \d+ recordings, 0\.\d min -> .*LibriSpeech\n", capsys.readouterr().out)
     assert main([*arguments, "--task", "pr", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["LibriSpeech"]["recordings"] > 2
-    for more, message in ((["--task", "azr"], "did you mean 'asr'"), (["--minutes", "0"], "must be above 0"), (["--task", ","], "no task")):
+    for more, message in (
+        (["--task", "azr"], "did you mean 'asr'"),
+        (["--task", ","], "no task"),
+        (["--minutes", "0"], "must be above 0"),
+        (["--seed", "-1"], "must not be negative"),
+        (["--out", str(tmp_path / "a b")], "no spaces in paths"),
+    ):
         assert main([*arguments, *more]) == 2
         assert message in capsys.readouterr().err
+    assert not (tmp_path / "a b").exists()
     (tmp_path / "file").write_text("")
     assert main(["corpus", "superb", "--out", str(tmp_path / "file")]) == 2
     assert "is a file" in capsys.readouterr().err

@@ -41,14 +41,18 @@ Named = tuple[str, Voice]
 
 
 def make(out: Path, minutes: float, seed: int) -> dict[str, Any]:
-    """Write the data set to `out`; about `minutes` of recordings, no voice in two splits.
+    """Write the data set to `out`; about `minutes` of recordings, no voice in two splits."""
+    place = home(out)
+    arguments = {"minutes": minutes, "seed": seed, "home": str(place)}  # moved elsewhere, it is another data set
+    return keep_or_make(out, [FOLDER], arguments, lambda draft: _write(draft / FOLDER, place, minutes, seed))
 
-    Raises `UserError` if the path of `out` holds a space: S3PRL cannot read such a wav.scp.
-    """
-    home = Path(out).resolve() / FOLDER
-    if any(c.isspace() for c in str(home)):
-        raise UserError(f"the data of sd cannot lie in '{home}': S3PRL takes no spaces in paths, choose another folder")
-    return keep_or_make(out, [FOLDER], {"minutes": minutes, "seed": seed}, lambda draft: _write(draft / FOLDER, home, minutes, seed))
+
+def home(out: Path) -> Path:
+    """Where the data set in `out` will lie. Raises `UserError` if that path holds a space: S3PRL cannot read such a wav.scp."""
+    place = Path(out).resolve() / FOLDER
+    if any(character.isspace() for character in str(place)):
+        raise UserError(f"the data of sd cannot lie in '{place}': S3PRL takes no spaces in paths, choose another folder")
+    return place
 
 
 def _write(root: Path, home: Path, minutes: float, seed: int) -> dict[str, Any]:
