@@ -281,6 +281,17 @@ def test_compiled_equals_eager() -> None:
 
 
 @pytest.mark.parametrize("kind", ["fixed", "fairseq", "local"])
+@pytest.mark.parametrize("frames", [41, 200])
+def test_compiled_training_with_dropout(kind: str, frames: int) -> None:
+    encoder = small(sparse_pattern=kind, encoder_layers=1, attention_dropout=0.1).train().encoder
+    torch.compiler.reset()
+    compiled = torch.compile(encoder, backend="aot_eager")
+    x, direction = torch.randn(2, frames, 64), torch.randn(2, frames, 64)
+    y, gradient = outputs_and_gradient(compiled, x, torch.arange(frames).expand(2, -1) >= 30, direction)
+    assert torch.isfinite(y).all() and not y[:, 30:].any() and gradient[:, :30].abs().amin((0, 2)).min() > 0
+
+
+@pytest.mark.parametrize("kind", ["fixed", "fairseq", "local"])
 def test_other_precisions(kind: str, path: str) -> None:
     encoder = small(sparse_pattern=kind).eval().encoder
     x, padding, direction = padded_features()

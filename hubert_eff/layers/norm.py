@@ -49,8 +49,8 @@ class FrameNorm(nn.LayerNorm):
 class MaskedBatchNorm(nn.BatchNorm1d):
     """BatchNorm over the valid frames of (B, T, C), statistics joined over all data-parallel processes.
 
-    In training it equals `nn.BatchNorm1d` on the packed valid frames of the joint batch. Batch statistics are float32; running ones have
-    the dtype of the module.
+    In training it equals `nn.BatchNorm1d` on the packed valid frames of the joint batch. Batch statistics are float32 at
+    least; running ones have the dtype of the module.
     """
 
     def forward(self, input: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -67,9 +67,8 @@ class MaskedBatchNorm(nn.BatchNorm1d):
             if len(index) > 1:
                 packed = self._plain(rows.index_select(0, index))
                 return packed.new_zeros(rows.shape).index_copy(0, index, packed).view_as(x)
-        weight = torch.ones(x.shape[:2], device=x.device) if valid is None else valid.float()
-        wide = x.float()
-        weight = weight.unsqueeze(-1)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        weight = (wide.new_ones(x.shape[:2]) if valid is None else valid.to(wide.dtype)).unsqueeze(-1)
         total = torch.cat(((wide * weight).sum((0, 1)), weight.sum().view(1)))
         total = _sum_over_processes(total) if joint else total
         count = total[-1].detach().clamp(min=1.0)

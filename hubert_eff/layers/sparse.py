@@ -301,7 +301,7 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None, window: in
     real = windows(attend.transpose(-1, -2)).transpose(-1, -2)  # (B n, 1, 1, span)
     bias = _bias(band & real, q.dtype)
     bias = bias.expand(q.size(0), count, 1, length, span).flatten(0, 1) if len(bias) < q.size(0) * count else bias
-    queries = _fold(split_blocks(F.pad(q, (0, 0, 0, behind)), count))
+    queries = _fold(split_blocks(F.pad(q, (0, 0, 0, behind)) if behind else q, count))  # a compiler mistakes the strides of an empty pad
     mixed = attention(queries, windows(k), windows(v), bias, dropout)
     return _unfold(mixed, count).flatten(2, 3)[:, :, :frames]
 
