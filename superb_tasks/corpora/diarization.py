@@ -34,7 +34,7 @@ FOLDER = "diarization"
 SPLITS = {"train": 0.7, "dev": 0.12, "test": 0.18}
 SPEAKERS = 18
 TURNS = (3, 5)  # sentences of a recording
-GAP = (-1.2, 0.6)  # seconds between two turns; negative: both speak
+GAP = (-2.0, 0.4)  # seconds between two turns; negative: both speak
 PAUSE = 0.3  # seconds of silence that end a segment
 
 Named = tuple[str, Voice]
