@@ -1,8 +1,8 @@
 """The fairseq plug-in: pass this directory as `common.user_dir` to `fairseq-hydra-train`.
 
-It registers the models `hubert_<encoder>`, the task `hubert_eff_pretraining`, the criterion `hubert_eff`, the optimizer
-`scaled_adam` and the learning rate schedules `eden` and `noam`, and applies `patches`, which make training robust. Everything that
-is not an adapter to fairseq lives in `hubert_eff`.
+It registers the models `hubert_<encoder>`, the task `hubert_eff_pretraining`, the criteria `hubert_eff` and `hubert_distill`, the
+optimizer `scaled_adam` and the learning rate schedules `eden` and `noam`, and applies `patches`, which make training robust. Everything
+that is not an adapter to fairseq lives in `hubert_eff`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from . import patches
 
 patches.apply()
 
+from .criterions import hubert_distill as _distillation  # noqa: E402, F401
 from .criterions import hubert_eff as _criterion  # noqa: E402, F401
 from .lr_schedulers import eden as _eden  # noqa: E402, F401
 from .lr_schedulers import noam as _noam  # noqa: E402, F401

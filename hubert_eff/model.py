@@ -21,6 +21,7 @@ from .masking import batch_mask
 from .registry import encoder_of, preset_config
 
 M = TypeVar("M", bound="HubertModel")
+Masks = tuple["Tensor | None", "Tensor | None"]  # over time (B, T) and over channels (B, D), bool; None: there is none
 
 
 class ScaleGradient(torch.autograd.Function):
@@ -162,15 +163,18 @@ class HubertModel(nn.Module):
         features_only: bool = False,
         output_layer: int | None = None,
         sample_ids: Tensor | None = None,
+        masks: Masks | None = None,
+        return_states: bool = False,
     ) -> dict[str, Any]:
         """Masked prediction.
 
         source (B, S): audio, normalised already if the config says so; target_list: labels (B, T') per codebook at
         `label_rate`; padding_mask (B, S); sample_ids (B,): what seeds each row's mask together with the seed and the update
-        (default: the row's number).
+        (default: the row's number); masks: the `masks` of another model's output, to see the same frames.
 
         Returns `x` (B, T, D), `padding_mask` (B, T) or None, `mask_indices` (B, T) or None, `features` (B, T, D) and
-        `features_pen`, the mean square of the extractor's output. With targets also, for masked (`_m`) and unmasked (`_u`)
+        `features_pen`, the mean square of the extractor's output, and `masks`. With `return_states` also `states`, the hidden states
+        0 ... L (B, T, D), for which LayerDrop is off. With targets also, for masked (`_m`) and unmasked (`_u`)
         frames and per codebook, `logits_*` (N, C) and `targets_*` (N,); None where the config skips them.
         """
         features, frames = self._extract(source, padding_mask)
@@ -179,17 +183,28 @@ class HubertModel(nn.Module):
         features_pen = features.float().square().mean()
         x = self.dropout_input(self._project(features))
         projected = x
-        masked = None
-        if mask:
-            x, masked = self._mask(x, frames, sample_ids)
-        x = self.encoder(x, frames, layer=output_layer)
+        if masks is None:
+            masks = self._draw_masks(x, frames, sample_ids) if mask else (None, None)
+        masked, channels = masks
+        if masked is not None:
+            x = torch.where(masked.unsqueeze(-1), self.mask_emb.to(x.dtype), x)
+        if channels is not None:
+            x = x.masked_fill(channels.unsqueeze(1), 0.0)
+        states = self.encoder.hidden_states(x, frames) if return_states else None
+        if states is None:
+            x = self.encoder(x, frames, layer=output_layer)
+        else:
+            x = states[-1 if output_layer is None else output_layer]
         result: dict[str, Any] = {
             "x": x,
             "padding_mask": frames,
             "mask_indices": masked,
+            "masks": masks,
             "features": projected,
             "features_pen": features_pen,
         }
+        if states is not None:
+            result["states"] = states
         if features_only or target_list is None:
             return result
         if not self.num_classes:
@@ -229,27 +244,25 @@ class HubertModel(nn.Module):
         cut = [t[:, : length * ratio : ratio] for t in targets]
         return features[:, :length], None if frames is None else frames[:, :length], cut
 
-    def _mask(self, x: Tensor, frames: Tensor | None, sample_ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Put the mask embedding on spans of x (B, T, D), zero on spans of channels; the mask over time, (B, T)."""
+    def _draw_masks(self, x: Tensor, frames: Tensor | None, sample_ids: Tensor | None) -> Masks:
+        """Masks for x (B, T, D), whose padding is `frames`."""
         config, (batch, length, dim) = self.config, x.shape
         lengths = [length] * batch if frames is None else (~frames).sum(1).tolist()
         ids = range(batch) if sample_ids is None else sample_ids.tolist()
         update = self.num_updates + 1 if self.training else 0  # in evaluation the masks are always the same
-        masked = None
+        masked = channels = None
         if config.mask_prob > 0:
             seeds = [(config.seed, update, i, 0) for i in ids]
             masked = batch_mask(
                 lengths, length, seeds, config.mask_prob, config.mask_length, config.mask_selection, config.mask_other, 2
             ).to(x.device)
-            x = torch.where(masked.unsqueeze(-1), self.mask_emb.to(x.dtype), x)
         if config.mask_channel_prob > 0:
             seeds = [(config.seed, update, i, 1) for i in ids]
             channels = batch_mask(
                 [dim] * batch, dim, seeds, config.mask_channel_prob, config.mask_channel_length,
                 config.mask_channel_selection, config.mask_channel_other,
             ).to(x.device)  # fmt: skip
-            x = x.masked_fill(channels.unsqueeze(1), 0.0)
-        return x, masked
+        return masked, channels
 
 
 def normalize_waveform(wav: Tensor, padding_mask: Tensor | None = None) -> Tensor:

@@ -64,6 +64,19 @@ class HubertEffCriterion(FairseqCriterion):
     def forward(self, model: Any, sample: dict[str, Any]) -> tuple[Tensor, int, dict[str, Any]]:
         """Returns the loss (a sum over frames), the number of frames it counts, and what to log: numbers and histograms."""
         output = model(target_list=sample["target_list"], **sample["net_input"])
+        loss, sample_size, log = self.label_losses(output)
+        if self.penalty_weight:
+            penalty = self.penalty_weight * output["features_pen"].float() * sample_size
+            loss = loss + penalty
+            log["loss_features_pen"] = penalty.detach()
+        for key in self.log_keys:
+            if key in output:
+                log[f"log_{key}"] = float(output[key]) * sample_size
+        log.update(loss=loss.detach(), ntokens=sample_size, nsentences=sample["id"].numel(), sample_size=sample_size)
+        return loss, sample_size, log
+
+    def label_losses(self, output: dict[str, Any]) -> tuple[Tensor, int, dict[str, Any]]:
+        """The weighted cross entropy of a model's output with the labels, the number of frames it counts, what to log of both kinds."""
         loss = output["features_pen"].new_zeros((), dtype=torch.float32)
         log: dict[str, Any] = {}
         sample_size = 0
@@ -87,14 +100,6 @@ class HubertEffCriterion(FairseqCriterion):
                     loss = loss + weight * part_loss
             if weight > 0:
                 sample_size += output[f"targets_{part}"][0].numel()
-        if self.penalty_weight:
-            penalty = self.penalty_weight * output["features_pen"].float() * sample_size
-            loss = loss + penalty
-            log["loss_features_pen"] = penalty.detach()
-        for key in self.log_keys:
-            if key in output:
-                log[f"log_{key}"] = float(output[key]) * sample_size
-        log.update(loss=loss.detach(), ntokens=sample_size, nsentences=sample["id"].numel(), sample_size=sample_size)
         return loss, sample_size, log
 
     @staticmethod

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import logging
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional  # (fairseq reads the types of a dataclass by these names)
 
 import torch
 from fairseq.data import Dictionary
+from fairseq.logging import metrics
 from fairseq.models import MODEL_REGISTRY
 from fairseq.tasks import register_task
 from fairseq.tasks.hubert_pretraining import HubertPretrainingConfig, HubertPretrainingTask, LabelEncoder
 from omegaconf import II, OmegaConf
 from torch import Tensor
 
+import hubert_eff
 from hubert_eff.errors import UserError, unknown
+from hubert_eff.quant.distill import start_from
+from hubert_eff.quant.functional import FLOOR
+from hubert_eff.quant.monitor import Monitor, scales
 from hubert_eff.registry import list_encoders
 
 from .. import checks, stopping
 from ..dataset import SeededHubertDataset
 from ..stopping import one_line_errors
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -30,6 +39,11 @@ class HubertEffPretrainingConfig(HubertPretrainingConfig):
     fp16: bool = field(default=II("common.fp16"), metadata={"help": "half precision, which needs a GPU"})
     amp: bool = field(default=II("common.amp"), metadata={"help": "automatic mixed precision, which needs a GPU"})
     cpu: bool = field(default=II("common.cpu"), metadata={"help": "train on the CPU"})
+    init_from: Optional[str] = field(  # noqa: UP045
+        default=None,
+        metadata={"help": "checkpoint whose weights a new run starts from; a binarised model may start from its float or w1a2 form"},
+    )
+    log_interval: int = field(default=II("common.log_interval"), metadata={"help": "updates between two looks at a binarised model"})
 
 
 @register_task("hubert_eff_pretraining", dataclass=HubertEffPretrainingConfig)
@@ -37,6 +51,7 @@ class HubertEffPretrainingTask(HubertPretrainingTask):
     """fairseq's HuBERT pre-training with early checks, reproducible batches and a clear end on NaN and SIGTERM."""
 
     cfg: HubertEffPretrainingConfig
+    monitor: Monitor | None = None  # of a binarised model
 
     @classmethod
     @one_line_errors()
@@ -69,6 +84,17 @@ class HubertEffPretrainingTask(HubertPretrainingTask):
             raise unknown("model", name, (f"hubert_{encoder}" for encoder in list_encoders()))
         model = super().build_model(cfg, from_checkpoint)
         cfg.quant_policy = model.config.quant_policy  # what a policy file says goes into the checkpoints
+        if not from_checkpoint:
+            if self.cfg.init_from:
+                try:
+                    start_from(model, hubert_eff.load(self.cfg.init_from))
+                except UserError as error:
+                    raise UserError(f"task.init_from={self.cfg.init_from}: {error}") from error
+            if model.config.quant != "none":
+                self.monitor = Monitor(model)
+                for scale in scales(model):
+                    scale.param_group = "scales"  # what fairseq's optimizer `composite` goes by
+            self.model = model  # for criteria that check it
         return model
 
     @one_line_errors()
@@ -106,9 +132,30 @@ class HubertEffPretrainingTask(HubertPretrainingTask):
     def train_step(self, sample: Any, model: Any, criterion: Any, optimizer: Any, update_num: int, ignore_grad: bool = False) -> Any:
         """Forward and backward; ends the run if the loss is not finite."""
         self.last_batch = sample["id"]
-        loss, sample_size, log = super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad)
+        with self.monitor.watching() if self._looks(update_num) else nullcontext():
+            loss, sample_size, log = super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad)
         self.check_finite("the loss", loss, update_num)
         return loss, sample_size, log
+
+    def _looks(self, update_num: int) -> bool:
+        return self.monitor is not None and (update_num + 1) % max(self.cfg.log_interval, 1) == 0
+
+    def optimizer_step(self, optimizer: Any, model: Any, update_num: int) -> None:
+        """One update; at every `log_interval` what it did to a binarised model is logged."""
+        if not self._looks(update_num):
+            super().optimizer_step(optimizer, model, update_num)
+            return
+        self.monitor.before_update()
+        super().optimizer_step(optimizer, model, update_num)
+        health = self.monitor.after_update()
+        for key, share in health.by_block().items():
+            metrics.log_scalar(key, share, priority=50, round=4)
+        logger.info(f"update {update_num + 1}: {health.worst()}")
+        for name in self.monitor.collapsed():
+            logger.warning(
+                f"update {update_num + 1}: the scale of {name} has fallen to its floor, {FLOOR:g}: its input no longer reaches what "
+                "follows; lower the learning rate of the scales, or go on from an earlier checkpoint"
+            )
 
     def valid_step(self, sample: Any, model: Any, criterion: Any) -> Any:
         """Forward; ends the run if the loss is not finite, leaves the validation if a stop was asked for."""

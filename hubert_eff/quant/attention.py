@@ -74,12 +74,16 @@ class Probabilities(nn.Module):
             scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min / 2)  # finite: a query may see nothing
         probs = F.dropout(torch.softmax(scores, -1), dropout, dropout > 0.0)
         x = probs * visible
-        if self.quantizer.bits == 1:
-            return unsigned_codes(x, scale, 1)
-        unseen = None if seen is None else ~seen
-        least = (x.detach() if unseen is None else x.detach().masked_fill(unseen, torch.inf)).amin(-1, keepdim=True)
-        codes = unsigned_codes(x, scale, self.quantizer.bits, least.masked_fill(least == torch.inf, 0.0))
-        return codes if unseen is None else codes.masked_fill(unseen, 0.0)  # a code of 0 stands for the minimum
+        offset = None
+        if self.quantizer.bits > 1:
+            least = (x.detach() if seen is None else x.detach().masked_fill(~seen, torch.inf)).amin(-1, keepdim=True)
+            offset = least.masked_fill(least == torch.inf, 0.0)
+        codes = unsigned_codes(x, scale, self.quantizer.bits, offset)
+        if offset is not None and seen is not None:
+            codes = codes.masked_fill(~seen, 0.0)  # a code of 0 stands for the minimum
+        if self.quantizer.watch is not None:
+            self.quantizer.watch(x, codes, scale, offset, seen)
+        return codes
 
 
 class BinaryAttention(nn.Module):

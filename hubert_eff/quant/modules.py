@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -50,6 +51,10 @@ class FrameMask:
         return self.valid.unsqueeze(-1) if x.dim() == 3 else self.valid[:, None, :, None]
 
 
+# what a monitor is told of a tensor that was quantised: x with its move, codes, scale, minimum, mask
+Watch = Callable[[Tensor, Tensor, Tensor, "Tensor | None", "Tensor | None"], None]
+
+
 class Quantizer(nn.Module):
     """x -> `Codes` of x + move, with one learned scale.
 
@@ -67,6 +72,7 @@ class Quantizer(nn.Module):
         self.register_buffer("initialized", torch.tensor(initial is not None))
         self._ready = initial is not None  # what `initialized` says, without waiting for a GPU
         self.frames = FrameMask()
+        self.watch: Watch | None = None
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)  # type: ignore[no-untyped-call]
@@ -91,14 +97,15 @@ class Quantizer(nn.Module):
             self._initialize(x.detach(), mask)
         count = x.numel() if mask is None else mask.sum() * (x.numel() // mask.numel())
         scale = self.effective(count)
-        if self.signed:
-            return Codes(signed_codes(x, scale, self.bits), scale)
         offset = None
-        if self.bits > 1:  # the minimum of each sequence
+        if not self.signed and self.bits > 1:  # the minimum of each sequence
             seen = x.detach() if mask is None else x.detach().masked_fill(~mask, torch.inf)
             offset = seen.amin(tuple(range(1, x.dim())), keepdim=True)
             offset = offset.masked_fill(offset == torch.inf, 0.0)  # a sequence of padding only
-        return Codes(unsigned_codes(x, scale, self.bits, offset), scale)
+        codes = signed_codes(x, scale, self.bits) if self.signed else unsigned_codes(x, scale, self.bits, offset)
+        if self.watch is not None:
+            self.watch(x, codes, scale, offset, mask)
+        return Codes(codes, scale)
 
     @torch.no_grad()
     def _initialize(self, x: Tensor, mask: Tensor | None) -> None:

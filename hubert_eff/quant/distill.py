@@ -1,0 +1,107 @@
+"""What a binarised student learns from a teacher (Liu et al. 2022, "BiT", section 3: each stage's model teaches the next one)."""
+
+# B batch, T frames, D model dim, N chosen frames, C codewords
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..config import FRAME_STRIDE
+from ..errors import UserError
+from ..model import HubertModel
+from ..registry import encoder_of
+
+
+def codebook_divergence(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """KL(teacher || student) of logits (N, C), one pair per codebook, in nats, summed over frames and codebooks.
+
+    Its gradient is that of the cross entropy with the teacher's probabilities; equal logits give 0.
+    """
+    total = student[0].new_zeros((), dtype=torch.float32)
+    for ours, theirs in zip(student, teacher, strict=True):
+        wanted, found = F.log_softmax(theirs.float(), -1), F.log_softmax(ours.float(), -1)
+        total = total + F.kl_div(found, wanted, reduction="sum", log_target=True)
+    return total
+
+
+def hidden_distances(student: Sequence[Tensor], teacher: Sequence[Tensor], valid: Tensor | None, normalize: bool = False) -> Tensor:
+    """Mean squared difference of each pair of hidden states (B, T, D) over valid frames (B, T), None = all: (L + 1,).
+
+    normalize: divided by the variance of the teacher's state over the same frames, so that each layer counts by how well it is matched and
+    not by its size. Without any valid frame all are 0.
+    """
+    distances = []
+    for ours, theirs in zip(student, teacher, strict=True):
+        if valid is not None:
+            ours, theirs = ours[valid], theirs[valid]
+        if ours.numel() == 0:
+            distances.append(ours.float().sum())
+            continue
+        distance = F.mse_loss(ours.float(), theirs.float())
+        if normalize:
+            distance = distance / theirs.float().var(unbiased=False).clamp(min=1e-6)
+        distances.append(distance)
+    return torch.stack(distances)
+
+
+def check_teacher(teacher: HubertModel, student: HubertModel) -> None:
+    """Raise `UserError` unless each of the student's states and logits has a counterpart in the teacher."""
+
+    def sizes(model: HubertModel) -> dict[str, Any]:
+        config = model.config
+        receptive = next(n for n in range(1, FRAME_STRIDE * 1000) if model.num_frames(n))
+        return {
+            "layers": len(model.encoder.layers),
+            "width (encoder_embed_dim)": config.encoder_embed_dim,
+            "codebooks (classes of each)": list(model.num_classes),
+            "label rate (task.label_rate)": config.label_rate,
+            "samples under a frame (conv_feature_layers)": receptive,
+            "normalisation of the audio (task.normalize)": config.normalize,
+            "rule for padding (valid_frames)": config.valid_frames,
+        }
+
+    wanted = sizes(student)
+    for what, value in sizes(teacher).items():
+        if value != wanted[what]:
+            raise UserError(
+                f"the teacher does not fit the student: {what} {value}, the student's {wanted[what]}: change the student's configuration "
+                "or take another teacher"
+            )
+    if student.config.mask_channel_prob > 0 and teacher.config.input_dim != student.config.input_dim:
+        raise UserError("masks of channels need a teacher whose first block has the student's width: set model.mask_channel_prob=0")
+
+
+def start_from(student: HubertModel, source: HubertModel) -> None:
+    """Give the student the weights of another model, in place.
+
+    From a float model a binarised one takes all weights, and finds its scales on the first batch; from a w1a2 model a w1a1 one takes the
+    scales as well. Raises `UserError` if the two are not the same model but for `quant`.
+    """
+    ours, theirs = encoder_of(student.config).name, encoder_of(source.config).name
+    if ours != theirs:
+        raise UserError(f"a model with the encoder {ours} cannot start from the weights of one with the encoder {theirs}")
+    if tuple(student.num_classes) != tuple(source.num_classes):
+        raise UserError(
+            f"codebooks of {list(student.num_classes)} classes cannot start from those of {list(source.num_classes)}: use the labels that "
+            "the source was trained on"
+        )
+    binarised = source.config.quant != "none"
+    if binarised and student.config.quant == "none":
+        raise UserError(f"a float model cannot start from a binarised one ({source.config.quant}): set model.quant=w1a1, or another start")
+    own = {name: tensor.shape for name, tensor in student.state_dict().items()}
+    quantisers = [name.removesuffix("initialized") for name in own if name.endswith(".initialized")]
+    state = source.state_dict()
+    for name, tensor in state.items():
+        if name not in own:
+            raise UserError(f"the student has no '{name}', which its source has: the two must agree in the model's keys and quant_policy")
+        if own[name] != tensor.shape:
+            raise UserError(f"'{name}' is {tuple(tensor.shape)} in the source, {tuple(own[name])} in the student: the sizes must agree")
+    for name in own:
+        if name not in state and (binarised or not name.startswith(tuple(quantisers))):
+            raise UserError(f"the source has no '{name}', which the student has: the two must agree in the model's keys and quant_policy")
+    student.load_state_dict(state, strict=False)
