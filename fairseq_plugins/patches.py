@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import logging
 import os
@@ -16,15 +17,17 @@ import torch
 import torch.distributed as dist
 from fairseq import checkpoint_utils
 from fairseq.data import Dictionary
+from fairseq.dataclass import utils as dataclass_utils
 from fairseq.distributed import utils as distributed_utils
 from fairseq.file_io import PathManager
 from fairseq.models import distributed_fairseq_model
 from fairseq.trainer import Trainer
 from omegaconf import DictConfig, ListConfig
 from omegaconf.base import ContainerMetadata, Metadata
+from omegaconf.errors import OmegaConfBaseException
 from omegaconf.nodes import AnyNode
 
-from hubert_eff.errors import UserError
+from hubert_eff.errors import UserError, unknown
 
 from . import stopping
 
@@ -34,6 +37,7 @@ logger = logging.getLogger(__name__)
 def apply() -> None:
     """Make all patches; fairseq imports the plug-in once per process."""
     allow_checkpoint_classes()
+    name_bad_keys()
     name_bad_checkpoints()
     copy_atomically()
     stop_on_infinite_gradient()
@@ -54,6 +58,24 @@ def allow_checkpoint_classes() -> None:
             typing.Any, defaultdict, dict, list, int,
         ]  # fmt: skip
     )
+
+
+def name_bad_keys() -> None:
+    """A key that a model, task, optimizer ... does not have, or a value of the wrong type, ends in a traceback; one line names it."""
+    original = dataclass_utils.merge_with_parent
+
+    @stopping.one_line_errors()
+    def merge(defaults: Any, cfg: DictConfig, remove_missing: bool = False) -> DictConfig:
+        name, known = cfg.get("_name"), [field.name for field in dataclasses.fields(defaults)]
+        for key in () if remove_missing else cfg:
+            if key not in known:
+                raise unknown(f"key of {name}", key, known)
+        try:
+            return original(defaults, cfg, remove_missing)
+        except OmegaConfBaseException as error:
+            raise UserError(f"{name}: {error.full_key}: {str(error).splitlines()[0]}") from error
+
+    dataclass_utils.merge_with_parent = merge
 
 
 def name_bad_checkpoints() -> None:

@@ -403,6 +403,10 @@ def test_bad_data_is_one_clear_line(case: str, data: Path) -> None:
         ("task.label_dir=nowhere", "nowhere is no directory"),
         ("task.fine_tuning=true", "fine_tuning"),
         ("common.fp16=true", "needs a GPU"),
+        ("model.depthwise_kernel_size=15", "unknown key of hubert_conformer .* did you mean 'depthwise_conv_kernel_size'"),
+        ("optimizer.weight_decy=0.1", "did you mean 'weight_decay'"),
+        ("model.encoder_layers=many", "hubert_conformer: encoder_layers: .*could not be converted to Integer"),
+        ("model.pos_enc_type=[rel_pos]", "hubert_conformer: pos_enc_type: "),
     ],
 )
 def test_bad_setting_is_one_clear_line(override: str, message: str, data: Path) -> None:

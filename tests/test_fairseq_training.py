@@ -104,11 +104,19 @@ def test_it_trains_reports_and_writes_a_checkpoint_that_loads(data: Path, tmp_pa
     assert (tmp_path / "run" / ".hydra" / "config.yaml").is_file()
 
 
-def test_bad_input_is_one_line_and_exit_code_2(data: Path, tmp_path: Path) -> None:
-    done = run(data, tmp_path / "run", "task.label_rate=50")
+@pytest.mark.parametrize(
+    ("override", "start"),
+    [
+        ("task.label_rate=50", "task.label_rate=50, but"),
+        ("+model.encoder_layer=2", "unknown key of hubert_conformer 'encoder_layer' - did you mean 'encoder_layers'?"),
+        ("model.depthwise_conv_kernel_size=4", "depthwise_conv_kernel_size=4 must be odd"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(override: str, start: str, data: Path, tmp_path: Path) -> None:
+    done = run(data, tmp_path / "run", override)
     assert done.returncode == 2
-    (line,) = [line for line in done.stderr.splitlines() if "label_rate" in line]
-    assert line.startswith("fairseq-hydra-train: task.label_rate=50, but")
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("fairseq-hydra-train: ")]
+    assert line.startswith(f"fairseq-hydra-train: {start}")
     assert "Traceback" not in done.stdout + done.stderr
     assert not list((tmp_path / "run").glob("*.pt"))
 
