@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .config import HubertConfig
+from .config import SAMPLE_RATE, HubertConfig
 from .errors import UserError
 from .exporting import is_export, read_export
 from .model import HubertModel
@@ -86,6 +86,8 @@ def config_of(content: Mapping[str, Any], file: Path) -> HubertConfig:
     if not isinstance(cfg, Mapping) or not isinstance(cfg.get("model"), Mapping):
         raise UserError(f"{file} has no fairseq configuration (cfg.model): it was not written by fairseq-hydra-train")
     values, task = dict(cfg["model"]), cfg.get("task") or {}
+    if task.get("sample_rate", SAMPLE_RATE) != SAMPLE_RATE:
+        raise UserError(f"{file} was trained on audio of {task['sample_rate']} Hz: models here take {SAMPLE_RATE} Hz")
     name = str(values.pop("_name", ""))
     encoder = name.removeprefix("hubert_")
     if name != "hubert":

@@ -9,6 +9,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from .errors import UserError
 
@@ -17,11 +18,17 @@ COMMANDS = {
     "demo": "corpus, labels, pre-training, keyword spotting and profile, on a small synthetic corpus",
     "corpus": "make a small synthetic speech corpus offline",
     "manifest": "check a folder of audio, convert it once to 16 kHz mono, write train.tsv and valid.tsv",
+    "binarize-recipe": "train at one bit in stages, W32A32 -> W1A2 -> W1A1, each taught by the one before",
     "labels": "k-means labels from MFCC or from a layer of a checkpoint; their quality",
     "profile": "parameters, storage and operations of a preset or a checkpoint; the paper's Table 1",
     "bench": "measured latency, memory and throughput, and where the time goes",
+    "superb": "the ten SUPERB tasks through S3PRL: what they need, and running them",
     "report": "costs, quality over cost and shares of time on one HTML page",
 }
+
+
+def _module(command: str) -> Any:
+    return importlib.import_module(f"hubert_eff.commands.{command.replace('-', '_')}")
 
 
 def _parser(command: str | None) -> argparse.ArgumentParser:
@@ -31,7 +38,7 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
     for name, summary in COMMANDS.items():
         sub = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
         if name == command:
-            importlib.import_module(f"hubert_eff.commands.{name}").add_arguments(sub)
+            _module(name).add_arguments(sub)
     return parser
 
 
@@ -52,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command is None:
         parser.print_help()
         return 2
-    module = importlib.import_module(f"hubert_eff.commands.{args.command}")
+    module = _module(args.command)
     try:
         return int(module.run(args))
     except UserError as error:

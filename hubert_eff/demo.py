@@ -38,20 +38,26 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def command_line(*words: object) -> list[str]:
+    """A command line; the first word is a program beside this Python, or `python`."""
+    name, *rest = [str(w) for w in words]
+    program = Path(sys.executable) if name == "python" else Path(sys.executable).parent / name
+    if not program.exists():
+        raise UserError(f"{name} is not installed beside {sys.executable}: pip install 'hubert-eff[all]', then hubert-eff doctor")
+    return [str(program), *rest]
+
+
+def quiet_environment() -> dict[str, str]:
+    """For commands that train: models as small as the debug ones gain nothing from threads, which spin when other work shares the cores."""
+    return {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
+
+
 class Demo:
     """Runs the steps into one folder."""
 
     def __init__(self, out: Path) -> None:
         self.out = out.resolve()
         self.checkpoint = self.out / "pretrain" / "checkpoint_best.pt"
-
-    def command(self, *words: object) -> list[str]:
-        """A command line; the first word is a program beside this Python, or `python`."""
-        name, *rest = [str(w) for w in words]
-        program = Path(sys.executable) if name == "python" else Path(sys.executable).parent / name
-        if not program.exists():
-            raise UserError(f"{name} is not installed beside {sys.executable}: pip install 'hubert-eff[all]', then hubert-eff doctor")
-        return [str(program), *rest]
 
     def step(self, title: str, *words: object) -> float:
         """Run a command unless it has succeeded before with the same words; returns its seconds."""
@@ -62,9 +68,7 @@ class Demo:
             return float(json.loads(record.read_text())["seconds"])
         say(f"\n== {title}\n$ {shown}")
         start = time.monotonic()
-        # models this small gain nothing from threads, which spin when other work shares the cores
-        environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
-        code = subprocess.run(self.command(*words), check=False, env=environment, stdout=sys.stderr).returncode
+        code = subprocess.run(command_line(*words), check=False, env=quiet_environment(), stdout=sys.stderr).returncode
         if code:
             raise UserError(f"the step '{title}' failed with exit code {code}; its messages are above")
         seconds = time.monotonic() - start
@@ -73,7 +77,7 @@ class Demo:
 
     def figures(self, *words: object) -> Any:
         """The JSON that a command prints."""
-        done = subprocess.run(self.command(*words, "--json"), check=False, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(command_line(*words, "--json"), check=False, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             raise UserError(f"{shlex.join(str(w) for w in words)} failed with exit code {done.returncode}")
         return json.loads(done.stdout)
@@ -105,11 +109,13 @@ class Demo:
             ),
             "keyword spotting, pre-trained": self.step(
                 "Keyword spotting on the pre-trained model, through S3PRL",
-                "python", "-m", "superb_tasks.runner", "--upstream", checkpoint, "--data", keywords, "--out", out / "ks-pretrained",
+                "hubert-eff", "superb", "run", "--task", "ks", "--upstream", checkpoint, "--data", keywords, "--out", out / "ks-pretrained",
+                "--steps", 300, "--lr", 0.01,
             ),
             "keyword spotting, untrained": self.step(
                 "The same probe on an untrained model",
-                "python", "-m", "superb_tasks.runner", "--upstream", UNTRAINED, "--data", keywords, "--out", out / "ks-untrained",
+                "hubert-eff", "superb", "run", "--task", "ks", "--upstream", UNTRAINED, "--data", keywords, "--out", out / "ks-untrained",
+                "--steps", 300, "--lr", 0.01,
             ),
         }  # fmt: skip
         alignments = corpus / "alignments.tsv"
@@ -120,7 +126,7 @@ class Demo:
                 for name, folder in (("mfcc", first), ("layer 2", second))
             },
             "keyword spotting": {
-                name: json.loads((out / f"ks-{name}" / "result.json").read_text()) for name in ("pretrained", "untrained")
+                name: json.loads((out / f"ks-{name}" / "ks" / "result.json").read_text()) for name in ("pretrained", "untrained")
             },
             "profile": self.figures("hubert-eff", "profile", checkpoint, "--seconds", 10),
             "seconds": {name: round(value, 1) for name, value in seconds.items()},
@@ -138,7 +144,7 @@ def best_validation(log: Path) -> dict[str, float]:
             pairs = (part.split() for part in rest.split(" | "))
             runs.append({pair[0]: float(pair[1]) for pair in pairs if len(pair) == 2})
     if not runs:
-        raise UserError(f"{log} holds no validation: delete {log.parent / 'steps'} and run the demo again")
+        raise UserError(f"{log} holds no validation: delete the folder {log.parent} and run the command again")
     best = min(runs, key=lambda run: run["loss"])
     names = {
         "updates": "num_updates", "loss": "loss", "accuracy": "correct_m_0", "majority": "majority_m_0",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,16 @@ def exit_code(program: str, run: Callable[[Sequence[str]], None], argv: Sequence
         print(f"{program}: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+@contextmanager
+def command_line(*arguments: str) -> Iterator[None]:
+    """The arguments of this process, for S3PRL's parsers, which take none."""
+    argv, sys.argv = sys.argv, [sys.argv[0], *arguments]
+    try:
+        yield
+    finally:
+        sys.argv = argv
 
 
 def read_config(path: str) -> dict[str, Any]:

@@ -1,17 +1,22 @@
 """Everything of S3PRL 0.4.18 that needs help to run offline beside fairseq and torch 2.8, each with its reason.
 
-`apply()` must run before the S3PRL modules concerned are imported, since some of them copy names at import time.
+`apply()` must run before the S3PRL modules concerned are imported, since some of them copy names at import time; `prepare(downstream,
+cache)` before an expert of run_downstream is built.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
+import functools
 import os
 import sys
 import types
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile as sf
@@ -41,6 +46,74 @@ def _read_own_checkpoints() -> None:
     torch.serialization.add_safe_globals([argparse.Namespace])
 
 
+def prepare(downstream: str, cache: Path) -> None:
+    """Patch the modules of one downstream of run_downstream. `cache` is a folder for what S3PRL keeps about the data: a folder per
+    data set, since S3PRL does not look whether what it kept is of the same data. Calling it again changes the cache's place only."""
+    if downstream == "ctc":
+        _provide_ctc_corpora()
+    elif downstream == "voxceleb1":
+        from s3prl.downstream.voxceleb1 import dataset
+
+        # it keeps its lists of files beside its own code, under names that ignore the data: stale for the next data set
+        dataset.CACHE_PATH = str(cache)
+    elif downstream == "sv_voxceleb1":
+        _patch_verification(cache)
+
+
+def _provide_ctc_corpora() -> None:
+    """The wheel lacks the package `corpus` that `s3prl.downstream.ctc.data` imports from: ours takes its place. And `load_dataset` takes
+    the number of workers out of the settings it is given, so that every loader but the first has 12."""
+    import s3prl.downstream.ctc as ctc
+
+    place = str(Path(__file__).parent / "ctc")
+    if place in ctc.__path__:
+        return
+    ctc.__path__.append(place)
+    from s3prl.downstream.ctc import data
+
+    original = data.load_dataset
+
+    @functools.wraps(original)
+    def load_dataset(split: str, tokenizer: Any, corpus: dict[str, Any]) -> Any:
+        return original(split, tokenizer, dict(corpus))
+
+    data.load_dataset = load_dataset
+
+
+def _patch_verification(cache: Path) -> None:
+    """Speaker verification keeps the lengths of recordings beside its own code, under a name that ignores the data; starts twelve
+    processes to measure them, whatever the machine; and asks for CUDA by name."""
+    from joblib import Parallel
+    from s3prl.downstream.sv_voxceleb1 import dataset, expert
+
+    cache.mkdir(parents=True, exist_ok=True)
+    dataset.__file__ = str(cache / "dataset.py")  # it looks for its cache beside this
+    dataset.Parallel = lambda n_jobs: Parallel(n_jobs=min(n_jobs, os.cpu_count() or 1), prefer="threads")
+    if not hasattr(expert.DownstreamExpert.forward, "__wrapped__"):
+        expert.DownstreamExpert.forward = _cuda_where_the_features_are(expert.DownstreamExpert.forward)
+
+
+def _cuda_where_the_features_are(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward pass of an expert in which `.cuda()` means the device of its features."""
+
+    @functools.wraps(forward)
+    def wrapped(self: Any, mode: str, features: Sequence[Tensor], *others: Any, **more: Any) -> Any:
+        with _replaced(Tensor, "cuda", lambda tensor: tensor.to(features[0].device)):
+            return forward(self, mode, features, *others, **more)
+
+    return wrapped
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
 class DistributedSamplerWrapper(DistributedSampler):  # type: ignore[type-arg]
     """This process' share of what another sampler draws; every process must draw the same, so seed them alike."""
 
@@ -67,7 +140,7 @@ def _provide_catalyst_sampler() -> None:
 
 
 def _provide_sox_effects() -> None:
-    """torchaudio's SoX effects call the system's libsox, which pip cannot install. Keyword spotting uses three of them."""
+    """torchaudio's SoX effects call the system's libsox, which pip cannot install. SUPERB's tasks use four of them."""
     try:
         ctypes.CDLL("libsox.so")
         return
@@ -81,10 +154,11 @@ def _provide_sox_effects() -> None:
 def apply_effects_tensor(
     tensor: Tensor, sample_rate: int, effects: Sequence[Sequence[str]], channels_first: bool = True
 ) -> tuple[Tensor, int]:
-    """`torchaudio.sox_effects.apply_effects_tensor` for the effects `channels`, `rate` and `gain DB`.
+    """`torchaudio.sox_effects.apply_effects_tensor` for the effects `channels`, `rate`, `gain DB` and `silence`.
 
     `tensor` is (channels, samples), or (samples, channels) with `channels_first=False`; float, full scale 1. `rate` is
-    the SoX resampler at its default quality (libsoxr). Raises `UserError` for any other effect.
+    the SoX resampler at its default quality (libsoxr). `silence 1 SECONDS LEVEL% -1 SECONDS LEVEL%` is written anew, see `without_silence`:
+    its cuts are near SoX's, not the same to the sample. Raises `UserError` for any other effect.
     """
     wav = tensor if channels_first else tensor.T  # (channels, samples)
     for effect in effects:
@@ -97,12 +171,33 @@ def apply_effects_tensor(
                 wav, sample_rate = _resample(wav, sample_rate, int(float(rate))), int(float(rate))
             case ["gain", decibel] if not decibel.startswith("-") or decibel[1:2].isdigit():
                 wav = (wav * 10 ** (float(decibel) / 20)).clamp(-1, 1)  # SoX clips at full scale
+            case ["silence", "1", seconds, level, "-1", seconds_inside, level_inside] if (seconds, level) == (seconds_inside, level_inside):
+                wav = without_silence(wav, sample_rate, float(seconds), float(level.rstrip("%")) / 100)
             case other:
                 raise UserError(
                     f"the SoX effect '{' '.join(other)}' needs libsox, which is not installed: apt-get install libsox-dev "
-                    "(here only channels, rate and gain are built in)"
+                    "(here only channels, rate, gain and silence at one level are built in)"
                 )
     return (wav if channels_first else wav.T), sample_rate
+
+
+def without_silence(wav: Tensor, sample_rate: int, seconds: float, level: float) -> Tensor:
+    """A recording (channels, samples) without what is quiet for `seconds` or longer, anywhere in it, and without its quiet start.
+
+    Quiet is a root mean square, over 20 ms and all channels, of at most `level` (full scale 1).
+    """
+    power = wav.square().mean(0).numpy().astype(np.float64)  # (samples,)
+    window = max(1, sample_rate // 50)
+    total = np.concatenate([[0.0], np.cumsum(power)])
+    end = np.arange(1, len(power) + 1)
+    start = np.maximum(0, end - window)
+    quiet = (total[end] - total[start]) / (end - start) <= level**2
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], quiet.astype(np.int8), [0]])))
+    keep = np.ones(len(power), dtype=bool)
+    for first, last in zip(edges[::2], edges[1::2]):
+        if first == 0 or last - first >= seconds * sample_rate:
+            keep[first:last] = False
+    return wav[:, torch.from_numpy(keep)]
 
 
 def _resample(wav: Tensor, rate: int, new_rate: int) -> Tensor:

@@ -18,8 +18,8 @@ from typing import Any
 
 from hubert_eff.errors import UserError, unknown
 
-from . import register, require_s3prl
-from .launch import check_upstream, device_arguments, exit_code, folder, lookup, read_config
+from . import layouts, register, require_s3prl
+from .launch import check_upstream, command_line, device_arguments, exit_code, folder, lookup, read_config
 
 CONFIGS = Path(__file__).parent / "configs"  # <downstream>.yaml
 
@@ -28,29 +28,36 @@ def run(argv: Sequence[str]) -> None:
     """Check, register the upstream, hand over to S3PRL. Raises `UserError` for bad input."""
     require_s3prl()
     arguments = list(argv)
+    downstream, cache = None, Path()
     if not {"-h", "--help"} & set(arguments):
-        arguments += _check(arguments)
+        added, downstream, cache = _check(arguments)
+        arguments += added
     register()
+    if downstream:
+        from . import patches
+
+        patches.prepare(downstream, cache)
     import s3prl.run_downstream
 
-    sys.argv = ["superb_tasks.run_downstream", *arguments]  # its main() takes no arguments
-    s3prl.run_downstream.main()
+    with command_line(*arguments):  # its main() takes no arguments
+        s3prl.run_downstream.main()
 
 
-def _check(arguments: Sequence[str]) -> list[str]:
-    """Check config, data and upstream before the work starts; the arguments to add."""
+def _check(arguments: Sequence[str]) -> tuple[list[str], str, Path]:
+    """Check config, data and upstream before the work starts; the arguments to add, the downstream and a folder for its cache."""
     # the arguments of S3PRL's parser that matter here; all others, and mistakes, are left to it
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for short, long in (("-c", "--config"), ("-d", "--downstream"), ("-u", "--upstream"), ("-k", "--upstream_ckpt"),
-                        ("-e", "--past_exp"), ("-o", "--override")):  # fmt: skip
+                        ("-e", "--past_exp"), ("-o", "--override"), ("-p", "--expdir"), ("-n", "--expname")):  # fmt: skip
         parser.add_argument(short, long)
     parser.add_argument("--device")
     given, _ = parser.parse_known_args(list(arguments))
 
     added: list[str] = []
     if given.past_exp:
-        downstream, upstream, source, config = _experiment(Path(given.past_exp))
+        downstream, upstream, source, folder_name, config = _experiment(Path(given.past_exp))
     else:
+        folder_name = given.expdir or f"result/downstream/{given.expname}"  # S3PRL's default
         downstream, upstream, source = given.downstream, given.upstream, given.upstream_ckpt
         if not given.config:
             given.config = str(CONFIGS / f"{downstream}.yaml")
@@ -70,11 +77,13 @@ def _check(arguments: Sequence[str]) -> list[str]:
         keys = [f"config.downstream_expert.datarc.{name}" for name in ("speech_commands_root", "speech_commands_test_root")]
         check_keywords(*(folder(setting(key), f"-o {key}=") for key in keys))
     check_upstream(upstream, source)
-    return added + device_arguments(given=given.device is not None)
+    data = Path(setting("config.downstream_expert.datarc.file_path") or "")
+    cache = Path(folder_name).resolve() / "cache" / (layouts.digest([data])[:16] if "voxceleb1" in downstream and data.name else "")
+    return added + device_arguments(given=given.device is not None), downstream, cache
 
 
-def _experiment(path: Path) -> tuple[str, str, str, Mapping[str, Any]]:
-    """Downstream task, upstream, its source and the config of an earlier experiment: `states-*.ckpt` of a folder, or a file."""
+def _experiment(path: Path) -> tuple[str, str, str, str, Mapping[str, Any]]:
+    """Downstream task, upstream, its source, the folder and the config of an earlier experiment: `states-*.ckpt` of a folder, or a file."""
     files = sorted(path.glob("states-*.ckpt"), key=lambda f: int(f.stem.split("-")[-1])) if path.is_dir() else [path]
     if not files:
         raise UserError(f"{path} holds no states-*.ckpt: name the folder of an experiment, or one of its checkpoints, with -e")
@@ -86,7 +95,7 @@ def _experiment(path: Path) -> tuple[str, str, str, Mapping[str, Any]]:
         torch.serialization.add_safe_globals([argparse.Namespace])  # for good, as S3PRL needs it too (see patches)
         states = torch.load(files[-1], map_location="cpu", weights_only=True)
         args, config = states["Args"], states["Config"]
-        return args.downstream, args.upstream, args.upstream_ckpt, config
+        return args.downstream, args.upstream, args.upstream_ckpt, args.expdir, config
     except Exception as error:  # torch names no common class for a file it cannot read
         raise UserError(f"{files[-1]} is no checkpoint of run_downstream: {str(error).splitlines()[0]}") from error
 

@@ -1,129 +1,365 @@
-"""Run a SUPERB task on an upstream through S3PRL's own code and keep the result as JSON.
+"""Train and test SUPERB's tasks on a frozen upstream, through S3PRL's run_downstream, and keep each result as JSON.
 
-    python -m superb_tasks.runner --upstream CKPT --data DIR --out DIR
+    hubert-eff superb run --task ks,asr --upstream CKPT --data DIR --out DIR
+
+Per task, `OUT/TASK/` holds `result.json`, `settings.json` (what the result is of), `prepared/` (lists that S3PRL reads) and S3PRL's own
+folders of experiments: `lr-RATE/` of each learning rate tried, with a folder per fold in it where there are folds, or `layer-N/SPLIT/`
+where nothing is trained. Predictions of the test set are in those, under S3PRL's names.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import hashlib
 import json
+import random
 import shutil
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from hubert_eff.config import SAMPLE_RATE
 from hubert_eff.errors import UserError
-from hubert_eff.files import write_json
+from hubert_eff.files import write_json, write_text
 
-from . import register, require_s3prl
-from .corpus import KEYWORDS, SILENCE, UNKNOWN, check_keywords, folders
-from .launch import check_upstream, exit_code, folder
+from . import layouts, register, require_s3prl, scoring
+from .launch import check_upstream, command_line
+from .prepare import prepare
+from .tasks import Task, check, choose
+
+VERSIONS = ("hubert-eff", "s3prl", "torch", "torchaudio", "numpy")
+SCALARS = "scalars.jsonl"  # what S3PRL logs, a line per figure
 
 
-def run_keyword_spotting(
-    upstream: str,
-    data: Path,
-    out: Path,
-    steps: int = 300,
-    learning_rate: float = 1e-2,
-    batch_size: int = 32,
-    seed: int = 0,
-    device: str | None = None,
-) -> dict[str, Any]:
-    """Train and test SUPERB's keyword spotting probe (S3PRL's SuperbKS) on a frozen upstream; writes `out/result.json`.
+@dataclass(frozen=True)
+class Request:
+    """How tasks are run.
 
-    `upstream` is a checkpoint file or `PRESET[@SEED]` for an untrained model, `data` the folder that holds the two folders of Speech
-    Commands v1, by the names of their archives. The probe starts and sees its batches alike for every upstream: results
-    compare the upstreams. The checkpoint with the best validation accuracy of four is tested. A run that was interrupted goes
-    on from its last quarter (S3PRL then begins an epoch anew, so figures differ a little); one that is done, for the same
-    arguments and the same checkpoint, is not repeated.
-
-    Returns the arguments and `accuracy` (test, in [0, 1]), `loss`, `chance` (share of the largest class of the test set) and
-    `utterances` (of the test set). Raises `UserError` for bad arguments, data or checkpoints.
+    `upstream` is a checkpoint, an exported file, or `PRESET[@SEED]` for an untrained model; `data` the folder of the data sets. `steps`
+    and `learning_rate` are SUPERB's where None; with `sweep`, each rate of SUPERB's grid is trained, and the one that is best on the
+    validation set is tested (where there is none, on the test set, as SUPERB does). `small` takes narrow heads and small batches, for
+    generated data: such results compare models with each other only. `workers` load data in processes of their own.
     """
-    require_s3prl()
-    if steps < 4 or batch_size < 1 or not learning_rate > 0:
-        raise UserError(f"steps={steps}, batch_size={batch_size}, learning_rate={learning_rate}: four steps or more, above zero")
-    root, test_root = folders(folder(str(data), "--data"))
-    check_keywords(root, test_root)
-    check_upstream("hubert_eff", upstream)
-    settings = {
-        "task": "ks", "upstream": upstream, "sha256": _digest(upstream), "data": str(data),
-        "data_sha256": _listing_digest(root, test_root), "steps": steps,
-        "learning_rate": learning_rate, "batch_size": batch_size, "seed": seed,
-    }  # fmt: skip
-    result_file, settings_file = Path(out) / "result.json", Path(out) / "settings.json"
-    if _read(settings_file) == settings:
-        if result_file.is_file():
-            return _read(result_file)
-    else:
-        if Path(out).is_dir() and any(Path(out).iterdir()) and not settings_file.is_file():
-            raise UserError(f"{out} holds other files: choose a new folder for the run")
-        for name in ("train", "evaluate"):
-            shutil.rmtree(Path(out) / name, ignore_errors=True)
-        result_file.unlink(missing_ok=True)
-        write_json(settings_file, settings)
-    with contextlib.redirect_stdout(sys.stderr):  # S3PRL's remarks are no result
-        _superb_ks(settings, root, test_root, Path(out), device)
 
-    metrics = yaml.safe_load((Path(out) / "evaluate" / "valid_best" / "test" / "result.yaml").read_text(encoding="utf-8"))
-    sizes = [len(list((test_root / name).glob("*.wav"))) for name in (*KEYWORDS, UNKNOWN, SILENCE)]
-    result = {
-        **settings,
-        "accuracy": metrics["accuracy"],
-        "loss": metrics["loss"],
-        "chance": max(sizes) / sum(sizes),
-        "utterances": sum(sizes),
+    upstream: str
+    data: Path
+    steps: int | None = None
+    learning_rate: float | None = None
+    sweep: bool = False
+    small: bool = False
+    seed: int = 1337
+    device: str | None = None
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.steps < 1:
+            raise UserError(f"--steps {self.steps}: one step or more")
+        if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
+            raise UserError(f"--lr {self.learning_rate}: a learning rate above zero")
+        if self.sweep and self.learning_rate is not None:
+            raise UserError("--lr-sweep tries SUPERB's learning rates: leave out --lr")
+
+
+def run_tasks(names: str | Iterable[str], request: Request, out: Path) -> list[dict[str, Any]]:
+    """Run tasks one after the other into `out/TASK`; their results.
+
+    All data and the upstream are checked first. A task that is done, by the same settings, upstream and data, is not repeated; one that
+    was interrupted goes on from S3PRL's last checkpoint (which begins an epoch anew, so figures differ a little). Raises `UserError` for
+    bad names, data, upstreams or folders.
+    """
+    tasks = choose(names)
+    for task in tasks:
+        check(task, request.data)
+    require_s3prl()
+    for task in tasks:
+        _check_folder(out / task.name)
+    check_upstream("hubert_eff", request.upstream)
+    return [run_task(task, request, out / task.name) for task in tasks]
+
+
+def run_task(task: Task, request: Request, out: Path) -> dict[str, Any]:
+    """Run one task into `out`; its result, also in `out/result.json`: settings, the metric in [0, 1] under its key, how it was found."""
+    import torch
+
+    device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    request = replace(request, device=device)
+    config = settings_of(task, request)
+    settings = {
+        "task": task.name,
+        **asdict(request),
+        "data": str(request.data),
+        "steps": config["runner"].get("total_steps", 0),
+        "sha256": _digest(request.upstream),
+        "data_sha256": layouts.digest(request.data / name for name in task.source.folders),
     }
-    write_json(result_file, result)
+    del settings["device"], settings["workers"], settings["learning_rate"]
+    rates: Sequence[float] = ()
+    if task.trains:
+        rates = task.learning_rates if request.sweep else (config["optimizer"]["lr"],)
+    settings["learning_rates"] = list(rates)
+    if _read(out / "settings.json") != settings:
+        _check_folder(out)
+        shutil.rmtree(out, ignore_errors=True)
+        write_json(out / "settings.json", settings)
+    elif (result := _read(out / "result.json")) and result.get("task") == task.name:
+        return result
+
+    with contextlib.redirect_stdout(sys.stderr), _s3prl(task, out / "prepared"):  # S3PRL's remarks are no result
+        config = prepare(task, config, request.data, out / "prepared")
+        found = _trained(task, request, config, rates, out) if task.trains else _best_layer(task, request, config, out)
+    result = {**settings, **found, "versions": {name: version(name) for name in VERSIONS}}
+    write_json(out / "result.json", result)
     return result
 
 
-def _superb_ks(settings: dict[str, Any], root: Path, test_root: Path, out: Path, device: str | None) -> None:
-    """S3PRL's SuperbKS, its three stages, with its own defaults except for what is given here."""
+def settings_of(task: Task, request: Request) -> dict[str, Any]:
+    """The configuration for S3PRL, but for paths."""
+    config = task.settings(request.small)
+    expert, runner = config["downstream_expert"], config["runner"]
+    loader = next(expert[key] for key in ("datarc", "corpus", "loaderrc") if "num_workers" in expert.get(key, {}))
+    if request.workers is not None or request.device == "cpu":  # the forward pass on a CPU takes far longer than loading
+        loader["num_workers"] = request.workers or 0
+    if not task.trains:
+        return config
+    if request.learning_rate is not None:
+        config["optimizer"]["lr"] = request.learning_rate
+    runner["eval_dataloaders"] = [task.valid] if task.valid else []
+    if request.steps is not None:
+        # up to four times, the last time at the end
+        every = next(request.steps // parts for parts in (4, 3, 2, 1) if request.steps % parts == 0)
+        runner.update(total_steps=request.steps, eval_step=every, save_step=every, log_step=every)
+    return config
+
+
+# -- S3PRL's runner --------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _s3prl(task: Task, cache: Path) -> Iterator[None]:
+    """S3PRL, patched, with our upstream; it logs its figures to `scalars.jsonl` of the experiment, too."""
+    register()
+    from . import patches
+
+    patches.prepare(task.downstream, cache.resolve())
+    from s3prl.downstream import runner
+    from tensorboardX import SummaryWriter
+
+    class Writer(SummaryWriter):  # type: ignore[misc]
+        def add_scalar(self, tag: str, scalar_value: Any, global_step: int | None = None, **more: Any) -> None:
+            super().add_scalar(tag, scalar_value, global_step, **more)
+            with (Path(self.logdir) / SCALARS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"tag": tag, "value": float(scalar_value), "step": global_step}) + "\n")
+
+    original, runner.SummaryWriter = runner.SummaryWriter, Writer
+    try:
+        yield
+    finally:
+        runner.SummaryWriter = original
+
+
+class _Scalars(dict[str, float]):
+    """A logger that keeps the last value of each tag."""
+
+    def add_scalar(self, tag: str, value: Any, global_step: int | None = None) -> None:
+        self[tag.rpartition("/")[2]] = float(value)
+
+
+def _build(arguments: Sequence[str]) -> Any:
+    """S3PRL's runner for the arguments of run_downstream, random states seeded as its main program does."""
+    import numpy as np
+    import torch
+    from s3prl.downstream.runner import Runner
+    from s3prl.run_downstream import get_downstream_args
+
+    with command_line(*arguments):
+        args, config, _ = get_downstream_args()
+    if config["downstream_expert"].get("datarc", {}).get("num_workers", 0):
+        torch.multiprocessing.set_sharing_strategy("file_system")
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    return Runner(args, config)
+
+
+def _train(task: Task, request: Request, config: dict[str, Any], folder: Path) -> None:
+    """Train in `folder`, or go on with what was begun there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+    for checkpoint in _checkpoints(folder)[::-1]:  # the last one may have been cut off; S3PRL takes it unseen
+        if _readable(checkpoint):
+            break
+        checkpoint.unlink()
+    _build([
+        "-m", "train", "-a", "-u", "hubert_eff", "-k", request.upstream, "-d", task.downstream, "-c", str(folder / "config.yaml"),
+        "-p", str(folder), "--seed", str(request.seed), "--device", str(request.device),
+    ]).train()  # fmt: skip
+
+
+def _test(task: Task, request: Request, folder: Path, checkpoint: Path) -> dict[str, float]:
+    """The figures of a checkpoint on the test set, the task's own metric under its key."""
+    scalars = _Scalars()
+    _build(["-m", "evaluate", "-e", str(checkpoint), "-t", task.test, "--device", str(request.device)]).evaluate(task.test, scalars, 1)
+    figures = {tag.removeprefix(f"{task.test}-"): value for tag, value in scalars.items()}
+    figures[task.key] = figures.pop(task.scalar) * task.unit
+    if task.name == "sd":
+        reference = list(layouts.segments(request.data / layouts.DIARIZATION / "test"))
+        figures["frame_der"], figures["der"] = figures["der"], scoring.lowest_der(reference, folder)
+    return figures
+
+
+def _trained(task: Task, request: Request, config: dict[str, Any], rates: Sequence[float], out: Path) -> dict[str, Any]:
+    """Train with each learning rate, test the best of them. What was found: the metric, the rate, the other figures."""
+    tried: dict[float, float] = {}  # the figure that decides
+    tested: dict[float, list[tuple[Path, dict[str, float]]]] = {}
+    sign = 1 if task.more_is_better else -1
+    for rate in rates:
+        folders = [out / f"lr-{rate:g}" / variant for variant in task.variants]
+        for variant, folder in zip(task.variants, folders):
+            _say(f"{task.name}: training {variant or 'the head'}, {config['runner']['total_steps']} steps, learning rate {rate:g}")
+            config["optimizer"]["lr"] = rate
+            if variant:
+                config["downstream_expert"]["datarc"]["test_fold"] = variant
+            _train(task, request, config, folder)
+        if task.valid:
+            tried[rate] = sum(_best_validation(task, folder, sign) for folder in folders) / len(folders)
+        else:
+            tested[rate] = [_best_test(task, request, folder, sign) for folder in folders]
+            tried[rate] = sum(figures[task.key] for _, figures in tested[rate]) / len(folders)
+    best = max(rates, key=lambda rate: sign * tried[rate])
+    folders = [out / f"lr-{best:g}" / variant for variant in task.variants]
+    if best not in tested:
+        _say(f"{task.name}: testing")
+        tested[best] = [(_chosen(task, folder), _test(task, request, folder, _chosen(task, folder))) for folder in folders]
+    figures = [values for _, values in tested[best]]
+    return {
+        **{key: sum(values[key] for values in figures) / len(figures) for key in figures[0]},
+        "learning_rate": best,
+        "chosen_on": "validation" if task.valid else "test",
+        "tried": {f"{rate:g}": value for rate, value in tried.items()},
+        "checkpoints": [str(path.relative_to(out)) for path, _ in tested[best]],
+        **({"folds": [values[task.key] for values in figures]} if len(folders) > 1 else {}),
+        **_truth(folders),
+    }
+
+
+def _best_validation(task: Task, folder: Path, sign: int) -> float:
+    """The best figure on the validation set while training."""
+    lines = [json.loads(line) for line in (folder / SCALARS).read_text(encoding="utf-8").splitlines()]
+    values = [line["value"] * task.unit for line in lines if line["tag"].endswith(f"/{task.valid}-{task.scalar}")]
+    return sign * max(sign * value for value in values)
+
+
+def _best_test(task: Task, request: Request, folder: Path, sign: int) -> tuple[Path, dict[str, float]]:
+    """The checkpoint that is best on the test set, as SUPERB does without a validation set; its predictions are those kept."""
+    best: tuple[Path, dict[str, float]] | None = None
+    predictions = folder / f"{task.test}_predict.txt"
+    for checkpoint in _checkpoints(folder):
+        _say(f"{task.name}: testing {checkpoint.name}")
+        figures = _test(task, request, folder, checkpoint)
+        if best is None or sign * figures[task.key] > sign * best[1][task.key]:
+            best = checkpoint, figures
+            shutil.copy(predictions, folder / "best_predict.txt")
+    assert best is not None  # training saves at its end
+    shutil.move(folder / "best_predict.txt", predictions)
+    return best
+
+
+def _chosen(task: Task, folder: Path) -> Path:
+    """The checkpoint of the best validation; the last one where none was better than S3PRL's start."""
+    best = folder / str(task.best)
+    return best if best.is_file() else _checkpoints(folder)[-1]
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """S3PRL's regular checkpoints, oldest first."""
+    return sorted(folder.glob("states-*.ckpt"), key=lambda file: int(file.stem.rpartition("-")[2]))
+
+
+def _readable(checkpoint: Path) -> bool:
     import torch
 
-    register()
-    from s3prl.problem import SuperbKS
+    try:
+        torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except Exception:  # torch names no common class for a file it cannot read
+        return False
+    return True
 
-    quarter = settings["steps"] // 4
-    problem = SuperbKS()
-    config = problem.default_config()
-    for split in ("train", "valid", "test"):
-        config["build_batch_sampler"][split]["batch_size"] = settings["batch_size"]
-    config["build_batch_sampler"]["train"]["seed"] = settings["seed"]
-    config["build_optimizer"]["conf"]["lr"] = settings["learning_rate"]
-    config["train"].update(
-        total_steps=settings["steps"], eval_step=quarter, save_step=quarter, log_step=quarter, auto_resume=True,
-        seed=settings["seed"], keep_num_ckpts=1,
-    )  # fmt: skip
-    config.update(
-        target_dir=str(out),
-        cache_dir=str(out / "cache"),
-        prepare_data={"gsc1": str(root), "gsc1_test": str(test_root)},
-        build_upstream={"name": "hubert_eff", "path_or_url": settings["upstream"]},
-        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        num_workers=0,  # one-second files: loading costs a hundredth of the forward pass
-    )
-    problem.run(**config)
+
+def _best_layer(task: Task, request: Request, config: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Search with each hidden state, choose by the development queries, count the evaluation queries."""
+    import torch
+
+    from .upstream.expert import load_upstream
+
+    with torch.no_grad():
+        layers = len(load_upstream(request.upstream).eval().hidden_states(torch.zeros(1, SAMPLE_RATE))[0])
+    tried = {layer: _search(task, request, config, out, layer, "dev") for layer in range(layers)}
+    best = max(tried, key=lambda layer: tried[layer])
+    return {
+        task.key: _search(task, request, config, out, best, "test"),
+        "layer": best,
+        "chosen_on": "validation",
+        "tried": {f"layer {layer}": value for layer, value in tried.items()},
+    }
+
+
+def _search(task: Task, request: Request, config: dict[str, Any], out: Path, layer: int, split: str) -> float:
+    """The metric of one hidden state on the queries of `dev` or `test`."""
+    folder = out / f"layer-{layer}" / split
+    known = _read(folder / "score.json")
+    if task.key in known:
+        return float(known[task.key])
+    _say(f"{task.name}: searching with layer {layer}, {split} queries")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+    _build([
+        "-m", "evaluate", "-t", split, "-u", "hubert_eff", "-k", request.upstream, "-l", str(layer), "-d", task.downstream,
+        "-c", str(folder / "config.yaml"), "-p", str(folder), "--seed", str(request.seed), "--device", str(request.device),
+    ]).evaluate(split, _Scalars(), 1)  # fmt: skip
+    truth = layouts.quesst_truth(request.data / layouts.QUESST, "dev" if split == "dev" else "eval")
+    value = scoring.mtwv(scoring.read_detections(folder / "benchmark.stdlist.xml"), truth)
+    write_json(folder / "score.json", {task.key: value})
+    return value
+
+
+# -- records ---------------------------------------------------------------------------------------------------------
+
+
+def _truth(folders: Sequence[Path]) -> dict[str, Any]:
+    """Utterances of the test set, and the share of the largest class where there are classes, from S3PRL's own files."""
+    lines = [
+        line.split(" " if file.suffix == ".txt" else ",", 1)[-1]
+        for folder in folders
+        for file in sorted(folder.glob("test_*truth.*"))
+        for line in file.read_text(encoding="utf-8").splitlines()
+    ]
+    if lines:
+        return {"utterances": len(lines), "chance": max(Counter(lines).values()) / len(lines)}
+    transcribed = [file for folder in folders for file in folder.glob("test*-ref.ark")]
+    return {"utterances": sum(len(file.read_text(encoding="utf-8").splitlines()) for file in transcribed)} if transcribed else {}
+
+
+def _check_folder(out: Path) -> None:
+    if out.is_dir() and any(out.iterdir()) and not (out / "settings.json").is_file():
+        raise UserError(f"{out} holds other files: choose a new folder for the run")
 
 
 def _digest(upstream: str) -> str | None:
     """SHA-256 of a checkpoint, None for a preset."""
     if not Path(upstream).is_file():
         return None
-    return hashlib.sha256(Path(upstream).read_bytes()).hexdigest()
-
-
-def _listing_digest(*roots: Path) -> str:
-    """SHA-256 of the names and sizes of all recordings: another corpus under the same path is another run."""
-    files = (file for root in roots for file in sorted(root.glob("*/*.wav")))
-    return hashlib.sha256("".join(f"{file.parent.name}/{file.name} {file.stat().st_size}\n" for file in files).encode()).hexdigest()
+    digest = hashlib.sha256()
+    with Path(upstream).open("rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -133,35 +369,5 @@ def _read(file: Path) -> dict[str, Any]:
     return {}
 
 
-def run(argv: Sequence[str]) -> None:
-    """Run the task and print its result."""
-    parser = argparse.ArgumentParser("python -m superb_tasks.runner", description="Keyword spotting on a frozen upstream.")
-    parser.add_argument("--upstream", required=True, metavar="CKPT|PRESET[@SEED]", help="a checkpoint, or an untrained model")
-    parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="holds the two folders of Speech Commands v1")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where checkpoints and result.json go")
-    parser.add_argument("--steps", type=int, default=300, help="updates of the probe (default %(default)s; SUPERB: 200000)")
-    parser.add_argument("--lr", type=float, default=1e-2, help="learning rate of Adam (default %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=32, help="utterances per update (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the probe and its batches (default %(default)s)")
-    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    args = parser.parse_args(argv)
-    result = run_keyword_spotting(
-        args.upstream, args.data, args.out, args.steps, args.lr, args.batch_size, args.seed, args.device
-    )
-    if args.json:
-        print(json.dumps(result, indent=2))
-    else:
-        print(
-            f"keyword spotting, {args.upstream}: test accuracy {result['accuracy']:.1%} of {result['utterances']} utterances "
-            f"(largest class {result['chance']:.1%}); {args.out / 'result.json'}"
-        )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The program; returns its exit code."""
-    return exit_code("superb_tasks.runner", run, argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def _say(line: str) -> None:
+    print(f"-- {line}", file=sys.stderr, flush=True)

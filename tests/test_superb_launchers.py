@@ -1,24 +1,20 @@
-"""The two launchers and the runner: what they refuse and say, and (long) both of S3PRL's routes from data to test accuracy."""
+"""The two launchers: what they refuse and say, and (long) both of S3PRL's routes from data to test accuracy."""
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-import soundfile as sf
 import yaml
 
 import hubert_eff
 from hubert_eff.exporting import export
 from superb_tasks import main as superb_main
-from superb_tasks import run_downstream, runner
-from superb_tasks.corpus import KEYWORDS, folders, make_keywords
+from superb_tasks import run_downstream
+from superb_tasks.corpus import folders, make_keywords
 
 pytest.importorskip("s3prl")
 ROOT = Path(__file__).resolve().parents[1]
@@ -117,19 +113,6 @@ def test_run_downstream_refuses_in_one_line(data, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_runner_refuses_in_one_line(data, tmp_path, capsys):
-    def message(*arguments: str) -> str:
-        return refused(capsys, runner.main(["--out", str(tmp_path / "out"), *arguments]))
-
-    assert "no folder at" in message("--upstream", "conformer-debug", "--data", str(tmp_path / "absent"))
-    assert "did you mean" in message("--upstream", "conformer-debu", "--data", str(data))
-    assert "four steps or more" in message("--upstream", "conformer-debug", "--data", str(data), "--steps", "2")
-    assert not (tmp_path / "out").exists()
-    (tmp_path / "out" / "train").mkdir(parents=True)
-    assert "holds other files" in message("--upstream", "conformer-debug", "--data", str(data))
-    assert (tmp_path / "out" / "train").is_dir()
-
-
 def test_default_config_has_the_settings_of_superb():
     config = yaml.safe_load((run_downstream.CONFIGS / "speech_commands.yaml").read_text())
     assert config["runner"]["total_steps"] == 200_000
@@ -161,37 +144,3 @@ def test_run_downstream_from_data_to_accuracy(data, tmp_path):
     assert len(accuracies) == 2
     tested = python("-m", "superb_tasks.run_downstream", "-m", "evaluate", "-e", str(tmp_path / "out"))  # states-4.ckpt
     assert re.findall(r"test acc: (\S+)", tested.stdout) == accuracies[-1:]
-
-
-@pytest.mark.long
-def test_runner_is_repeatable_and_resumes(data, tmp_path):
-    def run(out: str, steps: int) -> dict:
-        arguments = ["--upstream", "conformer-debug", "--data", str(data), "--out", str(tmp_path / out), "--json"]
-        return json.loads(python("-m", "superb_tasks.runner", *arguments, "--steps", str(steps)).stdout)
-
-    first = run("a", 8)
-    assert run("b", 8) == first
-    assert first["utterances"] == len(list(folders(data)[1].glob("*/*.wav")))
-    # the same arguments: the result is read; others: training starts anew
-    before = (tmp_path / "a" / "result.json").stat().st_mtime_ns
-    assert run("a", 8) == first
-    assert (tmp_path / "a" / "result.json").stat().st_mtime_ns == before
-    assert run("a", 4)["steps"] == 4
-    # interrupted before the last stage: it goes on from the last checkpoint and ends alike
-    (tmp_path / "b" / "result.json").unlink()
-    assert run("b", 8) == first
-
-
-@pytest.mark.long
-def test_probe_learns_what_the_features_hold(data, tmp_path):
-    """Even an untrained extractor tells tones apart: each keyword is a tone here."""
-    shutil.copytree(data, tmp_path / "tones")
-    rng = np.random.default_rng(0)
-    for folder in folders(tmp_path / "tones"):
-        for file in sorted(folder.glob("[a-z]*/*.wav")) + sorted(folder.glob("_unknown_/*.wav")):
-            word = file.parent.name
-            hertz = 200 * 1.4 ** KEYWORDS.index(word) if word in KEYWORDS else rng.uniform(6500, 7500)
-            tone = np.sin(2 * np.pi * hertz * np.arange(16000) / 16000 + rng.uniform(0, 6))
-            sf.write(file, 0.3 * tone + 0.01 * rng.standard_normal(16000), 16000)
-    result = runner.run_keyword_spotting("conformer-debug", tmp_path / "tones", tmp_path / "out", steps=100)
-    assert result["accuracy"] > 0.8

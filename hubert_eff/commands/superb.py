@@ -1,0 +1,105 @@
+"""`hubert-eff superb list | check | run`: the ten tasks of the SUPERB benchmark, through S3PRL."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError, missing_extra
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of the three sub-commands."""
+    kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
+    listing = kinds.add_parser("list", help="the ten tasks: metric, data, licence, where the data are from")
+    listing.add_argument("--json", action="store_true", help="print the tasks with their settings and layouts as JSON")
+
+    check = kinds.add_parser("check", help="whether the data of tasks are there, in the layout that S3PRL reads")
+    check.add_argument("--data", required=True, type=Path, metavar="DIR", help="folder that holds the data sets")
+    check.add_argument("--task", default="all", metavar="TASK,...", help="short names, see list (default: all)")
+    check.add_argument("--json", action="store_true", help="print what is missing as JSON")
+
+    run = kinds.add_parser("run", help="train and test tasks on a frozen upstream")
+    run.add_argument("--task", required=True, metavar="TASK,...", help="short names, see list, or all")
+    run.add_argument("--upstream", required=True, metavar="CKPT|FILE|PRESET[@SEED]", help="a checkpoint, an export, or an untrained model")
+    run.add_argument("--data", required=True, type=Path, metavar="DIR", help="folder that holds the data sets")
+    run.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the runs: DIR/TASK/result.json")
+    run.add_argument("--lr-sweep", action="store_true", help="try SUPERB's learning rates, 1e-1 to 1e-7, and test the best one")
+    run.add_argument("--lr", type=float, help="one learning rate for all tasks (default: that of the task's settings)")
+    run.add_argument("--steps", type=int, help="updates per run (default: SUPERB's, 30000 to 200000)")
+    run.add_argument("--small", action="store_true", help="narrow heads and small batches, for generated data: compares models only")
+    run.add_argument("--seed", type=int, default=1337, help="of heads and batches (default: S3PRL's, %(default)d)")
+    run.add_argument("--device", help="default: cuda where there is one, else cpu")
+    run.add_argument("--workers", type=int, help="processes that load data (default: the settings'; none on a CPU)")
+    run.add_argument("--json", action="store_true", help="print the results as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the sub-command; `check` returns 2 if data are missing."""
+    return {"list": _list, "check": _check, "run": _run}[args.kind](args)
+
+
+def _bridge(module: str) -> Any:
+    """A module of superb_tasks, by name: hubert_eff does not depend on the bridge to S3PRL, which stands above it."""
+    try:
+        return importlib.import_module(f"superb_tasks.{module}")
+    except ModuleNotFoundError as error:
+        raise missing_extra(error.name or "superb_tasks", "superb", "SUPERB evaluation") from error
+
+
+def _list(args: argparse.Namespace) -> int:
+    tasks = [task.describe() for task in _bridge("tasks").choose("all")]
+    if args.json:
+        print(json.dumps({"tasks": tasks}, indent=2, ensure_ascii=False))
+        return 0
+    for task in tasks:
+        print(f"{task['task']:<4} {task['title']}, {task['metric']} ({task['steps'] or 'no'} steps; {task['config']})")
+        print(f"     {task['data']}: {task['layout']}\n     {task['licence']}; {task['url']}")
+    return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    tasks = _bridge("tasks")
+    missing: dict[str, str] = {}
+    chosen = tasks.choose(args.task)
+    for task in chosen:
+        try:
+            tasks.check(task, args.data)
+        except UserError as error:
+            missing[task.name] = str(error)
+    complete = [task.name for task in chosen if task.name not in missing]
+    if args.json:
+        print(json.dumps({"data": str(args.data), "complete": complete, "missing": missing}, indent=2))
+    else:
+        for name in complete:
+            print(f"{name}: complete")
+        for line in missing.values():
+            print(f"hubert-eff superb: {line}", file=sys.stderr)
+    return 2 if missing else 0
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # S3PRL asks whether there is a GPU, not whether it is to be used
+    if not sys.stderr.isatty():  # S3PRL's progress bars: a line now and then in a log, not ten redraws a second
+        os.environ.setdefault("TQDM_MININTERVAL", "10")  # read when tqdm is imported
+    runner = _bridge("runner")
+    request = runner.Request(
+        args.upstream, args.data, args.steps, args.lr, args.lr_sweep, args.small, args.seed, args.device, args.workers
+    )
+    results = runner.run_tasks(args.task, request, args.out)
+    if args.json:
+        print(json.dumps({"results": results}, indent=2, ensure_ascii=False))
+        return 0
+    tasks = {task.name: task for task in _bridge("tasks").choose("all")}
+    for result in results:
+        task = tasks[result["task"]]
+        chosen = f"learning rate {result['learning_rate']:g}, {result['steps']} steps" if task.trains else f"layer {result['layer']}"
+        file = args.out / task.name / "result.json"
+        print(f"{task.name:<4} {task.title}, {args.upstream}: {task.key} {result[task.key]:.4f} ({chosen}); {file}")
+    return 0

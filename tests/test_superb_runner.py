@@ -1,0 +1,220 @@
+"""Running SUPERB's tasks: what is refused before work starts, S3PRL's checkpoints, and (long) all ten from data to result."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile as sf
+import torch
+import yaml
+
+import hubert_eff
+from hubert_eff.cli import main as cli
+from hubert_eff.errors import UserError
+from hubert_eff.exporting import export
+from superb_tasks import layouts, runner
+from superb_tasks.prepare import prepare
+from superb_tasks.runner import Request, settings_of
+from superb_tasks.tasks import TASKS
+
+pytest.importorskip("s3prl")
+pytest.importorskip("espeakng_loader")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    from superb_tasks.corpus import make_superb
+
+    out = tmp_path_factory.mktemp("mini")
+    make_superb(out, minutes=1)
+    return out
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "hubert_eff.cli", "superb", "run", *map(str, arguments)]
+
+
+def superb(data: Path, out: Path, *arguments: object) -> list[dict]:
+    """The results of a run in a process of its own, on the CPU."""
+    words = command("--data", data, "--out", out, "--small", "--device", "cpu", "--json", *arguments)
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)["results"]
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line of an error, after exit code 2."""
+    assert cli(["superb", "run", *map(str, arguments)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    return err
+
+
+def test_bad_input_is_refused_before_work_starts(data, tmp_path, capsys):
+    given = ("--task", "ks", "--data", data, "--out", tmp_path / "out", "--upstream")
+    junk = tmp_path / "model.pt"
+    junk.write_bytes(b"junk")
+    assert "did you mean 'conformer-debug'" in refused(capsys, *given, "conformer-debu")
+    assert "is no checkpoint" in refused(capsys, *given, junk)
+    assert "no checkpoint at" in refused(capsys, *given, "absent/model.pt")
+    assert "one step or more" in refused(capsys, *given, "conformer-debug", "--steps", 0)
+    assert "above zero" in refused(capsys, *given, "conformer-debug", "--lr", -1)
+    assert "leave out --lr" in refused(capsys, *given, "conformer-debug", "--lr", 1, "--lr-sweep")
+    assert "unknown SUPERB task 'kws'" in refused(capsys, *given, "conformer-debug", "--task", "kws")
+    assert "no folder at" in refused(capsys, *given, "conformer-debug", "--data", tmp_path / "absent")
+    torch.save({"cfg": {"model": {"_name": "hubert"}, "task": {"sample_rate": 8000}}, "model": {}}, junk)
+    assert "trained on audio of 8000 Hz" in refused(capsys, *given, junk)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out" / "ks").mkdir(parents=True)
+    (tmp_path / "out" / "ks" / "notes.txt").touch()
+    assert "holds other files" in refused(capsys, *given, "conformer-debug")
+    assert [file.name for file in (tmp_path / "out" / "ks").iterdir()] == ["notes.txt"]
+
+
+def test_a_missing_bridge_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "superb_tasks.tasks", None)
+    assert cli(["superb", "list"]) == 2
+    assert "pip install 'hubert-eff[superb]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("steps", "every"), [(300, 75), (3, 1), (7, 7), (10, 5)])
+def test_validation_falls_on_the_last_step(steps, every):
+    settings = settings_of(TASKS["ks"], Request("conformer-debug", Path(), steps=steps, device="cpu"))
+    assert settings["runner"]["total_steps"] == steps
+    assert {settings["runner"][key] for key in ("eval_step", "save_step", "log_step")} == {every}
+    assert settings["runner"]["eval_dataloaders"] == ["dev"]
+    assert settings["downstream_expert"]["datarc"]["num_workers"] == 0
+
+
+def test_superbs_own_steps_and_rate_are_the_default():
+    settings = settings_of(TASKS["asr"], Request("conformer-debug", Path(), device="cuda"))
+    assert settings == {**TASKS["asr"].settings(), "runner": {**TASKS["asr"].settings()["runner"], "eval_dataloaders": ["dev-clean"]}}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_path_of_the_settings_exists(data, tmp_path, name):
+    config = prepare(TASKS[name], TASKS[name].settings(), data, tmp_path / "prepared")
+    text = yaml.safe_dump(config, width=1000)
+    paths = [Path(word.strip("'\"")) for word in text.split() if "/" in word]
+    assert paths and all(path.is_absolute() and path.exists() for path in paths)
+
+
+def test_sessions_are_folds_without_a_shared_voice(data, tmp_path):
+    prepare(TASKS["er"], TASKS["er"].settings(), data, tmp_path / "Session9")  # a folder above may be named like a session
+    for session in layouts.SESSIONS:
+        lists = {
+            split: json.loads((tmp_path / "Session9" / session / f"{split}_meta_data.json").read_text())["meta_data"]
+            for split in ("train", "test")
+        }
+        assert {entry["path"].split("/")[0] for entry in lists["test"]} == {session}
+        assert session not in {entry["path"].split("/")[0] for entry in lists["train"]}
+        assert all((data / "IEMOCAP" / entry["path"]).is_file() for split in lists.values() for entry in split)
+
+
+def test_a_cut_off_checkpoint_is_passed_over(tmp_path):
+    torch.save({"Step": 1}, tmp_path / "states-1.ckpt")
+    torch.save({"Step": 10}, tmp_path / "states-10.ckpt")
+    (tmp_path / "states-11.ckpt").write_bytes((tmp_path / "states-10.ckpt").read_bytes()[:50])
+    found = runner._checkpoints(tmp_path)
+    assert [file.name for file in found] == ["states-1.ckpt", "states-10.ckpt", "states-11.ckpt"]
+    assert [runner._readable(file) for file in found] == [True, True, False]
+
+
+def test_phonemes_in_three_steps(data, tmp_path):
+    """One task in everyday tests, the rest in the long one: it constructs, trains three steps, evaluates, and is not repeated."""
+    export(hubert_eff.build("conformer-debug"), tmp_path / "model.safetensors")
+    arguments = ("--task", "pr", "--upstream", tmp_path / "model.safetensors", "--steps", 3)
+    [result] = superb(data, tmp_path / "out", *arguments)
+    assert result["task"] == "pr" and result["steps"] == 3 and result["learning_rate"] == 1e-2 and 0 < result["per"] <= 2
+    assert result["sha256"] and set(result["versions"]) >= {"torch", "s3prl", "hubert-eff"}
+    assert result == json.loads((tmp_path / "out" / "pr" / "result.json").read_text())
+    assert (tmp_path / "out" / "pr" / result["checkpoints"][0]).is_file()
+    # done, so it is read: in this process, which has no time to train
+    [again] = runner.run_tasks("pr", Request(str(tmp_path / "model.safetensors"), data, 3, small=True, device="cpu"), tmp_path / "out")
+    assert again == result
+
+
+@pytest.mark.long
+def test_every_task_constructs_trains_three_steps_and_evaluates(data, tmp_path):
+    run = superb(data, tmp_path / "out", "--task", "all", "--upstream", "conformer-debug", "--steps", 3)
+    results = {result["task"]: result for result in run}
+    assert list(results) == list(TASKS)
+    for name, result in results.items():
+        assert result["upstream"] == "conformer-debug" and result["data_sha256"]
+        assert 0 <= result[TASKS[name].key] <= 2
+        assert (tmp_path / "out" / name / "result.json").is_file()
+    assert len(results["er"]["folds"]) == 5 and results["er"]["accuracy"] == pytest.approx(np.mean(results["er"]["folds"]))
+    assert results["asv"]["chosen_on"] == "test" and results["qbe"]["layer"] in (0, 1, 2)
+    assert (tmp_path / "out" / "asv" / "lr-0.001" / "test_predict.txt").is_file()
+    assert list((tmp_path / "out" / "sd" / "lr-0.01" / "scoring" / "predictions").glob("*.h5"))
+
+
+@pytest.mark.long
+def test_the_sweep_takes_the_rate_that_validates_best(data, tmp_path):
+    [result] = superb(data, tmp_path / "out", "--task", "sid", "--upstream", "conformer-debug@3", "--steps", 8, "--lr-sweep")
+    assert set(result["tried"]) == {"0.1", "0.01", "0.001", "0.0001", "1e-05", "1e-06", "1e-07"}
+    assert result["tried"][f"{result['learning_rate']:g}"] == max(result["tried"].values())
+    assert result["chosen_on"] == "validation" and f"lr-{result['learning_rate']:g}" in result["checkpoints"][0]
+
+
+@pytest.mark.long
+def test_a_killed_run_goes_on_and_results_repeat(data, tmp_path):
+    arguments = ("--task", "ks", "--upstream", "conformer-debug", "--steps", 24)
+    [first] = superb(data, tmp_path / "a", *arguments)
+    [second] = superb(data, tmp_path / "b", *arguments)
+    assert first == second
+    process = subprocess.Popen(
+        command("--data", data, "--out", tmp_path / "c", "--small", "--device", "cpu", *arguments),
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    folder = tmp_path / "c" / "ks" / "lr-0.01"
+    while process.poll() is None and not list(folder.glob("states-*.ckpt")):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "c" / "ks" / "result.json").exists()
+    [third] = superb(data, tmp_path / "c", *arguments)
+    assert all(third[key] == first[key] for key in ("steps", "utterances", "chance", "data_sha256"))
+    # other settings begin anew
+    [fourth] = superb(data, tmp_path / "c", "--task", "ks", "--upstream", "conformer-debug", "--steps", 4)
+    assert fourth["steps"] == 4 and not (folder / "states-24.ckpt").exists()
+
+
+@pytest.mark.long
+def test_the_head_learns_what_the_features_hold(data, tmp_path):
+    """Even an untrained extractor tells tones apart: each keyword is a tone here."""
+    from superb_tasks.corpus import KEYWORDS, folders
+
+    shutil.copytree(data, tmp_path / "tones")
+    rng = np.random.default_rng(0)
+    for folder in folders(tmp_path / "tones"):
+        for file in sorted(folder.glob("[a-z]*/*.wav")) + sorted(folder.glob("_unknown_/*.wav")):
+            word = file.parent.name
+            hertz = 200 * 1.4 ** KEYWORDS.index(word) if word in KEYWORDS else rng.uniform(6500, 7500)
+            tone = np.sin(2 * np.pi * hertz * np.arange(16000) / 16000 + rng.uniform(0, 6))
+            sf.write(file, 0.3 * tone + 0.01 * rng.standard_normal(16000), 16000)
+    [result] = superb(tmp_path / "tones", tmp_path / "out", "--task", "ks", "--upstream", "conformer-debug", "--steps", 100)
+    assert result["accuracy"] > 0.8 > 2 * result["chance"]
+
+
+@pytest.mark.long
+def test_an_experiment_goes_on_in_run_downstream(data, tmp_path):
+    """What the runner wrote is a plain experiment of S3PRL's."""
+    [result] = superb(data, tmp_path / "out", "--task", "sid", "--upstream", "conformer-debug", "--steps", 4)
+    arguments = ["-m", "superb_tasks.run_downstream", "-m", "evaluate", "-e", str(tmp_path / "out" / "sid" / result["checkpoints"][0])]
+    tested = subprocess.run([sys.executable, *arguments, "--device", "cpu"], capture_output=True, text=True)
+    assert f"test acc: {result['accuracy']}" in tested.stdout, tested.stderr[-2000:]
+
+
+def test_user_errors_of_a_request():
+    for arguments in ({"steps": 0}, {"learning_rate": 0.0}, {"learning_rate": float("nan")}, {"learning_rate": 1.0, "sweep": True}):
+        with pytest.raises(UserError):
+            Request("conformer-debug", Path(), **arguments)
