@@ -1,0 +1,164 @@
+"""What training at one bit keeps, and which way there keeps most: valid masked accuracy at equal total updates, stages included.
+
+    hubert-eff manifest $FSDD --out runs/digits --join 4 --split-by file
+    hubert-eff labels runs/digits --out runs/digits/mfcc --features mfcc --clusters 50
+    python benchmarks/binarize.py runs/digits runs/digits/mfcc --out runs/binarize
+
+With n updates per stage, W32A32 being the float model of n updates:
+
+    multi-step      W32A32 -> W1A2 -> W1A1, n updates each, each stage taught by the one before (`hubert-eff binarize-recipe`)
+    single-step     W32A32 -> W1A1, n and 2n updates, taught by the float model
+    on labels       the same without a teacher: W1A1 starts from the float model's weights and learns the labels for 2n updates
+    from scratch    W1A1 on labels for 3n updates
+
+and, single-step, with parts of the blocks binarised only. Prints Markdown, and writes it to --out with the same figures in JSON.
+Runs that have ended are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+from learning import config_name, records
+
+from hubert_eff.demo import config_dir, plugin_dir
+
+KINDS = ("attention_projection", "attention_product", "feed_forward", "pointwise_conv", "depthwise_conv")
+PARTS = {  # what is binarised in the ablation
+    "convolutions": ("pointwise_conv", "depthwise_conv"),
+    "pointwise convolutions": ("pointwise_conv",),
+    "attention": ("attention_projection", "attention_product"),
+    "feed-forward": ("feed_forward",),
+    "all": KINDS,
+}
+WAYS = ("float", "multi-step", "single-step", "on labels", "from scratch")
+
+
+class Bench:
+    """Runs, and their figures by name."""
+
+    def __init__(self, data: Path, labels: Path, out: Path, updates: int) -> None:
+        self.data, self.labels, self.out, self.updates = data, labels, out, updates
+        self.file = out / "binarize.json"
+        self.runs: dict[str, Any] = json.loads(self.file.read_text()) if self.file.is_file() else {}
+        out.mkdir(parents=True, exist_ok=True)
+
+    def checkpoint(self, run: str) -> Path:
+        return self.out / run / "checkpoint_last.pt"
+
+    def train(self, run: str, group: str, config: str, updates: int, *overrides: str) -> float:
+        """Valid masked accuracy at the end of a run. `SystemExit` with the end of the log if it fails."""
+        if run not in self.runs:
+            command = [
+                sys.executable, "-m", "fairseq_cli.hydra_train", "--config-dir", str(config_dir() / group), "--config-name", config,
+                f"common.user_dir={plugin_dir()}", f"task.data={self.data}", f"task.label_dir={self.labels}",
+                f"checkpoint.save_dir={self.out / run}", f"optimization.max_update={updates}",
+                f"dataset.validate_interval_updates={updates}", f"checkpoint.save_interval_updates={updates}",
+                "common.log_format=json", *overrides,
+            ]  # fmt: skip
+            log = self.out / f"{run.replace('/', '-')}.log"
+            start = time.monotonic()
+            with log.open("w", encoding="utf-8") as stream:
+                environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONWARNINGS": "ignore"}
+                code = subprocess.run(command, check=False, stdout=stream, stderr=subprocess.STDOUT, env=environment).returncode
+            lines = log.read_text(encoding="utf-8").splitlines()
+            if code:
+                sys.exit(f"{run} ended with exit code {code}; the end of {log}:\n" + "\n".join(lines[-5:]))
+            valid = records(lines, "[valid]")[-1]
+            self.runs[run] = {
+                "accuracy": float(valid["valid_correct_m_0"]),
+                "majority": float(valid["valid_majority_m_0"]),
+                "agreement": float(valid["valid_correct_t_0"]) if "valid_correct_t_0" in valid else None,
+                "updates": int(valid["valid_num_updates"]),
+                "seconds": round(time.monotonic() - start, 1),
+                "health": records(lines, "[train_inner]")[-1],
+            }
+            self.file.write_text(json.dumps(self.runs, indent=2) + "\n", encoding="utf-8")
+            print(f"{run}: {self.runs[run]['accuracy']:.1%} ({self.runs[run]['seconds']} s)", file=sys.stderr, flush=True)
+        return float(self.runs[run]["accuracy"])
+
+    def taught(self, run: str, config: str, by: str, updates: int, *overrides: str) -> float:
+        return self.train(run, "quantize", f"{config}_distill", updates, f"criterion.teacher={self.checkpoint(by)}", *overrides)
+
+    def ways(self, encoder: str, seed: int) -> dict[str, float]:
+        """Accuracy of each way of `WAYS`."""
+        name, config, n, s = f"{encoder}-{seed}", config_name(encoder), self.updates, f"common.seed={seed}"
+        found = {"float": self.train(f"{name}/float", "pretrain", config, n, s)}
+        self.taught(f"{name}/w1a2", config, f"{name}/float", n, "model.quant=w1a2", s)
+        found["multi-step"] = self.taught(f"{name}/multi", config, f"{name}/w1a2", n, s)
+        found["single-step"] = self.taught(f"{name}/single", config, f"{name}/float", 2 * n, s)
+        start = f"task.init_from={self.checkpoint(f'{name}/float')}"
+        found["on labels"] = self.train(f"{name}/labels", "quantize", f"{config}_w1a1", 2 * n, start, s)
+        found["from scratch"] = self.train(f"{name}/scratch", "quantize", f"{config}_w1a1", 3 * n, s)
+        return found
+
+    def ablation(self, encoder: str) -> dict[str, float]:
+        """Accuracy and agreement with the teacher by what is binarised."""
+        found = {}
+        for part, binary in PARTS.items():
+            policy = self.out / f"{part.replace(' ', '-')}.yaml"
+            policy.write_text(yaml.safe_dump({kind: "binary" if kind in binary else "float" for kind in KINDS}))
+            run = f"{encoder}-1/only-{policy.stem}"
+            found[part] = self.taught(
+                run, config_name(encoder), f"{encoder}-1/float", 2 * self.updates, f"model.quant_policy={policy}", "common.seed=1"
+            )
+        return found
+
+
+def table(ways: dict[str, list[dict[str, float]]]) -> list[str]:
+    """One row per encoder: means, and over several seeds the standard deviation."""
+    lines = ["| encoder | seeds | " + " | ".join(WAYS) + " |", "|---|---|" + "---|" * len(WAYS)]
+    for encoder, seeds in ways.items():
+        cells = []
+        for way in WAYS:
+            values = [100 * seed[way] for seed in seeds]
+            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.1f}{spread}")
+        lines.append(f"| {encoder} | {len(seeds)} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def ablation_table(bench: Bench, encoder: str, found: dict[str, float]) -> list[str]:
+    lines = ["| binarised | masked accuracy, valid, % | same class as the float teacher, % |", "|---|---|---|"]
+    lines.append(f"| nothing (the teacher) | {100 * bench.runs[f'{encoder}-1/float']['accuracy']:.1f} | 100 |")
+    for part, accuracy in found.items():
+        agreement = bench.runs[f"{encoder}-1/only-{part.replace(' ', '-')}"]["agreement"]
+        lines.append(f"| {part} | {100 * accuracy:.1f} | {100 * agreement:.1f} |")
+    return lines
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("data", type=Path, help="directory that `hubert-eff manifest` wrote")
+    options.add_argument("labels", type=Path, help="directory that `hubert-eff labels` wrote (MFCC: 100 labels per second)")
+    options.add_argument("--updates", type=int, default=200, help="n, updates per stage (default: 200)")
+    options.add_argument("--encoders", nargs="+", default=["conformer", "transformer", "sparseformer"], metavar="NAME")
+    options.add_argument("--seeds", type=int, default=3, help="seeds of the first encoder; the others have one (default: 3)")
+    options.add_argument("--out", type=Path, required=True, help="where logs, checkpoints, binarize.json and binarize.md go")
+    args = options.parse_args()
+    bench = Bench(args.data.resolve(), args.labels.resolve(), args.out.resolve(), args.updates)
+    ways: dict[str, list[dict[str, float]]] = {}
+    first = args.encoders[0]
+    page: list[str] = []
+    order = [(encoder, 1) for encoder in args.encoders] + [(first, seed) for seed in range(2, args.seeds + 1)]
+    for encoder, seed in order:
+        ways.setdefault(encoder, []).append(bench.ways(encoder, seed))
+        page = table(ways)
+        if (encoder, seed) == (first, 1):
+            parts = bench.ablation(first)
+        page += ["", *ablation_table(bench, first, parts)]
+        (bench.out / "binarize.md").write_text("\n".join(page) + "\n", encoding="utf-8")
+    print("\n".join(page))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""`hubert-eff binarize-recipe`: a W1A1 model by way of a float and a W1A2 one."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from ..recipe import Recipe
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("data", type=Path, help="folder that `hubert-eff manifest` wrote")
+    parser.add_argument("labels", type=Path, help="folder that `hubert-eff labels` wrote")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the stages go: DIR/float, DIR/w1a2, DIR/w1a1")
+    parser.add_argument(
+        "--config", default="debug", metavar="NAME", help="pretrain/NAME.yaml and quantize/NAME_distill.yaml in configs (default: debug)"
+    )
+    parser.add_argument("--teacher", type=Path, metavar="FILE", help="a float checkpoint in place of the first stage, stock HuBERT's too")
+    parser.add_argument("--updates", type=int, nargs="+", default=[], metavar="N", help="updates of each stage (default: the files')")
+    parser.add_argument("--policy", default="default", metavar="POLICY", help="what is binarised: default | paper | a YAML file")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other keys of the configurations, for all stages")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON, not as a table")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the stages that have not ended; print what they reached."""
+    recipe = Recipe(
+        str(args.data.resolve()), str(args.labels.resolve()), str(args.out.resolve()), args.config,
+        str(args.teacher.resolve()) if args.teacher else None, args.updates, args.policy, args.set,
+    )  # fmt: skip
+    done, code = recipe.run()
+    if code:
+        return code
+    if args.json:
+        print(json.dumps(done, indent=2))
+        return 0
+    table = Table("stage", "updates", "masked accuracy, valid", "most frequent label", "checkpoint")
+    for stage, figures in done.items():
+        table.add_row(
+            stage, f"{figures['updates']:.0f}", f"{figures['accuracy']:.1%}", f"{figures['majority']:.1%}", figures["checkpoint"]
+        )
+    Console(width=max(Console().width, 110)).print(table)
+    return 0
