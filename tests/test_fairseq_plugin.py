@@ -160,6 +160,10 @@ def test_bad_mask_setting_is_refused_before_training(data: Path) -> None:
 # -- configurations ------------------------------------------------------------------------------------------------------
 
 
+def test_every_preset_has_its_configuration() -> None:
+    assert set(PRESET_OF.values()) == set(hubert_eff.list_presets())
+
+
 @pytest.mark.parametrize("name", [p.stem for p in sorted(CONFIGS.glob("*.yaml"))])
 def test_config_composes_and_says_the_same_as_its_preset(name: str) -> None:
     cfg = composed(name)
