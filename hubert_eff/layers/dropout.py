@@ -42,6 +42,8 @@ class Dropout(nn.Dropout):
     """`nn.Dropout`, faster in training on a CPU."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.training and self.p > 0.0 and takes_onednn(input, input):
+        if not self.training:
+            return input  # which may be packed bits
+        if self.p > 0.0 and takes_onednn(input, input):
             return _Dropout.apply(input, self.p)  # type: ignore[no-any-return,no-untyped-call]
         return super().forward(input)

@@ -45,7 +45,7 @@ _ARITHMETIC = _names(
     # softmax and reductions
     "softmax log_softmax _softmax _log_softmax _safe_softmax logsumexp sum mean std var std_mean var_mean prod amax amin aminmax "
     "max min argmax argmin any all cumsum cumprod"
-)
+) | {"hubert_eff.pack", "hubert_eff.pack_columns"}
 _FREE = _names(
     # copies and changes of shape
     "clone copy_ copy detach_ _to_copy cat stack _unsafe_view unsafe_split unsafe_split_with_sizes unsafe_chunk set_ resize_ "
@@ -190,6 +190,19 @@ def _matrix_vector(matrix: Tensor, *_: Any, **__: Any) -> int:  # (m, n) or (n,)
 @_own("aten.addmv")
 def _add_matrix_vector(_: Tensor, matrix: Tensor, *__: Any, **___: Any) -> int:
     return matrix.numel()
+
+
+@_own("hubert_eff.product", "hubert_eff.product_bits")
+def _packed_product(rows: Tensor, _: Tensor, outputs: int, inputs: int, *__: Any, **___: Any) -> int:  # (..., M, words)
+    return rows.shape[:-1].numel() * outputs * inputs
+
+
+_KIND["hubert_eff.depthwise"] = DEPTHWISE
+
+
+@_own("hubert_eff.depthwise")
+def _packed_depthwise(_: Tensor, __: Tensor, ___: Tensor, channels: int, kernel: int, *____: Any, out: Tensor, **_____: Any) -> int:
+    return out.numel() * kernel
 
 
 # all of F.scaled_dot_product_attention's kernels; a causal mask saves nothing in this count

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from .convert import binarize
 from .modules import BinaryConv1d, BinaryLinear, Codes, Quantizer
+from .packing import pack
 from .policy import POLICIES, Policy, read_policy
 from .report import quant_report
 
-__all__ = ["POLICIES", "BinaryConv1d", "BinaryLinear", "Codes", "Policy", "Quantizer", "binarize", "quant_report", "read_policy"]
+__all__ = ["POLICIES", "BinaryConv1d", "BinaryLinear", "Codes", "Policy", "Quantizer", "binarize", "pack", "quant_report", "read_policy"]

@@ -6,6 +6,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..layers.bits import stored_bits
 from ..model import HubertModel
 from .convert import decisions
 from .policy import BINARY, SPECS, read_policy
@@ -32,9 +33,9 @@ def quant_report(model: HubertModel) -> list[dict[str, Any]]:
     rows: dict[tuple[str, str, str], Fate] = {}
     declared: set[int] = set()
     for choice in decisions(model, read_policy(config.quant_policy)):
-        parameters = [] if choice.kind.form else [p for p in choice.part.parameters()] if choice.part is not None else []
-        if choice.action == BINARY and parameters:
-            parameters = [choice.part.weight]  # type: ignore[list-item,union-attr]
+        part = None if choice.kind.form else choice.part
+        stored = {} if part is None or choice.action != BINARY else stored_bits(part)
+        parameters = [] if part is None else [getattr(part, name) for name in stored] or list(part.parameters())
         declared.update(map(id, parameters))
         if choice.action != BINARY:
             becomes = "float"
@@ -45,7 +46,7 @@ def quant_report(model: HubertModel) -> list[dict[str, Any]]:
         path = re.sub(r"^encoder\.layers\.\d+", "encoder.layers.*", choice.path)
         row = rows.setdefault((path, becomes, choice.reason), Fate(path, choice.kind.name, becomes, 0, 0, choice.reason))
         row.parts += 1
-        row.weights += sum(p.numel() for p in parameters)
+        row.weights += sum(elements for elements, _ in stored.values()) or sum(p.numel() for p in parameters)
     rest = sum(p.numel() for p in model.parameters() if id(p) not in declared)
     last = Fate("everything else", "", "float", 1, rest, "norms, biases, scales, embeddings: few, and added, not multiplied")
     return [asdict(row) for row in (*rows.values(), last)]

@@ -1,0 +1,74 @@
+"""`pack`: a binarised model as one that runs from bits."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from ..errors import UserError
+from ..layers.kinds import FEED_FORWARD, Declared
+from .attention import BinaryAttention, BinaryMix, BinaryRelativeAttention, BinarySparseAttention, BinaryWeights
+from .modules import BinaryConv1d, BinaryLinear, Quantizer
+from .runtime.attention import PackedAttention, PackedMix, PackedRelativeAttention, PackedSparseAttention, PackedWeights
+from .runtime.modules import PackedConv1d, PackedLinear, PackedQuantizer
+
+M = TypeVar("M", bound=nn.Module)
+
+PACKED: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
+    BinaryLinear: PackedLinear.from_binary,
+    BinaryConv1d: PackedConv1d.from_binary,
+    Quantizer: PackedQuantizer,  # one that several layers share
+    BinaryAttention: PackedAttention,
+    BinaryRelativeAttention: PackedRelativeAttention,
+    BinarySparseAttention: PackedSparseAttention,
+    BinaryWeights: PackedWeights,
+    BinaryMix: PackedMix,
+}
+
+
+def pack(model: M, fused: bool = True) -> M:
+    """A copy of a binarised model (or a part of one) in eval mode that runs from packed bits, with the same outputs.
+
+    In float32 outputs are equal to the last bit. fused: in feed-forward modules whose activation is the ReLU in front of a binary
+    layer, the first layer returns the second one's bits, which changes no bit of them. The source is not changed; the copy
+    cannot be trained. Raises `UserError` for a model that has no binary layer, or activations of two bits.
+    """
+    if not any(type(module) in PACKED for module in model.modules()):
+        raise UserError("this model has no one-bit layers to pack: hubert_eff.binarize it, and train it, first")
+    packed = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        packed = _convert(packed)  # type: ignore[assignment]
+    if fused:
+        for module in packed.modules():
+            _join(module)
+    return packed.requires_grad_(False)
+
+
+def _convert(module: nn.Module) -> nn.Module:
+    make = PACKED.get(type(module))
+    if make is not None:
+        return make(module)
+    for name, child in module.named_children():
+        setattr(module, name, _convert(child))
+    return module
+
+
+def _codes(codes: Any) -> Any:
+    """In place of an activation: what was joined has applied it."""
+    return codes
+
+
+def _join(owner: nn.Module) -> None:
+    """Let the first of two packed feed-forward layers with nothing but a ReLU between them feed the second."""
+    if not isinstance(owner, Declared):
+        return
+    parts = [(name, kind) for name, kind in owner.kinds().items() if kind.name == FEED_FORWARD]
+    for (first_name, _), (second_name, kind) in zip(parts, parts[1:]):
+        first, second = getattr(owner, first_name), getattr(owner, second_name)
+        if kind.activation and isinstance(first, PackedLinear) and isinstance(second, PackedLinear):
+            first.feed(second)
+            setattr(owner, kind.activation, _codes)

@@ -1,0 +1,546 @@
+// Products of packed bits, one set of functions per instruction set in one library; ops.py calls them through ctypes and states their
+// meaning in plain torch.
+//
+// Bits lie in 32-bit words, the first element in the lowest bit; bits past the end are 0. A left operand is rows of words, a right
+// operand [N/16][words][16]: sixteen outputs side by side in a vector, so that no sum runs across its lanes. With p = popcount(a ^ b)
+// the product of signs is K - 2p, and of {0, 1} times signs popcount(b) - p: an integer, exact in float32 below 2^24.
+// Float arithmetic follows that of separate torch calls: no fused multiply-add (compile with -ffp-contract=off), NaN is above nothing.
+
+// M rows, K inputs, N outputs, W words of a row
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <thread>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define AVX2 __attribute__((target("avx2")))
+#define AVX512BW __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
+#define AVX512POPCNT __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vpopcntdq")))
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#define NEON
+#endif
+#define INLINE inline __attribute__((always_inline))
+
+namespace {
+
+constexpr int LANES = 16, PAIR = 2 * LANES;
+
+// -- instruction sets: `tile` writes popcounts of R rows and P panels to out[R][32]; `above` and `at_most` compare 32 numbers ------------
+
+#if defined(__x86_64__)
+
+struct Popcnt512 {
+    static constexpr int rows = 8;
+
+    template <int R, int P>
+    AVX512POPCNT static void tile(const uint32_t* a, int64_t stride, const uint32_t* b, int64_t words, int32_t* out) {
+        __m512i sum[R][P];
+        for (int r = 0; r < R; ++r)
+            for (int p = 0; p < P; ++p) sum[r][p] = _mm512_setzero_si512();
+        for (int64_t w = 0; w < words; ++w) {
+            __m512i column[P];
+            for (int p = 0; p < P; ++p) column[p] = _mm512_loadu_si512(b + (p * words + w) * LANES);
+            for (int r = 0; r < R; ++r) {
+                const __m512i row = _mm512_set1_epi32(static_cast<int32_t>(a[r * stride + w]));
+                for (int p = 0; p < P; ++p)
+                    sum[r][p] = _mm512_add_epi32(sum[r][p], _mm512_popcnt_epi32(_mm512_xor_si512(row, column[p])));
+            }
+        }
+        for (int r = 0; r < R; ++r)
+            for (int p = 0; p < P; ++p) _mm512_storeu_si512(out + r * PAIR + p * LANES, sum[r][p]);
+    }
+
+    AVX512POPCNT static inline uint32_t above(const float* x, float limit) {
+        const __m512 t = _mm512_set1_ps(limit);
+        const uint32_t low = _mm512_cmp_ps_mask(_mm512_loadu_ps(x), t, _CMP_GT_OQ);
+        const uint32_t high = _mm512_cmp_ps_mask(_mm512_loadu_ps(x + LANES), t, _CMP_GT_OQ);
+        return low | high << 16;
+    }
+
+    AVX512POPCNT static inline uint32_t at_most(const int32_t* x, const int32_t* limit) {
+        const uint32_t low = _mm512_cmple_epi32_mask(_mm512_loadu_si512(x), _mm512_loadu_si512(limit));
+        const uint32_t high = _mm512_cmple_epi32_mask(_mm512_loadu_si512(x + LANES), _mm512_loadu_si512(limit + LANES));
+        return low | high << 16;
+    }
+};
+
+struct Shuffle512 {
+    static constexpr int rows = 4;
+
+    template <int R, int P>
+    AVX512BW static void tile(const uint32_t* a, int64_t stride, const uint32_t* b, int64_t words, int32_t* out) {
+        const __m512i counts = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
+        const __m512i nibble = _mm512_set1_epi8(15), ones8 = _mm512_set1_epi8(1), ones16 = _mm512_set1_epi16(1);
+        __m512i sum[R][P];
+        for (int r = 0; r < R; ++r)
+            for (int p = 0; p < P; ++p) sum[r][p] = _mm512_setzero_si512();
+        for (int64_t begin = 0; begin < words; begin += 31) {  // bytes of `part` grow by up to 8 per word
+            const int64_t end = std::min<int64_t>(words, begin + 31);
+            __m512i part[R][P];
+            for (int r = 0; r < R; ++r)
+                for (int p = 0; p < P; ++p) part[r][p] = _mm512_setzero_si512();
+            for (int64_t w = begin; w < end; ++w) {
+                __m512i column[P];
+                for (int p = 0; p < P; ++p) column[p] = _mm512_loadu_si512(b + (p * words + w) * LANES);
+                for (int r = 0; r < R; ++r) {
+                    const __m512i row = _mm512_set1_epi32(static_cast<int32_t>(a[r * stride + w]));
+                    for (int p = 0; p < P; ++p) {
+                        const __m512i x = _mm512_xor_si512(row, column[p]);
+                        const __m512i low = _mm512_shuffle_epi8(counts, _mm512_and_si512(x, nibble));
+                        const __m512i high = _mm512_shuffle_epi8(counts, _mm512_and_si512(_mm512_srli_epi16(x, 4), nibble));
+                        part[r][p] = _mm512_add_epi8(part[r][p], _mm512_add_epi8(low, high));
+                    }
+                }
+            }
+            for (int r = 0; r < R; ++r)
+                for (int p = 0; p < P; ++p) {
+                    const __m512i in_words = _mm512_madd_epi16(_mm512_maddubs_epi16(part[r][p], ones8), ones16);
+                    sum[r][p] = _mm512_add_epi32(sum[r][p], in_words);
+                }
+        }
+        for (int r = 0; r < R; ++r)
+            for (int p = 0; p < P; ++p) _mm512_storeu_si512(out + r * PAIR + p * LANES, sum[r][p]);
+    }
+
+    AVX512BW static inline uint32_t above(const float* x, float limit) {
+        const __m512 t = _mm512_set1_ps(limit);
+        const uint32_t low = _mm512_cmp_ps_mask(_mm512_loadu_ps(x), t, _CMP_GT_OQ);
+        const uint32_t high = _mm512_cmp_ps_mask(_mm512_loadu_ps(x + LANES), t, _CMP_GT_OQ);
+        return low | high << 16;
+    }
+
+    AVX512BW static inline uint32_t at_most(const int32_t* x, const int32_t* limit) {
+        const uint32_t low = _mm512_cmple_epi32_mask(_mm512_loadu_si512(x), _mm512_loadu_si512(limit));
+        const uint32_t high = _mm512_cmple_epi32_mask(_mm512_loadu_si512(x + LANES), _mm512_loadu_si512(limit + LANES));
+        return low | high << 16;
+    }
+};
+
+struct Shuffle256 {
+    static constexpr int rows = 4;
+
+    template <int R, int P>
+    AVX2 static void tile(const uint32_t* a, int64_t stride, const uint32_t* b, int64_t words, int32_t* out) {
+        for (int p = 0; p < 2 * P; ++p) half<R>(a, stride, b + (p / 2 * words) * LANES + p % 2 * 8, words, out + p * 8);
+    }
+
+    template <int R>
+    AVX2 static void half(const uint32_t* a, int64_t stride, const uint32_t* b, int64_t words, int32_t* out) {
+        const __m256i counts = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
+        const __m256i nibble = _mm256_set1_epi8(15), ones8 = _mm256_set1_epi8(1), ones16 = _mm256_set1_epi16(1);
+        __m256i sum[R];
+        for (int r = 0; r < R; ++r) sum[r] = _mm256_setzero_si256();
+        for (int64_t begin = 0; begin < words; begin += 31) {
+            const int64_t end = std::min<int64_t>(words, begin + 31);
+            __m256i part[R];
+            for (int r = 0; r < R; ++r) part[r] = _mm256_setzero_si256();
+            for (int64_t w = begin; w < end; ++w) {
+                const __m256i column = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + w * LANES));
+                for (int r = 0; r < R; ++r) {
+                    const __m256i x = _mm256_xor_si256(_mm256_set1_epi32(static_cast<int32_t>(a[r * stride + w])), column);
+                    const __m256i low = _mm256_shuffle_epi8(counts, _mm256_and_si256(x, nibble));
+                    const __m256i high = _mm256_shuffle_epi8(counts, _mm256_and_si256(_mm256_srli_epi16(x, 4), nibble));
+                    part[r] = _mm256_add_epi8(part[r], _mm256_add_epi8(low, high));
+                }
+            }
+            for (int r = 0; r < R; ++r)
+                sum[r] = _mm256_add_epi32(sum[r], _mm256_madd_epi16(_mm256_maddubs_epi16(part[r], ones8), ones16));
+        }
+        for (int r = 0; r < R; ++r) _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + r * PAIR), sum[r]);
+    }
+
+    AVX2 static inline uint32_t above(const float* x, float limit) {
+        const __m256 t = _mm256_set1_ps(limit);
+        uint32_t word = 0;
+        for (int i = 0; i < 4; ++i)
+            word |= static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(x + 8 * i), t, _CMP_GT_OQ))) << (8 * i);
+        return word;
+    }
+
+    AVX2 static inline uint32_t at_most(const int32_t* x, const int32_t* limit) {
+        uint32_t word = 0;
+        for (int i = 0; i < 4; ++i) {
+            const __m256i value = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + 8 * i));
+            const __m256i most = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(limit + 8 * i));
+            word |= static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(value, most)))) << (8 * i);
+        }
+        return ~word;
+    }
+};
+
+#elif defined(__aarch64__)
+
+struct Neon {
+    static constexpr int rows = 4;
+
+    template <int R, int P>
+    static void tile(const uint32_t* a, int64_t stride, const uint32_t* b, int64_t words, int32_t* out) {
+        for (int p = 0; p < 2 * P; ++p) half<R>(a, stride, b + (p / 2 * words) * LANES + p % 2 * 8, words, out + p * 8);
+    }
+
+    template <int R>
+    static void half(const uint32_t* a, int64_t stride, const uint32_t* b, int64_t words, int32_t* out) {
+        uint32x4_t sum[R][2];
+        for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = vdupq_n_u32(0);
+        for (int64_t begin = 0; begin < words; begin += 31) {
+            const int64_t end = std::min<int64_t>(words, begin + 31);
+            uint8x16_t part[R][2];
+            for (int r = 0; r < R; ++r) part[r][0] = part[r][1] = vdupq_n_u8(0);
+            for (int64_t w = begin; w < end; ++w)
+                for (int h = 0; h < 2; ++h) {
+                    const uint32x4_t column = vld1q_u32(b + w * LANES + 4 * h);
+                    for (int r = 0; r < R; ++r) {
+                        const uint32x4_t x = veorq_u32(vdupq_n_u32(a[r * stride + w]), column);
+                        part[r][h] = vaddq_u8(part[r][h], vcntq_u8(vreinterpretq_u8_u32(x)));
+                    }
+                }
+            for (int r = 0; r < R; ++r)
+                for (int h = 0; h < 2; ++h) sum[r][h] = vpadalq_u16(sum[r][h], vpaddlq_u8(part[r][h]));
+        }
+        for (int r = 0; r < R; ++r)
+            for (int h = 0; h < 2; ++h) vst1q_s32(out + r * PAIR + 4 * h, vreinterpretq_s32_u32(sum[r][h]));
+    }
+
+    static inline uint32_t above(const float* x, float limit) {
+        uint32_t word = 0;
+        for (int i = 0; i < PAIR; ++i) word |= static_cast<uint32_t>(x[i] > limit) << i;
+        return word;
+    }
+
+    static inline uint32_t at_most(const int32_t* x, const int32_t* limit) {
+        uint32_t word = 0;
+        for (int i = 0; i < PAIR; ++i) word |= static_cast<uint32_t>(x[i] <= limit[i]) << i;
+        return word;
+    }
+};
+
+#endif
+
+// -- what all instruction sets share; compiled once for each ----------------------------------------------------------------------------
+
+INLINE float read(const void* x, int64_t i, bool half) {
+    if (!half) return static_cast<const float*>(x)[i];
+    const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(x)[i]) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+INLINE uint16_t to_bfloat16(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+}
+
+constexpr int DIMS = 3;  // leading dimensions of a strided operand
+
+struct Pack {  // rows of x * factor + move > limit
+    const void* x;
+    const float *move, *factor, *limit;  // each may be null: 0, 1, 0
+    int64_t size[DIMS], x_stride[DIMS], move_stride[DIMS], factor_stride[DIMS], columns;
+    uint32_t* out;  // rows: [size...][words]; columns: [size 0][size 1][columns/16][words of size 2][16]
+    int64_t half;
+};
+
+INLINE int64_t offset(const int64_t* index, const int64_t* stride) {
+    return index[0] * stride[0] + index[1] * stride[1] + index[2] * stride[2];
+}
+
+template <bool HALF, class Isa>
+INLINE void pack_row(const Pack& p, const int64_t* index, uint32_t* out) {
+    const int64_t x = offset(index, p.x_stride);
+    const float* move = p.move ? p.move + offset(index, p.move_stride) : nullptr;
+    const float factor = p.factor ? p.factor[offset(index, p.factor_stride)] : 1.0f, limit = p.limit ? *p.limit : 0.0f;
+    float values[PAIR];
+    for (int64_t c = 0; c < p.columns; c += PAIR) {
+        const int64_t n = std::min<int64_t>(PAIR, p.columns - c);
+        if (n == PAIR) {
+            for (int j = 0; j < PAIR; ++j) values[j] = read(p.x, x + c + j, HALF) * factor;
+            if (move)
+                for (int j = 0; j < PAIR; ++j) values[j] += move[c + j];
+        } else {
+            for (int j = 0; j < n; ++j) values[j] = read(p.x, x + c + j, HALF) * factor + (move ? move[c + j] : 0.0f);
+            for (int64_t j = n; j < PAIR; ++j) values[j] = 0.0f;
+        }
+        out[c / PAIR] = Isa::above(values, limit) & (n == PAIR ? ~0u : (1u << n) - 1);
+    }
+}
+
+template <class Isa>
+INLINE void pack_rows(const Pack& p, int64_t begin, int64_t end) {
+    const int64_t words = (p.columns + 31) / 32;
+    for (int64_t row = begin; row < end; ++row) {
+        const int64_t index[DIMS] = {row / (p.size[1] * p.size[2]), row / p.size[2] % p.size[1], row % p.size[2]};
+        if (p.half)
+            pack_row<true, Isa>(p, index, p.out + row * words);
+        else
+            pack_row<false, Isa>(p, index, p.out + row * words);
+    }
+}
+
+template <bool HALF>
+INLINE void pack_panel(const Pack& p, int64_t panel, uint32_t* out) {  // `panel` counts [size 0][size 1][columns/16]
+    const int64_t panels = (p.columns + LANES - 1) / LANES, first = panel % panels * LANES, lead = panel / panels;
+    const int64_t n = std::min<int64_t>(LANES, p.columns - first), frames = p.size[2];
+    const float limit = p.limit ? *p.limit : 0.0f;
+    for (int64_t t = 0; t < frames; t += 32, out += LANES) {
+        uint32_t word[LANES] = {};
+        const int64_t until = std::min<int64_t>(32, frames - t);
+        for (int64_t i = 0; i < until; ++i) {
+            const int64_t index[DIMS] = {lead / p.size[1], lead % p.size[1], t + i};
+            const int64_t x = offset(index, p.x_stride) + first;
+            const float* move = p.move ? p.move + offset(index, p.move_stride) + first : nullptr;
+            float values[LANES] = {};
+            if (n == LANES) {
+                for (int j = 0; j < LANES; ++j) values[j] = read(p.x, x + j, HALF);
+                if (move)
+                    for (int j = 0; j < LANES; ++j) values[j] += move[j];
+                for (int j = 0; j < LANES; ++j) word[j] |= static_cast<uint32_t>(values[j] > limit) << i;
+            } else {
+                for (int64_t j = 0; j < n; ++j)
+                    word[j] |= static_cast<uint32_t>(read(p.x, x + j, HALF) + (move ? move[j] : 0.0f) > limit) << i;
+            }
+        }
+        std::memcpy(out, word, sizeof word);
+    }
+}
+
+INLINE void pack_panels(const Pack& p, int64_t begin, int64_t end) {
+    const int64_t length = (p.size[2] + 31) / 32 * LANES;
+    for (int64_t panel = begin; panel < end; ++panel) {
+        if (p.half)
+            pack_panel<true>(p, panel, p.out + panel * length);
+        else
+            pack_panel<false>(p, panel, p.out + panel * length);
+    }
+}
+
+struct Product {
+    const uint32_t *a, *b;  // [batch][M][W], [batch][N/16][W][16]
+    const float *scale, *size, *bias;  // one number; N of them, or one (`sizes`); N. Each may be null: 1, 1, 0
+    const int32_t* limit;  // N largest popcounts that give a bit of 1: the result is bits
+    void* out;  // [batch][M][N] of float32 or bfloat16, or [batch][M][N/32] words
+    int64_t batch, m, n, k, words, sizes, is_signed, half;
+};
+
+constexpr int64_t BLOCK = 64;  // rows whose words stay in cache
+
+template <class Isa, int R>
+INLINE void tiles(const uint32_t* a, const uint32_t* b, int64_t words, int panels, int32_t* out) {
+    if (panels == 2)
+        Isa::template tile<R, 2>(a, words, b, words, out);
+    else
+        Isa::template tile<R, 1>(a, words, b, words, out);
+}
+
+struct Outputs {  // of a pair of panels
+    int32_t whole[PAIR], limit[PAIR];
+    float factor[PAIR], bias[PAIR];
+};
+
+template <class Isa>
+INLINE void finish(const Product& p, const Outputs& o, const int32_t* count, int rows, int64_t row, int64_t first, int64_t n) {
+    if (p.limit) {
+        uint32_t* out = static_cast<uint32_t*>(p.out);
+        const uint32_t mask = n == PAIR ? ~0u : (1u << n) - 1;
+        for (int r = 0; r < rows; ++r) out[(row + r) * ((p.n + 31) / 32) + first / 32] = Isa::at_most(count + r * PAIR, o.limit) & mask;
+        return;
+    }
+    const int32_t twice = p.is_signed ? 1 : 0;
+    for (int r = 0; r < rows; ++r, count += PAIR) {
+        const int64_t place = (row + r) * p.n + first;
+        float y[PAIR];
+        for (int j = 0; j < PAIR; ++j) y[j] = static_cast<float>(o.whole[j] - (count[j] << twice)) * o.factor[j];
+        if (p.bias)
+            for (int j = 0; j < PAIR; ++j) y[j] += o.bias[j];
+        if (p.half) {
+            uint16_t* out = static_cast<uint16_t*>(p.out) + place;
+            if (n == PAIR)
+                for (int j = 0; j < PAIR; ++j) out[j] = to_bfloat16(y[j]);
+            else
+                for (int64_t j = 0; j < n; ++j) out[j] = to_bfloat16(y[j]);
+        } else {
+            std::memcpy(static_cast<float*>(p.out) + place, y, n == PAIR ? sizeof y : n * sizeof(float));
+        }
+    }
+}
+
+template <class Isa>
+INLINE void product(const Product& p, int64_t begin, int64_t end) {  // of blocks of rows, [batch][M/BLOCK]
+    const int64_t blocks = (p.m + BLOCK - 1) / BLOCK, panels = (p.n + LANES - 1) / LANES;
+    const std::vector<uint32_t> zeros(p.is_signed ? 0 : p.words);
+    int32_t count[Isa::rows * PAIR] = {};
+    for (int64_t task = begin; task < end; ++task) {
+        const int64_t batch = task / blocks, from = task % blocks * BLOCK, to = std::min<int64_t>(p.m, from + BLOCK);
+        const uint32_t* rows = p.a + batch * p.m * p.words;
+        for (int64_t panel = 0; panel < panels; panel += 2) {
+            const uint32_t* b = p.b + (batch * panels + panel) * p.words * LANES;
+            const int two = panel + 1 < panels ? 2 : 1;
+            const int64_t first = panel * LANES, n = std::min<int64_t>(PAIR, p.n - first);
+            Outputs o = {};
+            if (!p.is_signed && !p.limit) tiles<Isa, 1>(zeros.data(), b, p.words, two, count);
+            for (int64_t j = 0; j < n; ++j) {
+                o.whole[j] = p.is_signed ? static_cast<int32_t>(p.k) : count[j];
+                const float size = p.size ? p.size[p.sizes == 1 ? 0 : first + j] : 1.0f;
+                o.factor[j] = p.scale ? *p.scale * size : size;
+                o.bias[j] = p.bias ? p.bias[first + j] : 0.0f;
+                o.limit[j] = p.limit ? p.limit[first + j] : 0;
+            }
+            int64_t row = from;
+            for (; row + Isa::rows <= to; row += Isa::rows) {
+                tiles<Isa, Isa::rows>(rows + row * p.words, b, p.words, two, count);
+                finish<Isa>(p, o, count, Isa::rows, batch * p.m + row, first, n);
+            }
+            for (; row < to; ++row) {
+                tiles<Isa, 1>(rows + row * p.words, b, p.words, two, count);
+                finish<Isa>(p, o, count, 1, batch * p.m + row, first, n);
+            }
+        }
+    }
+}
+
+struct Depthwise {  // each channel's bits along time, against its own filter
+    const uint32_t *x, *valid, *weight;  // [B][C/16][time words][16], [B][time words], [C/16][tap words][16]
+    const float *scale, *size, *bias;  // as in Product
+    void* out;  // [B][frames][C]
+    int64_t batch, frames, channels, words, kernel, stride, sizes, is_signed, half;
+};
+
+INLINE uint32_t bit_count(uint32_t x) {  // without a library call, and in a form that vectorises
+    x -= x >> 1 & 0x55555555u;
+    x = (x & 0x33333333u) + (x >> 2 & 0x33333333u);
+    return ((x + (x >> 4)) & 0x0f0f0f0fu) * 0x01010101u >> 24;
+}
+
+INLINE void depthwise(const Depthwise& p, int64_t begin, int64_t end) {  // of [B][C/16]
+    const int64_t panels = (p.channels + LANES - 1) / LANES, taps = (p.kernel + 31) / 32;
+    for (int64_t task = begin; task < end; ++task) {
+        const int64_t batch = task / panels, first = task % panels * LANES, n = std::min<int64_t>(LANES, p.channels - first);
+        const uint32_t *x = p.x + task * p.words * LANES, *valid = p.valid + batch * p.words;
+        const uint32_t* weight = p.weight + task % panels * taps * LANES;
+        float factor[LANES] = {}, bias[LANES] = {};
+        for (int64_t j = 0; j < n; ++j) {
+            const float size = p.size ? p.size[p.sizes == 1 ? 0 : first + j] : 1.0f;
+            factor[j] = p.scale ? *p.scale * size : size;
+            bias[j] = p.bias ? p.bias[first + j] : 0.0f;
+        }
+        for (int64_t t = 0; t < p.frames; ++t) {
+            int32_t whole[LANES] = {}, sum[LANES] = {};
+            for (int64_t tap = 0; tap < taps; ++tap) {
+                const int64_t at = t * p.stride + tap * 32, word = at / 32, shift = at % 32;
+                if (word >= p.words) break;
+                const bool more = word + 1 < p.words;
+                const uint32_t rest = static_cast<uint32_t>(std::min<int64_t>(32, p.kernel - tap * 32));
+                const uint32_t mask = rest == 32 ? ~0u : (1u << rest) - 1;
+                const uint32_t real = (valid[word] >> shift | (more ? valid[word + 1] : 0u) << 1 << (31 - shift)) & mask;
+                const uint32_t *low = x + word * LANES, *high = more ? low + LANES : low, *filter = weight + tap * LANES;
+                const uint32_t counted = bit_count(real);
+                for (int j = 0; j < LANES; ++j) {
+                    const uint32_t window = low[j] >> shift | high[j] << 1 << (31 - shift);
+                    sum[j] += static_cast<int32_t>(bit_count((window ^ filter[j]) & real));
+                    whole[j] += static_cast<int32_t>(p.is_signed ? counted : bit_count(filter[j] & real));
+                }
+            }
+            float y[LANES];
+            for (int j = 0; j < LANES; ++j) y[j] = static_cast<float>(whole[j] - (p.is_signed ? 2 * sum[j] : sum[j])) * factor[j];
+            if (p.bias)
+                for (int j = 0; j < LANES; ++j) y[j] += bias[j];
+            const int64_t place = (batch * p.frames + t) * p.channels + first;
+            if (p.half)
+                for (int64_t j = 0; j < n; ++j) static_cast<uint16_t*>(p.out)[place + j] = to_bfloat16(y[j]);
+            else
+                std::memcpy(static_cast<float*>(p.out) + place, y, n * sizeof(float));
+        }
+    }
+}
+
+// -- threads, dispatch ------------------------------------------------------------------------------------------------------------------
+
+constexpr double WORTH = 2e5;  // work of one thread below which starting another takes longer than it saves, in vector operations
+
+template <class Task>
+void spread(void (*run)(const Task&, int64_t, int64_t), const Task& task, int64_t count, double work, int64_t threads) {
+    const int64_t some = std::min<int64_t>({threads, count, static_cast<int64_t>(work / WORTH)});
+    if (some <= 1) return run(task, 0, count);
+    std::vector<std::thread> others;
+    try {
+        for (int64_t i = 1; i < some; ++i) others.emplace_back(run, std::cref(task), count * i / some, count * (i + 1) / some);
+    } catch (...) {  // no more threads to be had: their shares are done here
+        const int64_t started = static_cast<int64_t>(others.size());
+        run(task, count * (started + 1) / some, count);
+    }
+    run(task, 0, count / some);
+    for (std::thread& other : others) other.join();
+}
+
+struct Functions {
+    void (*pack_rows)(const Pack&, int64_t, int64_t);
+    void (*pack_panels)(const Pack&, int64_t, int64_t);
+    void (*product)(const Product&, int64_t, int64_t);
+    void (*depthwise)(const Depthwise&, int64_t, int64_t);
+};
+
+#define FUNCTIONS(NAME, ISA, TARGET)                                                                                       \
+    TARGET void NAME##_rows(const Pack& p, int64_t begin, int64_t end) { pack_rows<ISA>(p, begin, end); }                   \
+    TARGET void NAME##_panels(const Pack& p, int64_t begin, int64_t end) { pack_panels(p, begin, end); }                    \
+    TARGET void NAME##_product(const Product& p, int64_t begin, int64_t end) { product<ISA>(p, begin, end); }               \
+    TARGET void NAME##_depthwise(const Depthwise& p, int64_t begin, int64_t end) { depthwise(p, begin, end); }              \
+    constexpr Functions NAME = {NAME##_rows, NAME##_panels, NAME##_product, NAME##_depthwise};
+
+#if defined(__x86_64__)
+FUNCTIONS(avx512vpopcntdq, Popcnt512, AVX512POPCNT)
+FUNCTIONS(avx512bw, Shuffle512, AVX512BW)
+FUNCTIONS(avx2, Shuffle256, AVX2)
+#elif defined(__aarch64__)
+FUNCTIONS(neon, Neon, NEON)
+#endif
+
+const Functions* find(const char* kernel) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512dq");
+    if (!std::strcmp(kernel, "avx512vpopcntdq") && wide && __builtin_cpu_supports("avx512vpopcntdq")) return &avx512vpopcntdq;
+    if (!std::strcmp(kernel, "avx512bw") && wide) return &avx512bw;
+    if (!std::strcmp(kernel, "avx2") && __builtin_cpu_supports("avx2")) return &avx2;
+#elif defined(__aarch64__)
+    if (!std::strcmp(kernel, "neon")) return &neon;
+#endif
+    return nullptr;
+}
+
+}  // namespace
+
+extern "C" {
+
+// The functions of a kernel by name; null if this processor cannot run it.
+const void* hubert_eff_find(const char* kernel) { return find(kernel); }
+
+void hubert_eff_pack(const void* functions, const Pack* p, int64_t to_panels, int64_t threads) {
+    const Functions& f = *static_cast<const Functions*>(functions);
+    const int64_t rows = p->size[0] * p->size[1];
+    const double work = static_cast<double>(rows) * p->size[2] * p->columns / 4;
+    if (to_panels)
+        spread(f.pack_panels, *p, rows * ((p->columns + LANES - 1) / LANES), work, threads);
+    else
+        spread(f.pack_rows, *p, rows * p->size[2], work, threads);
+}
+
+void hubert_eff_product(const void* functions, const Product* p, int64_t threads) {
+    const double work = static_cast<double>(p->batch) * p->m * p->n * (3 * p->words + 4) / LANES;
+    spread(static_cast<const Functions*>(functions)->product, *p, p->batch * ((p->m + BLOCK - 1) / BLOCK), work, threads);
+}
+
+void hubert_eff_depthwise(const void* functions, const Depthwise* p, int64_t threads) {
+    const int64_t panels = (p->channels + LANES - 1) / LANES;
+    const double work = static_cast<double>(p->batch) * p->frames * panels * 40 * ((p->kernel + 31) / 32);
+    spread(static_cast<const Functions*>(functions)->depthwise, *p, p->batch * panels, work, threads);
+}
+}

@@ -1,0 +1,217 @@
+"""Layers that run on packed bits: the same results as the binary layers that they are made from, bit for bit. They do not train.
+
+One bit per weight is kept, in panels of 16 outputs (ops.py), and all else as in the binary layer: sizes of the weights, biases, scales
+and moves of quantisers.
+"""
+
+# B batch, T frames, K inputs, N outputs, G groups, k kernel, W words of 32 bits
+
+from __future__ import annotations
+
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...errors import UserError
+from ..functional import FLOOR, weight_signs
+from ..modules import BinaryConv1d, BinaryLinear, FrameMask, Quantizer
+from . import ops
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class PackedCodes(NamedTuple):
+    """A quantised tensor: scale times its bits. What `Codes` is to binary layers."""
+
+    bits: Tensor  # (..., W), int32
+    scale: Tensor  # (1,)
+    inputs: int
+    signed: bool
+    half: bool  # whether the tensor was of bfloat16, and so is the result of a product
+
+
+def constant(value: Tensor) -> nn.Parameter:
+    """A parameter that does not train."""
+    return nn.Parameter(value.detach().clone(), requires_grad=False)
+
+
+def _one_bit(bits: int) -> None:
+    if bits != 1:
+        raise UserError(f"activations of {bits} bits cannot be packed: only w1a1 models run from bits")
+
+
+class PackedQuantizer(nn.Module):
+    """x -> `PackedCodes` of x + move."""
+
+    def __init__(self, source: Quantizer) -> None:
+        super().__init__()
+        _one_bit(source.bits)
+        self.signed = source.signed
+        self.scale = constant(source.scale.clamp(min=FLOOR))
+        self.move = None if source.move is None else constant(source.move)
+        self.initialized: Tensor
+        self.register_buffer("initialized", source.initialized.clone())
+        self.frames: FrameMask = source.frames
+
+    def extra_repr(self) -> str:
+        return f"bits=1, {'signed' if self.signed else 'unsigned'}, move={self.move is not None}"
+
+    @property
+    def limit(self) -> Tensor | None:
+        """What a number must exceed to be a bit of 1; None: zero."""
+        return None if self.signed else self.scale / 2
+
+    def forward(self, x: Tensor) -> PackedCodes:
+        """x (..., K)."""
+        return PackedCodes(ops.pack(x, self.move, None, self.limit), self.scale, x.size(-1), self.signed, x.dtype == torch.bfloat16)
+
+    def columns(self, x: Tensor) -> Tensor:
+        """Bits of x (..., T, C) along its frames, as panels."""
+        return ops.pack_columns(x, self.move, self.limit)
+
+
+def _stored(bits: Tensor, weights: int, size: Tensor) -> dict[str, tuple[int, float]]:
+    """What `quant.modules._stored` says of the same weight."""
+    return {"bits": (weights, 1 + 32 * size.numel() / weights), "size": (0, 32)}
+
+
+class PackedLinear(nn.Module):
+    """`BinaryLinear` from bits: y = (a m) (bits(x) . bits(W)) + bias; x (..., K), or `PackedCodes`, -> (..., N)."""
+
+    operand_bits = (1, 1)
+
+    def __init__(self, source: BinaryLinear) -> None:
+        super().__init__()
+        _one_bit(source.operand_bits[1])
+        self.out_features, self.in_features = source.weight.shape
+        signs, size = weight_signs(source.weight, source.per_channel)
+        self.bits = constant(ops.panels_from(ops.words_from(signs > 0)))
+        self.size = constant(size)
+        self.bias = None if source.bias is None else constant(source.bias)
+        self.stored_bits = _stored(self.bits, source.weight.numel(), self.size)
+        self.input = None if source.input is None else PackedQuantizer(source.input)
+        self._reader: tuple[PackedLinear, ...] = ()  # a tuple hides it from nn.Module: it belongs to its owner
+        self._limits: tuple[tuple[object, ...], Tensor] | None = None
+
+    @classmethod
+    def from_binary(cls, source: BinaryLinear) -> PackedLinear:
+        """Raises `UserError` for activations of two bits."""
+        return cls(source)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+    def feed(self, reader: PackedLinear) -> None:
+        """From now on return what `reader` makes of max(y, 0): its input's codes, without y ever being written."""
+        assert self.input is not None and reader.input is not None and not reader.input.signed
+        self._reader = (reader,)
+
+    def forward(self, input: Tensor | PackedCodes) -> Tensor | PackedCodes:
+        if isinstance(input, Tensor):
+            assert self.input is not None
+            input = self.input(input)
+        bits, scale, inputs, signed, half = input
+        if self._reader:
+            (reader,) = self._reader
+            assert reader.input is not None
+            words = ops.product_bits(bits, self.bits, self.out_features, inputs, self._limit(reader.input))
+            return PackedCodes(words, reader.input.scale, self.out_features, False, half)
+        return ops.product(bits, self.bits, self.out_features, inputs, signed, scale, self.size, self.bias, half)
+
+    @torch.no_grad()
+    def _limit(self, reader: PackedQuantizer) -> Tensor:
+        """For each output how many of the K bits may differ at most for max(y, 0) + move > a / 2, found with y's own arithmetic."""
+        assert self.input is not None and reader.limit is not None
+        sources = [self.input.scale, self.size, self.bias, reader.scale, reader.move]
+        key = tuple(None if t is None else (id(t), t._version, t.dtype, t.device) for t in sources)
+        if self._limits is not None and self._limits[0] == key:
+            return self._limits[1]
+        factor, most = (self.input.scale.float() * self.size.float()).expand(self.out_features), reader.limit.float()
+
+        def passes(differing: Tensor) -> Tensor:
+            y = (self.in_features - 2 * differing).float() * factor
+            y = (y if self.bias is None else y + self.bias.float()).relu()
+            passed: Tensor = (y if reader.move is None else y + reader.move.float()) > most
+            return passed
+
+        low = torch.full((self.out_features,), -1, dtype=torch.int32, device=self.size.device)  # the limit is at least this
+        high = torch.full_like(low, self.in_features)
+        while bool((low < high).any()):
+            middle = (low + high + 1).div(2, rounding_mode="floor")
+            good = passes(middle)
+            low, high = torch.where(good, middle, low), torch.where(good, high, middle - 1)
+        self._limits = (key, low)
+        return low
+
+
+class PackedConv1d(nn.Module):
+    """`BinaryConv1d` from bits: (B, T, K) -> (B, ceil(T / stride), N). Depthwise along time, else as a product of windows."""
+
+    operand_bits = (1, 1)
+
+    def __init__(self, source: BinaryConv1d) -> None:
+        super().__init__()
+        self.stride, self.groups = source.stride, source.groups
+        self.out_channels, width, self.kernel = source.weight.shape
+        self.in_channels = width * self.groups
+        self.depthwise = width == 1 and self.out_channels == self.groups
+        signs, size = weight_signs(source.weight, source.per_channel, self.groups)  # (N, K / G, k)
+        positive = signs > 0
+        if self.depthwise:
+            words = ops.words_from(positive.squeeze(1))  # (N, W)
+        else:
+            words = torch.unflatten(ops.words_from(positive.transpose(1, 2)).flatten(1), 0, (self.groups, -1))  # (G, N / G, k W)
+        self.bits = constant(ops.panels_from(words))
+        self.size = constant(size)
+        self.bias = None if source.bias is None else constant(source.bias)
+        self.stored_bits = _stored(self.bits, source.weight.numel(), self.size)
+        self.input = PackedQuantizer(source.input)
+
+    @classmethod
+    def from_binary(cls, source: BinaryConv1d) -> PackedConv1d:
+        """Raises `UserError` for activations of two bits."""
+        return cls(source)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, {self.out_channels}, kernel={self.kernel}, stride={self.stride}, groups={self.groups}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, frames = x.shape[:2]
+        before = self.kernel // 2 if self.stride == 1 else 0
+        after = before if self.stride == 1 else max(0, self.kernel - self.stride + -frames % self.stride)
+        mask = self.input.frames.over(x)  # (B, T, 1)
+        valid = x.new_ones(batch, frames, dtype=torch.float32) if mask is None else mask.squeeze(-1).float()
+        valid = F.pad(valid, (before, after))
+        half = x.dtype == torch.bfloat16
+        out = (valid.size(1) - self.kernel) // self.stride + 1
+        if self.depthwise:
+            stream = self.input.columns(F.pad(x, (0, 0, before, after)))
+            return ops.depthwise(
+                stream, ops.pack(valid), self.bits, self.out_channels, self.kernel, self.stride, out, self.input.signed, self.input.scale,
+                self.size, self.bias, half,
+            )  # fmt: skip
+        y = self._windows(x, mask, valid, before, after)
+        y = y * (self.input.scale.float() * self.size.float())
+        y = y if self.bias is None else y + self.bias.float()
+        return y.bfloat16() if half else y
+
+    def _windows(self, x: Tensor, mask: Tensor | None, valid: Tensor, before: int, after: int) -> Tensor:
+        """Sums (B, T', N). Padding has bits of 0: for unsigned input that is 0, for signed input -1, which is put right here."""
+        batch, width, outputs = x.size(0), self.in_channels // self.groups, self.out_channels // self.groups
+        move = self.input.move
+        moved = x if move is None else x + move
+        bits = ops.pack(torch.unflatten(moved, -1, (self.groups, width)).transpose(1, 2), None, None, self.input.limit)  # (B, G, T, W)
+        if mask is not None:
+            bits = bits.masked_fill(~mask.unsqueeze(1), 0)
+        windows = F.pad(bits, (0, 0, before, after)).unfold(2, self.kernel, self.stride)  # (B, G, T', W, k)
+        rows = windows.transpose(-1, -2).flatten(3)
+        panels = self.bits.expand(batch, *self.bits.shape)
+        y = ops.product(rows, panels, outputs, width * self.kernel, self.input.signed).transpose(1, 2).flatten(2)  # (B, T', N)
+        if not self.input.signed:
+            return y
+        by_tap = torch.unflatten(ops.rows_from(self.bits, outputs), -1, (self.kernel, -1))  # (G, N / G, k, W)
+        of_tap = 2 * ops.bits_from(by_tap, width).sum(-1).flatten(0, 1).float() - width  # sums of signs, (N, k)
+        missing: Tensor = (1 - valid).unfold(1, self.kernel, self.stride) @ of_tap.T
+        return y + missing
