@@ -163,9 +163,10 @@ def test_scale_has_a_floor_that_it_can_leave() -> None:
     assert codes.scale.item() == FLOOR
     codes.scale.sum().backward()
     assert quantizer.scale.grad.item() > 0
-    start = Quantizer(1, True)
-    start(torch.zeros(1, 2, 3))
-    assert start.scale.item() == pytest.approx(FLOOR)
+    small, zeros = Quantizer(1, True), Quantizer(1, True)
+    small(torch.full((1, 2, 3), 1e-7))
+    zeros(torch.zeros(1, 2, 3))
+    assert small.scale.item() == pytest.approx(FLOOR) and zeros.scale.item() == 1.0 and zeros.initialized  # 0 says nothing about a scale
 
 
 def test_weights() -> None:
@@ -335,13 +336,9 @@ FORMS = [(encoder, *form) for encoder in ENCODERS for form in (("w1a1", "default
 
 
 def debug(encoder: str, spec: str, policy: str = "default", **keys: object) -> hubert_eff.model.HubertModel:
-    """A binarised debug model whose attention is as decided as a trained one's; scales are those of a first batch."""
+    """A binarised debug model; its scales start from its first batch in train mode."""
     torch.manual_seed(0)
     model = hubert_eff.build(f"{encoder}-debug", num_classes=(20,), dropout=0.0, attention_dropout=0.0, **keys)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith(("q_proj.weight", "k_proj.weight")):
-                parameter *= 20
     return hubert_eff.binarize(model, spec, policy)
 
 

@@ -58,7 +58,8 @@ Watch = Callable[[Tensor, Tensor, Tensor, "Tensor | None", "Tensor | None"], Non
 class Quantizer(nn.Module):
     """x -> `Codes` of x + move, with one learned scale.
 
-    The scale starts from the first batch in train mode, padding left out and all data-parallel processes together; until then it is 1.
+    The scale starts from the first batch in train mode, padding left out and all data-parallel processes together; until then, and where
+    that batch is all zeros, it is 1.
     `initial`: a start that is known beforehand. move: shape of the learnable bias per channel ("move"), None: there is none.
     """
 
@@ -117,7 +118,7 @@ class Quantizer(nn.Module):
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(total)
         start = torch.as_tensor(initial_scale(total[0] / total[1].clamp(min=1.0), self.signed, self.levels))
-        start = torch.where(total[1] > 0, start.clamp(min=FLOOR), 1.0)
+        start = torch.where(total[0] > 0, start.clamp(min=FLOOR), 1.0)  # at the floor, all that a layer of zeros gets would be saturated
         self.scale.copy_(start)
         self.initialized.fill_(True)
         self._ready = True
