@@ -50,8 +50,8 @@ def test_settings_are_complete_and_superbs():
     assert {task.config for task in TASKS.values()} == {file.stem for file in CONFIGS.glob("*.yaml")}
     settings = {name: task.settings() for name, task in TASKS.items()}
     steps = {name: config["runner"].get("total_steps", 0) for name, config in settings.items()}
-    long, short = 200_000, 30_000
-    expected = {"asr": long, "ks": long, "sf": long, "sid": long, "pr": 100_000, "qbe": 0, "ic": long, "asv": long, "sd": short, "er": short}
+    most, few = 200_000, 30_000
+    expected = {"asr": most, "ks": most, "sf": most, "sid": most, "pr": 100_000, "qbe": 0, "ic": most, "asv": most, "sd": few, "er": few}
     assert steps == expected
     for name, config in settings.items():
         if name != "qbe":

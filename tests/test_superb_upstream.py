@@ -173,3 +173,51 @@ def test_checkpoints_of_run_downstream_can_be_read_back(tmp_path):
     patches.apply()
     torch.save({"Args": argparse.Namespace(mode="train"), "Step": 3}, tmp_path / "states-3.ckpt")
     assert torch.load(tmp_path / "states-3.ckpt")["Args"].mode == "train"
+
+
+@pytest.mark.parametrize("keys", [{}, {"extractor_mode": "layer_norm", "layer_norm_first": True, "conv_bias": True}], ids=["base", "large"])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_weighted_sum_is_that_of_s3prls_hubert_for_a_stock_checkpoint(tmp_path, keys, normalize):
+    """The same file of random weights, through S3PRL's own upstream and ours, and S3PRL's featurizer with weights that differ."""
+    pytest.importorskip("s3prl")
+    pytest.importorskip("fairseq")
+    from fairseq.data.dictionary import Dictionary
+    from fairseq.models.hubert.hubert import HubertConfig, HubertModel
+    from fairseq.tasks.hubert_pretraining import HubertPretrainingConfig
+    from omegaconf import OmegaConf
+
+    dictionary = Dictionary()
+    for symbol in range(9):
+        dictionary.add_symbol(str(symbol))
+    cfg = OmegaConf.structured(
+        HubertConfig(
+            label_rate=50.0, encoder_layers=3, encoder_embed_dim=32, encoder_ffn_embed_dim=64, encoder_attention_heads=4, final_dim=8,
+            encoder_layerdrop=0.5, conv_feature_layers="[(16,10,5)] + [(16,3,2)] * 4 + [(16,2,2)] * 2", **keys,
+        )
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = HubertModel(cfg, HubertPretrainingConfig(sample_rate=16_000), [dictionary])
+    model_cfg = {**OmegaConf.to_container(cfg, resolve=True, enum_to_str=True), "_name": "hubert"}
+    stock, converted = tmp_path / "stock.pt", tmp_path / "converted.pt"
+    states = {"dictionaries": [dictionary]}
+    torch.save({"cfg": {"model": model_cfg, "task": {"normalize": normalize}}, "model": model.state_dict(), "task_state": states}, stock)
+    # S3PRL reads this form, which its convert.py makes of the other
+    parts = {"task_cfg": {"normalize": normalize}, "model_cfg": model_cfg, "model_weight": model.state_dict()}
+    torch.save({**parts, "dictionaries_symbols": [dictionary.symbols]}, converted)
+
+    register()
+    from s3prl import hub
+    from s3prl.upstream.interfaces import Featurizer
+
+    upstreams = [hub.hubert_custom(str(converted)), hub.hubert_eff(str(stock))]
+    weights = torch.randn(4)
+    features = []
+    wavs = [torch.randn(n, generator=torch.Generator().manual_seed(n)) for n in (16000, 12345, 31999)]
+    for upstream in upstreams:
+        featurizer = Featurizer(upstream.eval(), upstream_device="cpu")
+        featurizer.weights.data.copy_(weights)
+        assert (featurizer.layer_num, featurizer.downsample_rate) == (4, 320)
+        with torch.no_grad():
+            features.append([*featurizer(wavs, upstream(wavs)), *(featurizer([wav], upstream([wav]))[0] for wav in wavs)])
+    for theirs, ours in zip(*features, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
