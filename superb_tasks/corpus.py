@@ -19,9 +19,6 @@ from hubert_eff.errors import UserError, unknown
 from hubert_eff.files import write_text
 
 from .corpora import diarization, fluent_commands, iemocap, librispeech, quesst14, snips, speech_commands, voxceleb
-from .corpora.speech_commands import KEYWORDS, SILENCE, UNKNOWN, check_keywords, folders, make_keywords, split_of
-
-__all__ = ["DATA_SETS", "KEYWORDS", "SILENCE", "UNKNOWN", "check_keywords", "folders", "make_keywords", "make_superb", "split_of"]
 
 DATA_SETS: dict[str, ModuleType] = {  # by task
     "pr": librispeech,

@@ -46,7 +46,7 @@ def _check(problem_name: str, arguments: Sequence[str]) -> list[str]:
         return None if value is None else str(value)
 
     if problem_name == "SuperbKS":
-        from .corpus import check_keywords
+        from .corpora.speech_commands import check_keywords
 
         check_keywords(*(folder(setting(key), f"--{key}") for key in ("prepare_data.gsc1", "prepare_data.gsc1_test")))
     check_upstream(setting("build_upstream.name"), setting("build_upstream.path_or_url"))

@@ -72,7 +72,7 @@ def _check(arguments: Sequence[str]) -> tuple[list[str], str, Path]:
         return None if value is None else str(value).strip().strip("'\"")
 
     if downstream == "speech_commands":
-        from .corpus import check_keywords
+        from .corpora.speech_commands import check_keywords
 
         keys = [f"config.downstream_expert.datarc.{name}" for name in ("speech_commands_root", "speech_commands_test_root")]
         check_keywords(*(folder(setting(key), f"-o {key}=") for key in keys))

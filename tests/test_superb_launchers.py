@@ -14,7 +14,7 @@ import hubert_eff
 from hubert_eff.exporting import export
 from superb_tasks import main as superb_main
 from superb_tasks import run_downstream
-from superb_tasks.corpus import folders, make_keywords
+from superb_tasks.corpora.speech_commands import folders, make_keywords
 
 pytest.importorskip("s3prl")
 ROOT = Path(__file__).resolve().parents[1]

@@ -191,7 +191,7 @@ def test_a_killed_run_goes_on_and_results_repeat(data, tmp_path):
 @pytest.mark.long
 def test_the_head_learns_what_the_features_hold(data, tmp_path):
     """Even an untrained extractor tells tones apart: each keyword is a tone here."""
-    from superb_tasks.corpus import KEYWORDS, folders
+    from superb_tasks.corpora.speech_commands import KEYWORDS, folders
 
     shutil.copytree(data, tmp_path / "tones")
     rng = np.random.default_rng(0)

@@ -42,12 +42,12 @@ class Mood:
     rating: tuple[float, float, float]
 
 
-MOODS = {
-    "neu": Mood(0, -10, 0, (0.3, 0.5), (3.0, 2.5, 3.0)),
-    "hap": Mood(22, 25, 12, (0.4, 0.7), (4.0, 3.5, 3.0)),
-    "ang": Mood(6, 35, 40, (0.7, 0.95), (2.0, 4.0, 4.0)),
-    "sad": Mood(-14, -35, -35, (0.1, 0.25), (2.0, 2.0, 2.0)),
-    "exc": Mood(25, 30, 20, (0.5, 0.75), (4.5, 4.0, 3.5)),
+MOODS = {  # the levels overlap: by loudness alone, over the noise of the recording, no emotion could be told
+    "neu": Mood(0, -15, 0, (0.3, 0.6), (3.0, 2.5, 3.0)),
+    "hap": Mood(35, 30, 15, (0.35, 0.7), (4.0, 3.5, 3.0)),
+    "ang": Mood(12, 40, 56, (0.45, 0.9), (2.0, 4.0, 4.0)),
+    "sad": Mood(-28, -40, -48, (0.2, 0.45), (2.0, 2.0, 2.0)),
+    "exc": Mood(41, 35, 25, (0.4, 0.75), (4.5, 4.0, 3.5)),
 }
 ROUND = ("neu", "hap", "ang", "sad", "neu", "exc", "ang", "sad")  # the emotions of a dialog, in a new order each time
 
