@@ -53,10 +53,3 @@ def fold_affine(layer: nn.Linear, scale: Tensor, shift: Tensor) -> None:
     bias = layer.weight @ shift
     layer.bias = nn.Parameter(bias if layer.bias is None else layer.bias + bias)
     layer.weight = nn.Parameter(layer.weight * scale)
-
-
-def fold_factor(layer: nn.Linear, factor: float) -> None:
-    """Make `layer(x)` what `factor * layer(x)` was."""
-    layer.weight = nn.Parameter(layer.weight * factor)
-    if layer.bias is not None:
-        layer.bias = nn.Parameter(layer.bias * factor)

@@ -275,7 +275,8 @@ class _Whiten(torch.autograd.Function):
 class Whitener(Scheduled):
     """Adds to the gradient a push of x (B, T, C) towards white, while `whitening_metric` is above a limit (Zipformer, appendix A).
 
-    Padding is not counted. After a batch below the limit it works on fewer batches.
+    Padding is not counted. After a batch below the limit it works on fewer batches; as in the authors' code that is no part of the state,
+    so a run that goes on from a checkpoint starts with the higher share.
     """
 
     RATES = 0.025, 0.25  # shares of the batches while below and above the limit
