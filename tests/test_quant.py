@@ -19,7 +19,7 @@ import hubert_eff
 from hubert_eff.encoders.base import Frames
 from hubert_eff.errors import UserError
 from hubert_eff.layers.convolution import DepthwiseConv
-from hubert_eff.layers.kinds import Declared
+from hubert_eff.layers.kinds import BINARY_KINDS, Declared
 from hubert_eff.layers.linear import Linear
 from hubert_eff.layers.sparse import SparsePattern
 from hubert_eff.profiling.cost import bit_operations, paper_storage
@@ -555,6 +555,21 @@ def test_policy_by_kind_and_by_module(tmp_path: Path) -> None:
         assert sorted(binary) == sorted(f"encoder.layers.0.{name}" for name in inside)
 
 
+@pytest.mark.parametrize("policy", ["paper", {"base": "paper"}, "{base: paper}"])
+def test_a_policy_stands_for_w1a1(policy: object) -> None:
+    model = hubert_eff.binarize(hubert_eff.build("conformer-debug"), policy)
+    assert model.config.quant == "w1a1" and isinstance(model.encoder.layers[0].conv_module.depthwise_conv, BinaryConv1d)
+
+
+def test_an_encoder_that_declares_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = hubert_eff.build("transformer-debug")
+    for module in model.modules():
+        if isinstance(module, Declared):
+            monkeypatch.setattr(type(module), "kinds", lambda self: {})
+    with pytest.raises(UserError, match="nothing of this TransformerEncoder would be binarised: its blocks declare no kinds"):
+        hubert_eff.binarize(model)
+
+
 def test_activations_become_relu_only_in_front_of_binary_layers() -> None:
     model = hubert_eff.binarize(hubert_eff.build("squeezeformer-debug"), "w1a1", {"pointwise_conv": "float"})
     block = model.encoder.layers[0]
@@ -587,6 +602,9 @@ def test_report_says_what_became_of_each_part() -> None:
         ("w1a1", {"modules": {"encoder.pos_conv": "binary"}}, "'encoder.pos_conv', which has to stay float"),
         ("w1a1", {"modules": {"encoder.layers.0.self_attn.q_proj": "float"}}, "share the input"),
         ("w1a1", "{base: [}", "no YAML"),
+        ("w1a1", {"base": ["paper"]}, "unknown policy"),
+        ({"base": "papers"}, "default", "unknown policy 'papers'"),
+        (dict.fromkeys(BINARY_KINDS, "float"), "default", "nothing of this ConformerEncoder would be binarised: its policy leaves float"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(spec: str, policy: object, message: str) -> None:

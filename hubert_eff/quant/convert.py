@@ -14,11 +14,11 @@ from torch import nn
 from ..errors import UserError, unknown
 from ..layers.activation import relu
 from ..layers.convolution import DepthwiseConv
-from ..layers.kinds import DEPTHWISE, POINTWISE, Declared, Kind
+from ..layers.kinds import BINARY_KINDS, DEPTHWISE, POINTWISE, Declared, Kind
 from ..model import HubertModel
 from .attention import FORMS
 from .modules import BinaryConv1d, BinaryLinear, FrameMask, Quantizer
-from .policy import BINARY, SPECS, Policy, read_policy
+from .policy import BINARY, POLICIES, SPECS, Policy, is_policy, read_policy
 
 
 @dataclass(frozen=True)
@@ -40,19 +40,24 @@ class Decision:
         return part
 
 
-def binarize(model: HubertModel, spec: str = "w1a1", policy: str | Path | Mapping[str, Any] = "default") -> HubertModel:
+def binarize(
+    model: HubertModel, spec: str | Path | Mapping[str, Any] = "w1a1", policy: str | Path | Mapping[str, Any] = "default"
+) -> HubertModel:
     """A binarised copy of a HuBERT with any encoder; the source is not changed.
 
-    spec: w1a1 (one-bit weights and activations) or w1a2 (activations of two bits). policy: default, paper, a YAML file or a mapping
-    (quant/policy.py). The copy has the source's weights as float `weight`s, of which signs are taken as it runs; scales of activations
-    start from the first batch in train mode. A w1a2 model becomes w1a1 with the scales it has learned; its policy is kept.
-    Raises `UserError` for an unknown spec or policy, one that names a module that is not there, a fused model, and one that is
-    binarised already.
+    spec: w1a1 (one-bit weights and activations), w1a2 (activations of two bits), or a policy, which stands for w1a1 by that policy.
+    policy: default, paper, a YAML file or a mapping (quant/policy.py). The copy has the source's weights as float `weight`s, of which
+    signs are taken as it runs; scales of activations start from the first batch in train mode. A w1a2 model becomes w1a1 with the scales
+    it has learned; its policy is kept.
+    Raises `UserError` for an unknown spec or policy, one that names a module that is not there or leaves all float, a fused model, and
+    one that is binarised already.
     """
     if not isinstance(model, HubertModel):
         raise UserError(f"cannot binarise a {type(model).__name__}: expected a HubertModel")
+    if is_policy(spec):
+        spec, policy = "w1a1", spec
     if spec not in SPECS:
-        raise unknown("quantisation", spec, SPECS)
+        raise unknown("quantisation", spec, [*SPECS, *POLICIES])
     if model.fused:
         raise UserError("this model is fused for inference: binarise the model that it was made from")
     was = model.config.quant
@@ -97,8 +102,13 @@ def _parts(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module, str, 
 
 def convert(model: HubertModel, bits: int, policy: Policy) -> None:
     """Binarise a model in place; its weights stay the parameters they are."""
+    chosen = decisions(model, policy)
+    if all(choice.action != BINARY for choice in chosen):
+        kinds = sorted({choice.kind.name for choice in chosen if choice.kind.name in BINARY_KINDS})
+        found = f"its policy leaves float all that its blocks declare ({', '.join(kinds)})" if kinds else "its blocks declare no kinds()"
+        raise UserError(f"nothing of this {type(model.encoder).__name__} would be binarised: {found}")
     shared: dict[tuple[int, str], set[str]] = {}
-    for choice in decisions(model, policy):
+    for choice in chosen:
         if choice.kind.shared:
             actions = shared.setdefault((id(choice.owner), choice.kind.shared), set())
             actions.add(choice.action)

@@ -90,6 +90,12 @@ POLICIES = {
 }
 
 
+def is_policy(value: object) -> bool:
+    """Whether a value is meant as a policy: a mapping, its text on one line, a policy's name or a YAML file."""
+    text = str(value)
+    return isinstance(value, Mapping) or text in POLICIES or text.lstrip().startswith("{") or Path(text).suffix in (".yaml", ".yml")
+
+
 def read_policy(policy: str | Path | Mapping[str, Any]) -> Policy:
     """A policy by name, from a mapping, from its text on one line ({...}), or from a YAML file.
 
@@ -115,7 +121,7 @@ def read_policy(policy: str | Path | Mapping[str, Any]) -> Policy:
 
 
 def _parse(content: Mapping[str, Any], where: str) -> Policy:
-    base = content.get("base", "default")
+    base = str(content.get("base", "default"))
     if base not in POLICIES:
         raise unknown("policy", base, POLICIES)
     policy = POLICIES[base]
