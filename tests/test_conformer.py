@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import distributed as dist
 from torch import multiprocessing as mp
+from torch.utils.checkpoint import checkpoint
 
 import hubert_eff
 from hubert_eff.encoders.base import Frames
 from hubert_eff.errors import UserError
 from hubert_eff.layers.attention import RelativeSelfAttention
 from hubert_eff.layers.convolution import DepthwiseConv
-from hubert_eff.layers.norm import MaskedBatchNorm, NoNorm
+from hubert_eff.layers.norm import MaskedBatchNorm, NoNorm, once_tracked
 from hubert_eff.layers.position import relative_sinusoids
 from hubert_eff.registry import preset_config
 
@@ -235,6 +236,14 @@ def test_masked_batch_norm_of_one_frame_and_of_none(valid: torch.Tensor | None) 
     x = torch.randn(1, 1, 5, requires_grad=True)
     norm(x, valid).sum().backward()
     assert torch.isfinite(x.grad).all() and all(torch.isfinite(b).all() for b in norm.buffers())
+
+
+@pytest.mark.parametrize("frames", [1, 7])  # one frame has no variance, and takes another path
+def test_recomputed_statistics_are_tracked_once(frames: int) -> None:
+    norm, x = MaskedBatchNorm(5), torch.randn(1, frames, 5, requires_grad=True)
+    checkpoint(norm, x, None, use_reentrant=False, context_fn=once_tracked).square().sum().backward()
+    assert norm.num_batches_tracked == 1
+    torch.testing.assert_close(norm.running_mean, 0.1 * x.detach().mean((0, 1)))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])

@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 
 import hubert_eff
+from hubert_eff.encoders import zipformer
 from hubert_eff.encoders.base import Frames
 from hubert_eff.encoders.zipformer import ZipformerBlock, ZipformerConfig, block_skip
 from hubert_eff.errors import UserError
+from hubert_eff.layers import scaling
 from hubert_eff.layers import weights as attention_weights
+from hubert_eff.layers import zipformer as zipformer_layers
 from hubert_eff.layers.activation import swoosh_l, swoosh_r
 from hubert_eff.layers.scaling import Balancer, BiasNorm, Schedule, Whitener, limit_parameter, whitening_metric
 from hubert_eff.layers.zipformer import (
@@ -215,6 +218,47 @@ def test_schedules() -> None:
     low, high = block.nonlin_attention.balancer.positive
     assert (low.at(10_000), high.at(10_000)) == pytest.approx((0.15, 0.85))
     assert block.bypass.now(block.bypass.MINIMUM) == pytest.approx(0.83)
+
+
+@pytest.mark.parametrize(
+    ("update", "attention", "feed_forward", "bypass", "uniform", "positions", "balancers"),
+    [
+        (0, 0.2, 0.1, 0.5, 0.25, 0.5, 0.5),
+        (4_000, 0.05, 0.01, 0.035 * 2**0.5, 0.025, 0.0, 0.3125),
+        (10_000, 0.025, 0.01 * 40 / 46, 0.035 * 2**0.5, 0.025, 0.0, 0.125),
+        (50_000, 0.0, 0.0, 0.035 * 2**0.5, 0.025, 0.0, 0.125),
+        (None, 0.0, 0.0, 0.0, 0.0, 0.0, 0.125),
+    ],
+)
+def test_what_a_block_draws_follows_the_updates(
+    update: int | None, attention: float, feed_forward: float, bypass: float, uniform: float, positions: float, balancers: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Every share of sequences and of batches that a block asks for, in the order it does."""
+    shares: list[float] = []
+    batches: dict[str, list[float]] = {"block": [], "modules": [], "limits": []}
+
+    def skipped(x: Tensor, rate: float) -> Tensor:
+        shares.append(rate)
+        return x
+
+    for module in (zipformer, zipformer_layers):
+        monkeypatch.setattr(module, "skipped", skipped)
+    for name, module in (("block", zipformer), ("modules", zipformer_layers), ("limits", scaling)):
+        monkeypatch.setattr(module, "chance", lambda rate, name=name: batches[name].append(rate))
+    encoder = hubert_eff.build("zipformer-debug").encoder
+    if update is not None:
+        encoder.set_num_updates(update)
+    x = torch.randn(1, 5, 64, requires_grad=True)
+    encoder.layers[1](x, Frames(positions=compact_positions(5, 24, x)))
+    expected = [attention, attention, feed_forward, 0.0, attention, feed_forward, bypass]  # the fourth: the bypass in the middle
+    assert shares == pytest.approx(expected)
+    assert batches["block"] == pytest.approx([uniform])
+    # positions, scores beyond their limit, scales of the two bypasses
+    assert batches["modules"] == pytest.approx([positions, 0.1, 0.6, 0.6])
+    # four balancers are rare, ten have the usual schedule; then the whiteners, and the scale of the norm
+    limits = [0.025, *3 * [0.05], *10 * [balancers], *11 * [0.25], 0.6]
+    assert sorted(batches["limits"]) == pytest.approx(sorted(limits))
 
 
 def test_dropout_of_feed_forward_modules_falls_and_is_shared_over_time() -> None:
