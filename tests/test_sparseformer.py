@@ -281,6 +281,13 @@ def test_compiled_equals_eager() -> None:
 
 
 @pytest.mark.parametrize("kind", ["fixed", "fairseq", "local"])
+def test_the_module_drops_in_training_only(kind: str) -> None:
+    module, x = SparseSelfAttention(64, 4, 0.5, SparsePattern(kind, 8, 2, 5)), torch.randn(1, 40, 64)
+    assert not torch.allclose(module(x), module(x), atol=1e-3)
+    assert torch.equal(module.eval()(x), module(x))
+
+
+@pytest.mark.parametrize("kind", ["fixed", "fairseq", "local"])
 @pytest.mark.parametrize("frames", [41, 200])
 def test_compiled_training_with_dropout(kind: str, frames: int) -> None:
     encoder = small(sparse_pattern=kind, encoder_layers=1, attention_dropout=0.1).train().encoder
