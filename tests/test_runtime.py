@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
+import platform
+import shutil
 import subprocess
 import sys
 import warnings
@@ -362,6 +364,10 @@ def test_processes_that_compile_at_the_same_time(tmp_path: Path) -> None:
     assert [path.suffix for path in (tmp_path / "hubert-eff").iterdir()] == [".so"]
 
 
+DRIVER = Path(__file__).with_name("kernels_driver.cpp")
+PLAIN = ["-std=c++17", "-ffp-contract=off", "-pthread", f"-I{loader.SOURCE.parent}", str(DRIVER)]
+
+
 @pytest.mark.long
 def test_nothing_is_read_or_written_out_of_bounds(tmp_path: Path) -> None:
     """Random shapes under AddressSanitizer and UndefinedBehaviorSanitizer, each operand in an allocation of exactly its size."""
@@ -369,9 +375,21 @@ def test_nothing_is_read_or_written_out_of_bounds(tmp_path: Path) -> None:
     if compiler is None:
         pytest.skip("no C++ compiler")
     driver = tmp_path / "driver"
-    source = Path(__file__).with_name("kernels_driver.cpp")
-    flags = ["-O1", "-g", "-std=c++17", "-ffp-contract=off", "-pthread", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    subprocess.run([*compiler, *flags, f"-I{loader.SOURCE.parent}", "-o", str(driver), str(source)], check=True)
+    flags = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-o", str(driver)]
+    subprocess.run([*compiler, *flags, *PLAIN], check=True)
     done = subprocess.run([str(driver), "400"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert all(f"{kernel}: 400 shapes" in done.stdout for kernel in KERNELS if kernel != "torch" and runs(kernel))
+
+
+@pytest.mark.long
+def test_neon_under_an_emulator(tmp_path: Path) -> None:
+    """The same shapes through the kernel for ARM. Debian: apt-get install g++-aarch64-linux-gnu qemu-user."""
+    compiler = shutil.which("aarch64-linux-gnu-g++")
+    emulator = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
+    if platform.machine() == "aarch64" or compiler is None or emulator is None:
+        pytest.skip("needs a cross compiler and an emulator (or nothing, on aarch64)")
+    driver = tmp_path / "driver"
+    subprocess.run([compiler, "-O3", "-static", "-Wall", "-Wextra", "-Werror", "-o", str(driver), *PLAIN], check=True)
+    done = subprocess.run([emulator, str(driver), "200"], capture_output=True, text=True)
+    assert done.stdout == "neon: 200 shapes\n" and done.returncode == 0, done.stdout + done.stderr

@@ -55,7 +55,7 @@ class PackedProbabilities(nn.Module):
         """As `Probabilities`; returned is a function that packs a range of the keys. `scores` are overwritten."""
         if seen is not None:
             scores = scores.masked_fill_(~seen, torch.finfo(scores.dtype).min / 2)
-        probs = torch.softmax(scores, -1)
+        probs = torch.softmax(scores, -1, out=scores)
         factor = torch.as_tensor(visible, dtype=torch.float32, device=scores.device)
         factor = factor if factor.dim() else factor.view(1)
         return lambda keys: ops.pack(probs[..., keys], None, factor, self.quantizer.limit)

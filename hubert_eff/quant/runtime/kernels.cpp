@@ -16,6 +16,9 @@
 #include <thread>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 #if defined(__x86_64__)
 #include <immintrin.h>
 #define AVX2 __attribute__((target("avx2")))
@@ -31,12 +34,14 @@ namespace {
 
 constexpr int LANES = 16, PAIR = 2 * LANES;
 
-// -- instruction sets: `tile` writes popcounts of R rows and P panels to out[R][32]; `above` and `at_most` compare 32 numbers ------------
+// -- instruction sets: `tile` writes popcounts of R rows and P panels to out[R][32]; `above` and `at_most` compare 32 numbers; `collect` sets
+// bit i of each of 16 words whose number is above a limit ------------------------------------------------------------------------------
 
 #if defined(__x86_64__)
 
 struct Popcnt512 {
     static constexpr int rows = 8;
+    static constexpr bool native = true;  // popcounts
 
     template <int R, int P>
     AVX512POPCNT static void tile(const uint32_t* a, int64_t stride, const uint32_t* b, int64_t words, int32_t* out) {
@@ -68,10 +73,17 @@ struct Popcnt512 {
         const uint32_t high = _mm512_cmple_epi32_mask(_mm512_loadu_si512(x + LANES), _mm512_loadu_si512(limit + LANES));
         return low | high << 16;
     }
+
+    AVX512POPCNT static inline void collect(const float* x, float limit, int64_t i, uint32_t* words) {
+        const __mmask16 set = _mm512_cmp_ps_mask(_mm512_loadu_ps(x), _mm512_set1_ps(limit), _CMP_GT_OQ);
+        const __m512i old = _mm512_loadu_si512(words);
+        _mm512_storeu_si512(words, _mm512_mask_or_epi32(old, set, old, _mm512_set1_epi32(static_cast<int32_t>(1u << i))));
+    }
 };
 
 struct Shuffle512 {
     static constexpr int rows = 4;
+    static constexpr bool native = false;
 
     template <int R, int P>
     AVX512BW static void tile(const uint32_t* a, int64_t stride, const uint32_t* b, int64_t words, int32_t* out) {
@@ -120,10 +132,17 @@ struct Shuffle512 {
         const uint32_t high = _mm512_cmple_epi32_mask(_mm512_loadu_si512(x + LANES), _mm512_loadu_si512(limit + LANES));
         return low | high << 16;
     }
+
+    AVX512BW static inline void collect(const float* x, float limit, int64_t i, uint32_t* words) {
+        const __mmask16 set = _mm512_cmp_ps_mask(_mm512_loadu_ps(x), _mm512_set1_ps(limit), _CMP_GT_OQ);
+        const __m512i old = _mm512_loadu_si512(words);
+        _mm512_storeu_si512(words, _mm512_mask_or_epi32(old, set, old, _mm512_set1_epi32(static_cast<int32_t>(1u << i))));
+    }
 };
 
 struct Shuffle256 {
     static constexpr int rows = 4;
+    static constexpr bool native = false;
 
     template <int R, int P>
     AVX2 static void tile(const uint32_t* a, int64_t stride, const uint32_t* b, int64_t words, int32_t* out) {
@@ -172,12 +191,22 @@ struct Shuffle256 {
         }
         return ~word;
     }
+
+    AVX2 static inline void collect(const float* x, float limit, int64_t i, uint32_t* words) {
+        const __m256i one = _mm256_set1_epi32(static_cast<int32_t>(1u << i));
+        for (int h = 0; h < 2; ++h) {
+            const __m256 set = _mm256_cmp_ps(_mm256_loadu_ps(x + 8 * h), _mm256_set1_ps(limit), _CMP_GT_OQ);
+            __m256i* word = reinterpret_cast<__m256i*>(words + 8 * h);
+            _mm256_storeu_si256(word, _mm256_or_si256(_mm256_loadu_si256(word), _mm256_and_si256(_mm256_castps_si256(set), one)));
+        }
+    }
 };
 
 #elif defined(__aarch64__)
 
 struct Neon {
     static constexpr int rows = 4;
+    static constexpr bool native = false;
 
     template <int R, int P>
     static void tile(const uint32_t* a, int64_t stride, const uint32_t* b, int64_t words, int32_t* out) {
@@ -217,6 +246,14 @@ struct Neon {
         uint32_t word = 0;
         for (int i = 0; i < PAIR; ++i) word |= static_cast<uint32_t>(x[i] <= limit[i]) << i;
         return word;
+    }
+
+    static inline void collect(const float* x, float limit, int64_t i, uint32_t* words) {
+        const uint32x4_t one = vdupq_n_u32(1u << i);
+        for (int h = 0; h < 4; ++h) {
+            const uint32x4_t set = vcgtq_f32(vld1q_f32(x + 4 * h), vdupq_n_f32(limit));
+            vst1q_u32(words + 4 * h, vorrq_u32(vld1q_u32(words + 4 * h), vandq_u32(set, one)));
+        }
     }
 };
 
@@ -276,33 +313,36 @@ INLINE void pack_row(const Pack& p, const int64_t* index, uint32_t* out) {
 template <class Isa>
 INLINE void pack_rows(const Pack& p, int64_t begin, int64_t end) {
     const int64_t words = (p.columns + 31) / 32;
+    int64_t index[DIMS] = {begin / (p.size[1] * p.size[2]), begin / p.size[2] % p.size[1], begin % p.size[2]};
     for (int64_t row = begin; row < end; ++row) {
-        const int64_t index[DIMS] = {row / (p.size[1] * p.size[2]), row / p.size[2] % p.size[1], row % p.size[2]};
         if (p.half)
             pack_row<true, Isa>(p, index, p.out + row * words);
         else
             pack_row<false, Isa>(p, index, p.out + row * words);
+        for (int d = DIMS - 1; d >= 0 && ++index[d] == p.size[d]; --d) index[d] = 0;
     }
 }
 
-template <bool HALF>
+template <bool HALF, class Isa>
 INLINE void pack_panel(const Pack& p, int64_t panel, uint32_t* out) {  // `panel` counts [size 0][size 1][columns/16]
     const int64_t panels = (p.columns + LANES - 1) / LANES, first = panel % panels * LANES, lead = panel / panels;
     const int64_t n = std::min<int64_t>(LANES, p.columns - first), frames = p.size[2];
+    const int64_t begin[DIMS] = {lead / p.size[1], lead % p.size[1], 0};
+    const int64_t x_begin = offset(begin, p.x_stride) + first;
+    const float* move_begin = p.move ? p.move + offset(begin, p.move_stride) + first : nullptr;
     const float limit = p.limit ? *p.limit : 0.0f;
     for (int64_t t = 0; t < frames; t += 32, out += LANES) {
         uint32_t word[LANES] = {};
         const int64_t until = std::min<int64_t>(32, frames - t);
         for (int64_t i = 0; i < until; ++i) {
-            const int64_t index[DIMS] = {lead / p.size[1], lead % p.size[1], t + i};
-            const int64_t x = offset(index, p.x_stride) + first;
-            const float* move = p.move ? p.move + offset(index, p.move_stride) + first : nullptr;
+            const int64_t x = x_begin + (t + i) * p.x_stride[2];
+            const float* move = move_begin ? move_begin + (t + i) * p.move_stride[2] : nullptr;
             float values[LANES] = {};
             if (n == LANES) {
                 for (int j = 0; j < LANES; ++j) values[j] = read(p.x, x + j, HALF);
                 if (move)
                     for (int j = 0; j < LANES; ++j) values[j] += move[j];
-                for (int j = 0; j < LANES; ++j) word[j] |= static_cast<uint32_t>(values[j] > limit) << i;
+                Isa::collect(values, limit, i, word);
             } else {
                 for (int64_t j = 0; j < n; ++j)
                     word[j] |= static_cast<uint32_t>(read(p.x, x + j, HALF) + (move ? move[j] : 0.0f) > limit) << i;
@@ -312,13 +352,14 @@ INLINE void pack_panel(const Pack& p, int64_t panel, uint32_t* out) {  // `panel
     }
 }
 
+template <class Isa>
 INLINE void pack_panels(const Pack& p, int64_t begin, int64_t end) {
     const int64_t length = (p.size[2] + 31) / 32 * LANES;
     for (int64_t panel = begin; panel < end; ++panel) {
         if (p.half)
-            pack_panel<true>(p, panel, p.out + panel * length);
+            pack_panel<true, Isa>(p, panel, p.out + panel * length);
         else
-            pack_panel<false>(p, panel, p.out + panel * length);
+            pack_panel<false, Isa>(p, panel, p.out + panel * length);
     }
 }
 
@@ -413,12 +454,15 @@ struct Depthwise {  // each channel's bits along time, against its own filter
     int64_t batch, frames, channels, words, kernel, stride, sizes, is_signed, half;
 };
 
+template <bool NATIVE>
 INLINE uint32_t bit_count(uint32_t x) {  // without a library call, and in a form that vectorises
+    if (NATIVE) return static_cast<uint32_t>(__builtin_popcount(x));
     x -= x >> 1 & 0x55555555u;
     x = (x & 0x33333333u) + (x >> 2 & 0x33333333u);
     return ((x + (x >> 4)) & 0x0f0f0f0fu) * 0x01010101u >> 24;
 }
 
+template <class Isa>
 INLINE void depthwise(const Depthwise& p, int64_t begin, int64_t end) {  // of [B][C/16]
     const int64_t panels = (p.channels + LANES - 1) / LANES, taps = (p.kernel + 31) / 32;
     for (int64_t task = begin; task < end; ++task) {
@@ -434,18 +478,19 @@ INLINE void depthwise(const Depthwise& p, int64_t begin, int64_t end) {  // of [
         for (int64_t t = 0; t < p.frames; ++t) {
             int32_t whole[LANES] = {}, sum[LANES] = {};
             for (int64_t tap = 0; tap < taps; ++tap) {
-                const int64_t at = t * p.stride + tap * 32, word = at / 32, shift = at % 32;
+                const int64_t at = t * p.stride + tap * 32, word = at / 32;
+                const uint32_t shift = static_cast<uint32_t>(at % 32);
                 if (word >= p.words) break;
                 const bool more = word + 1 < p.words;
                 const uint32_t rest = static_cast<uint32_t>(std::min<int64_t>(32, p.kernel - tap * 32));
                 const uint32_t mask = rest == 32 ? ~0u : (1u << rest) - 1;
                 const uint32_t real = (valid[word] >> shift | (more ? valid[word + 1] : 0u) << 1 << (31 - shift)) & mask;
                 const uint32_t *low = x + word * LANES, *high = more ? low + LANES : low, *filter = weight + tap * LANES;
-                const uint32_t counted = bit_count(real);
+                const uint32_t counted = bit_count<Isa::native>(real);
                 for (int j = 0; j < LANES; ++j) {
                     const uint32_t window = low[j] >> shift | high[j] << 1 << (31 - shift);
-                    sum[j] += static_cast<int32_t>(bit_count((window ^ filter[j]) & real));
-                    whole[j] += static_cast<int32_t>(p.is_signed ? counted : bit_count(filter[j] & real));
+                    sum[j] += static_cast<int32_t>(bit_count<Isa::native>((window ^ filter[j]) & real));
+                    whole[j] += static_cast<int32_t>(p.is_signed ? counted : bit_count<Isa::native>(filter[j] & real));
                 }
             }
             float y[LANES];
@@ -462,6 +507,18 @@ INLINE void depthwise(const Depthwise& p, int64_t begin, int64_t end) {  // of [
 }
 
 // -- threads, dispatch ------------------------------------------------------------------------------------------------------------------
+
+// Ask for large pages under a large result: on fresh memory page faults cost more than the product.
+void large_pages(void* data, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+    constexpr uintptr_t page = 2 << 20;
+    const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
+    const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / page * page;
+    if (end > begin + page) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+    (void)data, (void)bytes;
+#endif
+}
 
 constexpr double WORTH = 2e5;  // work of one thread below which starting another takes longer than it saves, in vector operations
 
@@ -489,9 +546,9 @@ struct Functions {
 
 #define FUNCTIONS(NAME, ISA, TARGET)                                                                                       \
     TARGET void NAME##_rows(const Pack& p, int64_t begin, int64_t end) { pack_rows<ISA>(p, begin, end); }                   \
-    TARGET void NAME##_panels(const Pack& p, int64_t begin, int64_t end) { pack_panels(p, begin, end); }                    \
+    TARGET void NAME##_panels(const Pack& p, int64_t begin, int64_t end) { pack_panels<ISA>(p, begin, end); }               \
     TARGET void NAME##_product(const Product& p, int64_t begin, int64_t end) { product<ISA>(p, begin, end); }               \
-    TARGET void NAME##_depthwise(const Depthwise& p, int64_t begin, int64_t end) { depthwise(p, begin, end); }              \
+    TARGET void NAME##_depthwise(const Depthwise& p, int64_t begin, int64_t end) { depthwise<ISA>(p, begin, end); }         \
     constexpr Functions NAME = {NAME##_rows, NAME##_panels, NAME##_product, NAME##_depthwise};
 
 #if defined(__x86_64__)
@@ -534,6 +591,7 @@ void hubert_eff_pack(const void* functions, const Pack* p, int64_t to_panels, in
 }
 
 void hubert_eff_product(const void* functions, const Product* p, int64_t threads) {
+    if (!p->limit) large_pages(p->out, p->batch * p->m * p->n * (p->half ? 2 : 4));
     const double work = static_cast<double>(p->batch) * p->m * p->n * (3 * p->words + 4) / LANES;
     spread(static_cast<const Functions*>(functions)->product, *p, p->batch * ((p->m + BLOCK - 1) / BLOCK), work, threads);
 }

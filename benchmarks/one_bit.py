@@ -1,0 +1,153 @@
+"""Linear layers at one bit, packing of their input included, against torch's float and int8 ones.
+
+    python benchmarks/one_bit.py [--kernels avx512vpopcntdq avx2] [--threads 1] [--rounds 15]
+
+One binary layer of each shape is packed and compared with its simulation to the last bit before anything is timed; the others are
+`F.linear` in float32 (what `nn.Linear` calls), the same product by oneDNN, bfloat16, and int8 with dynamic quantisation of the input. A
+feed-forward module is two such layers with a ReLU between them, in float with a GELU; its first layer hands bits to the second one.
+The depthwise convolution and the attention products are for information. HUBERT_EFF_KERNEL chooses a kernel anywhere else.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import harness
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hubert_eff.layers.convolution import DepthwiseConv
+from hubert_eff.layers.kinds import FEED_FORWARD, Kind
+from hubert_eff.layers.linear import product
+from hubert_eff.quant import BinaryConv1d, BinaryLinear, Quantizer, pack
+from hubert_eff.quant.attention import BinaryAttention
+from hubert_eff.quant.runtime import KERNELS, kernel_in_use, loader
+
+SHAPES = ((499, 768, 3072), (499, 3072, 768), (499, 256, 1024), (3000, 768, 3072))
+TARGETS = {((499, 768, 3072), "F.linear"): 25.0, ((499, 768, 3072), "int8 dynamic"): 4.0}
+FEED_FORWARD_TARGET = 35.0
+
+
+class FeedForward(nn.Module):
+    """Two linear layers and what stands between them."""
+
+    def __init__(self, dim: int, inner: int, binary: bool) -> None:
+        super().__init__()
+        self.fc1: nn.Module = BinaryLinear(dim, inner) if binary else nn.Linear(dim, inner)
+        self.fc2: nn.Module = BinaryLinear(inner, dim, signed=False) if binary else nn.Linear(inner, dim)
+        self.activation: Callable[[Tensor], Tensor] = F.relu if binary else F.gelu
+
+    def kinds(self) -> dict[str, Kind]:
+        """See `layers.kinds.Declared`."""
+        return {"fc1": Kind(FEED_FORWARD), "fc2": Kind(FEED_FORWARD, signed=False, activation="activation")}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        y: Tensor = self.fc2(self.activation(self.fc1(x)))
+        return y
+
+
+def started(module: nn.Module) -> nn.Module:
+    """With scales as after a first batch."""
+    for part in module.modules():
+        if isinstance(part, Quantizer):
+            nn.init.constant_(part.scale, 0.7)
+    return module.eval()
+
+
+def checked(module: nn.Module, *inputs: Any) -> nn.Module:
+    """The packed form of a binary module, which must give the same result."""
+    packed = pack(started(module))
+    differ = int((packed(*inputs) != module(*inputs)).sum())
+    assert differ == 0, f"{differ} results of {module} differ from the simulation: there is nothing to compare"
+    return packed
+
+
+def int8(module: nn.Module) -> nn.Module:
+    """Dynamic int8 quantisation of the linear layers."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.ao.quantization.quantize_dynamic(module, {nn.Linear}, torch.qint8)
+
+
+def rows_of(
+    what: str, others: dict[str, Callable[[], object]], ours: Callable[[], object], rounds: int, target: Callable[[str], float]
+) -> list[dict[str, Any]]:
+    """One row per peer: all sides in the same rounds."""
+    times = harness.compare({**others, "one bit": ours}, rounds)
+    return [harness.row(what, {name: times[name], "one bit": times["one bit"]}, target(name)) for name in others]
+
+
+def linear(shape: tuple[int, int, int], rounds: int, what: str) -> list[dict[str, Any]]:
+    """One layer."""
+    frames, inputs, outputs = shape
+    x, layer = torch.randn(frames, inputs), nn.Linear(inputs, outputs)
+    packed, small = checked(BinaryLinear(inputs, outputs), x), int8(nn.Sequential(layer))
+    half, wide = nn.Linear(inputs, outputs).bfloat16(), x.bfloat16()
+    folded = layer.weight.t().contiguous().t()
+    others: dict[str, Callable[[], object]] = {
+        "F.linear": lambda: F.linear(x, layer.weight, layer.bias),
+        "oneDNN": lambda: product(x, folded, layer.bias),
+        "bfloat16": lambda: half(wide),
+        "int8 dynamic": lambda: small(x),
+    }
+    return rows_of(f"{what}, linear {shape}", others, lambda: packed(x), rounds, lambda name: TARGETS.get((shape, name), 1.0))
+
+
+def feed_forward(rounds: int, what: str) -> list[dict[str, Any]]:
+    """Two layers with bits between them."""
+    x, layers = torch.randn(499, 768), FeedForward(768, 3072, False)
+    packed, small = checked(FeedForward(768, 3072, True), x), int8(FeedForward(768, 3072, False))
+    half, wide = FeedForward(768, 3072, False).bfloat16(), x.bfloat16()
+    others: dict[str, Callable[[], object]] = {
+        "F.linear": lambda: layers(x), "bfloat16": lambda: half(wide), "int8 dynamic": lambda: small(x),
+    }  # fmt: skip
+    target = {"F.linear": FEED_FORWARD_TARGET}
+    return rows_of(f"{what}, feed-forward (499, 768, 3072)", others, lambda: packed(x), rounds, lambda name: target.get(name, 1.0))
+
+
+def products(rounds: int, what: str) -> list[dict[str, Any]]:
+    """Attention products with their softmax, and a depthwise convolution."""
+    q, k, v = torch.randn(3, 1, 12, 499, 64).unbind(0)
+    attention = checked(BinaryAttention(1, {}), q, k, v, None, 0.0)
+    x, float_conv = torch.randn(1, 499, 256), DepthwiseConv(256, 31)
+    conv = checked(BinaryConv1d(256, 256, 31, groups=256, bias=False), x)
+    sdpa = {"SDPA": lambda: F.scaled_dot_product_attention(q, k, v)}
+    return [
+        *rows_of(f"{what}, attention (12, 499, 64)", sdpa, lambda: attention(q, k, v, None, 0.0), rounds, lambda _: 1.0),
+        *rows_of(f"{what}, depthwise (499, 256), k 31", {"float": lambda: float_conv(x)}, lambda: conv(x), rounds, lambda _: 1.0),
+    ]
+
+
+@torch.no_grad()
+def main() -> None:
+    """Check, time, print."""
+    options = harness.parser(__doc__.splitlines()[0])
+    options.set_defaults(rounds=15)
+    options.add_argument("--kernels", nargs="+", choices=KERNELS, help="kernels to time (default: all that run here)")
+    args = options.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    runs = [name for name in KERNELS[:-1] if isinstance(loader._load(name), loader.Kernel)] or [KERNELS[-1]]
+    before, rows = harness.guard("before the run"), []
+    for kernel in args.kernels or runs:
+        os.environ[loader.VARIABLE] = kernel
+        assert kernel_in_use() == kernel
+        for shape in SHAPES:
+            rows += linear(shape, args.rounds, kernel)
+        rows += feed_forward(args.rounds, kernel) + products(args.rounds, kernel)
+    after = harness.guard("after the run")
+    facts = harness.machine() | {"kernels": " ".join(args.kernels or runs), "probe": [round(before, 1), round(after, 1)]}
+    if not args.json:
+        for line in rows:  # the shared table has 0.1 ms
+            line["what"] += f" [{statistics.fmean(line['ms'][1:]):.3f} ms]"
+    harness.show(rows, facts, args.json)
+
+
+if __name__ == "__main__":
+    main()
