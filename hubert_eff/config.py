@@ -117,11 +117,14 @@ class HubertConfig:
 
     def _check_types(self) -> None:
         """Raise `UserError` for a value that is not of its key's type, or is not finite."""
-        for key, kind in typing.get_type_hints(type(self)).items():
-            value = getattr(self, key)
-            accepted: Any = (int, float) if kind is float else kind
+        kinds = typing.get_type_hints(type(self))
+        for entry in dataclasses.fields(self):
+            key, kind = entry.name, kinds[entry.name]
+            if kind not in _TYPES:
+                continue  # an encoder's own kind of key, which its validate() checks
+            value, accepted = getattr(self, key), (int, float) if kind is float else kind
             fits = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
-            if kind in _TYPES and not (fits and (kind is not float or math.isfinite(value))):
+            if not fits or (kind is float and not math.isfinite(value)):
                 raise UserError(f"{key}={value!r} must be {_TYPES[kind]}")
 
     def validate(self) -> None:
