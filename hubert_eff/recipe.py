@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from .demo import best_validation, command_line, plugin_dir, quiet_environment, 
 from .errors import UserError, unknown
 from .files import config_dir, write_json, write_text
 from .model import HubertModel
+from .quant.distill import check_teacher, start_from
 from .quant.policy import POLICIES, read_policy
-from .registry import encoder_of, get_encoder
+from .registry import get_encoder
 
 STAGES = ("float", "w1a2", "w1a1")
 SET_HERE = (  # keys of the configurations that the recipe itself decides
@@ -47,12 +49,17 @@ class Recipe:
     policy: str = "default"
     overrides: list[str] = field(default_factory=list)
 
+    @cached_property
+    def source(self) -> HubertModel | None:
+        """The teacher that takes the place of the first stage."""
+        return None if self.teacher is None else load(self.teacher)
+
     @property
     def stages(self) -> tuple[str, ...]:
         """Those that are to be run: a teacher takes the place of the stage that it could have come from, and of those before."""
-        if self.teacher is None:
+        if self.source is None:
             return STAGES
-        quant = load(self.teacher).config.quant
+        quant = self.source.config.quant
         if quant == "w1a1":
             raise UserError(f"--teacher {self.teacher} is at one bit already: give a float or a w1a2 checkpoint")
         return STAGES[2:] if quant == "w1a2" else STAGES[1:]
@@ -81,22 +88,26 @@ class Recipe:
                 raise UserError(f"--set {override}: expected KEY=VALUE, such as optimization.lr=[0.001]")
             if key.lstrip("+~") in SET_HERE:
                 raise UserError(f"--set {override}: the recipe decides {key} itself")
-        student = HubertModel(self.student_config())  # the policy may name modules that are not there
-        if self.teacher is not None:
-            ours, theirs = encoder_of(student.config).name, encoder_of(load(self.teacher).config).name
-            if ours != theirs:
-                raise UserError(f"--teacher {self.teacher} has the encoder {theirs}, --config {self.config} has {ours}: they must agree")
+        # builds the model: the policy may name modules that are not there
+        student = HubertModel(self.student_config(), () if self.source is None else self.source.num_classes)
+        if self.source is not None:
+            try:
+                check_teacher(self.source, student)
+                start_from(student, self.source)
+            except UserError as error:
+                raise UserError(f"--teacher {self.teacher}: {error}") from error
 
     def student_config(self) -> HubertConfig:
-        """The model of the last stage, but for what the task decides."""
+        """The model of the last stage."""
         folder, name = self.config_of(STAGES[-1])
-        values = dict(yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8"))["model"])
-        entry = get_encoder(str(values.pop("_name")).removeprefix("hubert_"))
-        values = {key: value for key, value in values.items() if not str(value).startswith("${")}
+        written = yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8"))
         for override in self.overrides:
-            key, _, value = override.partition("=")
-            if key.startswith("model."):
-                values[key.removeprefix("model.")] = yaml.safe_load(value)
+            (group, _, key), value = override.partition("=")[0].partition("."), override.partition("=")[2]
+            if group in ("common", "model", "task"):
+                written[group][key] = yaml.safe_load(value)
+        task = written["task"]
+        values = {**written["model"], "label_rate": task["label_rate"], "normalize": task["normalize"], "seed": written["common"]["seed"]}
+        entry = get_encoder(values.pop("_name").removeprefix("hubert_"))
         return entry.config.from_dict({**values, "quant": STAGES[-1], "quant_policy": self.policy})
 
     def command(self, stage: str) -> list[str]:

@@ -65,6 +65,7 @@ def check_teacher(teacher: HubertModel, student: HubertModel) -> None:
             "rule for padding (valid_frames)": config.valid_frames,
         }
 
+    _has_codebooks(teacher)
     wanted = sizes(student)
     for what, value in sizes(teacher).items():
         if value != wanted[what]:
@@ -76,6 +77,11 @@ def check_teacher(teacher: HubertModel, student: HubertModel) -> None:
         raise UserError("masks of channels need a teacher whose first block has the student's width: set model.mask_channel_prob=0")
 
 
+def _has_codebooks(model: HubertModel) -> None:
+    if not model.num_classes:
+        raise UserError("it has no codebooks, which exports leave out: give the checkpoint that fairseq-hydra-train wrote")
+
+
 def start_from(student: HubertModel, source: HubertModel) -> None:
     """Give the student the weights of another model, in place.
 
@@ -85,6 +91,7 @@ def start_from(student: HubertModel, source: HubertModel) -> None:
     ours, theirs = encoder_of(student.config).name, encoder_of(source.config).name
     if ours != theirs:
         raise UserError(f"a model with the encoder {ours} cannot start from the weights of one with the encoder {theirs}")
+    _has_codebooks(source)
     if tuple(student.num_classes) != tuple(source.num_classes):
         raise UserError(
             f"codebooks of {list(student.num_classes)} classes cannot start from those of {list(source.num_classes)}: use the labels that "
