@@ -103,13 +103,17 @@ class ScaledAdam(torch.optim.Optimizer):
         param_max_rms: float = 3.0,
         size_update_period: int = 4,
     ) -> None:
-        for name, value in (("clipping_update_period", clipping_update_period), ("size_update_period", size_update_period)):
-            if value < 1:
-                raise UserError(f"{name}={value} must be at least 1: it counts steps")
+        for name, count in (("clipping_update_period", clipping_update_period), ("size_update_period", size_update_period)):
+            if count < 1:
+                raise UserError(f"{name}={count} must be at least 1: it counts steps")
         if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
             raise UserError(f"betas={betas} must be two numbers in [0, 1)")
-        if lr < 0.0 or eps <= 0.0 or scalar_lr_scale < 0.0 or scalar_max <= 0.0:
-            raise UserError(f"lr={lr}, eps={eps}, scalar_lr_scale={scalar_lr_scale}, scalar_max={scalar_max} must not be negative")
+        for name, value in (("lr", lr), ("scalar_lr_scale", scalar_lr_scale)):
+            if not 0.0 <= value < math.inf:
+                raise UserError(f"{name}={value} must be a number that is not negative")
+        for name, value in (("eps", eps), ("scalar_max", scalar_max)):
+            if not 0.0 < value < math.inf:
+                raise UserError(f"{name}={value} must be a positive number")
         if not 0.0 < param_min_rms < param_max_rms:
             raise UserError(f"param_min_rms={param_min_rms} must be positive and less than param_max_rms={param_max_rms}")
         if clipping_scale is not None and clipping_scale <= 0.0:
