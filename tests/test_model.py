@@ -183,17 +183,18 @@ def test_layerdrop_skips_blocks_in_training_only() -> None:
 def test_layerdrop_depends_on_seed_and_update_only() -> None:
     """Not on what else was drawn: data-parallel processes with batches of other sizes must skip the same blocks."""
     kept = []
-    for batch in (1, 3):
-        model = hubert_eff.build("conformer-debug", encoder_layers=8, encoder_layerdrop=0.5, seed=4)
-        calls = []
+    for batch, seed in ((1, 4), (3, 4), (1, 5)):
+        model = hubert_eff.build("conformer-debug", encoder_layers=8, encoder_layerdrop=0.5, seed=seed)
+        calls: list[list[int]] = []
         for index, block in enumerate(model.encoder.layers):
-            block.register_forward_hook(lambda *_, index=index, calls=calls: calls.append(index))
+            block.register_forward_hook(lambda *_, index=index, calls=calls: calls[-1].append(index))
         for update in range(3):
             model.set_num_updates(update)
+            calls.append([])
             model(torch.randn(batch, 4_000 * batch), features_only=True)
-            calls.append(-1)
         kept.append(calls)
-    assert kept[0] == kept[1] and 3 < len(kept[0]) < 27
+    assert kept[0] == kept[1] != kept[2]
+    assert 0 < sum(len(blocks) for blocks in kept[0]) < 24 and len({tuple(blocks) for blocks in kept[0]}) == 3
 
 
 def test_bad_input_is_named() -> None:
