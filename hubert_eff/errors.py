@@ -14,7 +14,7 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> UserError:
     """A `UserError` for a name that is not registered; it offers the nearest one and lists all."""
     names = sorted(known)
     close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-    hint = f" - did you mean '{close[0]}'?" if close else ""
+    hint = f" - did you mean '{close[0]}'?" if close else "."
     return UserError(f"unknown {kind} '{name}'{hint} Known: {', '.join(names) or 'none'}")
 
 

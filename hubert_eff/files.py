@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .errors import UserError
+
 
 def config_dir() -> Path:
     """The folder of configurations: inside an installed package, or at the top of a checkout."""
@@ -16,11 +18,23 @@ def config_dir() -> Path:
     return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
 
 
+def writable(folder: str | os.PathLike[str]) -> Path:
+    """A folder that files may be written to, made where it is not there. Raises `UserError` where that cannot be."""
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the folder {path} cannot be made: {error.strerror}") from error
+    if not os.access(path, os.W_OK):
+        raise UserError(f"the folder {path} cannot be written to")
+    return path
+
+
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is renamed onto `path`, on error it is removed."""
+    """Yield a temporary path beside `path`; on success it is renamed onto `path`, on error it is removed. Raises `UserError` as `writable`."""
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    writable(target.parent)
     # the suffix is kept last: soundfile and numpy read the format from it
     temporary = target.with_name(f".{target.stem}.{os.getpid()}.tmp{target.suffix}")
     try:

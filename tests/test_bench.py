@@ -156,6 +156,8 @@ def test_roofline(tmp_path, monkeypatch, capsys):
         ([MODELS[0], "--rounds", "0"], "rounds 0"),
         ([MODELS[0], "--threads", "0"], "--threads 0"),
         (["--roofline", MODELS[0]], "leave out the models"),
+        ([MODELS[0], "--out", __file__], "cannot be made: File exists"),
+        (["--roofline", "--out", __file__], "cannot be made: File exists"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, capsys):

@@ -244,6 +244,11 @@ def test_user_defined_encoder_with_an_unknown_operation_is_refused_by_name(libra
         hubert_eff.profile(model, seconds=0.5)
 
 
+def test_a_module_that_is_no_model_is_refused():
+    with pytest.raises(UserError, match="a Linear has no hidden_states"):
+        hubert_eff.profile(nn.Linear(2, 2))
+
+
 # -- bit widths ----------------------------------------------------------------------------------------------------------
 
 

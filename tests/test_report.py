@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -52,6 +53,15 @@ def test_labels_do_not_overlap(task):
             assert not box.overlaps(other)
 
 
+@pytest.mark.parametrize("least", [0.02, 0.3, 4.0, 50.0])
+def test_numbers_on_the_axis_do_not_overlap(least):
+    figure = frontier.draw([frontier.Point(str(cost), cost, cost, True) for cost in (least, 180.0)], "storage, MB", "accuracy", True)
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    boxes = [label.get_window_extent() for label in axes.get_xticklabels() if label.get_text()]
+    assert len(boxes) > 2 and all(left.x1 < right.x0 for left, right in zip(boxes, boxes[1:]))
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """A folder with a measurement and results of two tasks on two models, one of which is gone."""
@@ -64,6 +74,7 @@ def runs(tmp_path_factory):
         "ks0": {"task": "ks", "upstream": "conformer-debug@0", "accuracy": 0.5, "steps": 40},
         "asr": {"task": "asr", "upstream": str(folder / "gone.pt"), "wer": 0.25},
         "other": {"accuracy": 1.0},
+        "broken": {"task": "ks", "upstream": "conformer-debug", "accuracy": math.nan},
     }
     for name, values in results.items():
         (folder / name).mkdir()
@@ -158,20 +169,36 @@ def test_bad_input_is_one_line(content, message, tmp_path, capsys):
     assert message in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
+def test_an_impossible_folder_is_one_line(runs, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["report", str(runs), "--out", str(tmp_path / "file")]) == 2
+    error = capsys.readouterr().err
+    assert "file cannot be made: File exists" in error and error.count("\n") == 1
+
+
 @pytest.mark.long
 @pytest.mark.skipif(BROWSER is None, reason="no chromium here")
-@pytest.mark.parametrize("width", [1280, 500])  # a desktop, and the narrowest window of a headless chromium
+@pytest.mark.parametrize("width", [1280, 390])  # a desktop and a phone
 def test_in_a_browser(report, width, tmp_path):
-    """Nothing is wider than the window, the script shows one chart at a time, and a screenshot can be taken."""
-    shown = "document.querySelectorAll('figure:not([hidden])').length"
-    probe = f"<script>document.title = [document.documentElement.scrollWidth, {shown}]</script>"
-    page = tmp_path / "report.html"
+    """Nothing is wider than its window, one chart is shown at a time, the module trees fold, and a screenshot can be taken."""
+    probe = """<script>{
+        const trees = [...document.querySelectorAll('.tree > details')], heights = trees.map(t => t.offsetHeight);
+        const wide = document.documentElement.scrollWidth, charts = document.querySelectorAll('figure:not([hidden])').length;
+        for (const tree of trees) tree.open = false;
+        const folded = trees.length > 0 && trees.every((tree, i) => tree.offsetHeight < heights[i]);
+        for (const tree of trees) tree.open = true;
+        parent.document.title = [wide, charts, folded];
+    }</script>"""
+    page, frame = tmp_path / "report.html", tmp_path / "frame.html"  # a headless chromium's own window cannot be as narrow as a phone
     page.write_text((report / "report.html").read_text().replace("</body>", probe + "</body>"))
+    style = f"border:0;width:{width}px;height:4000px"
+    frame.write_text(f"<title></title><body style='margin:0'><iframe src=report.html style='{style}'></iframe>")
     profile = f"--user-data-dir={tmp_path / 'user'}"
-    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},2400", profile]
-    dom = subprocess.run([*command, "--dump-dom", page.as_uri()], capture_output=True, text=True, check=True, timeout=120).stdout
-    found = re.search(r"<title>(\d+),(\d+)</title>", dom)
-    assert found and int(found[1]) <= width and int(found[2]) == 1
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+               "--hide-scrollbars", "--allow-file-access-from-files", "--window-size=1280,4000", profile]  # fmt: skip
+    dom = subprocess.run([*command, "--dump-dom", frame.as_uri()], capture_output=True, text=True, check=True, timeout=120).stdout
+    found = re.search(r"<title>(\d+),(\d+),(\w+)</title>", dom)
+    assert found and int(found[1]) <= width and found[2] == "1" and found[3] == "true"
     shot = tmp_path / "shot.png"
-    subprocess.run([*command, f"--screenshot={shot}", page.as_uri()], capture_output=True, check=True, timeout=120)
+    subprocess.run([*command, f"--screenshot={shot}", frame.as_uri()], capture_output=True, check=True, timeout=120)
     assert shot.stat().st_size > 20_000

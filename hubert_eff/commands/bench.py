@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from ..files import write_json
+    from ..files import writable, write_json
     from ..profiling import bench_report
     from ..profiling.cost import resolve
     from ..profiling.latency import measure, measure_shares, plain
@@ -63,6 +63,8 @@ def _bench(args: argparse.Namespace) -> int:
 
     if not args.models:
         raise UserError("name one or more presets or checkpoints, or ask for --roofline")
+    if args.out is not None:
+        writable(args.out)  # before minutes of measuring
     models = {
         name if precision == "float32" else f"{name} {precision}": at_precision(model, precision)
         for model, name in map(resolve, dict.fromkeys(args.models))
@@ -88,11 +90,13 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _roofline(args: argparse.Namespace) -> int:
-    from ..files import write_text
+    from ..files import writable, write_text
     from ..profiling.machine import guard, measure_roofline
 
     if args.models or args.device != "cpu":
         raise UserError("--roofline measures this CPU and nothing else: leave out the models and --device")
+    if args.out is not None:
+        writable(args.out)
     guard("before the roofline")
     device = measure_roofline()
     if args.out is not None:

@@ -193,6 +193,8 @@ def resolve(model_or_preset: HubertModel | str | os.PathLike[str], policy: str =
     `PRESET+w1a1` is a preset binarised by `policy`. Raises `UserError` for another name.
     """
     if isinstance(model_or_preset, nn.Module):
+        if not hasattr(model_or_preset, "hidden_states"):
+            raise UserError(f"a {type(model_or_preset).__name__} has no hidden_states(): give a HubertModel, a preset or a checkpoint")
         return model_or_preset, type(model_or_preset).__name__
     name = os.fspath(model_or_preset)
     base, _, scheme = name.partition("+")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,10 +52,12 @@ def draw(points: Sequence[Point], cost: str, quality: str, more_is_better: bool)
     front = best(points, more_is_better)
     axes.step([p.cost for p in front], [p.quality for p in front], where="post", color="#9db4d0", lw=1.2, zorder=1)
     axes.set(xscale="log", xlabel=cost, ylabel=quality + (", higher is better" if more_is_better else ", lower is better"))
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.margins(x=0.28, y=0.12)
+    left, right = axes.get_xlim()
+    decades = math.log10(right / left)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 2 else (1.0, 3.0) if decades < 3 else (1.0,)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.margins(x=0.28, y=0.12)
     if not more_is_better:
         axes.invert_yaxis()
     axes.grid(alpha=0.25)

@@ -6,6 +6,7 @@ import base64
 import csv
 import io
 import json
+import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import Any
 
 from .. import __version__
 from ..errors import UserError
-from ..files import replacing, write_json, write_text
+from ..files import replacing, writable, write_json, write_text
 from . import frontier, table1
 from .cost import ModuleCost, Profile, profile
 from .latency import Shares, Timing, read
@@ -69,8 +70,10 @@ def _result(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     task = values.get("task") if isinstance(values, dict) else None
-    known = task in METRICS and "upstream" in values and isinstance(values.get(METRICS[task].key), (int, float))
-    return values if known else None
+    if task not in METRICS or "upstream" not in values:
+        return None
+    quality = values.get(METRICS[task].key)
+    return values if isinstance(quality, (int, float)) and math.isfinite(quality) else None
 
 
 def _model(result: dict[str, Any]) -> str:
@@ -112,9 +115,9 @@ def write_report(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLi
 
     The page holds everything it shows and needs no network. Raises `UserError` as `collect` does, and without matplotlib.
     """
-    found, rows = collect(folders), table1.table1()
-    target, written = Path(out), []
-    charts = []
+    found = collect(folders)
+    target, rows = writable(out), table1.table1()
+    written, charts = [], []
     for task, metric in METRICS.items():
         for cost, axis in COSTS.items():
             chart = points(found, task, cost)
@@ -173,8 +176,11 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1160px; padding: 0 16px 48px; color: #1b2430; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; } p, li { max-width: 75ch; } .soft { color: var(--soft); }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
-th, td { padding: 3px 10px; text-align: right; white-space: nowrap; } th:first-child, td:first-child { text-align: left; }
-thead th { border-bottom: 2px solid var(--line); } tbody tr.first td { border-top: 1px solid var(--line); }
+th, td { padding: 3px 10px; text-align: right; white-space: nowrap; } th:first-child { text-align: left; }
+thead th { border-bottom: 2px solid var(--line); } tbody { border-top: 1px solid var(--line); }
+tbody th { font-weight: normal; vertical-align: top; overflow-wrap: anywhere; }
+th:first-child { position: sticky; left: 0; background: #fff; }
+@media (max-width: 640px) { table { font-size: .8rem; } th, td { padding: 2px 5px; } tbody th { white-space: normal; min-width: 5.5rem; } }
 .controls { display: flex; flex-wrap: wrap; gap: 12px; } select { font: inherit; max-width: 100%; padding: 4px; }
 .chart { max-width: 100%; width: 560px; display: block; } .bar { display: flex; height: 22px; border-radius: 4px; overflow: hidden; }
 .bar span { display: block; height: 100%; }
@@ -194,7 +200,9 @@ function choose() {
 }
 task.onchange = cost.onchange = choose; choose();
 """
-COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#b07aa1", "#76b7b2", "#edc948", "#9c755f", "#ff9da7")
+COLOURS = (
+    "#e15759", "#4e79a7", "#f28e2b", "#59a14f", "#b07aa1", "#76b7b2", "#edc948", "#9c755f", "#ff9da7", "#2f4b7c", "#a0b94c", "#d4a6c8"
+)  # fmt: skip
 REST = "#c9ced6"
 
 
@@ -221,41 +229,42 @@ def _number(value: float | None, form: str = ",.2f") -> str:
     return "-" if value is None else format(value, form)
 
 
-def _table(head: Sequence[str], rows: Iterable[tuple[bool, Sequence[str]]]) -> str:
-    """`rows`: whether a line stands above it, and its cells."""
-    lines = ["<div class=wide><table><thead><tr>", *(f"<th>{escape(h)}</th>" for h in head), "</tr></thead><tbody>"]
-    for first, cells in rows:
-        lines += ["<tr class=first>" if first else "<tr>", *(f"<td>{escape(c)}</td>" for c in cells), "</tr>"]
-    return "".join([*lines, "</tbody></table></div>"])
+def _table(head: Sequence[str], groups: Iterable[tuple[str, Sequence[Sequence[str]]]]) -> str:
+    """`groups`: a name, and the rows of cells that belong to it; a line stands above each."""
+    lines = ["<div class=wide><table><thead><tr>", *(f"<th>{escape(h)}</th>" for h in head), "</tr></thead>"]
+    for name, rows in groups:
+        lines.append(f"<tbody><tr><th rowspan={len(rows)}>{escape(name)}</th>")
+        lines.append("</tr><tr>".join("".join(f"<td>{escape(c)}</td>" for c in cells) for cells in rows))
+        lines.append("</tr></tbody>")
+    return "".join([*lines, "</table></div>"])
 
 
 def _cost_table(rows: Sequence[dict[str, Any]]) -> str:
-    lines: list[tuple[bool, Sequence[str]]] = []
+    groups = []
     notes: list[str] = []
     for row in rows:
         if row["note"] and row["note"] not in notes:
             notes.append(row["note"])
         mark = f" [{notes.index(row['note']) + 1}]" if row["note"] else ""
         params = _number(row["params"], ",")
-        lines.append((True, [row["row"] + mark, "ours", params, *(_number(row[f]) for f in table1.FIGURES)]))
-        lines.append((False, ["", "paper", "", *(_number(row["paper"][f]) for f in table1.FIGURES)]))
-        lines.append((False, ["", "diff %", "", *(_number(row["difference_percent"][f], "+.2f") for f in table1.FIGURES)]))
+        ours = ["ours", *(_number(row[f]) for f in table1.FIGURES), params]
+        paper = ["paper", *(_number(row["paper"][f]) for f in table1.FIGURES), ""]
+        difference = ["diff %", *(_number(row["difference_percent"][f], "+.2f") for f in table1.FIGURES), ""]
+        groups.append((row["row"] + mark, (ours, paper, difference)))
     listed = "".join(f"<li>{escape(note)}</li>" for note in notes)
     caption = "<p>The paper's Table 1 rebuilt. BOP: 32 per float MAC, 1 per W1A1 MAC, G = 2^30.</p>"
-    return caption + _table(("model", "", "params", *table1.HEADINGS), lines) + f"<ol>{listed}</ol>"
+    return caption + _table(("model", "", *table1.HEADINGS, "params"), groups) + f"<ol>{listed}</ol>"
 
 
 def _found_table(found: Findings) -> str:
     if not found.profiles:
         return ""
-    lines = [
-        (True, [_label(name), f"{p.params_without_labels:,}",
-                *map(_number, (p.storage_mb["paper"], p.storage_mb["file"], p.gflop, p.bop_nonq_g, p.bop_bq_g))])
-        for name, p in found.profiles.items()
-    ]  # fmt: skip
-    return "<p>Models found.</p>" + _table(
-        ("model", "params", "storage MB (paper's formula)", "file MB", "GFLOP", "BOP_NonQ G", "BOP_BQ G"), lines
-    )
+    groups = []
+    for name, p in found.profiles.items():
+        figures = (p.storage_mb["paper"], p.storage_mb["file"], p.gflop, p.bop_nonq_g, p.bop_bq_g, 1e4 * p.est_time_s["paper"])
+        groups.append((_label(name), ([*map(_number, figures), f"{p.params_without_labels:,}"],)))
+    caption = "<p>Models found. Storage by the paper's formula, and of the file that export writes.</p>"
+    return caption + _table(("model", "storage MB", "file MB", *table1.HEADINGS[1:], "params"), groups)
 
 
 def _charts(found: Findings, charts: Sequence[tuple[str, str, bytes]]) -> str:
@@ -281,16 +290,19 @@ def _charts(found: Findings, charts: Sequence[tuple[str, str, bytes]]) -> str:
 def _shares(found: Findings) -> str:
     if not found.shares:
         return "<p class=soft>No bench.json was found in the folders given: hubert-eff bench ... --out DIR makes one.</p>"
+    most: dict[str, float] = {"LayerNorm": math.inf}
+    for row in (row for s in found.shares for row in s.blocks if row.time_percent >= LEAST):
+        most[row.name] = max(most.get(row.name, 0.0), row.time_percent)
+    colours = dict(zip(sorted(most, key=lambda name: -most[name]), COLOURS, strict=False))  # one colour per class on the whole page
+    order = {name: place for place, name in enumerate(colours)}
     parts = []
     for s in found.shares:
-        names = [row.name for row in s.blocks if row.time_percent >= LEAST or row.name == "LayerNorm"]
-        colours = dict(zip(names, COLOURS, strict=False))
         parts.append(f"<p><b>{escape(_label(s.model))}</b>, {s.seconds:g} s: modules inside the blocks</p>")
         for title, key in (("parameters", "params_percent"), ("FLOP", "flop_percent"), ("time", "time_percent")):
             spans = "".join(
                 f"<span style='width:{getattr(row, key):.2f}%;background:{colours.get(row.name, REST)}' "
                 f"title='{escape(row.name)} {getattr(row, key):.1f}%'></span>"
-                for row in sorted(s.blocks, key=lambda row: row.name not in colours)
+                for row in sorted(s.blocks, key=lambda row: order.get(row.name, len(order)))
             )
             parts.append(f"<div class=soft>{title}</div><div class=bar>{spans}</div>")
         legend = "".join(
@@ -300,20 +312,20 @@ def _shares(found: Findings) -> str:
             if row.name in colours
         )
         parts.append(f"<div class=legend>{legend}<span><i style='background:{REST}'></i>rest</span></div>")
-    return "<p>Shares of parameters / FLOP / time in %.</p>" + "".join(parts)
+    return "<p>Shares of parameters / FLOP / time in %. FLOP: 2 per MAC of any width and 1 per element operation.</p>" + "".join(parts)
 
 
 def _modules(name: str, found: Profile) -> str:
     def line(module: ModuleCost) -> str:
         label = module.name.rpartition(".")[2] or _label(name)
         share = f", {100 * module.macs / found.macs:.1f}% of MACs" if found.macs and module.macs else ""
-        widths = " ".join(f"{w}x{a} bit" for w, a in sorted(module.macs_by_bits, reverse=True))
-        return f"<b>{escape(label)}</b> <span class=soft>{escape(module.kind)}: {module.params:,} parameters{share} {widths}</span>"
+        widths = "".join(f", {w} x {a} bit" for w, a in sorted(module.macs_by_bits, reverse=True))
+        return f"<b>{escape(label)}</b> <span class=soft>{escape(module.kind)}: {module.params:,} parameters{share}{widths}</span>"
 
-    def tree(module: ModuleCost) -> str:
+    def tree(module: ModuleCost, unfolded: str = "") -> str:
         below = [child for child in module.children if child.params or child.macs or child.element_ops]
         if not below:
             return f"<div class=leaf>{line(module)}</div>"
-        return f"<details><summary>{line(module)}</summary>{''.join(map(tree, below))}</details>"
+        return f"<details{unfolded}><summary>{line(module)}</summary>{''.join(map(tree, below))}</details>"
 
-    return f"<div class=tree>{tree(found.modules)}</div>"
+    return f"<div class=tree>{tree(found.modules, ' open')}</div>"
