@@ -125,7 +125,7 @@ class PackedLinear(nn.Module):
         """For each output how many of the K bits may differ at most for max(y, 0) + move > a / 2, found with y's own arithmetic."""
         assert self.input is not None and reader.limit is not None
         sources = [self.input.scale, self.size, self.bias, reader.scale, reader.move]
-        key = tuple(None if t is None else (id(t), t._version, t.dtype, t.device) for t in sources)
+        key = tuple(None if t is None else (id(t), 0 if t.is_inference() else t._version, t.dtype, t.device) for t in sources)
         if self._limits is not None and self._limits[0] == key:
             return self._limits[1]
         factor, most = (self.input.scale.float() * self.size.float()).expand(self.out_features), reader.limit.float()
