@@ -28,7 +28,7 @@ from hubert_eff.config import SAMPLE_RATE
 from hubert_eff.errors import UserError
 from hubert_eff.files import write_json, write_text
 
-from . import layouts, register, require_s3prl, scoring
+from . import layouts, register, require_s3prl
 from .launch import check_upstream, command_line
 from .prepare import prepare
 from .tasks import Task, check, choose
@@ -44,7 +44,8 @@ class Request:
     `upstream` is a checkpoint, an exported file, or `PRESET[@SEED]` for an untrained model; `data` the folder of the data sets. `steps`
     and `learning_rate` are SUPERB's where None; with `sweep`, each rate of SUPERB's grid is trained, and the one that is best on the
     validation set is tested (where there is none, on the test set, as SUPERB does). `small` takes narrow heads and small batches, for
-    generated data: such results compare models with each other only. `workers` load data in processes of their own.
+    generated data: such results compare models with each other only. `workers` load data in processes of their own. `cache` is a folder
+    for the hidden states of all recordings, in half precision; several tasks and models may share it.
     """
 
     upstream: str
@@ -56,6 +57,7 @@ class Request:
     seed: int = 1337
     device: str | None = None
     workers: int | None = None
+    cache: Path | None = None
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.steps < 1:
@@ -80,6 +82,12 @@ def run_tasks(names: str | Iterable[str], request: Request, out: Path) -> list[d
     for task in tasks:
         _check_folder(out / task.name)
     check_upstream("hubert_eff", request.upstream)
+    if request.cache:
+        from .cache import check_space
+
+        hours, size = _cache_size(request, {name for task in tasks for name in task.source.folders})
+        _say(f"states of {hours:.1f} h of speech: about {size / 1e9:.2f} GB in {request.cache}")
+        check_space(request.cache, size)
     return [run_task(task, request, out / task.name) for task in tasks]
 
 
@@ -99,6 +107,7 @@ def run_task(task: Task, request: Request, out: Path) -> dict[str, Any]:
         "data_sha256": layouts.digest(request.data / name for name in task.source.folders),
     }
     del settings["device"], settings["workers"], settings["learning_rate"]
+    settings["cache"] = request.cache is not None
     rates: Sequence[float] = ()
     if task.trains:
         rates = task.learning_rates if request.sweep else (config["optimizer"]["lr"],)
@@ -110,7 +119,7 @@ def run_task(task: Task, request: Request, out: Path) -> dict[str, Any]:
     elif (result := _read(out / "result.json")) and result.get("task") == task.name:
         return result
 
-    with contextlib.redirect_stdout(sys.stderr), _s3prl(task, out / "prepared"):  # S3PRL's remarks are no result
+    with contextlib.redirect_stdout(sys.stderr), _s3prl(task, request, out / "prepared"):  # S3PRL's remarks are no result
         config = prepare(task, config, request.data, out / "prepared")
         found = _trained(task, request, config, rates, out) if task.trains else _best_layer(task, request, config, out)
     result = {**settings, **found, "versions": {name: version(name) for name in VERSIONS}}
@@ -140,13 +149,26 @@ def settings_of(task: Task, request: Request) -> dict[str, Any]:
 # -- S3PRL's runner --------------------------------------------------------------------------------------------------
 
 
+def _cache_size(request: Request, folders: Iterable[str]) -> tuple[float, int]:
+    """Hours of the recordings in the data folders, and the bytes of their states."""
+    import torch
+
+    from .cache import estimate
+    from .upstream.expert import load_upstream
+
+    with torch.no_grad():
+        states = load_upstream(request.upstream).eval().hidden_states(torch.zeros(1, SAMPLE_RATE))[0]
+    return estimate((request.data / name for name in folders), len(states), states[0].shape[-1])
+
+
 @contextlib.contextmanager
-def _s3prl(task: Task, cache: Path) -> Iterator[None]:
-    """S3PRL, patched, with our upstream; it logs its figures to `scalars.jsonl` of the experiment, too."""
+def _s3prl(task: Task, request: Request, lists: Path) -> Iterator[None]:
+    """S3PRL, patched, with our upstream, cached if wanted; it logs its figures to `scalars.jsonl` of the experiment, too."""
     register()
     from . import patches
 
-    patches.prepare(task.downstream, cache.resolve())
+    patches.prepare(task.downstream, lists.resolve())
+    from s3prl import hub
     from s3prl.downstream import runner
     from tensorboardX import SummaryWriter
 
@@ -156,11 +178,20 @@ def _s3prl(task: Task, cache: Path) -> Iterator[None]:
             with (Path(self.logdir) / SCALARS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"tag": tag, "value": float(scalar_value), "step": global_step}) + "\n")
 
-    original, runner.SummaryWriter = runner.SummaryWriter, Writer
+    upstream, writer = hub.hubert_eff, runner.SummaryWriter
+    runner.SummaryWriter = Writer
+    if request.cache:
+        from .cache import CachedUpstream
+
+        model = f"{_digest(request.upstream) or request.upstream} {version('hubert-eff')} {version('torch')}"
+        data = f"{task.source.folders[0]}-{layouts.digest(request.data / name for name in task.source.folders)[:8]}"
+        folder = request.cache / hashlib.sha256(model.encode()).hexdigest()[:16] / data
+        limit = 2 * _cache_size(request, task.source.folders)[1]
+        hub.hubert_eff = lambda **arguments: CachedUpstream(upstream(**arguments), folder, limit)
     try:
         yield
     finally:
-        runner.SummaryWriter = original
+        runner.SummaryWriter, hub.hubert_eff = writer, upstream
 
 
 class _Scalars(dict[str, float]):
@@ -204,6 +235,8 @@ def _train(task: Task, request: Request, config: dict[str, Any], folder: Path) -
 
 def _test(task: Task, request: Request, folder: Path, checkpoint: Path) -> dict[str, float]:
     """The figures of a checkpoint on the test set, the task's own metric under its key."""
+    from . import scoring
+
     scalars = _Scalars()
     _build(["-m", "evaluate", "-e", str(checkpoint), "-t", task.test, "--device", str(request.device)]).evaluate(task.test, scalars, 1)
     figures = {tag.removeprefix(f"{task.test}-"): value for tag, value in scalars.items()}
@@ -312,6 +345,8 @@ def _best_layer(task: Task, request: Request, config: dict[str, Any], out: Path)
 
 def _search(task: Task, request: Request, config: dict[str, Any], out: Path, layer: int, split: str) -> float:
     """The metric of one hidden state on the queries of `dev` or `test`."""
+    from . import scoring
+
     folder = out / f"layer-{layer}" / split
     known = _read(folder / "score.json")
     if task.key in known:

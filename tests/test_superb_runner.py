@@ -218,3 +218,14 @@ def test_user_errors_of_a_request():
     for arguments in ({"steps": 0}, {"learning_rate": 0.0}, {"learning_rate": float("nan")}, {"learning_rate": 1.0, "sweep": True}):
         with pytest.raises(UserError):
             Request("conformer-debug", Path(), **arguments)
+
+
+@pytest.mark.long
+def test_a_cache_gives_the_figures_of_a_run_without(data, tmp_path):
+    arguments = ("--upstream", "conformer-debug", "--steps", 8)
+    [plain] = superb(data, tmp_path / "a", "--task", "pr", *arguments)
+    for out in ("b", "c"):
+        [cached] = superb(data, tmp_path / out, "--task", "pr", *arguments, "--cache", tmp_path / "cache")
+        assert cached["cache"] and cached["loss"] == pytest.approx(plain["loss"], rel=1e-2)
+    [folder] = (tmp_path / "cache").glob("*/*")
+    assert folder.name.startswith("LibriSpeech-") and list(folder.rglob("*.npy"))

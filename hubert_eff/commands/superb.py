@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--seed", type=int, default=1337, help="of heads and batches (default: S3PRL's, %(default)d)")
     run.add_argument("--device", help="default: cuda where there is one, else cpu")
     run.add_argument("--workers", type=int, help="processes that load data (default: the settings'; none on a CPU)")
+    run.add_argument("--cache", type=Path, metavar="DIR", help="keep the hidden states of all recordings there; the size is said first")
     run.add_argument("--json", action="store_true", help="print the results as JSON")
 
 
@@ -90,7 +91,7 @@ def _run(args: argparse.Namespace) -> int:
         os.environ.setdefault("TQDM_MININTERVAL", "10")  # read when tqdm is imported
     runner = _bridge("runner")
     request = runner.Request(
-        args.upstream, args.data, args.steps, args.lr, args.lr_sweep, args.small, args.seed, args.device, args.workers
+        args.upstream, args.data, args.steps, args.lr, args.lr_sweep, args.small, args.seed, args.device, args.workers, args.cache
     )
     results = runner.run_tasks(args.task, request, args.out)
     if args.json:
