@@ -16,6 +16,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-pthread")  # no fused multiply-add: torch rounds twice
 DIMS = 3
 LONG, POINTER = ctypes.c_int64, ctypes.c_void_p
+_lock = threading.Lock()  # threads of one process would write the same temporary file
 
 
 def _structure(name: str, pointers: str, sizes: str, strides: str = "", last: str = "", end: str = "") -> type[ctypes.Structure]:
@@ -67,27 +69,31 @@ def _compiler() -> list[str] | None:
     return None
 
 
-def compile_library(extra: tuple[str, ...] = ()) -> Path:
+def _cache() -> Path:
+    """Where the library is kept; a new temporary folder where that cannot be written."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hubert-eff"
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except (OSError, RuntimeError):  # no such user
+        pass
+    return Path(tempfile.mkdtemp(prefix="hubert-eff-"))
+
+
+def compile_library() -> Path:
     """The compiled library, from the cache if it is there. Raises `RuntimeError`, one line, if it cannot be made."""
     compiler = _compiler()
     if compiler is None:
         raise RuntimeError("no C++ compiler was found (install g++ or clang++, or set CXX)")
     try:
         version = subprocess.run([*compiler, "--version"], check=True, capture_output=True, timeout=60).stdout
-        key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), version, repr((compiler, FLAGS, extra, platform.machine())).encode()]))
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        target = Path(base) / "hubert-eff" / f"kernels-{key.hexdigest()[:20]}.so"
+        key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), version, repr((compiler, FLAGS, platform.machine())).encode()]))
+        target = _cache() / f"kernels-{key.hexdigest()[:20]}.so"
         if target.is_file():
             return target
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            writable = os.access(target.parent, os.W_OK)
-        except OSError:
-            writable = False
-        if not writable:
-            target = Path(tempfile.mkdtemp(prefix="hubert-eff-")) / target.name
         with replacing(target) as temporary:  # two processes may do this at a time: each renames a complete file
-            command = [*compiler, *FLAGS, *extra, "-o", str(temporary), str(SOURCE)]
+            command = [*compiler, *FLAGS, "-o", str(temporary), str(SOURCE)]
             subprocess.run(command, check=True, capture_output=True, timeout=600)
         return target
     except subprocess.CalledProcessError as error:
@@ -101,10 +107,16 @@ def compile_library(extra: tuple[str, ...] = ()) -> Path:
 @functools.cache
 def _library() -> ctypes.CDLL | str:
     """The library, or why there is none."""
-    try:
-        library = ctypes.CDLL(str(compile_library()))
-    except (RuntimeError, OSError) as error:
-        return " ".join(str(error).split())
+    with _lock:
+        try:
+            path = compile_library()
+            try:
+                library = ctypes.CDLL(str(path))
+            except OSError:  # a crash of the machine can leave an empty file
+                path.unlink(missing_ok=True)
+                library = ctypes.CDLL(str(compile_library()))
+        except (RuntimeError, OSError) as error:
+            return " ".join(str(error).split())
     library.hubert_eff_find.argtypes, library.hubert_eff_find.restype = [ctypes.c_char_p], POINTER
     library.hubert_eff_pack.argtypes = [POINTER, POINTER, LONG, LONG]
     library.hubert_eff_product.argtypes = [POINTER, POINTER, LONG]
