@@ -61,7 +61,9 @@ def read_fairseq(file: Path) -> dict[str, Any]:
     hint = "expected a fairseq checkpoint (.pt) or an export of hubert-eff (.safetensors)"
     safe: list[Any] = [_Dictionary, argparse.Namespace]
     if hasattr(torch.serialization, "safe_globals"):  # torch >= 2.5
-        allowed: Any = torch.serialization.safe_globals(safe)
+        # on its way out it takes away what others had allowed before
+        known = torch.serialization.get_safe_globals()
+        allowed: Any = torch.serialization.safe_globals([entry for entry in safe if entry not in known])
     else:
         torch.serialization.add_safe_globals(safe)
         allowed = nullcontext()

@@ -12,6 +12,7 @@ import soundfile as sf
 import torch
 
 import hubert_eff
+from hubert_eff.checkpoint import read_fairseq
 from hubert_eff.errors import UserError
 from hubert_eff.exporting import export
 from superb_tasks import patches, register
@@ -172,6 +173,8 @@ def test_processes_share_what_a_sampler_draws():
 def test_checkpoints_of_run_downstream_can_be_read_back(tmp_path):
     patches.apply()
     torch.save({"Args": argparse.Namespace(mode="train"), "Step": 3}, tmp_path / "states-3.ckpt")
+    torch.save({"model": {}}, tmp_path / "checkpoint.pt")
+    read_fairseq(tmp_path / "checkpoint.pt")  # an upstream loaded in between
     assert torch.load(tmp_path / "states-3.ckpt")["Args"].mode == "train"
 
 
