@@ -408,7 +408,11 @@ INLINE void finish(const Product& p, const Outputs& o, const int32_t* count, int
             else
                 for (int64_t j = 0; j < n; ++j) out[j] = to_bfloat16(y[j]);
         } else {
-            std::memcpy(static_cast<float*>(p.out) + place, y, n == PAIR ? sizeof y : n * sizeof(float));
+            float* out = static_cast<float*>(p.out) + place;
+            if (n == PAIR)
+                for (int j = 0; j < PAIR; ++j) out[j] = y[j];
+            else
+                for (int64_t j = 0; j < n; ++j) out[j] = y[j];
         }
     }
 }
@@ -498,10 +502,13 @@ INLINE void depthwise(const Depthwise& p, int64_t begin, int64_t end) {  // of [
             if (p.bias)
                 for (int j = 0; j < LANES; ++j) y[j] += bias[j];
             const int64_t place = (batch * p.frames + t) * p.channels + first;
+            float* out = static_cast<float*>(p.out) + place;
             if (p.half)
                 for (int64_t j = 0; j < n; ++j) static_cast<uint16_t*>(p.out)[place + j] = to_bfloat16(y[j]);
+            else if (n == LANES)
+                for (int j = 0; j < LANES; ++j) out[j] = y[j];
             else
-                std::memcpy(static_cast<float*>(p.out) + place, y, n * sizeof(float));
+                for (int64_t j = 0; j < n; ++j) out[j] = y[j];
         }
     }
 }
