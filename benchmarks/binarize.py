@@ -9,10 +9,11 @@ With 5n updates in all, 3n of them for the float model, which has to learn befor
     float           W32A32 on labels for 3n updates
     multi-step      from there W1A2, then W1A1, n updates each, each stage taught by the one before (`hubert-eff binarize-recipe`)
     single-step     from there W1A1, 2n updates, taught by the float model
-    on labels       from there W1A1, 2n updates on labels, without a teacher (one seed)
+    on labels       from there W1A1, 2n updates on labels, without a teacher (first encoder, one seed)
     from scratch    W1A1 on labels for 5n updates
 
-and, single-step, with parts of the blocks binarised only. Prints Markdown, and writes it to --out with the same figures in JSON.
+Then what is kept of a float model that has learned all it can here (configs/pretrain as it stands): W1A2 and W1A1 of it, 2n updates each,
+and W1A1 by 2n updates with parts of the blocks binarised only. Prints Markdown, and writes it to --out with the same figures in JSON.
 Runs that have ended are not run again.
 """
 
@@ -38,8 +39,9 @@ PARTS = {  # what is binarised in the ablation
     "convolutions": ("pointwise_conv", "depthwise_conv"),
     "attention": ("attention_projection", "attention_product"),
     "feed-forward": ("feed_forward",),
-    "all": KINDS,
+    "everything": KINDS,
 }
+FLOAT_UPDATES = 750  # of configs/pretrain/*debug.yaml
 WAYS = ("float", "multi-step", "single-step", "on labels", "from scratch")
 
 
@@ -78,6 +80,7 @@ class Bench:
                 "accuracy": float(valid["valid_correct_m_0"]),
                 "majority": float(valid["valid_majority_m_0"]),
                 "agreement": float(valid["valid_correct_t_0"]) if "valid_correct_t_0" in valid else None,
+                "loss": float(valid["valid_loss"]),
                 "updates": int(valid["valid_num_updates"]),
                 "seconds": round(time.monotonic() - start, 1),
                 "health": records(lines, "[train_inner]")[-1],
@@ -89,30 +92,32 @@ class Bench:
     def taught(self, run: str, config: str, by: str, updates: int, *overrides: str) -> float:
         return self.train(run, "quantize", f"{config}_distill", updates, f"criterion.teacher={self.checkpoint(by)}", *overrides)
 
-    def ways(self, encoder: str, seed: int) -> dict[str, float]:
-        """Accuracy of each way of `WAYS`."""
+    def ways(self, encoder: str, seed: int, labels: bool) -> dict[str, float]:
+        """Accuracy of each way of `WAYS`; `labels`: "on labels" too."""
         name, config, n, s = f"{encoder}-{seed}", config_name(encoder), self.updates, f"common.seed={seed}"
         found = {"float": self.train(f"{name}/float", "pretrain", config, 3 * n, s)}
         self.taught(f"{name}/w1a2", config, f"{name}/float", n, "model.quant=w1a2", s)
         found["multi-step"] = self.taught(f"{name}/multi", config, f"{name}/w1a2", n, s)
         found["single-step"] = self.taught(f"{name}/single", config, f"{name}/float", 2 * n, s)
         found["from scratch"] = self.train(f"{name}/scratch", "quantize", f"{config}_w1a1", 5 * n, s)
-        if seed == 1:
+        if labels:
             start = f"task.init_from={self.checkpoint(f'{name}/float')}"
             found["on labels"] = self.train(f"{name}/labels", "quantize", f"{config}_w1a1", 2 * n, start, s)
         return found
 
-    def ablation(self, encoder: str) -> dict[str, float]:
-        """Accuracy and agreement with the teacher by what is binarised."""
-        found = {}
+    def kept(self, encoder: str) -> dict[str, dict[str, Any]]:
+        """Figures of a float model, of what is left of it at one bit, and of what is left with only some parts at one bit."""
+        config, n, whole = config_name(encoder), 2 * self.updates, f"{encoder}-kept"
+        rows = {"nothing: float": f"{whole}/float", "W1A2": f"{whole}/w1a2", "W1A1, from W1A2": f"{whole}/multi"}
+        self.train(rows["nothing: float"], "pretrain", config, FLOAT_UPDATES)
+        self.taught(rows["W1A2"], config, f"{whole}/float", n, "model.quant=w1a2")
+        self.taught(rows["W1A1, from W1A2"], config, f"{whole}/w1a2", n)
         for part, binary in PARTS.items():
-            policy = self.out / f"{part.replace(' ', '-')}.yaml"
+            policy = self.out / f"{part}.yaml"
             policy.write_text(yaml.safe_dump({kind: "binary" if kind in binary else "float" for kind in KINDS}))
-            run = f"{encoder}-1/only-{policy.stem}"
-            found[part] = self.taught(
-                run, config_name(encoder), f"{encoder}-1/float", 2 * self.updates, f"model.quant_policy={policy}", "common.seed=1"
-            )
-        return found
+            rows[f"W1A1, {part}"] = f"{whole}/{part}"
+            self.taught(f"{whole}/{part}", config, f"{whole}/float", n, f"model.quant_policy={policy}")
+        return {name: self.runs[run] for name, run in rows.items()}
 
 
 def table(ways: dict[str, list[dict[str, float]]]) -> list[str]:
@@ -122,18 +127,20 @@ def table(ways: dict[str, list[dict[str, float]]]) -> list[str]:
         cells = []
         for way in WAYS:
             values = [100 * seed[way] for seed in seeds if way in seed]
+            if not values:
+                cells.append("")
+                continue
             spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.1f}{spread}")
         lines.append(f"| {encoder} | {len(seeds)} | " + " | ".join(cells) + " |")
     return lines
 
 
-def ablation_table(bench: Bench, encoder: str, found: dict[str, float]) -> list[str]:
-    lines = ["| binarised | masked accuracy, valid, % | same class as the float teacher, % |", "|---|---|---|"]
-    lines.append(f"| nothing (the teacher) | {100 * bench.runs[f'{encoder}-1/float']['accuracy']:.1f} | 100 |")
-    for part, accuracy in found.items():
-        agreement = bench.runs[f"{encoder}-1/only-{part.replace(' ', '-')}"]["agreement"]
-        lines.append(f"| {part} | {100 * accuracy:.1f} | {100 * agreement:.1f} |")
+def kept_table(rows: dict[str, dict[str, Any]]) -> list[str]:
+    lines = ["| binarised | masked accuracy, valid, % | same class as its teacher, % | loss of distillation, bits |", "|---|---|---|---|"]
+    for name, run in rows.items():
+        agreement, loss = ("", "") if run["agreement"] is None else (f"{100 * run['agreement']:.1f}", f"{run['loss']:.2f}")
+        lines.append(f"| {name} | {100 * run['accuracy']:.1f} | {agreement} | {loss} |")
     return lines
 
 
@@ -149,14 +156,12 @@ def main() -> None:
     bench = Bench(args.data.resolve(), args.labels.resolve(), args.out.resolve(), args.updates)
     ways: dict[str, list[dict[str, float]]] = {}
     first = args.encoders[0]
-    page: list[str] = []
+    kept: list[str] = []
     order = [(encoder, 1) for encoder in args.encoders] + [(first, seed) for seed in range(2, args.seeds + 1)]
     for encoder, seed in order:
-        ways.setdefault(encoder, []).append(bench.ways(encoder, seed))
-        page = table(ways)
-        if (encoder, seed) == (first, 1):
-            parts = bench.ablation(first)
-        page += ["", *ablation_table(bench, first, parts)]
+        ways.setdefault(encoder, []).append(bench.ways(encoder, seed, labels=(encoder, seed) == order[0]))
+        kept = kept or kept_table(bench.kept(first))
+        page = [*table(ways), "", *kept]
         (bench.out / "binarize.md").write_text("\n".join(page) + "\n", encoding="utf-8")
     print("\n".join(page))
 

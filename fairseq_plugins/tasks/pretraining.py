@@ -12,6 +12,7 @@ import torch
 from fairseq.data import Dictionary
 from fairseq.logging import metrics
 from fairseq.models import MODEL_REGISTRY
+from fairseq.optim.composite import FairseqCompositeOptimizer
 from fairseq.tasks import register_task
 from fairseq.tasks.hubert_pretraining import HubertPretrainingConfig, HubertPretrainingTask, LabelEncoder
 from omegaconf import II, OmegaConf
@@ -52,6 +53,7 @@ class HubertEffPretrainingTask(HubertPretrainingTask):
 
     cfg: HubertEffPretrainingConfig
     monitor: Monitor | None = None  # of a binarised model
+    groups_checked = False
 
     @classmethod
     @one_line_errors()
@@ -132,10 +134,21 @@ class HubertEffPretrainingTask(HubertPretrainingTask):
     def train_step(self, sample: Any, model: Any, criterion: Any, optimizer: Any, update_num: int, ignore_grad: bool = False) -> Any:
         """Forward and backward; ends the run if the loss is not finite."""
         self.last_batch = sample["id"]
+        self._check_groups(optimizer)
         with self.monitor.watching() if self._looks(update_num) else nullcontext():
             loss, sample_size, log = super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad)
         self.check_finite("the loss", loss, update_num)
         return loss, sample_size, log
+
+    def _check_groups(self, optimizer: Any) -> None:
+        """Warn once if the scales of a binarised model share a group with its weights."""
+        inner = getattr(optimizer, "fp32_optimizer", getattr(optimizer, "wrapped_optimizer", optimizer))
+        if self.monitor is not None and not self.groups_checked and not isinstance(inner, FairseqCompositeOptimizer):
+            logger.warning(
+                "the scales of this binarised model learn at the rate of its weights, and decay with them: the optimizer and lr_scheduler "
+                "sections of the files in configs/quantize give them a group of their own"
+            )
+        self.groups_checked = True
 
     def _looks(self, update_num: int) -> bool:
         return self.monitor is not None and (update_num + 1) % max(self.cfg.log_interval, 1) == 0
