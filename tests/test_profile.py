@@ -579,6 +579,7 @@ def test_command(capsys):
     assert main(["profile", "transformer-debug", "--seconds", "1"]) == 0
     text = capsys.readouterr().out
     assert f"{values['macs']:,} MACs" in text and "0-1 (2, each)" in text
+    text += hubert_eff.profile("conformer-debug+w1a1", seconds=1.0).table()  # with long reasons
     assert not any(mark in text for mark in ("\x1b", "\u2026"))  # neither colours nor cut-off cells
 
 

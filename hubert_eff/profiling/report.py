@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import sys
 from collections.abc import Iterator, Sequence
 
 from rich import box
@@ -19,7 +18,7 @@ NOTE = (
     "measured: 'paper' is the\nformula of Table 1, 'roofline' the least at the device's peak rates (hubert-eff bench measures)."
 )
 
-
+WIDEST = 1000  # of plain text; tables are as wide as their cells
 BOPS_TEXT = {"paper": "a MAC counts the width of its wider operand", "product": "a MAC counts the product of its operands' widths"}
 
 
@@ -83,18 +82,19 @@ def render_text(profile: Profile, depth: int = 3) -> str:
 
 def as_text(content: RenderableType) -> str:
     """Anything rich can draw as plain text: no colours, nothing cut off."""
-    console = Console(file=io.StringIO(), width=200, no_color=True)
+    console = Console(file=io.StringIO(), width=WIDEST, no_color=True)
     with console.capture() as capture:
         console.print(content)
     return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
 
 
 def show(content: RenderableType) -> None:
-    """Print: with rich on a terminal, else as plain text."""
-    if sys.stdout.isatty():
-        Console().print(content)
+    """Print: with rich on a terminal that is wide enough, else as plain text."""
+    text, console = as_text(content), Console()
+    if console.is_terminal and max(map(len, text.splitlines()), default=0) <= console.width:
+        console.print(content)
     else:
-        print(as_text(content), end="")
+        print(text, end="")
 
 
 def plain_table(*columns: str) -> Table:
