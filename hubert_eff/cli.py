@@ -9,6 +9,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 from typing import Any
 
 from .errors import UserError
@@ -31,8 +32,15 @@ def _module(command: str) -> Any:
     return importlib.import_module(f"hubert_eff.commands.{command.replace('-', '_')}")
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong on one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
+
+
 def _parser(command: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="hubert-eff", description="Speech encoders that are cheap to run.")
+    parser = _Parser(prog="hubert-eff", description="Speech encoders that are cheap to run.")
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, summary in COMMANDS.items():
