@@ -15,7 +15,6 @@ import json
 import random
 import shutil
 import sys
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -28,7 +27,7 @@ from hubert_eff.config import SAMPLE_RATE
 from hubert_eff.errors import UserError
 from hubert_eff.files import write_json, write_text
 
-from . import layouts, register, require_s3prl
+from . import layouts, records, register, require_s3prl
 from .launch import check_upstream, command_line
 from .prepare import prepare
 from .tasks import Task, check, choose
@@ -80,7 +79,8 @@ def run_tasks(names: str | Iterable[str], request: Request, out: Path) -> list[d
         check(task, request.data)
     require_s3prl()
     for task in tasks:
-        _check_folder(out / task.name)
+        records.check_folder(out / task.name)
+    _check_device(request.device)
     check_upstream("hubert_eff", request.upstream)
     if request.cache:
         from .cache import check_space
@@ -103,7 +103,7 @@ def run_task(task: Task, request: Request, out: Path) -> dict[str, Any]:
         **asdict(request),
         "data": str(request.data),
         "steps": config["runner"].get("total_steps", 0),
-        "sha256": _digest(request.upstream),
+        "sha256": records.digest(request.upstream),
         "data_sha256": layouts.digest(request.data / name for name in task.source.folders),
     }
     del settings["device"], settings["workers"], settings["learning_rate"]
@@ -112,11 +112,11 @@ def run_task(task: Task, request: Request, out: Path) -> dict[str, Any]:
     if task.trains:
         rates = task.learning_rates if request.sweep else (config["optimizer"]["lr"],)
     settings["learning_rates"] = list(rates)
-    if _read(out / "settings.json") != settings:
-        _check_folder(out)
+    if records.read(out / "settings.json") != settings:
+        records.check_folder(out)
         shutil.rmtree(out, ignore_errors=True)
         write_json(out / "settings.json", settings)
-    elif (result := _read(out / "result.json")) and result.get("task") == task.name:
+    elif (result := records.read(out / "result.json")) and result.get("task") == task.name:
         return result
 
     with contextlib.redirect_stdout(sys.stderr), _s3prl(task, request, out / "prepared"):  # S3PRL's remarks are no result
@@ -183,7 +183,7 @@ def _s3prl(task: Task, request: Request, lists: Path) -> Iterator[None]:
     if request.cache:
         from .cache import CachedUpstream
 
-        model = f"{_digest(request.upstream) or request.upstream} {version('hubert-eff')} {version('torch')}"
+        model = f"{records.digest(request.upstream) or request.upstream} {version('hubert-eff')} {version('torch')}"
         data = f"{task.source.folders[0]}-{layouts.digest(request.data / name for name in task.source.folders)[:8]}"
         folder = request.cache / hashlib.sha256(model.encode()).hexdigest()[:16] / data
         limit = 2 * _cache_size(request, task.source.folders)[1]
@@ -278,7 +278,7 @@ def _trained(task: Task, request: Request, config: dict[str, Any], rates: Sequen
         "tried": {f"{rate:g}": value for rate, value in tried.items()},
         "checkpoints": [str(path.relative_to(out)) for path, _ in tested[best]],
         **({"folds": [values[task.key] for values in figures]} if len(folders) > 1 else {}),
-        **_truth(folders),
+        **records.truth(folders),
     }
 
 
@@ -348,7 +348,7 @@ def _search(task: Task, request: Request, config: dict[str, Any], out: Path, lay
     from . import scoring
 
     folder = out / f"layer-{layer}" / split
-    known = _read(folder / "score.json")
+    known = records.read(folder / "score.json")
     if task.key in known:
         return float(known[task.key])
     _say(f"{task.name}: searching with layer {layer}, {split} queries")
@@ -364,44 +364,13 @@ def _search(task: Task, request: Request, config: dict[str, Any], out: Path, lay
     return value
 
 
-# -- records ---------------------------------------------------------------------------------------------------------
+def _check_device(device: str | None) -> None:
+    import torch
 
-
-def _truth(folders: Sequence[Path]) -> dict[str, Any]:
-    """Utterances of the test set, and the share of the largest class where there are classes, from S3PRL's own files."""
-    lines = [
-        line.split(" " if file.suffix == ".txt" else ",", 1)[-1]
-        for folder in folders
-        for file in sorted(folder.glob("test_*truth.*"))
-        for line in file.read_text(encoding="utf-8").splitlines()
-    ]
-    if lines:
-        return {"utterances": len(lines), "chance": max(Counter(lines).values()) / len(lines)}
-    transcribed = [file for folder in folders for file in folder.glob("test*-ref.ark")]
-    return {"utterances": sum(len(file.read_text(encoding="utf-8").splitlines()) for file in transcribed)} if transcribed else {}
-
-
-def _check_folder(out: Path) -> None:
-    if out.is_dir() and any(out.iterdir()) and not (out / "settings.json").is_file():
-        raise UserError(f"{out} holds other files: choose a new folder for the run")
-
-
-def _digest(upstream: str) -> str | None:
-    """SHA-256 of a checkpoint, None for a preset."""
-    if not Path(upstream).is_file():
-        return None
-    digest = hashlib.sha256()
-    with Path(upstream).open("rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _read(file: Path) -> dict[str, Any]:
-    """A JSON object; empty if there is none."""
-    with contextlib.suppress(OSError, ValueError):
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    return {}
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from error
 
 
 def _say(line: str) -> None:

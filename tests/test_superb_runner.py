@@ -68,6 +68,7 @@ def test_bad_input_is_refused_before_work_starts(data, tmp_path, capsys):
     assert "one step or more" in refused(capsys, *given, "conformer-debug", "--steps", 0)
     assert "above zero" in refused(capsys, *given, "conformer-debug", "--lr", -1)
     assert "leave out --lr" in refused(capsys, *given, "conformer-debug", "--lr", 1, "--lr-sweep")
+    assert "--device tpu9" in refused(capsys, *given, "conformer-debug", "--device", "tpu9")
     assert "unknown SUPERB task 'kws'" in refused(capsys, *given, "conformer-debug", "--task", "kws")
     assert "no folder at" in refused(capsys, *given, "conformer-debug", "--data", tmp_path / "absent")
     torch.save({"cfg": {"model": {"_name": "hubert"}, "task": {"sample_rate": 8000}}, "model": {}}, junk)
