@@ -9,8 +9,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
-from typing import Any
+from typing import Any, NoReturn
 
 from .errors import UserError
 
