@@ -31,7 +31,7 @@ def _times(a: PackedCodes, b: Tensor, scale: Tensor) -> Tensor:
 
 
 def _part(codes: PackedCodes, start: int, stop: int) -> PackedCodes:
-    return codes._replace(bits=codes.bits[:, :, start:stop])
+    return codes.part(codes.bits[:, :, start:stop])
 
 
 def _offsets(queries: PackedCodes, table: Tensor, start: int, scale: Tensor) -> Tensor:
@@ -166,8 +166,8 @@ class PackedSparseAttention(PackedAttention):
         column = None if attend is None else attend.mT  # (B, 1, T, 1)
         far_seen = None if column is None else gather_summaries(column, segments).mT  # (B, 1, 1, G)
         for s in chunks(segments):
-            ours = q._replace(bits=q.bits[:, :, s.place])  # (B, H, n L, W)
-            blocks = q._replace(bits=split_blocks(ours.bits, s.count))
+            ours = q.part(q.bits[:, :, s.place])  # (B, H, n L, W)
+            blocks = q.part(split_blocks(ours.bits, s.count))
             near = _times(blocks, s.blocks(k)[:, :, :, : s.own], scale).flatten(2, 3)  # (B, H, n L, own)
             scores = torch.cat((near, _times(ours, keys, scale)), -1)
             seen = None

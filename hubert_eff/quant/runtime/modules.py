@@ -31,6 +31,10 @@ class PackedCodes(NamedTuple):
     signed: bool
     half: bool  # whether the tensor was of bfloat16, and so is the result of a product
 
+    def part(self, bits: Tensor) -> PackedCodes:
+        """Some of the same tensor's rows."""
+        return PackedCodes(bits, self.scale, self.inputs, self.signed, self.half)
+
 
 def constant(value: Tensor) -> nn.Parameter:
     """A parameter that does not train."""
@@ -116,6 +120,10 @@ class PackedLinear(nn.Module):
         if self._reader:
             (reader,) = self._reader
             assert reader.input is not None
+            if torch.compiler.is_compiling():  # which cannot follow the search for the limits; the bits are the same
+                y = ops.product(bits, self.bits, self.out_features, inputs, signed, scale, self.size, self.bias)
+                codes: PackedCodes = reader.input(y.relu())
+                return PackedCodes(codes.bits, codes.scale, codes.inputs, codes.signed, half)
             words = ops.product_bits(bits, self.bits, self.out_features, inputs, self._limit(reader.input))
             return PackedCodes(words, reader.input.scale, self.out_features, False, half)
         return ops.product(bits, self.bits, self.out_features, inputs, signed, scale, self.size, self.bias, half)
