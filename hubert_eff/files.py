@@ -32,7 +32,10 @@ def writable(folder: str | os.PathLike[str]) -> Path:
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is renamed onto `path`, on error it is removed. Raises `UserError` as `writable`."""
+    """Yield a temporary path beside `path`; on success it is renamed onto `path`, on error it is removed.
+
+    Raises `UserError` as `writable` does.
+    """
     target = Path(path)
     writable(target.parent)
     # the suffix is kept last: soundfile and numpy read the format from it

@@ -7,8 +7,9 @@ Two attributes, each about the module itself and not about its submodules. A mod
     stored_bits = {"weight": (elements, bits)}     its own parameters or buffers that are kept in fewer bits than their dtype has; what
                                                    comes with them, such as one scale per channel, adds its share
 
-A module that computes with +-1 in floats and one that computes the same from packed bits declare the same, and so have the same MACs, bit
-operations and storage in a profile; element operations are those of the form that runs. A module whose products differ in width runs each kind in a submodule of its own.
+A module that computes with +-1 in floats and one that computes the same from packed bits declare the same, and so have the same MACs,
+bit operations and storage in a profile; element operations are those of the form that runs. A module whose products differ in width
+runs each kind in a submodule of its own.
 
 `@counted_as("attention")` on a function makes what it runs count like one call of `F.scaled_dot_product_attention`.
 """
