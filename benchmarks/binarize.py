@@ -13,7 +13,8 @@ With 5n updates in all, 3n of them for the float model, which has to learn befor
     from scratch    W1A1 on labels for 5n updates
 
 Then what is kept of a float model that has learned all it can here (configs/pretrain as it stands): W1A2 and W1A1 of it, 2n updates each,
-and W1A1 by 2n updates with parts of the blocks binarised only. Prints Markdown, and writes it to --out with the same figures in JSON.
+W1A1 by 2n updates with parts of the blocks binarised only, and W1A1 by the other ways with the updates of W32A32 -> W1A2 -> W1A1 in all.
+Prints Markdown, and writes it to --out with the same figures in JSON.
 Runs that have ended are not run again.
 """
 
@@ -29,10 +30,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import soundfile
+import torch
 import yaml
 from learning import config_name, records
 
+import hubert_eff
 from hubert_eff.demo import config_dir, plugin_dir
+from hubert_eff.model import normalize_waveform
 
 KINDS = ("attention_projection", "attention_product", "feed_forward", "pointwise_conv", "depthwise_conv")
 PARTS = {  # what is binarised in the ablation
@@ -41,8 +46,30 @@ PARTS = {  # what is binarised in the ablation
     "feed-forward": ("feed_forward",),
     "everything": KINDS,
 }
+DRAWS = 20
+SPECIAL = 4  # symbols with which fairseq's dictionaries begin
 FLOAT_UPDATES = 750  # of configs/pretrain/*debug.yaml
 WAYS = ("float", "multi-step", "single-step", "on labels", "from scratch")
+
+
+@torch.no_grad()
+def masked_accuracy(checkpoint: Path, data: Path, labels: Path) -> float:
+    """Accuracy at masked frames of the valid split, over `DRAWS` draws of masks: one draw has a few hundred frames only."""
+    model = hubert_eff.load(checkpoint)
+    root, *rows = (data / "valid.tsv").read_text(encoding="utf-8").splitlines()
+    symbols = [line.split()[0] for line in (labels / "dict.km.txt").read_text(encoding="utf-8").splitlines()]
+    classes = {symbol: index + SPECIAL for index, symbol in enumerate(symbols)}
+    correct = total = 0
+    for number, (row, line) in enumerate(zip(rows, (labels / "valid.km").read_text(encoding="utf-8").splitlines(), strict=True)):
+        wav = torch.from_numpy(soundfile.read(str(Path(root) / row.split("\t")[0]), dtype="float32")[0])[None]
+        if model.config.normalize:
+            wav = normalize_waveform(wav)
+        target = torch.tensor([[classes[symbol] for symbol in line.split()]])
+        for draw in range(DRAWS):
+            output = model(wav, [target], sample_ids=torch.tensor([DRAWS * number + draw]))
+            correct += int((output["logits_m"][0].argmax(-1) == output["targets_m"][0]).sum())
+            total += output["targets_m"][0].numel()
+    return correct / total
 
 
 class Bench:
@@ -77,7 +104,8 @@ class Bench:
                 sys.exit(f"{run} ended with exit code {code}; the end of {log}:\n" + "\n".join(lines[-5:]))
             valid = records(lines, "[valid]")[-1]
             self.runs[run] = {
-                "accuracy": float(valid["valid_correct_m_0"]),
+                "accuracy": masked_accuracy(self.checkpoint(run), self.data, self.labels),
+                "logged_accuracy": float(valid["valid_correct_m_0"]),
                 "majority": float(valid["valid_majority_m_0"]),
                 "agreement": float(valid["valid_correct_t_0"]) if "valid_correct_t_0" in valid else None,
                 "loss": float(valid["valid_loss"]),
@@ -115,8 +143,12 @@ class Bench:
         for part, binary in PARTS.items():
             policy = self.out / f"{part}.yaml"
             policy.write_text(yaml.safe_dump({kind: "binary" if kind in binary else "float" for kind in KINDS}))
-            rows[f"W1A1, {part}"] = f"{whole}/{part}"
+            rows[f"W1A1, {part}, single-step"] = f"{whole}/{part}"
             self.taught(f"{whole}/{part}", config, f"{whole}/float", n, f"model.quant_policy={policy}")
+        rows["W1A1, single-step, as many updates"] = f"{whole}/single"
+        self.taught(f"{whole}/single", config, f"{whole}/float", 2 * n)
+        rows["W1A1, from scratch, as many updates"] = f"{whole}/scratch"
+        self.train(f"{whole}/scratch", "quantize", f"{config}_w1a1", FLOAT_UPDATES + 2 * n)
         return {name: self.runs[run] for name, run in rows.items()}
 
 

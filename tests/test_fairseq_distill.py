@@ -25,6 +25,7 @@ pytest.importorskip("fairseq", reason="fairseq is not installed: pip install 'hu
 
 from fairseq import optim  # noqa: E402
 from fairseq.dataclass.initialize import hydra_init  # noqa: E402
+from fairseq.logging import metrics  # noqa: E402
 from fairseq.optim.lr_scheduler import build_lr_scheduler  # noqa: E402
 from fairseq.tasks import setup_task  # noqa: E402
 from hydra import compose, initialize_config_dir  # noqa: E402
@@ -119,6 +120,44 @@ def test_scales_are_in_a_group_of_their_own(data: Path) -> None:
     assert {id(p) for p in found["params"]} == wanted and found["weight_decay"] == 0.0
     (others,) = optimizer.optimizers["default"].param_groups
     assert others["weight_decay"] == 0.01 and len(others["params"]) + len(wanted) == len(list(model.parameters()))
+
+
+def test_scales_that_share_a_group_with_weights_are_told_once(data: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name, warnings in (("debug_w1a1", 0), ("debug", 1)):
+        group = "quantize" if warnings == 0 else "pretrain"
+        cfg = composed(group, name, f"task.data={data}", f"task.label_dir={data}", "model.quant=w1a1")
+        task = setup_task(cfg.task)
+        optimizer = optim.build_optimizer(cfg.optimizer, list(task.build_model(cfg.model).parameters()))
+        caplog.clear()
+        task._check_groups(optimizer)
+        task._check_groups(optimizer)
+        assert len([r for r in caplog.records if "configs/quantize give them a group of their own" in r.message]) == warnings
+
+
+def test_a_look_at_the_model_is_logged_with_a_warning_of_collapsed_scales(data: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cfg = composed("quantize", "debug_w1a1", f"task.data={data}", f"task.label_dir={data}", "common.log_interval=2")
+    task = setup_task(cfg.task)
+    model, criterion = task.build_model(cfg.model), task.build_criterion(cfg.criterion)
+    optimizer = optim.build_optimizer(cfg.optimizer, list(model.parameters()))
+    build_lr_scheduler(cfg.lr_scheduler, optimizer).step_update(20)
+    task.load_dataset("train")
+    dataset = task.dataset("train")
+    sample = dataset.collater([dataset[0], dataset[1]])
+    caplog.set_level("INFO")
+    for update in range(3):
+        with metrics.aggregate() as meters:
+            optimizer.zero_grad()
+            task.train_step(sample, model, criterion, optimizer, update)
+            task.optimizer_step(optimizer, model, update)
+        values = meters.get_smoothed_values()
+        assert ("flipped_0" in values) == (update == 1)
+        if update == 1:
+            assert 0 < values["flipped_0"] < 1 and 0 < values["saturated_1"] < 1 and 0 <= values["dead_0"] < 1
+        with torch.no_grad():
+            model.encoder.layers[0].self_attn.out_proj.input.scale.fill_(-1.0)
+    assert ["update 2: " in r.message for r in caplog.records if "most saturated" in r.message] == [True]
+    (warning,) = [r.message for r in caplog.records if "fallen to its floor" in r.message]
+    assert "the scale of encoder.layers.0.self_attn.out_proj.input" in warning
 
 
 # -- criterion -----------------------------------------------------------------------------------------------------------
