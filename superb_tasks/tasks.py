@@ -209,7 +209,7 @@ TASKS: dict[str, Task] = {
         Task(
             "sd", "diarisation", "der", "diarization", "diarization", _LIBRIMIX, layouts.check_diarization,
             scalar="der", more_is_better=False, best="best-states-dev.ckpt",
-            small={f"{_EXPERT}.modelrc.hidden_size": 128, f"{_EXPERT}.datarc.chunk_size": 500, "optimizer.lr": 1e-2},
+            small={f"{_EXPERT}.modelrc.hidden_size": 128, "optimizer.lr": 1e-2},
         ),
         Task(
             "er", "emotion recognition", "accuracy", "emotion", "emotion", _IEMOCAP, layouts.check_iemocap,

@@ -155,6 +155,8 @@ def test_every_task_constructs_trains_three_steps_and_evaluates(data, tmp_path):
     assert len(results["er"]["folds"]) == 5 and results["er"]["accuracy"] == pytest.approx(np.mean(results["er"]["folds"]))
     assert results["asv"]["chosen_on"] == "test" and results["qbe"]["layer"] in (0, 1, 2)
     assert (tmp_path / "out" / "asv" / "lr-0.001" / "test_predict.txt").is_file()
+    # the scored turns are those of S3PRL's own count of frames, here the lowest over thresholds
+    assert results["sd"]["der"] < results["sd"]["frame_der"] + 0.1
     assert list((tmp_path / "out" / "sd" / "lr-0.01" / "scoring" / "predictions").glob("*.h5"))
 
 
