@@ -145,6 +145,8 @@ class Bench:
             policy.write_text(yaml.safe_dump({kind: "binary" if kind in binary else "float" for kind in KINDS}))
             rows[f"W1A1, {part}, single-step"] = f"{whole}/{part}"
             self.taught(f"{whole}/{part}", config, f"{whole}/float", n, f"model.quant_policy={policy}")
+        rows["nothing: float, as many updates"] = f"{whole}/float-all"
+        self.train(f"{whole}/float-all", "pretrain", config, FLOAT_UPDATES + 2 * n)
         rows["W1A1, single-step, as many updates"] = f"{whole}/single"
         self.taught(f"{whole}/single", config, f"{whole}/float", 2 * n)
         rows["W1A1, from scratch, as many updates"] = f"{whole}/scratch"
