@@ -41,7 +41,7 @@ _NORMS = _names(
 )
 _ARITHMETIC = _names(
     # activations and comparisons without torch's pointwise tag in every version
-    "gelu gelu_ glu relu relu_ prelu floor_divide clamp_min clamp_max isnan isinf isfinite "
+    "gelu gelu_ glu relu relu_ softplus prelu floor_divide clamp_min clamp_max isnan isinf isfinite "
     # softmax and reductions
     "softmax log_softmax _softmax _log_softmax _safe_softmax logsumexp sum mean std var std_mean var_mean prod amax amin aminmax "
     "max min argmax argmin any all cumsum cumprod"
