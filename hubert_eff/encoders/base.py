@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,18 @@ DEBUG = {  # small enough to learn something in a minute on two CPU cores
     "mask_prob": 0.5,
     "mask_length": 5,
 }
+
+
+def published_size(layers: int, dim: int, heads: int) -> dict[str, Any]:
+    """Keys of a Conformer-like preset: the sizes that its paper prints, a feed-forward module of 4 D, HuBERT-base's pre-training."""
+    return {
+        **HUBERT_BASE,
+        "encoder_layers": layers,
+        "encoder_embed_dim": dim,
+        "encoder_ffn_embed_dim": 4 * dim,
+        "encoder_attention_heads": heads,
+        "required_seq_len_multiple": 1,
+    }
 
 
 @dataclass

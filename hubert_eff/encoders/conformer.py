@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +24,7 @@ from ..layers.linear import Linear
 from ..layers.norm import NORMS, MaskedBatchNorm, norm_of
 from ..layers.position import relative_sinusoids
 from ..registry import register_encoder
-from .base import DEBUG, HUBERT_BASE, Encoder, Frames
+from .base import DEBUG, Encoder, Frames, published_size
 
 
 @dataclass
@@ -122,27 +121,18 @@ class ConformerBlock(nn.Module):
         return self.final_layer_norm(x, frames.valid)  # type: ignore[no-any-return]
 
 
-def _preset(layers: int, dim: int, heads: int) -> dict[str, Any]:
-    return {
-        **HUBERT_BASE,
-        "encoder_layers": layers,
-        "encoder_embed_dim": dim,
-        "encoder_ffn_embed_dim": 4 * dim,
-        "encoder_attention_heads": heads,
-        "required_seq_len_multiple": 1,
-    }
-
-
 @register_encoder(
     "conformer",
     config=ConformerConfig,
     presets={
         # Conformer (S), (M), (L) of the paper's table 1; pre-training keys as in HuBERT-base
-        "conformer-s": _preset(16, 144, 4),
-        "conformer-m": _preset(16, 256, 4),
-        "conformer-l": _preset(17, 512, 8),
+        "conformer-s": published_size(16, 144, 4),
+        "conformer-m": published_size(16, 256, 4),
+        "conformer-l": published_size(17, 512, 8),
         # what Table 1 of "Attention or Convolution" counts: fairseq's defaults around the sizes of Conformer (S)
-        "conformer-s-table1": {**_preset(16, 144, 4), "encoder_ffn_embed_dim": 3072, "pos_enc_type": "abs", "required_seq_len_multiple": 2},
+        "conformer-s-table1": {
+            **published_size(16, 144, 4), "encoder_ffn_embed_dim": 3072, "pos_enc_type": "abs", "required_seq_len_multiple": 2
+        },
         "conformer-debug": {**DEBUG, "depthwise_conv_kernel_size": 15},
     },
 )

@@ -24,7 +24,7 @@ from ..layers.linear import Linear
 from ..layers.norm import MaskedBatchNorm, NoNorm
 from ..layers.position import relative_sinusoids
 from ..registry import register_encoder
-from .base import DEBUG, HUBERT_BASE, Encoder, Frames
+from .base import DEBUG, Encoder, Frames, published_size
 from .conformer import ConformerBlock, ConformerConfig
 
 REDUCTION_KERNEL = 5
@@ -169,17 +169,7 @@ class TimeReduction(nn.Module):
 
 
 def _preset(layers: int, dim: int, heads: int, reduce: int, recover: int, **keys: object) -> dict[str, object]:
-    return {
-        **HUBERT_BASE,
-        "encoder_layers": layers,
-        "encoder_embed_dim": dim,
-        "encoder_ffn_embed_dim": 4 * dim,
-        "encoder_attention_heads": heads,
-        "required_seq_len_multiple": 1,
-        "time_reduce_idx": reduce,
-        "time_recover_idx": recover,
-        **keys,
-    }
+    return {**published_size(layers, dim, heads), "time_reduce_idx": reduce, "time_recover_idx": recover, **keys}
 
 
 @register_encoder(

@@ -63,7 +63,7 @@ class Probabilities(nn.Module):
     def __init__(self, bits: int) -> None:
         super().__init__()
         # at one bit the threshold, half the scale, starts at the mean, 1. The formula would put it at 2, above every probability of a model
-        # whose attention is still even: no bit would be set, and no gradient would reach queries and keys
+        # whose attention is still even: no bit would be set, the mix would be zero, and no gradient would reach the attention
         initial = 2.0 if bits == 1 else float(initial_scale(1.0, False, 2**bits - 1))
         self.quantizer = Quantizer(bits, signed=False, initial=initial)
 
