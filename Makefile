@@ -1,13 +1,17 @@
 # Two commands set up everything on a fresh machine with Python 3.11 and pip: `make demo` and `make test`.
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
-VENV   ?= .venv
-DEMO   ?= demo
-BIN     = $(VENV)/bin
-READY   = $(VENV)/.hubert-eff-ready
+PYTHON  ?= $(shell command -v python3.11 || command -v python3)
+VENV    ?= .venv
+DEMO    ?= demo
+WORKERS ?= 2
+BIN      = $(VENV)/bin
+READY    = $(VENV)/.hubert-eff-ready
 
 # the pins also hold for what builds the source distributions (the first variable up to pip 25.2, the second from 25.3 on)
 export PIP_CONSTRAINT       = $(CURDIR)/requirements-lock.txt
 export PIP_BUILD_CONSTRAINT = $(CURDIR)/requirements-lock.txt
+
+# fairseq's extensions are compiled two at a time
+export DIST_EXTRA_CONFIG    = $(CURDIR)/.ci/build.cfg
 
 # models as small as those of the tests gain nothing from threads, which spin when other work shares the cores
 test test-long: export OMP_NUM_THREADS ?= 1
@@ -21,8 +25,8 @@ env: $(READY)
 $(READY): pyproject.toml requirements-lock.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 13) else f"Python 3.11 or 3.12 needed; this is {v[0]}.{v[1]}: make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet setuptools wheel Cython numpy torch
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[all,dev]'
+	$(BIN)/python -m pip install --quiet --no-compile setuptools wheel Cython numpy torch
+	$(BIN)/python -m pip install --quiet --no-compile --no-build-isolation --editable '.[all,dev]'
 	touch $@
 
 # corpus, labels, pre-training, second labels, keyword spotting, profile; finished steps are kept, so it resumes
@@ -30,10 +34,10 @@ demo: $(READY)
 	$(BIN)/hubert-eff demo --out $(DEMO)
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not long" -q
+	$(BIN)/python -m pytest -m "not long" -q -n $(WORKERS) --dist worksteal
 
 test-long: $(READY)
-	$(BIN)/python -m pytest -m long -q
+	$(BIN)/python -m pytest -m long -q -n $(WORKERS) --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .
