@@ -92,7 +92,8 @@ class ConvFeatureExtractor(nn.Module):
         self.conv_layers = nn.ModuleList(blocks)
 
     def forward(self, source: Tensor) -> Tensor:
-        x = source.unsqueeze(-1)
+        first = self.conv_layers[0][0]  # type: ignore[index]
+        x = source.to(first.weight.dtype).unsqueeze(-1)  # audio is float32 whatever the model computes in
         for block in self.conv_layers:
             x = block(x)
         return x

@@ -24,7 +24,7 @@ from hubert_eff.quant import BinaryConv1d, BinaryLinear, Quantizer, pack, quant_
 from hubert_eff.quant.attention import BinaryAttention
 from hubert_eff.quant.modules import FrameMask
 from hubert_eff.quant.runtime import KERNELS, kernel_in_use, loader, ops
-from hubert_eff.quant.runtime.modules import PackedConv1d, PackedLinear
+from hubert_eff.quant.runtime.modules import PackedConv1d, PackedLinear, PackedQuantizer
 
 ENCODERS = hubert_eff.list_encoders()
 
@@ -271,6 +271,26 @@ def test_a_packed_model_equals_the_simulated_one(encoder: str) -> None:
                 assert not [m for m in packed.modules() if isinstance(m, (BinaryLinear, BinaryConv1d, BinaryAttention, Quantizer))]
                 states, _ = packed.hidden_states(wav, mask)
                 assert differing(states, expected) == 0, (policy, zero, fused)
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+@torch.no_grad()
+def test_the_rest_computes_in_the_dtype_asked_for(encoder: str) -> None:
+    model, wav = debug(encoder), torch.randn(2, 12_000)
+    expected = model.hidden_states(wav)[0]
+    packed = pack(model, rest=torch.bfloat16)
+    bits = {id(p) for m in packed.modules() if isinstance(m, (PackedLinear, PackedConv1d, PackedQuantizer)) for p in m.parameters()}
+    dtypes = {p.dtype for p in packed.parameters() if id(p) not in bits}
+    assert dtypes == {torch.bfloat16} and bits
+    assert {p.dtype for p in packed.parameters() if id(p) in bits} == {torch.float32, torch.int32}
+    states, _ = packed.hidden_states(wav)  # audio as it comes, in float32
+    assert {state.dtype for state in states} == {torch.bfloat16}
+    assert torch.cosine_similarity(states[0].float().flatten(), expected[0].flatten(), 0) > 0.999
+    assert torch.cosine_similarity(states[1].float().flatten(), expected[1].flatten(), 0) > 0.97  # bits near their threshold may flip
+    whole = pack(copy.deepcopy(model).bfloat16())
+    assert {p.dtype for p in whole.parameters()} == {torch.float32, torch.int32}
+    with pytest.raises(UserError, match="rest=torch.float16: .*torch.float32, torch.bfloat16"):
+        pack(model, rest=torch.float16)
 
 
 @torch.no_grad()

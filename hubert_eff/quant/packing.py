@@ -30,18 +30,27 @@ PACKED: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
 }
 
 
-def pack(model: M, fused: bool = True) -> M:
+REST = (torch.float32, torch.bfloat16)
+
+
+def pack(model: M, fused: bool = True, rest: torch.dtype = torch.float32) -> M:
     """A copy of a binarised model (or a part of one) in eval mode that runs from packed bits, with the same outputs.
 
-    In float32 outputs are equal to the last bit. fused: in feed-forward modules whose activation is the ReLU in front of a binary
-    layer, the first layer returns the second one's bits, which changes no bit of them. The source is not changed; the copy
-    cannot be trained. Raises `UserError` for a model that has no binary layer, or activations of two bits.
+    rest: one of `REST`, the dtype of everything that is not binary (extractor, positional convolution, norms, float layers ...) and of
+    the outputs; scales and biases of binary layers are float32 at either. In float32 outputs are equal to the last bit. fused: in
+    feed-forward modules whose activation is the ReLU in front of a binary layer, the first layer returns the second one's bits, which
+    changes no bit of them. The source is not changed; the copy cannot be trained.
+    Raises `UserError` for a model that has no binary layer, activations of two bits, or another dtype.
     """
+    if rest not in REST:
+        raise UserError(f"rest={rest}: what is not binary computes in one of {', '.join(map(str, REST))}")
     if not any(type(module) in PACKED for module in model.modules()):
         raise UserError("this model has no one-bit layers to pack: hubert_eff.binarize it, and train it, first")
     packed = copy.deepcopy(model).eval()
     with torch.no_grad():
         packed = _convert(packed)  # type: ignore[assignment]
+        for module in packed.modules():
+            _to(module, torch.float32 if isinstance(module, (PackedLinear, PackedConv1d, PackedQuantizer)) else rest)
     if fused:
         for module in packed.modules():
             _join(module)
@@ -55,6 +64,16 @@ def _convert(module: nn.Module) -> nn.Module:
     for name, child in module.named_children():
         setattr(module, name, _convert(child))
     return module
+
+
+def _to(module: nn.Module, dtype: torch.dtype) -> None:
+    """Convert a module's own float parameters and buffers, not those of its submodules."""
+    for parameter in module.parameters(recurse=False):
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    for name, buffer in module.named_buffers(recurse=False):
+        if buffer.is_floating_point():
+            module._buffers[name] = buffer.to(dtype)
 
 
 def _codes(codes: Any) -> Any:
