@@ -1,0 +1,139 @@
+"""Whole models at one bit against their own float forms, and where the time of the one-bit ones goes.
+
+    python benchmarks/one_bit_model.py [--models transformer-base sparseformer-dn-s conformer-s] [--seconds 10] [--rounds 7] [--json]
+
+Sides, all in the same rounds: the float model with torch's own products (`F.linear`, `F.scaled_dot_product_attention`), with oneDNN's
+(as this package runs it), in bfloat16, with int8 linear layers; one bit with what is not binary in float32 and in bfloat16. Before
+anything is timed the packed model's hidden states are compared with the simulation's, bit by bit. HUBERT_EFF_KERNEL chooses a kernel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import harness
+import torch
+from torch import Tensor
+
+import hubert_eff
+from hubert_eff.layers import attention, linear
+from hubert_eff.profiling.cost import noise
+from hubert_eff.profiling.latency import measure_shares
+from hubert_eff.profiling.precision import at_precision
+from hubert_eff.quant import pack
+from hubert_eff.quant.runtime import KERNELS, kernel_in_use
+
+MODELS = ("transformer-base", "sparseformer-dn-s", "conformer-s")
+FLOAT, ONEDNN, BFLOAT16, INT8 = "F.linear", "oneDNN", "bfloat16", "int8 dynamic"
+ONE_BIT, ONE_BIT_BFLOAT16 = "one bit", "one bit, bfloat16 rest"
+TARGETS = {  # of the fastest kernel: peer, ours -> times as fast; BEST: the fastest float form of the run
+    ("transformer-base", FLOAT, ONE_BIT): 6.0,
+    ("transformer-base", "BEST", ONE_BIT_BFLOAT16): 3.0,
+    ("sparseformer-dn-s", FLOAT, ONE_BIT): 2.5,
+    ("sparseformer-dn-s", FLOAT, ONE_BIT_BFLOAT16): 4.0,
+}
+SLOW = 3.0  # a side that takes so many times as long as the first one is timed once
+
+
+@contextmanager
+def stock_products() -> Iterator[None]:
+    """Linear layers and attention as torch has them."""
+    refuse: Callable[..., bool] = lambda *_: False  # noqa: E731
+    with mock.patch.object(linear, "takes_onednn", refuse), mock.patch.object(attention, "takes_onednn", refuse):
+        yield
+
+
+def started(name: str) -> hubert_eff.model.HubertModel:
+    """A binarised preset with scales as after a first batch."""
+    model = hubert_eff.build(f"{name}+w1a1").train()
+    model(noise(model, 2.0, 2), mask=False, features_only=True)
+    return model.eval()
+
+
+def differing(a: list[Tensor], b: list[Tensor]) -> int:
+    """Elements of hidden states that are not the same to the last bit."""
+    return sum(int((x.view(torch.int32) != y.view(torch.int32)).sum()) for x, y in zip(a, b, strict=True))
+
+
+def times_of(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each side in every round; of one that is far slower than the first, one measurement."""
+    first: dict[str, float] = {}
+    for name, call in sides.items():
+        call()
+        first[name] = harness.seconds(call)
+    limit = SLOW * next(iter(first.values()))
+    times = harness.compare({name: call for name, call in sides.items() if first[name] <= limit}, rounds)
+    return {name: times.get(name, [first[name]] * rounds) for name in sides}
+
+
+def rows_of(name: str, seconds: float, rounds: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """One row for each pair of a float and a one-bit form; and facts of the model."""
+    float_model, binary = hubert_eff.build(name).eval(), started(name)
+    packed, half = pack(binary), pack(binary, rest=torch.bfloat16)
+    wave = noise(float_model, seconds)
+    differ = differing(packed.hidden_states(wave)[0], binary.hidden_states(wave)[0])
+    assert differ == 0, f"{differ} elements of {name}'s hidden states differ from the simulation: there is nothing to compare"
+    wide, small = at_precision(float_model, "bfloat16"), at_precision(float_model, "int8")
+
+    def stock() -> None:
+        with stock_products():
+            float_model.hidden_states(wave)
+
+    sides: dict[str, Callable[[], object]] = {
+        FLOAT: stock,
+        ONEDNN: lambda: float_model.hidden_states(wave),
+        BFLOAT16: lambda: wide.hidden_states(wave),
+        INT8: lambda: small.hidden_states(wave),
+        ONE_BIT: lambda: packed.hidden_states(wave),
+        ONE_BIT_BFLOAT16: lambda: half.hidden_states(wave),
+    }
+    times = times_of(sides, rounds)
+    best = min((FLOAT, ONEDNN, BFLOAT16), key=lambda side: statistics.median(times[side]))
+    rows = []
+    for ours in (ONE_BIT, ONE_BIT_BFLOAT16):
+        for peer in (FLOAT, ONEDNN, BFLOAT16, INT8):
+            target = TARGETS.get((name, peer, ours)) or (peer == best and TARGETS.get((name, "BEST", ours))) or 1.0
+            row = harness.row(f"{name}, {seconds:g} s", {peer: times[peer], ours: times[ours]}, target)
+            rows.append({**row, "model": name, "kernel": kernel_in_use(), "best_float": peer == best})
+    shares = {
+        side: [dataclasses.asdict(s) for s in measure_shares(side, model, seconds, 3).parts]
+        for side, model in ((ONE_BIT, packed), (ONE_BIT_BFLOAT16, half))
+    }
+    return rows, {"differing": differ, "shares": shares}
+
+
+@torch.no_grad()
+def main() -> None:
+    """Check, time, print."""
+    options = harness.parser(__doc__.splitlines()[0])
+    options.set_defaults(rounds=7)
+    options.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="presets to time (default: all)")
+    options.add_argument("--seconds", type=float, default=10.0, help="length of the audio (default: 10)")
+    args = options.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    before, rows, facts = harness.guard("before the run"), [], {}
+    for name in args.models:
+        found, facts[name] = rows_of(name, args.seconds, args.rounds)
+        rows += found
+    probe = [round(before, 1), round(harness.guard("after the run"), 1)]
+    kernel = kernel_in_use()
+    machine = harness.machine() | {"kernel": kernel, "targets": f"stated for {KERNELS[0]}", "probe": probe}
+    if args.json:
+        print(json.dumps({"machine": machine, "rows": rows, "models": facts}, indent=2))
+        return
+    harness.show(rows, machine, False)
+    for name, fact in facts.items():
+        for side, parts in fact["shares"].items():
+            shown = ", ".join(f"{p['name']} {p['ms']:.1f} ms ({p['time_percent']:.0f}%)" for p in parts if p["time_percent"] >= 1)
+            print(f"{name}, {side}: {shown}")
+
+
+if __name__ == "__main__":
+    main()
