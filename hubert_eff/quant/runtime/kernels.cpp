@@ -34,12 +34,45 @@ namespace {
 
 constexpr int LANES = 16, PAIR = 2 * LANES;
 
-// -- instruction sets: `tile` writes popcounts of R rows and P panels to out[R][32]; `above` and `at_most` compare 32 numbers; `collect` sets
-// bit i of each of 16 words whose number is above a limit ------------------------------------------------------------------------------
+// Operands of a product as they lie in memory, for an instruction set whose `tile` reads them so: popcounts of R rows and P panels,
+// out[R][32].
+template <class Isa>
+class InPlace {
+  public:
+    static constexpr int rows = Isa::rows, panels = 2;
+
+    InPlace(int64_t words, int64_t) : words(words), zeros(words) {}
+    INLINE void set_rows(const uint32_t* first, int64_t) { a = first; }
+    INLINE void set_columns(const uint32_t* first, int count) { b = first, two = count > 1; }
+    INLINE void zero_row(int32_t* out) const { run<1>(zeros.data(), out); }
+
+    template <int R>
+    INLINE void tile(int64_t row, int32_t* out) const {
+        run<R>(a + row * words, out);
+    }
+
+  private:
+    const int64_t words;
+    const std::vector<uint32_t> zeros;
+    const uint32_t *a = nullptr, *b = nullptr;
+    bool two = false;
+
+    template <int R>
+    INLINE void run(const uint32_t* from, int32_t* out) const {
+        if (two)
+            Isa::template tile<R, 2>(from, words, b, words, out);
+        else
+            Isa::template tile<R, 1>(from, words, b, words, out);
+    }
+};
+
+// -- instruction sets: `Operands` hold some rows and some panels, and write popcounts of tiles of them to out[panels / 2][rows][32];
+// `above` and `at_most` compare 32 numbers; `collect` sets bit i of each of 16 words whose number is above a limit ------------------------
 
 #if defined(__x86_64__)
 
 struct Popcnt512 {
+    using Operands = InPlace<Popcnt512>;
     static constexpr int rows = 8;
     static constexpr bool native = true;  // popcounts
 
@@ -82,6 +115,7 @@ struct Popcnt512 {
 };
 
 struct Shuffle512 {
+    using Operands = InPlace<Shuffle512>;
     static constexpr int rows = 4;
     static constexpr bool native = false;
 
@@ -140,39 +174,151 @@ struct Shuffle512 {
     }
 };
 
-struct Shuffle256 {
-    static constexpr int rows = 4;
+// Popcounts of n ^ w for four bits n of two rows and four bits w of an output, side by side in a byte: one table of sixteen w for each
+// pair of n. So one shuffle gives 4 products each of two rows with 32 outputs, and nothing is left to be summed across lanes.
+struct Tables {
+    alignas(64) uint8_t value[256 * 16];
+    constexpr Tables() : value() {
+        constexpr int count[16] = {0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4};
+        for (int n = 0; n < 256; ++n)
+            for (int w = 0; w < 16; ++w) value[n * 16 + w] = static_cast<uint8_t>(count[(n & 15) ^ w] | count[n >> 4 ^ w] << 4);
+    }
+};
+constexpr Tables tables;
+
+struct Nibbles256 {
     static constexpr bool native = false;
 
-    template <int R, int P>
-    AVX2 static void tile(const uint32_t* a, int64_t stride, const uint32_t* b, int64_t words, int32_t* out) {
-        for (int p = 0; p < 2 * P; ++p) half<R>(a, stride, b + (p / 2 * words) * LANES + p % 2 * 8, words, out + p * 8);
-    }
+    // Both operands by nibbles: for each pair of rows the places of their tables, for each nibble 32 or 64 outputs' bytes.
+    class Operands {
+      public:
+        static constexpr int rows = 2, panels = 4;
 
-    template <int R>
-    AVX2 static void half(const uint32_t* a, int64_t stride, const uint32_t* b, int64_t words, int32_t* out) {
-        const __m256i counts = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
-        const __m256i nibble = _mm256_set1_epi8(15), ones8 = _mm256_set1_epi8(1), ones16 = _mm256_set1_epi16(1);
-        __m256i sum[R];
-        for (int r = 0; r < R; ++r) sum[r] = _mm256_setzero_si256();
-        for (int64_t begin = 0; begin < words; begin += 31) {
-            const int64_t end = std::min<int64_t>(words, begin + 31);
-            __m256i part[R];
-            for (int r = 0; r < R; ++r) part[r] = _mm256_setzero_si256();
-            for (int64_t w = begin; w < end; ++w) {
-                const __m256i column = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + w * LANES));
-                for (int r = 0; r < R; ++r) {
-                    const __m256i x = _mm256_xor_si256(_mm256_set1_epi32(static_cast<int32_t>(a[r * stride + w])), column);
-                    const __m256i low = _mm256_shuffle_epi8(counts, _mm256_and_si256(x, nibble));
-                    const __m256i high = _mm256_shuffle_epi8(counts, _mm256_and_si256(_mm256_srli_epi16(x, 4), nibble));
-                    part[r] = _mm256_add_epi8(part[r], _mm256_add_epi8(low, high));
+        Operands(int64_t words, int64_t most_rows)
+            : words(words), nibbles((8 * words + GROUP - 1) / GROUP * GROUP), places(((most_rows + 1) / 2 + 1) * nibbles),
+              memory(2 * PAIR * nibbles + ALIGNED),
+              bytes(reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(memory.data()) + ALIGNED - 1) / ALIGNED * ALIGNED)) {}
+
+        void set_rows(const uint32_t* a, int64_t count) {  // the first pair stays zero; a last single row is paired with zeros
+            const std::vector<uint32_t> zeros(count % 2 ? words : 0);
+            uint16_t* out = places.data();
+            for (int64_t row = 0; row < count; row += 2)
+                pair_up(a + row * words, row + 1 < count ? a + (row + 1) * words : zeros.data(), words, out += nibbles);
+        }
+
+        void set_columns(const uint32_t* b, int count) {
+            wide = count > 2;
+            const int64_t panel = words * LANES, stride = wide ? 2 * PAIR : PAIR;
+            split(b, count > 1 ? b + panel : nullptr, words, bytes, stride);
+            if (wide) split(b + 2 * panel, count > 3 ? b + 3 * panel : nullptr, words, bytes + PAIR, stride);
+            std::memset(bytes + 8 * words * stride, 0, (nibbles - 8 * words) * stride);
+        }
+
+        void zero_row(int32_t* out) const { tile<1>(-2, out); }
+
+        template <int R>
+        void tile(int64_t row, int32_t* out) const {
+            const uint16_t* place = places.data() + (row / 2 + 1) * nibbles;
+            if (wide)
+                counts<2>(place, bytes, nibbles, out);
+            else
+                counts<1>(place, bytes, nibbles, out);
+        }
+
+      private:
+        static constexpr int64_t GROUP = 3, ALIGNED = 64;  // four bits hold three popcounts of four bits
+        const int64_t words, nibbles;
+        std::vector<uint16_t> places;
+        std::vector<uint8_t> memory;
+        uint8_t* const bytes;
+        bool wide = false;
+
+        AVX2 static void pair_up(const uint32_t* first, const uint32_t* second, int64_t words, uint16_t* out) {
+            const __m128i low = _mm_set1_epi8(15);
+            for (int64_t w = 0; w < words; w += 2) {
+                const bool two = w + 1 < words;
+                const __m128i a = some(first + w, two), b = some(second + w, two);
+                const __m128i even = _mm_or_si128(_mm_and_si128(a, low), _mm_slli_epi16(_mm_and_si128(b, low), 4));
+                const __m128i odd = _mm_or_si128(_mm_and_si128(_mm_srli_epi16(a, 4), low), _mm_andnot_si128(low, b));
+                const __m256i place = _mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_unpacklo_epi8(even, odd)), 4);
+                if (two)
+                    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 8 * w), place);
+                else
+                    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 8 * w), _mm256_castsi256_si128(place));
+            }
+        }
+
+        AVX2 static inline __m128i some(const uint32_t* words, bool two) {
+            return two ? _mm_loadl_epi64(reinterpret_cast<const __m128i*>(words)) : _mm_cvtsi32_si128(static_cast<int>(*words));
+        }
+
+        // Nibbles of two panels (or of one), 32 bytes each: byte i of double word d is output 8 i + d.
+        AVX2 static void split(const uint32_t* b, const uint32_t* second, int64_t words, uint8_t* out, int64_t stride) {
+            const __m256i alternate = _mm256_set1_epi16(255), low = _mm256_set1_epi8(15), zero = _mm256_setzero_si256();
+            for (int64_t w = 0; w < words; ++w) {
+                const __m256i* left = reinterpret_cast<const __m256i*>(b + w * LANES);
+                const __m256i* right = reinterpret_cast<const __m256i*>(second ? second + w * LANES : b);
+                const __m256i v0 = _mm256_loadu_si256(left), v1 = _mm256_loadu_si256(left + 1);
+                const __m256i v2 = second ? _mm256_loadu_si256(right) : zero, v3 = second ? _mm256_loadu_si256(right + 1) : zero;
+                const __m256i even0 = _mm256_or_si256(_mm256_and_si256(v0, alternate), _mm256_slli_epi16(v1, 8));
+                const __m256i even1 = _mm256_or_si256(_mm256_and_si256(v2, alternate), _mm256_slli_epi16(v3, 8));
+                const __m256i odd0 = _mm256_or_si256(_mm256_srli_epi16(v0, 8), _mm256_andnot_si256(alternate, v1));
+                const __m256i odd1 = _mm256_or_si256(_mm256_srli_epi16(v2, 8), _mm256_andnot_si256(alternate, v3));
+                const __m256i of_byte[4] = {
+                    _mm256_blend_epi16(even0, _mm256_slli_epi32(even1, 16), 0xaa),
+                    _mm256_blend_epi16(odd0, _mm256_slli_epi32(odd1, 16), 0xaa),
+                    _mm256_blend_epi16(_mm256_srli_epi32(even0, 16), even1, 0xaa),
+                    _mm256_blend_epi16(_mm256_srli_epi32(odd0, 16), odd1, 0xaa)};
+                for (int i = 0; i < 4; ++i, out += 2 * stride) {
+                    _mm256_store_si256(reinterpret_cast<__m256i*>(out), _mm256_and_si256(of_byte[i], low));
+                    _mm256_store_si256(reinterpret_cast<__m256i*>(out + stride), _mm256_and_si256(_mm256_srli_epi16(of_byte[i], 4), low));
                 }
             }
-            for (int r = 0; r < R; ++r)
-                sum[r] = _mm256_add_epi32(sum[r], _mm256_madd_epi16(_mm256_maddubs_epi16(part[r], ones8), ones16));
         }
-        for (int r = 0; r < R; ++r) _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + r * PAIR), sum[r]);
-    }
+
+        // Sums of a pair of rows with P times 32 outputs, out[P][2][32].
+        template <int P>
+        AVX2 static void counts(const uint16_t* place, const uint8_t* bytes, int64_t nibbles, int32_t* out) {
+            const __m256i low = _mm256_set1_epi8(15);
+            for (int64_t begin = 0; begin < nibbles; begin += 63) {  // a byte holds 63 popcounts of up to 4
+                const int64_t end = std::min<int64_t>(nibbles, begin + 63);
+                __m256i both[P], second[P];  // modulo 256: 16 times the second row's sum, plus the first one's; the second one's
+                for (int p = 0; p < P; ++p) both[p] = second[p] = _mm256_setzero_si256();
+                for (int64_t i = begin; i < end; i += GROUP) {
+                    __m256i group[P];
+                    for (int k = 0; k < GROUP; ++k) {
+                        const __m128i* table = reinterpret_cast<const __m128i*>(tables.value + place[i + k]);
+                        const __m256i counted = _mm256_broadcastsi128_si256(_mm_load_si128(table));
+                        for (int p = 0; p < P; ++p) {
+                            const __m256i w = _mm256_load_si256(reinterpret_cast<const __m256i*>(bytes + ((i + k) * P + p) * PAIR));
+                            const __m256i count = _mm256_shuffle_epi8(counted, w);
+                            group[p] = k ? _mm256_add_epi8(group[p], count) : count;
+                        }
+                    }
+                    for (int p = 0; p < P; ++p) {
+                        both[p] = _mm256_add_epi8(both[p], group[p]);
+                        second[p] = _mm256_add_epi8(second[p], _mm256_and_si256(_mm256_srli_epi16(group[p], 4), low));
+                    }
+                }
+                for (int p = 0; p < P; ++p) {
+                    const __m256i sixteen = _mm256_slli_epi16(_mm256_and_si256(second[p], low), 4);
+                    widen(_mm256_sub_epi8(both[p], sixteen), out + p * 2 * PAIR, begin > 0);
+                    widen(second[p], out + p * 2 * PAIR + PAIR, begin > 0);
+                }
+            }
+        }
+
+        AVX2 static inline void widen(__m256i bytes, int32_t* out, bool add) {
+            const __m256i lowest = _mm256_set1_epi32(255);
+            const __m256i part[4] = {
+                _mm256_and_si256(bytes, lowest), _mm256_and_si256(_mm256_srli_epi32(bytes, 8), lowest),
+                _mm256_and_si256(_mm256_srli_epi32(bytes, 16), lowest), _mm256_srli_epi32(bytes, 24)};
+            for (int i = 0; i < 4; ++i) {
+                __m256i* place = reinterpret_cast<__m256i*>(out + 8 * i);
+                _mm256_storeu_si256(place, add ? _mm256_add_epi32(_mm256_loadu_si256(place), part[i]) : part[i]);
+            }
+        }
+    };
 
     AVX2 static inline uint32_t above(const float* x, float limit) {
         const __m256 t = _mm256_set1_ps(limit);
@@ -205,6 +351,7 @@ struct Shuffle256 {
 #elif defined(__aarch64__)
 
 struct Neon {
+    using Operands = InPlace<Neon>;
     static constexpr int rows = 4;
     static constexpr bool native = false;
 
@@ -373,21 +520,25 @@ struct Product {
 
 constexpr int64_t BLOCK = 64;  // rows whose words stay in cache
 
-template <class Isa, int R>
-INLINE void tiles(const uint32_t* a, const uint32_t* b, int64_t words, int panels, int32_t* out) {
-    if (panels == 2)
-        Isa::template tile<R, 2>(a, words, b, words, out);
-    else
-        Isa::template tile<R, 1>(a, words, b, words, out);
-}
-
 struct Outputs {  // of a pair of panels
     int32_t whole[PAIR], limit[PAIR];
     float factor[PAIR], bias[PAIR];
+
+    INLINE void set(const Product& p, int64_t first, const int32_t* ones) {  // `ones`: popcounts of the right operand
+        const int64_t n = std::min<int64_t>(PAIR, p.n - first);
+        for (int64_t j = 0; j < n; ++j) {
+            whole[j] = p.is_signed ? static_cast<int32_t>(p.k) : ones[j];
+            const float size = p.size ? p.size[p.sizes == 1 ? 0 : first + j] : 1.0f;
+            factor[j] = p.scale ? *p.scale * size : size;
+            bias[j] = p.bias ? p.bias[first + j] : 0.0f;
+            limit[j] = p.limit ? p.limit[first + j] : 0;
+        }
+    }
 };
 
 template <class Isa>
-INLINE void finish(const Product& p, const Outputs& o, const int32_t* count, int rows, int64_t row, int64_t first, int64_t n) {
+INLINE void finish(const Product& p, const Outputs& o, const int32_t* count, int rows, int64_t row, int64_t first) {
+    const int64_t n = std::min<int64_t>(PAIR, p.n - first);
     if (p.limit) {
         uint32_t* out = static_cast<uint32_t*>(p.out);
         const uint32_t mask = n == PAIR ? ~0u : (1u << n) - 1;
@@ -419,33 +570,29 @@ INLINE void finish(const Product& p, const Outputs& o, const int32_t* count, int
 
 template <class Isa>
 INLINE void product(const Product& p, int64_t begin, int64_t end) {  // of blocks of rows, [batch][M/BLOCK]
+    using Operands = typename Isa::Operands;
+    constexpr int R = Operands::rows, PAIRS = Operands::panels / 2;
     const int64_t blocks = (p.m + BLOCK - 1) / BLOCK, panels = (p.n + LANES - 1) / LANES;
-    const std::vector<uint32_t> zeros(p.is_signed ? 0 : p.words);
-    int32_t count[Isa::rows * PAIR] = {};
+    Operands operands(p.words, std::min<int64_t>(p.m, BLOCK));
+    int32_t count[PAIRS][R * PAIR] = {};
     for (int64_t task = begin; task < end; ++task) {
         const int64_t batch = task / blocks, from = task % blocks * BLOCK, to = std::min<int64_t>(p.m, from + BLOCK);
-        const uint32_t* rows = p.a + batch * p.m * p.words;
-        for (int64_t panel = 0; panel < panels; panel += 2) {
-            const uint32_t* b = p.b + (batch * panels + panel) * p.words * LANES;
-            const int two = panel + 1 < panels ? 2 : 1;
-            const int64_t first = panel * LANES, n = std::min<int64_t>(PAIR, p.n - first);
-            Outputs o = {};
-            if (!p.is_signed && !p.limit) tiles<Isa, 1>(zeros.data(), b, p.words, two, count);
-            for (int64_t j = 0; j < n; ++j) {
-                o.whole[j] = p.is_signed ? static_cast<int32_t>(p.k) : count[j];
-                const float size = p.size ? p.size[p.sizes == 1 ? 0 : first + j] : 1.0f;
-                o.factor[j] = p.scale ? *p.scale * size : size;
-                o.bias[j] = p.bias ? p.bias[first + j] : 0.0f;
-                o.limit[j] = p.limit ? p.limit[first + j] : 0;
-            }
+        operands.set_rows(p.a + (batch * p.m + from) * p.words, to - from);
+        for (int64_t panel = 0; panel < panels; panel += Operands::panels) {
+            const int some = static_cast<int>(std::min<int64_t>(Operands::panels, panels - panel)), pairs = (some + 1) / 2;
+            operands.set_columns(p.b + (batch * panels + panel) * p.words * LANES, some);
+            if (!p.is_signed && !p.limit) operands.zero_row(count[0]);
+            const int64_t first = panel * LANES;
+            Outputs outputs[PAIRS] = {};
+            for (int i = 0; i < pairs; ++i) outputs[i].set(p, first + i * PAIR, count[i]);
             int64_t row = from;
-            for (; row + Isa::rows <= to; row += Isa::rows) {
-                tiles<Isa, Isa::rows>(rows + row * p.words, b, p.words, two, count);
-                finish<Isa>(p, o, count, Isa::rows, batch * p.m + row, first, n);
+            for (; row + R <= to; row += R) {
+                operands.template tile<R>(row - from, count[0]);
+                for (int i = 0; i < pairs; ++i) finish<Isa>(p, outputs[i], count[i], R, batch * p.m + row, first + i * PAIR);
             }
             for (; row < to; ++row) {
-                tiles<Isa, 1>(rows + row * p.words, b, p.words, two, count);
-                finish<Isa>(p, o, count, 1, batch * p.m + row, first, n);
+                operands.template tile<1>(row - from, count[0]);
+                for (int i = 0; i < pairs; ++i) finish<Isa>(p, outputs[i], count[i], 1, batch * p.m + row, first + i * PAIR);
             }
         }
     }
@@ -561,7 +708,7 @@ struct Functions {
 #if defined(__x86_64__)
 FUNCTIONS(avx512vpopcntdq, Popcnt512, AVX512POPCNT)
 FUNCTIONS(avx512bw, Shuffle512, AVX512BW)
-FUNCTIONS(avx2, Shuffle256, AVX2)
+FUNCTIONS(avx2, Nibbles256, AVX2)
 #elif defined(__aarch64__)
 FUNCTIONS(neon, Neon, NEON)
 #endif
