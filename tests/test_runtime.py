@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -232,10 +233,10 @@ def test_two_bits_are_refused() -> None:
         pack(nn.Linear(8, 8))
 
 
-def debug(encoder: str, policy: str = "default", zero: bool = False) -> hubert_eff.model.HubertModel:
+def debug(encoder: str, policy: str = "default", zero: bool = False, **overrides: Any) -> hubert_eff.model.HubertModel:
     """A binarised debug model whose attention is as decided as a trained one's."""
     torch.manual_seed(0)
-    model = hubert_eff.build(f"{encoder}-debug")
+    model = hubert_eff.build(f"{encoder}-debug", **overrides)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("q_proj.weight", "k_proj.weight")):
@@ -273,6 +274,25 @@ def test_a_packed_model_equals_the_simulated_one(encoder: str) -> None:
                 assert differing(states, expected) == 0, (policy, zero, fused)
 
 
+@pytest.mark.parametrize("zero", [True, False])
+@pytest.mark.parametrize("encoder", ["transformer", "sparseformer"])
+@torch.no_grad()
+def test_projections_hand_over_bits_of_whole_heads(encoder: str, zero: bool) -> None:
+    wav, padding = torch.randn(2, 12_000), torch.zeros(2, 12_000, dtype=torch.bool)
+    padding[1, 7_000:] = True
+    model = debug(encoder, zero=zero, encoder_attention_heads=2)
+    packed = pack(model)
+    assert len([m for m in packed.modules() if isinstance(m, PackedLinear) and m._reader]) == 6  # q, k and fc1 of two blocks
+    for mask in (None, padding):
+        assert differing(packed.hidden_states(wav, mask)[0], model.hidden_states(wav, mask)[0]) == 0
+    states = pack(model, rest=torch.bfloat16).hidden_states(wav)[0]
+    apart = pack(model, fused=False, rest=torch.bfloat16).hidden_states(wav)[0]
+    assert torch.cosine_similarity(states[1].float().flatten(), apart[1].float().flatten(), 0) > 0.99
+    compiled = torch.compile(packed.encoder.layers[0].self_attn.q_proj, backend="aot_eager")
+    codes = packed.encoder.layers[0].self_attn.qkv_input(torch.randn(1, 9, 64))
+    assert torch.equal(compiled(codes).bits, packed.encoder.layers[0].self_attn.q_proj(codes).bits)
+
+
 @pytest.mark.parametrize("encoder", ENCODERS)
 @torch.no_grad()
 def test_the_rest_computes_in_the_dtype_asked_for(encoder: str) -> None:
@@ -306,6 +326,8 @@ def test_feed_forward_layers_are_joined() -> None:
 def test_a_packed_model_costs_the_same(encoder: str) -> None:
     model, wav = debug(encoder, "paper"), torch.randn(1, 8_000)
     packed, counted = pack(model), []
+    with torch.no_grad():
+        model.encoder.pos_conv[0].fold()  # as packing does
     for which in (model, packed):
         with count_operations(which) as counts:
             which.hidden_states(wav)

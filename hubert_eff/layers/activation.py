@@ -20,6 +20,11 @@ def relu(x: Tensor) -> Tensor:
     return F.relu(x, inplace=not torch.is_grad_enabled())
 
 
+def gelu(x: Tensor) -> Tensor:
+    """x times the normal distribution function of x, likewise."""
+    return F.gelu(x) if torch.is_grad_enabled() else torch.ops.aten.gelu_(x)
+
+
 SLOPE = 0.08  # both Swoosh functions fall with this slope on the far left
 
 

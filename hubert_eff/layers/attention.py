@@ -120,6 +120,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: flo
     return _blockwise(q, k, v, lambda row, start, stop, scores: scores.add_(biases[row, start:stop]))
 
 
+def _heads(y: Any, heads: int) -> Any:
+    """(B, T, H d) -> (B, H, T, d), of a tensor or of codes."""
+    return torch.unflatten(y, -1, (heads, -1)).transpose(1, 2) if isinstance(y, Tensor) else y.heads(heads)
+
+
 class SelfAttention(nn.Module):
     """Dense self-attention, (B, T, D) -> (B, T, D). Projections are stored apart, as in fairseq, and applied as one product."""
 
@@ -160,11 +165,12 @@ class SelfAttention(nn.Module):
         return self
 
     def heads_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each (B, H, T, d)."""
+        """Queries, keys and values, each (B, H, T, d). Packed projections may hand over codes of queries and keys, for `products` alone."""
         if self.qkv_input is not None:
             codes = self.qkv_input(x)
-            joint = torch.cat([p(codes) for p in self.projections()], -1)
-        elif self.qkv_proj is not None:
+            q, k, v = (_heads(p(codes), self.heads) for p in self.projections())
+            return q, k, v
+        if self.qkv_proj is not None:
             joint = self.qkv_proj(x)
         else:
             parts = self.projections()

@@ -10,11 +10,14 @@ import torch
 from torch import nn
 
 from ..errors import UserError
+from ..layers.attention import SelfAttention
 from ..layers.kinds import FEED_FORWARD, Declared
+from ..layers.position import PositionalConv1d
 from .attention import BinaryAttention, BinaryMix, BinaryRelativeAttention, BinarySparseAttention, BinaryWeights
 from .modules import BinaryConv1d, BinaryLinear, Quantizer
 from .runtime.attention import PackedAttention, PackedMix, PackedRelativeAttention, PackedSparseAttention, PackedWeights
 from .runtime.modules import PackedConv1d, PackedLinear, PackedQuantizer
+from .runtime.ops import WORD
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -37,9 +40,9 @@ def pack(model: M, fused: bool = True, rest: torch.dtype = torch.float32) -> M:
     """A copy of a binarised model (or a part of one) in eval mode that runs from packed bits, with the same outputs.
 
     rest: one of `REST`, the dtype of everything that is not binary (extractor, positional convolution, norms, float layers ...) and of
-    the outputs; scales and biases of binary layers are float32 at either. In float32 outputs are equal to the last bit. fused: in
-    feed-forward modules whose activation is the ReLU in front of a binary layer, the first layer returns the second one's bits, which
-    changes no bit of them. The source is not changed; the copy cannot be trained.
+    the outputs; scales and biases of binary layers are float32 at either. In float32 outputs are equal to the last bit. fused: a
+    packed layer whose output only a quantiser reads (a ReLU and the next feed-forward layer, or the attention's products) returns that
+    one's bits, and changes none of them. The source is not changed; the copy cannot be trained.
     Raises `UserError` for a model that has no binary layer, activations of two bits, or another dtype.
     """
     if rest not in REST:
@@ -61,6 +64,8 @@ def _convert(module: nn.Module) -> nn.Module:
     make = PACKED.get(type(module))
     if make is not None:
         return make(module)
+    if isinstance(module, PositionalConv1d):
+        return module.fold()  # the same weight, which would be normalised anew for each input
     for name, child in module.named_children():
         setattr(module, name, _convert(child))
     return module
@@ -82,12 +87,17 @@ def _codes(codes: Any) -> Any:
 
 
 def _join(owner: nn.Module) -> None:
-    """Let the first of two packed feed-forward layers with nothing but a ReLU between them feed the second."""
+    """Let packed layers return bits where nothing but a quantiser reads them: the first of two feed-forward layers with only a ReLU between
+    them, projections to queries and keys whose heads fill whole words."""
     if not isinstance(owner, Declared):
         return
     parts = [(name, kind) for name, kind in owner.kinds().items() if kind.name == FEED_FORWARD]
     for (first_name, _), (second_name, kind) in zip(parts, parts[1:]):
         first, second = getattr(owner, first_name), getattr(owner, second_name)
-        if kind.activation and isinstance(first, PackedLinear) and isinstance(second, PackedLinear):
-            first.feed(second)
+        if kind.activation and isinstance(first, PackedLinear) and isinstance(second, PackedLinear) and second.input is not None:
+            first.feed(second.input)
             setattr(owner, kind.activation, _codes)
+    if isinstance(owner, SelfAttention) and type(owner.products) in (PackedAttention, PackedSparseAttention):
+        for projection, reader in ((owner.q_proj, owner.products.query), (owner.k_proj, owner.products.key)):
+            if isinstance(projection, PackedLinear) and projection.out_features // owner.heads % WORD == 0:
+                projection.feed(reader)

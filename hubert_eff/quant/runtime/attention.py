@@ -77,23 +77,29 @@ class _Packed(nn.Module):
                 self.add_module(name, PackedProbabilities(child))
 
 
+def _codes(x: Tensor | PackedCodes, quantizer: PackedQuantizer) -> PackedCodes:
+    return quantizer(x) if isinstance(x, Tensor) else x
+
+
 class PackedAttention(_Packed):
-    """`BinaryAttention`."""
+    """`BinaryAttention`; its queries and keys may come as codes."""
 
     query: PackedQuantizer
     key: PackedQuantizer
     value: PackedQuantizer
 
     @counted_as("attention")
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None, dropout: float) -> Tensor:
+    def forward(
+        self, q: Tensor | PackedCodes, k: Tensor | PackedCodes, v: Tensor, attend: Tensor | None, dropout: float
+    ) -> Tensor:
         """As `BinaryAttention`."""
-        query, key = self.query(q), self.key(k)
-        scale: Tensor = query.scale * key.scale * q.size(-1) ** -0.5
+        query, key = _codes(q, self.query), _codes(k, self.key)
+        scale: Tensor = query.scale * key.scale * v.size(-1) ** -0.5
         panels = ops.panels_from(key.bits)
 
         def scores(start: int, stop: int) -> Tensor:
             rows = query.bits[:, :, start:stop]
-            return ops.product(rows, panels, q.size(2), q.size(-1), True, scale, None, None, query.half)
+            return ops.product(rows, panels, v.size(2), v.size(-1), True, scale, None, None, query.half)
 
         return self._mixed(scores, v, attend)
 
@@ -140,12 +146,12 @@ class PackedSparseAttention(PackedAttention):
 
     @counted_as("attention")
     def forward(  # type: ignore[override]
-        self, q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None, dropout: float, pattern: SparsePattern
+        self, q: Tensor | PackedCodes, k: Tensor | PackedCodes, v: Tensor, attend: Tensor | None, dropout: float, pattern: SparsePattern
     ) -> Tensor:
         """As `BinarySparseAttention`."""
-        query, key = self.query(q), self.key(k)
+        query, key = _codes(q, self.query), _codes(k, self.key)
         moved = v if self.value.move is None else v + self.value.move
-        scale = query.scale * key.scale * q.size(-1) ** -0.5
+        scale = query.scale * key.scale * v.size(-1) ** -0.5
         rows = self._banded if pattern.kind == "local" else self._blocked
         mixed = []
         for scores, product, seen, keys in rows(query, key.bits, moved, attend, scale, pattern):

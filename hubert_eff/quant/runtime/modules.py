@@ -35,6 +35,11 @@ class PackedCodes(NamedTuple):
         """Some of the same tensor's rows."""
         return PackedCodes(bits, self.scale, self.inputs, self.signed, self.half)
 
+    def heads(self, count: int) -> PackedCodes:
+        """Bits (B, T, W) of heads side by side, of whole words each, as (B, H, T, W / H)."""
+        bits = torch.unflatten(self.bits, -1, (count, -1)).transpose(1, 2)
+        return PackedCodes(bits, self.scale, self.inputs // count, self.signed, self.half)
+
 
 def constant(value: Tensor) -> nn.Parameter:
     """A parameter that does not train."""
@@ -96,7 +101,7 @@ class PackedLinear(nn.Module):
         self.bias = None if source.bias is None else constant(source.bias)
         self.stored_bits = _stored(self.bits, source.weight.numel(), self.size)
         self.input = None if source.input is None else PackedQuantizer(source.input)
-        self._reader: tuple[PackedLinear, ...] = ()  # a tuple hides it from nn.Module: it belongs to its owner
+        self._reader: tuple[PackedQuantizer, ...] = ()  # a tuple hides it from nn.Module: it belongs to its owner
         self._limits: tuple[tuple[object, ...], Tensor] | None = None
 
     @classmethod
@@ -107,9 +112,8 @@ class PackedLinear(nn.Module):
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
-    def feed(self, reader: PackedLinear) -> None:
-        """From now on return what `reader` makes of max(y, 0): its input's codes, without y ever being written."""
-        assert self.input is not None and reader.input is not None and not reader.input.signed
+    def feed(self, reader: PackedQuantizer) -> None:
+        """From now on return what `reader` makes of y, or of max(y, 0) if it is unsigned: its codes, without y ever being written."""
         self._reader = (reader,)
 
     def forward(self, input: Tensor | PackedCodes) -> Tensor | PackedCodes:
@@ -117,31 +121,33 @@ class PackedLinear(nn.Module):
             assert self.input is not None
             input = self.input(input)
         bits, scale, inputs, signed, half = input
-        if self._reader:
-            (reader,) = self._reader
-            assert reader.input is not None
-            if torch.compiler.is_compiling():  # which cannot follow the search for the limits; the bits are the same
-                y = ops.product(bits, self.bits, self.out_features, inputs, signed, scale, self.size, self.bias)
-                codes: PackedCodes = reader.input(y.relu())
-                return PackedCodes(codes.bits, codes.scale, codes.inputs, codes.signed, half)
-            words = ops.product_bits(bits, self.bits, self.out_features, inputs, self._limit(reader.input))
-            return PackedCodes(words, reader.input.scale, self.out_features, False, half)
-        return ops.product(bits, self.bits, self.out_features, inputs, signed, scale, self.size, self.bias, half)
+        if not self._reader:
+            return ops.product(bits, self.bits, self.out_features, inputs, signed, scale, self.size, self.bias, half)
+        (reader,) = self._reader
+        if torch.compiler.is_compiling():  # which cannot follow the search for the limits; the bits are the same
+            y = ops.product(bits, self.bits, self.out_features, inputs, signed, scale, self.size, self.bias)
+            move = None if reader.move is None else reader.move.flatten()
+            words = ops.pack(y if reader.signed else y.relu(), move, None, reader.limit)
+        else:
+            words = ops.product_bits(bits, self.bits, self.out_features, inputs, self._limit(reader, scale))
+        return PackedCodes(words, reader.scale, self.out_features, reader.signed, half)
 
     @torch.no_grad()
-    def _limit(self, reader: PackedQuantizer) -> Tensor:
-        """For each output how many of the K bits may differ at most for max(y, 0) + move > a / 2, found with y's own arithmetic."""
-        assert self.input is not None and reader.limit is not None
-        sources = [self.input.scale, self.size, self.bias, reader.scale, reader.move]
+    def _limit(self, reader: PackedQuantizer, scale: Tensor) -> Tensor:
+        """For each output how many of the K bits may differ at most for a bit of 1, found with the arithmetic of y itself."""
+        sources = [scale, self.size, self.bias, reader.scale, reader.move]
         key = tuple(None if t is None else (id(t), 0 if t.is_inference() else t._version, t.dtype, t.device) for t in sources)
         if self._limits is not None and self._limits[0] == key:
             return self._limits[1]
-        factor, most = (self.input.scale.float() * self.size.float()).expand(self.out_features), reader.limit.float()
+        factor = (scale.float() * self.size.float()).expand(self.out_features)
+        most = 0.0 if reader.limit is None else reader.limit.float()
+        move = None if reader.move is None else reader.move.float().flatten()
 
         def passes(differing: Tensor) -> Tensor:
             y = (self.in_features - 2 * differing).float() * factor
-            y = (y if self.bias is None else y + self.bias.float()).relu()
-            passed: Tensor = (y if reader.move is None else y + reader.move.float()) > most
+            y = y if self.bias is None else y + self.bias.float()
+            y = y if reader.signed else y.relu()
+            passed: Tensor = (y if move is None else y + move) > most
             return passed
 
         low = torch.full((self.out_features,), -1, dtype=torch.int32, device=self.size.device)  # the limit is at least this
