@@ -11,7 +11,10 @@ from typing import Any
 
 import yaml
 
-from hubert_eff.errors import UserError
+from hubert_eff.errors import UserError, unknown
+
+S3PRL = "s3prl:"  # begins the name of an upstream of S3PRL's own
+BASELINES = ("fbank", "fbank_no_cmvn", "linear", "mel", "mfcc", "spectrogram")  # those of its upstreams that need no file
 
 
 def exit_code(program: str, run: Callable[[Sequence[str]], None], argv: Sequence[str] | None) -> int:
@@ -74,6 +77,19 @@ def device_arguments(given: bool) -> list[str]:
     import torch
 
     return [] if given or torch.cuda.is_available() else ["--device", "cpu"]
+
+
+def upstream_arguments(source: str) -> list[str]:
+    """An upstream as run_downstream takes it: ours of a checkpoint or preset, or `s3prl:fbank` for one of `BASELINES`.
+
+    Raises `UserError` for another name behind `s3prl:`.
+    """
+    if not source.startswith(S3PRL):
+        return ["-u", "hubert_eff", "-k", source]
+    name = source.removeprefix(S3PRL)
+    if name not in BASELINES:
+        raise unknown("upstream of S3PRL that needs no file", name, BASELINES)
+    return ["-u", name]
 
 
 def check_upstream(name: str | None, source: str | None) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 
 from hubert_eff.errors import UserError
 
+from .corpora.common import RECORD
+
 
 def truth(folders: Sequence[Path]) -> dict[str, Any]:
     """Utterances of the test set, and the share of the largest class where there are classes, from S3PRL's own files."""
@@ -25,6 +27,11 @@ def truth(folders: Sequence[Path]) -> dict[str, Any]:
         return {"utterances": len(lines), "chance": max(Counter(lines).values()) / len(lines)}
     transcribed = [file for folder in folders for file in folder.glob("test*-ref.ark")]
     return {"utterances": sum(len(file.read_text(encoding="utf-8").splitlines()) for file in transcribed)} if transcribed else {}
+
+
+def generated(data: Path, folder: str) -> bool:
+    """Whether a data set was made by `hubert-eff corpus superb`, which keeps a record beside it."""
+    return folder in read(data / RECORD)
 
 
 def check_folder(out: Path) -> None:

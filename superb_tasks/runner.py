@@ -2,9 +2,10 @@
 
     hubert-eff superb run --task ks,asr --upstream CKPT --data DIR --out DIR
 
-Per task, `OUT/TASK/` holds `result.json`, `settings.json` (what the result is of), `prepared/` (lists that S3PRL reads) and S3PRL's own
-folders of experiments: `lr-RATE/` of each learning rate tried, with a folder per fold in it where there are folds, or `layer-N/SPLIT/`
-where nothing is trained. Predictions of the test set are in those, under S3PRL's names.
+Per task, `OUT/TASK/` holds `result.json`, `utterances.json` (what it is made of, utterance by utterance), `settings.json` (what the result
+is of), `prepared/` (lists that S3PRL reads) and S3PRL's own folders of experiments: `lr-RATE/` of each learning rate tried, with a folder
+per fold in it where there are folds, or `layer-N/SPLIT/` where nothing is trained. Predictions of the test set are in those, under S3PRL's
+names.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ from hubert_eff.errors import UserError
 from hubert_eff.files import write_json, write_text
 
 from . import layouts, records, register, require_s3prl
-from .launch import check_upstream, command_line
+from .launch import S3PRL, check_upstream, command_line, upstream_arguments
 from .prepare import prepare
 from .tasks import Task, check, choose
+from .utterances import utterances
 
 VERSIONS = ("hubert-eff", "s3prl", "torch", "torchaudio", "numpy")
 SCALARS = "scalars.jsonl"  # what S3PRL logs, a line per figure
@@ -40,11 +42,12 @@ SCALARS = "scalars.jsonl"  # what S3PRL logs, a line per figure
 class Request:
     """How tasks are run.
 
-    `upstream` is a checkpoint, an exported file, or `PRESET[@SEED]` for an untrained model; `data` the folder of the data sets. `steps`
-    and `learning_rate` are SUPERB's where None; with `sweep`, each rate of SUPERB's grid is trained, and the one that is best on the
-    validation set is tested (where there is none, on the test set, as SUPERB does). `small` takes narrow heads and small batches, for
-    generated data: such results compare models with each other only. `workers` load data in processes of their own. `cache` is a folder
-    for the hidden states of all recordings, in half precision; several tasks and models may share it.
+    `upstream` is a checkpoint, an exported file, `PRESET[@SEED]` for an untrained model, or one of S3PRL's own that needs no file,
+    `s3prl:fbank` or `s3prl:mfcc`; `data` the folder of the data sets. `steps` and `learning_rate` are SUPERB's where None; with `sweep`,
+    each rate of SUPERB's grid is trained, and the one that is best on the validation set is tested (where there is none, on the test set,
+    as SUPERB does). `small` takes narrow heads, small batches and few steps, for generated data: such results compare models with each
+    other only. `workers` load data in processes of their own. `cache` is a folder for the hidden states of all recordings, in half
+    precision; several tasks and models may share it; S3PRL's own upstreams are computed anew.
     """
 
     upstream: str
@@ -66,6 +69,11 @@ class Request:
         if self.sweep and self.learning_rate is not None:
             raise UserError("--lr-sweep tries SUPERB's learning rates: leave out --lr")
 
+    @property
+    def cached(self) -> bool:
+        """Whether states are kept on disk."""
+        return self.cache is not None and not self.upstream.startswith(S3PRL)
+
 
 def run_tasks(names: str | Iterable[str], request: Request, out: Path) -> list[dict[str, Any]]:
     """Run tasks one after the other into `out/TASK`; their results.
@@ -81,8 +89,9 @@ def run_tasks(names: str | Iterable[str], request: Request, out: Path) -> list[d
     for task in tasks:
         records.check_folder(out / task.name)
     _check_device(request.device)
-    check_upstream("hubert_eff", request.upstream)
-    if request.cache:
+    if "-k" in upstream_arguments(request.upstream):
+        check_upstream("hubert_eff", request.upstream)
+    if request.cached:
         from .cache import check_space
 
         hours, size = _cache_size(request, {name for task in tasks for name in task.source.folders})
@@ -105,9 +114,11 @@ def run_task(task: Task, request: Request, out: Path) -> dict[str, Any]:
         "steps": config["runner"].get("total_steps", 0),
         "sha256": records.digest(request.upstream),
         "data_sha256": layouts.digest(request.data / name for name in task.source.folders),
+        # as SUPERB has it: then, and only then, a result may stand beside published ones
+        "superb_settings": not request.small and request.steps is None and not records.generated(request.data, task.source.folders[0]),
     }
     del settings["device"], settings["workers"], settings["learning_rate"]
-    settings["cache"] = request.cache is not None
+    settings["cache"] = request.cached
     rates: Sequence[float] = ()
     if task.trains:
         rates = task.learning_rates if request.sweep else (config["optimizer"]["lr"],)
@@ -122,6 +133,9 @@ def run_task(task: Task, request: Request, out: Path) -> dict[str, Any]:
     with contextlib.redirect_stdout(sys.stderr), _s3prl(task, request, out / "prepared"):  # S3PRL's remarks are no result
         config = prepare(task, config, request.data, out / "prepared")
         found = _trained(task, request, config, rates, out) if task.trains else _best_layer(task, request, config, out)
+    if task.trains:
+        folders = [(out / checkpoint).parent for checkpoint in found["checkpoints"]]
+        write_json(out / "utterances.json", utterances(task, folders, request.data))
     result = {**settings, **found, "versions": {name: version(name) for name in VERSIONS}}
     write_json(out / "result.json", result)
     return result
@@ -139,10 +153,11 @@ def settings_of(task: Task, request: Request) -> dict[str, Any]:
     if request.learning_rate is not None:
         config["optimizer"]["lr"] = request.learning_rate
     runner["eval_dataloaders"] = [task.valid] if task.valid else []
-    if request.steps is not None:
+    if request.steps is not None or request.small:
+        steps = request.steps or runner["total_steps"]
         # up to four times, the last time at the end
-        every = next(request.steps // parts for parts in (4, 3, 2, 1) if request.steps % parts == 0)
-        runner.update(total_steps=request.steps, eval_step=every, save_step=every, log_step=every)
+        every = next(steps // parts for parts in (4, 3, 2, 1) if steps % parts == 0)
+        runner.update(total_steps=steps, eval_step=every, save_step=every, log_step=every)
     return config
 
 
@@ -151,14 +166,20 @@ def settings_of(task: Task, request: Request) -> dict[str, Any]:
 
 def _cache_size(request: Request, folders: Iterable[str]) -> tuple[float, int]:
     """Hours of the recordings in the data folders, and the bytes of their states."""
+    from .cache import estimate
+
+    states = _states(request.upstream)
+    return estimate((request.data / name for name in folders), len(states), states[0].shape[-1])
+
+
+def _states(upstream: str) -> list[Any]:
+    """The hidden states of a second of silence."""
     import torch
 
-    from .cache import estimate
     from .upstream.expert import load_upstream
 
     with torch.no_grad():
-        states = load_upstream(request.upstream).eval().hidden_states(torch.zeros(1, SAMPLE_RATE))[0]
-    return estimate((request.data / name for name in folders), len(states), states[0].shape[-1])
+        return load_upstream(upstream).eval().hidden_states(torch.zeros(1, SAMPLE_RATE))[0]
 
 
 @contextlib.contextmanager
@@ -180,11 +201,12 @@ def _s3prl(task: Task, request: Request, lists: Path) -> Iterator[None]:
 
     upstream, writer = hub.hubert_eff, runner.SummaryWriter
     runner.SummaryWriter = Writer
-    if request.cache:
+    if request.cached:
         from .cache import CachedUpstream
 
         model = f"{records.digest(request.upstream) or request.upstream} {version('hubert-eff')} {version('torch')}"
         data = f"{task.source.folders[0]}-{layouts.digest(request.data / name for name in task.source.folders)[:8]}"
+        assert request.cache is not None
         folder = request.cache / hashlib.sha256(model.encode()).hexdigest()[:16] / data
         limit = 2 * _cache_size(request, task.source.folders)[1]
         hub.hubert_eff = lambda **arguments: CachedUpstream(upstream(**arguments), folder, limit)
@@ -228,7 +250,7 @@ def _train(task: Task, request: Request, config: dict[str, Any], folder: Path) -
             break
         checkpoint.unlink()
     _build([
-        "-m", "train", "-a", "-u", "hubert_eff", "-k", request.upstream, "-d", task.downstream, "-c", str(folder / "config.yaml"),
+        "-m", "train", "-a", *upstream_arguments(request.upstream), "-d", task.downstream, "-c", str(folder / "config.yaml"),
         "-p", str(folder), "--seed", str(request.seed), "--device", str(request.device),
     ]).train()  # fmt: skip
 
@@ -327,12 +349,7 @@ def _readable(checkpoint: Path) -> bool:
 
 def _best_layer(task: Task, request: Request, config: dict[str, Any], out: Path) -> dict[str, Any]:
     """Search with each hidden state, choose by the development queries, count the evaluation queries."""
-    import torch
-
-    from .upstream.expert import load_upstream
-
-    with torch.no_grad():
-        layers = len(load_upstream(request.upstream).eval().hidden_states(torch.zeros(1, SAMPLE_RATE))[0])
+    layers = 1 if request.upstream.startswith(S3PRL) else len(_states(request.upstream))
     tried = {layer: _search(task, request, config, out, layer, "dev") for layer in range(layers)}
     best = max(tried, key=lambda layer: tried[layer])
     return {
@@ -355,7 +372,7 @@ def _search(task: Task, request: Request, config: dict[str, Any], out: Path, lay
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
     _build([
-        "-m", "evaluate", "-t", split, "-u", "hubert_eff", "-k", request.upstream, "-l", str(layer), "-d", task.downstream,
+        "-m", "evaluate", "-t", split, *upstream_arguments(request.upstream), "-l", str(layer), "-d", task.downstream,
         "-c", str(folder / "config.yaml"), "-p", str(folder), "--seed", str(request.seed), "--device", str(request.device),
     ]).evaluate(split, _Scalars(), 1)  # fmt: skip
     truth = layouts.quesst_truth(request.data / layouts.QUESST, "dev" if split == "dev" else "eval")

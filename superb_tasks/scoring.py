@@ -16,6 +16,7 @@ from hubert_eff.files import write_text
 from .launch import command_line
 
 Turn = tuple[str, str, float, float]  # recording, speaker, start and end in s
+HYPOTHESIS = "hypothesis.rttm"
 
 # QUESST 2014 (Anguera et al. 2014): prior of an occurrence, costs of a miss and of a false alarm
 PRIOR, MISS_COST, FALSE_ALARM_COST = 0.0008, 100.0, 1.0
@@ -60,13 +61,12 @@ def read_rttm(file: Path) -> list[Turn]:
     return [(row[1], row[7], float(row[3]), float(row[3]) + float(row[4])) for row in rows]
 
 
-def der(reference: Sequence[Turn], hypothesis: Sequence[Turn]) -> float:
-    """The diarisation error rate: missed, falsely detected and confused speaker time over the speaker time of the reference.
+def errors(reference: Sequence[Turn], hypothesis: Sequence[Turn]) -> dict[str, tuple[float, float]]:
+    """Per recording of the reference: speaker time that is missed, falsely detected or confused, and speaker time, in s.
 
-    No collar, overlapped speech scored, speakers matched per recording so that the error is least (NIST's md-eval). Raises `UserError`
-    if nobody speaks in the reference.
+    No collar, overlapped speech scored, speakers matched per recording so that the error is least (NIST's md-eval).
     """
-    spoken = wrong = 0.0
+    found = {}
     for recording in sorted({turn[0] for turn in reference}):
         ours, theirs = ([turn[1:] for turn in turns if turn[0] == recording] for turns in (reference, hypothesis))
         edges = np.unique([time for _, start, end in (*ours, *theirs) for time in (start, end)])
@@ -74,25 +74,36 @@ def der(reference: Sequence[Turn], hypothesis: Sequence[Turn]) -> float:
         a, b = _activity(ours, edges), _activity(theirs, edges)  # (speakers, stretches)
         rows, columns = linear_sum_assignment((a * length) @ b.T, maximize=True)
         correct = (a[rows] * b[columns]).sum(0)
-        spoken += float(a.sum(0) @ length)
-        wrong += float((np.maximum(a.sum(0), b.sum(0)) - correct) @ length)
+        found[recording] = float((np.maximum(a.sum(0), b.sum(0)) - correct) @ length), float(a.sum(0) @ length)
+    return found
+
+
+def der(reference: Sequence[Turn], hypothesis: Sequence[Turn]) -> float:
+    """The diarisation error rate: all `errors` over all speaker time. Raises `UserError` if nobody speaks in the reference."""
+    wrong, spoken = (sum(seconds) for seconds in zip(*errors(reference, hypothesis).values())) if reference else (0.0, 0.0)
     if not spoken:
         raise UserError("nobody speaks in the reference")
     return wrong / spoken
 
 
 def lowest_der(reference: Sequence[Turn], folder: Path) -> float:
-    """The DER of the predictions in S3PRL's folder of an experiment, lowest over thresholds and median filters: SUPERB's scoring."""
-    predictions, hypothesis = folder / "predictions.txt", folder / "hypothesis.rttm"
+    """The DER of the predictions in S3PRL's folder of an experiment, lowest over thresholds and median filters: SUPERB's scoring.
+
+    The turns that it is of are left in `HYPOTHESIS`.
+    """
+    predictions, hypothesis, best = folder / "predictions.txt", folder / "threshold.rttm", folder / HYPOTHESIS
     write_text(predictions, "".join(f"{file}\n" for file in sorted((folder / "scoring" / "predictions").glob("*.h5"))))
     shift = (folder / "frame_shift").read_text(encoding="utf-8").strip()
-    errors = []
+    lowest = float("inf")
     for median in ("1", "11"):
         for threshold in ("0.3", "0.4", "0.5", "0.6", "0.7"):
             with command_line("--median", median, "--threshold", threshold, "--frame_shift", shift, str(predictions), str(hypothesis)):
                 runpy.run_module("s3prl.downstream.diarization.make_rttm", run_name="__main__")
-            errors.append(der(reference, read_rttm(hypothesis)))
-    return min(errors)
+            error = der(reference, read_rttm(hypothesis))
+            if error < lowest:
+                lowest = error
+                hypothesis.replace(best)
+    return lowest
 
 
 def _activity(turns: Sequence[tuple[str, float, float]], edges: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]

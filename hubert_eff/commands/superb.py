@@ -1,4 +1,4 @@
-"""`hubert-eff superb list | check | run`: the ten tasks of the SUPERB benchmark, through S3PRL."""
+"""`hubert-eff superb list | check | run | report`: the ten tasks of the SUPERB benchmark, through S3PRL."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..errors import UserError, missing_extra
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of the three sub-commands."""
+    """The arguments of the four sub-commands."""
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
     listing = kinds.add_parser("list", help="the ten tasks: metric, data, licence, where the data are from")
     listing.add_argument("--json", action="store_true", help="print the tasks with their settings and layouts as JSON")
@@ -26,23 +26,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     run = kinds.add_parser("run", help="train and test tasks on a frozen upstream")
     run.add_argument("--task", required=True, metavar="TASK,...", help="short names, see list, or all")
-    run.add_argument("--upstream", required=True, metavar="CKPT|FILE|PRESET[@SEED]", help="a checkpoint, an export, or an untrained model")
+    sources = "a checkpoint, an export, an untrained model, or one of S3PRL's that need no file, such as s3prl:fbank"
+    run.add_argument("--upstream", required=True, metavar="CKPT|FILE|PRESET[@SEED]", help=sources)
     run.add_argument("--data", required=True, type=Path, metavar="DIR", help="folder that holds the data sets")
     run.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the runs: DIR/TASK/result.json")
     run.add_argument("--lr-sweep", action="store_true", help="try SUPERB's learning rates, 1e-1 to 1e-7, and test the best one")
     run.add_argument("--lr", type=float, help="one learning rate for all tasks (default: that of the task's settings)")
-    run.add_argument("--steps", type=int, help="updates per run (default: SUPERB's, 30000 to 200000)")
-    run.add_argument("--small", action="store_true", help="narrow heads and small batches, for generated data: compares models only")
+    run.add_argument("--steps", type=int, help="updates per run (default: SUPERB's, 30000 to 200000; with --small 150 to 400)")
+    run.add_argument("--small", action="store_true", help="narrow heads, small batches, few steps: for generated data")
     run.add_argument("--seed", type=int, default=1337, help="of heads and batches (default: S3PRL's, %(default)d)")
     run.add_argument("--device", help="default: cuda where there is one, else cpu")
     run.add_argument("--workers", type=int, help="processes that load data (default: the settings'; none on a CPU)")
     run.add_argument("--cache", type=Path, metavar="DIR", help="keep the hidden states of all recordings there; the size is said first")
     run.add_argument("--json", action="store_true", help="print the results as JSON")
 
+    report = kinds.add_parser("report", help="models beside each other and the paper's: ten tasks, SUPERB score, cost, significance")
+    report.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="folders of runs; the first model is the one compared with")
+    report.add_argument("--out", type=Path, metavar="DIR", help="write the table as Markdown, CSV, JSON, and a submission per model")
+    report.add_argument("--json", action="store_true", help="print the table as JSON")
+
 
 def run(args: argparse.Namespace) -> int:
     """Run the sub-command; `check` returns 2 if data are missing."""
-    return {"list": _list, "check": _check, "run": _run}[args.kind](args)
+    return {"list": _list, "check": _check, "run": _run, "report": _report}[args.kind](args)
 
 
 def _bridge(module: str) -> Any:
@@ -103,4 +109,25 @@ def _run(args: argparse.Namespace) -> int:
         chosen = f"learning rate {result['learning_rate']:g}, {result['steps']} steps" if task.trains else f"layer {result['layer']}"
         file = args.out / task.name / "result.json"
         print(f"{task.name:<4} {task.title}, {args.upstream}: {task.key} {result[task.key]:.4f} ({chosen}); {file}")
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from ..profiling.report import plain_table, show
+
+    results = _bridge("results")
+    values = results.report(args.folders, args.out)
+    if args.json:
+        print(json.dumps(values, indent=2, ensure_ascii=False))
+        return 0
+    head, rows = results.cells(values)
+    table = plain_table(*head)
+    for row in rows:
+        table.add_row(*row)
+    show(table)
+    for note in values["notes"]:
+        print(note)
+    for row in values["rows"]:
+        if row.get("submission"):
+            print(f"{row['model']}: submission of {len(row['submission'])} of 14 parts: {' '.join(row['submission'])}")
     return 0

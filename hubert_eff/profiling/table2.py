@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -46,3 +48,39 @@ PAPER_TABLE: dict[str, tuple[float, ...]] = {
 def paper_quality(row: str, task: str) -> float:
     """The paper's figure of a row of Table 1 on a task."""
     return PAPER_TABLE[row][list(METRICS).index(task)]
+
+
+def paper_figures(row: str) -> dict[str, dict[str, float]]:
+    """The paper's figures of a row as results have them: by task and metric, shares in [0, 1]."""
+    return {task: {metric.key: value / metric.scale} for (task, metric), value in zip(METRICS.items(), PAPER_TABLE[row], strict=True)}
+
+
+# The leaderboard's two reference points per metric, in %: FBANK, and the best upstream of its time. Source: superbbenchmark.org,
+# github.com/superbbenchmark/website-react, frontend/src/Data.js, `reference_points` (errors there as 100 - error)
+REFERENCES: dict[str, dict[str, tuple[float, float]]] = {
+    "asr": {"wer": (23.18, 3.62)},
+    "ks": {"accuracy": (41.3826674, 96.66)},
+    "sf": {"f1": (69.64, 89.81), "slot_value_cer": (52.94, 21.76)},
+    "sid": {"accuracy": (20.058174, 90.3)},
+    "pr": {"per": (82.01, 3.53)},
+    "qbe": {"mtwv": (0.58, 7.36)},
+    "ic": {"accuracy": (9.649354219, 98.76)},
+    "asv": {"eer": (9.56, 5.11)},
+    "sd": {"der": (10.05, 5.62)},
+    "er": {"accuracy": (48.23672168, 67.62)},
+}
+
+
+def superb_score(results: Mapping[str, Mapping[str, Any]]) -> float | None:
+    """The leaderboard's score superb_s of results by task, shares in [0, 1]; None unless all ten tasks are there.
+
+    A metric's points are 1000 (value - FBANK) / (best - FBANK), see `REFERENCES`; a task's the mean of its metrics', the score the mean of
+    the tasks' (superbbenchmark.org, Overall Metrics). Of slot filling, where the slot-value CER is not given, as in the paper, F1 counts.
+    """
+    if not set(METRICS) <= set(results):
+        return None
+    points: list[float] = []
+    for task, metrics in REFERENCES.items():
+        given = {key: ends for key, ends in metrics.items() if key in results[task]}
+        points.append(sum(1000 * (100 * results[task][key] - low) / (high - low) for key, (low, high) in given.items()) / len(given))
+    return sum(points) / len(points)
