@@ -10,7 +10,9 @@ laid out, at 16 kHz, as
   another word (`_unknown_`), noise made here is silence;
 - VoxCeleb1: a speaker per id, one digit per recording.
 
-Then `hubert-eff superb run --small` runs both tasks on each upstream, and `hubert-eff superb report` puts them beside each other.
+Then `hubert-eff superb run --small` runs both tasks on each upstream, and `hubert-eff superb report` puts them beside each other. S3PRL's
+`fbank` and `mfcc` take each utterance's mean away, which is all that the mean over time of SUPERB's heads could see: `fbank_no_cmvn` is the
+fair peer.
 """
 
 from __future__ import annotations
@@ -109,7 +111,7 @@ def main() -> int:
         write(found, draft)
         draft.rename(data)
     runs = []
-    for upstream in (args.upstream, args.untrained, "s3prl:fbank", "s3prl:mfcc"):
+    for upstream in (args.upstream, args.untrained, "s3prl:fbank_no_cmvn", "s3prl:mfcc", "s3prl:fbank"):
         runs.append(args.out / re.sub(r"\W+", "-", upstream).strip("-"))
         words = ["--task", "ks,sid", "--upstream", upstream, "--data", data, "--out", runs[-1], "--small", "--cache", args.out / "cache"]
         subprocess.run([sys.executable, "-m", "hubert_eff.cli", "superb", "run", *map(str, words)], check=True)

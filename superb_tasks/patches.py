@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import ctypes
 import functools
+import importlib
 import os
 import sys
 import types
@@ -33,6 +34,7 @@ def apply() -> None:
     _read_own_checkpoints()
     _provide_catalyst_sampler()
     _provide_sox_effects()
+    _import_transformers_when_needed()
 
 
 def _quiet_warnings() -> None:
@@ -137,6 +139,23 @@ def _provide_catalyst_sampler() -> None:
         ("catalyst.data.sampler", sampler),
     ):
         sys.modules[name] = module
+
+
+def _import_transformers_when_needed() -> None:
+    """S3PRL's hub imports all of its upstreams; two of them import transformers, which takes longer than all the rest. They do so now when
+    one of the two is built."""
+    for name in ("s3prl.upstream.hf_hubert.expert", "s3prl.upstream.hf_wav2vec2.expert"):
+        if name not in sys.modules:
+            module = types.ModuleType(name)
+            module.UpstreamExpert = functools.partial(_build_expert, module)  # type: ignore[attr-defined]
+            sys.modules[name] = module
+
+
+def _build_expert(stand_in: types.ModuleType, *arguments: Any, **more: Any) -> Any:
+    name = stand_in.__name__
+    if sys.modules[name] is stand_in:
+        del sys.modules[name]
+    return importlib.import_module(name).UpstreamExpert(*arguments, **more)
 
 
 def _provide_sox_effects() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import shutil
 import signal
@@ -20,7 +22,7 @@ import hubert_eff
 from hubert_eff.cli import main as cli
 from hubert_eff.errors import UserError
 from hubert_eff.exporting import export
-from superb_tasks import layouts, runner
+from superb_tasks import layouts, runner, significance
 from superb_tasks.prepare import prepare
 from superb_tasks.runner import Request, settings_of
 from superb_tasks.tasks import TASKS
@@ -38,16 +40,16 @@ def data(tmp_path_factory) -> Path:
     return out
 
 
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "hubert_eff.cli", "superb", "run", *map(str, arguments)]
+def command(data: Path, out: Path, *arguments: object) -> list[str]:
+    return ["superb", "run", *map(str, ("--data", data, "--out", out, "--small", "--device", "cpu", "--json", *arguments))]
 
 
 def superb(data: Path, out: Path, *arguments: object) -> list[dict]:
-    """The results of a run in a process of its own, on the CPU."""
-    words = command("--data", data, "--out", out, "--small", "--device", "cpu", "--json", *arguments)
-    done = subprocess.run(words, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)["results"]
+    """The results of a run on the CPU, in this process: importing S3PRL takes longer than three steps."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert cli(command(data, out, *arguments)) == 0
+    return json.loads(printed.getvalue())["results"]
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -71,6 +73,7 @@ def test_bad_input_is_refused_before_work_starts(data, tmp_path, capsys):
     assert "--device tpu9" in refused(capsys, *given, "conformer-debug", "--device", "tpu9")
     assert "unknown SUPERB task 'kws'" in refused(capsys, *given, "conformer-debug", "--task", "kws")
     assert "no folder at" in refused(capsys, *given, "conformer-debug", "--data", tmp_path / "absent")
+    assert "did you mean 'fbank'" in refused(capsys, *given, "s3prl:fbnk")
     torch.save({"cfg": {"model": {"_name": "hubert"}, "task": {"sample_rate": 8000}}, "model": {}}, junk)
     assert "trained on audio of 8000 Hz" in refused(capsys, *given, junk)
     assert not (tmp_path / "out").exists()
@@ -93,6 +96,15 @@ def test_validation_falls_on_the_last_step(steps, every):
     assert {settings["runner"][key] for key in ("eval_step", "save_step", "log_step")} == {every}
     assert settings["runner"]["eval_dataloaders"] == ["dev"]
     assert settings["downstream_expert"]["datarc"]["num_workers"] == 0
+
+
+def test_small_runs_are_short_unless_told_otherwise():
+    request = Request("conformer-debug", Path(), small=True, device="cpu")
+    runners = {name: settings_of(task, request)["runner"] for name, task in TASKS.items()}
+    steps = {name: runner.get("total_steps", 0) for name, runner in runners.items()}
+    assert steps["qbe"] == 0 and all(100 <= count <= 400 for name, count in steps.items() if name != "qbe")
+    told = settings_of(TASKS["er"], Request("conformer-debug", Path(), steps=12, small=True, device="cpu"))
+    assert told["runner"]["total_steps"] == 12 and told["runner"]["eval_step"] == 3
 
 
 def test_superbs_own_steps_and_rate_are_the_default():
@@ -138,6 +150,9 @@ def test_phonemes_in_three_steps(data, tmp_path):
     assert result["sha256"] and set(result["versions"]) >= {"torch", "s3prl", "hubert-eff"}
     assert result == json.loads((tmp_path / "out" / "pr" / "result.json").read_text())
     assert (tmp_path / "out" / "pr" / result["checkpoints"][0]).is_file()
+    assert not result["superb_settings"]  # on generated data, with fewer steps
+    rows = json.loads((tmp_path / "out" / "pr" / "utterances.json").read_text())
+    assert sum(row[1] for row in rows) / sum(row[2] for row in rows) == pytest.approx(result["per"])
     # done, so it is read: in this process, which has no time to train
     [again] = runner.run_tasks("pr", Request(str(tmp_path / "model.safetensors"), data, 3, small=True, device="cpu"), tmp_path / "out")
     assert again == result
@@ -155,9 +170,22 @@ def test_every_task_constructs_trains_three_steps_and_evaluates(data, tmp_path):
     assert len(results["er"]["folds"]) == 5 and results["er"]["accuracy"] == pytest.approx(np.mean(results["er"]["folds"]))
     assert results["asv"]["chosen_on"] == "test" and results["qbe"]["layer"] in (0, 1, 2)
     assert (tmp_path / "out" / "asv" / "lr-0.001" / "test_predict.txt").is_file()
+    for name, result in results.items():  # utterance by utterance it is the same figure
+        if name != "qbe":
+            rows = json.loads((tmp_path / "out" / name / "utterances.json").read_text())
+            # S3PRL interpolates the rate at which misses and false alarms are equally many, and takes the mean over folds
+            tolerance = {"asv": 0.02, "er": 0.05}.get(name, 1e-6)
+            assert significance.figure(name, rows) == pytest.approx(result[TASKS[name].key], abs=tolerance), name
     # the scored turns are those of S3PRL's own count of frames, here the lowest over thresholds
     assert results["sd"]["der"] < results["sd"]["frame_der"] + 0.1
     assert list((tmp_path / "out" / "sd" / "lr-0.01" / "scoring" / "predictions").glob("*.h5"))
+
+
+@pytest.mark.long
+def test_s3prls_own_features_are_upstreams_too(data, tmp_path):
+    results = superb(data, tmp_path / "out", "--task", "ks,qbe", "--upstream", "s3prl:mfcc", "--steps", 3, "--cache", tmp_path / "cache")
+    assert [(result["upstream"], result["cache"]) for result in results] == [("s3prl:mfcc", False)] * 2
+    assert 0 <= results[0]["accuracy"] <= 1 and results[1]["layer"] == 0
 
 
 @pytest.mark.long
@@ -175,7 +203,7 @@ def test_a_killed_run_goes_on_and_results_repeat(data, tmp_path):
     [second] = superb(data, tmp_path / "b", *arguments)
     assert first == second
     process = subprocess.Popen(
-        command("--data", data, "--out", tmp_path / "c", "--small", "--device", "cpu", *arguments),
+        [sys.executable, "-m", "hubert_eff.cli", *command(data, tmp_path / "c", *arguments)],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     folder = tmp_path / "c" / "ks" / "lr-0.01"

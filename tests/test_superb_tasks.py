@@ -74,7 +74,7 @@ def test_small_settings_change_values_of_the_same_kind():
             before, after = full, small
             for part in key.split("."):
                 before, after = before[part], after[part]
-            assert after == value and type(before) is type(after)
+            assert after == value and (after is None or type(before) is type(after))  # None: left out
 
 
 def test_list_names_data_licence_and_source(capsys):
@@ -91,6 +91,17 @@ def test_list_names_data_licence_and_source(capsys):
 def test_generated_data_are_complete(data, capsys):
     assert cli(["superb", "check", "--data", str(data), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["missing"] == {}
+
+
+def test_lists_and_checks_import_neither_torch_nor_s3prl(data):
+    code = (
+        "import sys; from hubert_eff.cli import main\n"
+        f"assert main(['superb', 'list']) == 0 and main(['superb', 'check', '--data', {str(data)!r}]) == 0\n"
+        "assert not {'torch', 's3prl', 'pandas'} & set(sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert [line.split()[0] for line in result.stdout.splitlines() if line[:1] != " "] == [*TASKS, *(f"{name}:" for name in TASKS)]
 
 
 def test_missing_data_are_named_without_importing_torch_or_s3prl(tmp_path):
@@ -119,6 +130,12 @@ def _at_8_khz(file: Path) -> None:
     sf.write(file, sf.read(file)[0], 8000)
 
 
+def _conversation_at_8_khz(data: Path) -> None:
+    sf.write(data / "slow.wav", np.zeros(8000), 8000)
+    scp = data / "diarization" / "dev" / "wav.scp"
+    _replace(scp, scp.read_text().split()[1], str(data / "slow.wav"))
+
+
 FLUENT, COLUMNS = "fluent_speech_commands_dataset/data", ",path,action,object,location\n"
 
 
@@ -134,6 +151,10 @@ FLUENT, COLUMNS = "fluent_speech_commands_dataset/data", ",path,action,object,lo
         ("pr", lambda d: _replace(_one(d, "LibriSpeech/test-clean/*/*/*.txt"), "0000 ", "0000 QQQ "), "lacks 1 words .* such as QQQ"),
         ("ks", lambda d: shutil.rmtree(d / "speech_commands_v0.01" / "yes"), "no recordings in yes"),
         ("sf", lambda d: (d / "SNIPS" / "slots.txt").write_text("O\n"), "has the slot .* not in slots.txt"),
+        ("sf", lambda d: _at_8_khz(_one(d, "SNIPS/train/*.wav")), "sampled at 8000 Hz: .* at 16000 Hz"),
+        ("sid", lambda d: _at_8_khz(_one(d, "VoxCeleb1/dev/wav/*/*/*.wav")), "sampled at 8000 Hz: .* at 16000 Hz"),
+        ("ic", lambda d: _at_8_khz(_one(d, "fluent_speech_commands_dataset/wavs/speakers/*/*.wav")), "sampled at 8000 Hz"),
+        ("sd", lambda d: _conversation_at_8_khz(d), "sampled at 8000 Hz: .* at 16000 Hz"),
         ("sf", lambda d: [f.unlink() for f in d.glob("SNIPS/valid/*.wav")], "valid has no recording"),
         ("sf", lambda d: _replace(d / "SNIPS" / "all.iob.snips.txt", " BOS ", " BOS 7:30 "), "words and .* labels"),
         ("sid", lambda d: (d / "VoxCeleb1" / "iden_split.txt").unlink(), "no file at .*iden_split.txt: it is at http"),

@@ -20,7 +20,7 @@ from ..files import replacing, writable, write_json, write_text
 from . import frontier, table1
 from .cost import ModuleCost, Profile, profile
 from .latency import Shares, Timing, read
-from .table2 import METRICS, paper_quality
+from .table2 import METRICS, QUALITIES, SCORE, paper_quality, superb_score
 
 COSTS = {"storage": "storage, MB", "bop": "bit operations of 10 s, 2^30", "ms": "measured latency of 10 s, ms"}
 MEASURED_SECONDS = 10.0
@@ -93,10 +93,10 @@ def points(found: Findings, task: str, cost: str) -> list[frontier.Point]:
         value = {"storage": row.storage_mb, "bop": row.bop_nonq_g + (row.bop_bq_g or 0.0), "ms": None}[cost]
         if value is not None:
             chart.append(frontier.Point(row.title, value, paper_quality(row.title, task), ours=False))
-    for result in found.results:
-        name = _model(result)
+    for upstream, steps, quality in _scores(found) if task == SCORE else _qualities(found, task):
+        name = upstream.partition("@")[0]
         known = found.profiles.get(name)
-        if result["task"] != task or known is None:
+        if known is None:
             continue
         times = [t.median_ms for t in found.timings if (t.model, t.seconds, t.batch) == (name, MEASURED_SECONDS, 1)]
         value = {
@@ -105,9 +105,25 @@ def points(found: Findings, task: str, cost: str) -> list[frontier.Point]:
             "ms": times[0] if times else None,
         }[cost]
         if value is not None:
-            label = _label(str(result["upstream"])) + (f" ({result['steps']} steps)" if "steps" in result else "")
-            chart.append(frontier.Point(label, value, METRICS[task].scale * result[METRICS[task].key], ours=True))
+            label = _label(upstream) + (f" ({steps} steps)" if steps else "")
+            chart.append(frontier.Point(label, value, quality, ours=True))
     return chart
+
+
+def _qualities(found: Findings, task: str) -> list[tuple[str, int | None, float]]:
+    """Upstream, steps and figure of each result of a task."""
+    metric = METRICS[task]
+    return [(str(r["upstream"]), r.get("steps"), metric.scale * r[metric.key]) for r in found.results if r["task"] == task]
+
+
+def _scores(found: Findings) -> list[tuple[str, int | None, float]]:
+    """Upstream and SUPERB score of those with results of all ten tasks, as SUPERB has them: on its data, by its settings."""
+    by_upstream: dict[str, dict[str, dict[str, Any]]] = {}
+    for result in found.results:
+        if result.get("superb_settings"):
+            by_upstream.setdefault(str(result["upstream"]), {})[result["task"]] = result
+    scores = ((upstream, superb_score(results)) for upstream, results in by_upstream.items())
+    return [(upstream, None, score) for upstream, score in scores if score is not None]
 
 
 def write_report(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> list[Path]:
@@ -118,7 +134,7 @@ def write_report(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLi
     found = collect(folders)
     target, rows = writable(out), table1.table1()
     written, charts = [], []
-    for task, metric in METRICS.items():
+    for task, metric in QUALITIES.items():
         for cost, axis in COSTS.items():
             chart = points(found, task, cost)
             if not chart:
@@ -153,7 +169,7 @@ def write_report(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLi
 
 def _shown_tasks(found: Findings) -> list[str]:
     """The tasks that results were found of, or else one of the paper's."""
-    return list(dict.fromkeys(result["task"] for result in found.results)) or ["ks"]
+    return [*dict.fromkeys(result["task"] for result in found.results), *([SCORE] if _scores(found) else [])] or ["ks"]
 
 
 def _costs(rows: Sequence[dict[str, Any]], found: Findings) -> list[dict[str, Any]]:
@@ -271,11 +287,11 @@ def _charts(found: Findings, charts: Sequence[tuple[str, str, bytes]]) -> str:
     first = _shown_tasks(found)[0]
     tasks = "".join(
         f"<option value={task}{' selected' if task == first else ''}>{escape(metric.title)}</option>"
-        for task, metric in METRICS.items()
+        for task, metric in QUALITIES.items()
     )
     costs = "".join(f"<option value={cost}>{escape(axis)}</option>" for cost, axis in COSTS.items())
     images = "".join(
-        f"<figure id={task}-{cost} style='margin:12px 0'><img class=chart alt='{escape(METRICS[task].title)} over {escape(COSTS[cost])}' "
+        f"<figure id={task}-{cost} style='margin:12px 0'><img class=chart alt='{escape(QUALITIES[task].title)} over {escape(COSTS[cost])}' "
         f"src='data:image/svg+xml;base64,{base64.b64encode(svg).decode()}'></figure>"
         for task, cost, svg in charts
     )
