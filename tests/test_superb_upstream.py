@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import math
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -168,6 +170,16 @@ def test_processes_share_what_a_sampler_draws():
     assert [len(share) for share in shares] == [4, 4]
     assert shares[0] == [5, 3, 1, 0]  # every second one
     assert shares[1] == [3, 8, 7, 5]  # filled up from the start
+
+
+def test_upstreams_that_need_transformers_are_imported_when_built(tmp_path, monkeypatch):
+    (tmp_path / "late_expert.py").write_text("class UpstreamExpert:\n    def __init__(self, ckpt):\n        self.ckpt = ckpt\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    stand_in = types.ModuleType("late_expert")
+    monkeypatch.setitem(sys.modules, "late_expert", stand_in)
+    built = patches._build_expert(stand_in, "file.pt")
+    assert built.ckpt == "file.pt" and type(built).__module__ == "late_expert" and sys.modules["late_expert"] is not stand_in
+    assert patches._build_expert(stand_in, ckpt="again").ckpt == "again"
 
 
 def test_checkpoints_of_run_downstream_can_be_read_back(tmp_path):
