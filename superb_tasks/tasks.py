@@ -159,13 +159,13 @@ _STEPS, _BATCH, _RATE = "runner.total_steps", f"{_EXPERT}.datarc.train_batch_siz
 _ACCUMULATE = "runner.gradient_accumulate_steps"
 
 
-def _small_lstm(section: str, batch_size: str) -> dict[str, Any]:
+def _small_lstm(section: str, batch_size: str, steps: int) -> dict[str, Any]:
     return {
         f"{_EXPERT}.{section}.project_dim": 64,
         f"{_EXPERT}.{section}.RNNs.dim": [64, 64],
         f"{_EXPERT}.{section}.RNNs.total_rate": 640,  # pairs of frames: half of the LSTMs' work
         f"{_EXPERT}.{batch_size}": 16,
-        _STEPS: 400,
+        _STEPS: steps,
         _RATE: 1e-2,
         "specaug": None,  # its four masks of up to 50 channels are for 768: of a small model's they leave nothing
     }
@@ -178,7 +178,7 @@ TASKS: dict[str, Task] = {
             "asr", "speech recognition", "wer", "asr", "asr", _LIBRISPEECH, layouts.check_librispeech,
             scalar="wer", unit=0.01, more_is_better=False,
             valid="dev-clean", test="test-clean", best="dev-clean-best.ckpt",
-            small=_small_lstm("modelrc", "datarc.batch_size"),
+            small=_small_lstm("modelrc", "datarc.batch_size", 400),
         ),
         Task(
             "ks", "keyword spotting", "accuracy", "speech_commands", "speech_commands", _KEYWORDS, layouts.check_keywords,
@@ -186,7 +186,7 @@ TASKS: dict[str, Task] = {
         ),
         Task(
             "sf", "slot filling", "f1", "ctc", "snips", _SNIPS, _check_snips,
-            scalar="slot_type_f1", small=_small_lstm("model", "corpus.batch_size"),
+            scalar="slot_type_f1", small=_small_lstm("model", "corpus.batch_size", 300),
         ),
         Task(
             "sid", "speaker identification", "accuracy", "voxceleb1", "voxceleb1", _VOXCELEB, layouts.check_speakers,
@@ -210,8 +210,7 @@ TASKS: dict[str, Task] = {
             small={
                 f"{_EXPERT}.modelrc.input_dim": 128,
                 f"{_EXPERT}.modelrc.module_config.XVector.agg_dim": 256,
-                f"{_EXPERT}.datarc.max_timestep": 48000,
-                _STEPS: 200, _RATE: 1e-3, _BATCH: 20, _ACCUMULATE: 1,
+                _STEPS: 100, _RATE: 1e-3, _ACCUMULATE: 1,
             },
         ),
         Task(
@@ -225,7 +224,7 @@ TASKS: dict[str, Task] = {
         Task(
             "er", "emotion recognition", "accuracy", "emotion", "emotion", _IEMOCAP, layouts.check_iemocap,
             scalar="acc", variants=("fold1", "fold2", "fold3", "fold4", "fold5"),
-            small={_STEPS: 150, _RATE: 1e-2, _BATCH: 32, _ACCUMULATE: 1},
+            small={_STEPS: 80, _RATE: 1e-2, _BATCH: 32, _ACCUMULATE: 1},
         ),
     )
 }  # fmt: skip

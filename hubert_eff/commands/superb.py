@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the runs: DIR/TASK/result.json")
     run.add_argument("--lr-sweep", action="store_true", help="try SUPERB's learning rates, 1e-1 to 1e-7, and test the best one")
     run.add_argument("--lr", type=float, help="one learning rate for all tasks (default: that of the task's settings)")
-    run.add_argument("--steps", type=int, help="updates per run (default: SUPERB's, 30000 to 200000; with --small 150 to 400)")
+    run.add_argument("--steps", type=int, help="updates per run (default: SUPERB's, 30000 to 200000; with --small 80 to 400)")
     run.add_argument("--small", action="store_true", help="narrow heads, small batches, few steps: for generated data")
     run.add_argument("--seed", type=int, default=1337, help="of heads and batches (default: S3PRL's, %(default)d)")
     run.add_argument("--device", help="default: cuda where there is one, else cpu")
