@@ -20,7 +20,6 @@ from fairseq.modules.positional_encoding import RelPositionalEncoding
 from torch import Tensor, nn
 
 import hubert_eff
-from hubert_eff.encoders.base import Frames
 
 TARGETS = {("fairseq", False): 4.0, ("fairseq", True): 2.5, ("torchaudio", False): 1.7, ("torchaudio", True): 1.2}
 
@@ -113,7 +112,7 @@ class OurStack(nn.Module):
         self.encoder = encoder
 
     def forward(self, x: Tensor) -> Tensor:
-        frames = Frames(positions=self.encoder.positions(x))
+        frames = self.encoder.frames(x)
         for block in self.encoder.layers:
             x = block(x, frames)
         return x

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import hubert_eff
-from hubert_eff.encoders.base import Encoder, Frames
+from hubert_eff.encoders.base import Encoder
 from hubert_eff.profiling.precision import int8_linears
 
 TARGETS = {"float32": 1.15, "int8": 1.25}
@@ -34,7 +34,7 @@ KINDS = {  # what an operation's name begins with -> kind; the rest is "other"
 
 def run(encoder: Encoder, x: Tensor) -> Tensor:
     """The blocks on x (1, T, D), without what lies before and after them, which is the same on both sides."""
-    frames = Frames(positions=encoder.positions(x))
+    frames = encoder.frames(x)
     for block in encoder.layers:
         x = block(x, frames)
     return x

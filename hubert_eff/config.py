@@ -66,6 +66,17 @@ class HubertConfig:
         ("receptive_field", "fairseq"),
     )
 
+    # running in chunks (layers/chunks.py)
+    streaming: bool = option(
+        False, "for audio that comes in pieces: extractor_mode is layer_norm, and no convolution sees beyond the chunk of its frame"
+    )
+    conv_context: str = option(
+        "chunk", "what convolutions over time see of a streaming model: both sides as far as the chunk, or only what is past",
+        ("chunk", "causal"),
+    )  # fmt: skip
+    chunk_sizes: str = option("", "frames of a chunk in training, one drawn per batch of such as '8,16,32,0'; 0 is the whole utterance")
+    left_chunks: str = option("-1", "chunks before its own that a frame attends to in training, drawn from such as '4,-1'; -1: all")
+
     # encoder
     encoder_layers: int = option(12, "number of blocks")
     encoder_embed_dim: int = option(768, "model dimension D")
@@ -109,6 +120,8 @@ class HubertConfig:
 
     def __post_init__(self) -> None:
         self._check_types()
+        if self.streaming:
+            self.extractor_mode = "layer_norm"
         self.validate()
         if self.quant != "none":
             from .quant.policy import read_policy
@@ -155,6 +168,7 @@ class HubertConfig:
                                  ("conv_pos_groups", "the encoder's input width", self.input_dim)):
             if dim % getattr(self, name):
                 raise UserError(f"{name}={getattr(self, name)} does not divide {width}={dim}: change one of the two")
+        self._check_streaming()
         if self.mask_channel_prob > 0 and self.mask_channel_prob * self.input_dim / self.mask_channel_length < 1:
             raise UserError(
                 f"mask_channel_prob={self.mask_channel_prob} asks for less than one span of mask_channel_length="
@@ -169,6 +183,25 @@ class HubertConfig:
                 f"conv_feature_layers={self.conv_feature_layers!r} has a total stride of {stride} samples: it must be "
                 f"{FRAME_STRIDE} (20 ms)"
             )
+
+    def _check_streaming(self) -> None:
+        for key, least in (("chunk_sizes", 0), ("left_chunks", -1)):
+            numbers = read_numbers(key, getattr(self, key))
+            if numbers and min(numbers) < least or (key == "left_chunks" and not numbers):
+                raise UserError(f"{key}={getattr(self, key)!r} must be whole numbers, at least {least}, joined by commas")
+        if not self.streaming:
+            if self.chunk_sizes:
+                raise UserError(f"chunk_sizes={self.chunk_sizes!r} needs streaming=true: else frames see beyond their chunk")
+            return
+        if self.normalize:
+            raise UserError("streaming=true: normalize=true needs the whole utterance, which a stream does not have; set normalize=false")
+        if self.quant != "none":
+            raise UserError(f"streaming=true: a binarised model (quant={self.quant}) does not run in chunks; set quant=none")
+
+    @property
+    def causal(self) -> bool:
+        """Whether convolutions over time see nothing behind their frame."""
+        return self.streaming and self.conv_context == "causal"
 
     @property
     def conv_layers(self) -> tuple[tuple[int, int, int], ...]:
@@ -197,6 +230,14 @@ class HubertConfig:
     def to_dict(self) -> dict[str, Any]:
         """All keys as plain values."""
         return dataclasses.asdict(self)
+
+
+def read_numbers(key: str, text: str) -> tuple[int, ...]:
+    """Read whole numbers joined by commas; an empty text has none. Raises `UserError`."""
+    try:
+        return tuple(int(part) for part in text.split(",")) if text.strip() else ()
+    except ValueError as error:
+        raise UserError(f"{key}={text!r} must be whole numbers joined by commas") from error
 
 
 def parse_conv_layers(spec: str) -> tuple[tuple[int, int, int], ...]:

@@ -7,13 +7,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .config import FRAME_STRIDE, SAMPLE_RATE, HubertConfig
+from .config import FRAME_STRIDE, SAMPLE_RATE, HubertConfig, read_numbers
 from .errors import UserError
 from .frontend import ConvFeatureExtractor, frame_padding_mask, num_frames
+from .layers.chunks import Chunks
 from .layers.dropout import Dropout
 from .layers.kinds import CODEBOOK_HEAD, EXTRACTOR, INPUT_PROJECTION, Kind
 from .layers.linear import Linear, linear
@@ -58,6 +60,8 @@ class HubertModel(nn.Module):
         self.mask_emb = nn.Parameter(torch.empty(dim).uniform_())
         self.encoder = encoder_of(config).module(config)
         copies = len(self.num_classes) if config.untie_final_proj and self.num_classes else 1
+        for size in read_numbers("chunk_sizes", config.chunk_sizes):
+            self.chunks(size or None)  # refused now rather than in the batch that draws it
         self.final_proj = Linear(config.encoder_embed_dim, code * copies)
         self.target_glu = nn.Sequential(Linear(code, 2 * code), nn.GLU()) if config.target_glu else None
         if self.num_classes:
@@ -119,30 +123,55 @@ class HubertModel(nn.Module):
         frames = None if padding_mask is None else frame_padding_mask(padding_mask, features.size(1), self.config)
         return features, frames
 
-    def _project(self, features: Tensor) -> Tensor:
+    def project(self, features: Tensor) -> Tensor:
         """Extractor output (B, T, C) -> encoder input (B, T, D)."""
         x: Tensor = self.layer_norm(features)
         if self.post_extract_proj is not None:
             x = self.post_extract_proj(x)
         return x
 
-    def hidden_states(self, wav: Tensor, padding_mask: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
+    def chunks(self, chunk_size: int | None, left_chunks: int = -1) -> Chunks | None:
+        """How to run in chunks of `chunk_size` frames of 20 ms that attend to `left_chunks` chunks before them (-1: all); None: whole.
+
+        Raises `UserError` for numbers that are none, and for a model that cannot run in chunks.
+        """
+        if chunk_size is None:
+            return None
+        for name, value, least in (("chunk_size", chunk_size, 1), ("left_chunks", left_chunks, -1)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise UserError(f"{name}={value!r} must be a whole number, at least {least}")
+        multiple = self.encoder.chunk_multiple
+        if not self.config.streaming:
+            reason = "its extractor normalises over the whole utterance (extractor_mode=default)"
+            if self.config.extractor_mode == "layer_norm":
+                reason = "its convolutions over time see beyond the end of a chunk"
+            raise UserError(f"this model cannot stream: {reason}; build and train it with streaming=true")
+        if multiple is None:
+            raise UserError(f"this model cannot stream: a {type(self.encoder).__name__} does not run in chunks")
+        if chunk_size % multiple:
+            raise UserError(f"chunk_size={chunk_size} must be a multiple of {multiple}, the frames that this encoder takes together")
+        return Chunks(chunk_size, left_chunks)
+
+    def hidden_states(
+        self, wav: Tensor, padding_mask: Tensor | None = None, chunk_size: int | None = None, left_chunks: int = -1
+    ) -> tuple[list[Tensor], Tensor]:
         """All hidden states of 16 kHz audio.
 
         wav: (B, S) float; padding_mask: (B, S) bool, True = padding (at the end). Returns L + 1 tensors (B, T, D) at 20 ms
         per frame, zero on padding, and the padding of frames (B, T). State 0 enters block 1, state i leaves block i.
         `config.normalize` is applied here, over valid samples. Train or eval mode and gradients are the caller's; masks and
-        LayerDrop are off.
+        LayerDrop are off. With `chunk_size` and `left_chunks` (see `chunks`) no frame sees beyond its chunk: what a stream gives.
 
         Raises `UserError` for audio shorter than one frame or a mask of another shape.
         """
         if wav.dim() != 2:
             raise UserError(f"audio must be (batch, samples), not {tuple(wav.shape)}")
+        chunks = self.chunks(chunk_size, left_chunks)
         if self.config.normalize:
             wav = normalize_waveform(wav, padding_mask)
         features, frames = self._extract(wav, padding_mask)
-        x = self.dropout_input(self._project(features))
-        states = self.encoder.hidden_states(x, frames)
+        x = self.dropout_input(self.project(features))
+        states = self.encoder.hidden_states(x, frames, chunks)
         if frames is None:
             frames = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
         return states, frames
@@ -153,6 +182,16 @@ class HubertModel(nn.Module):
         """Tell the model how many updates have been made: the masks of the next ones depend on it."""
         self.num_updates = num_updates
         self.encoder.set_num_updates(num_updates)
+
+    def draw_chunks(self) -> tuple[int | None, int]:
+        """(chunk_size, left_chunks) of the next batch: of the config's `chunk_sizes` and `left_chunks`, by seed and update in training, and
+        the first ones in evaluation."""
+        sizes, lefts = (read_numbers(key, getattr(self.config, key)) for key in ("chunk_sizes", "left_chunks"))
+        if not sizes:
+            return None, -1
+        generator = np.random.default_rng((self.config.seed, self.num_updates + 1, 2))
+        size, left = (numbers[int(generator.integers(len(numbers)))] if self.training else numbers[0] for numbers in (sizes, lefts))
+        return size or None, left
 
     def forward(
         self,
@@ -166,7 +205,7 @@ class HubertModel(nn.Module):
         masks: Masks | None = None,
         return_states: bool = False,
     ) -> dict[str, Any]:
-        """Masked prediction.
+        """Masked prediction, in chunks if the config says so (`draw_chunks`).
 
         source (B, S): audio, normalised already if the config says so; target_list: labels (B, T') per codebook at
         `label_rate`; padding_mask (B, S); sample_ids (B,): what seeds each row's mask together with the seed and the update
@@ -181,7 +220,7 @@ class HubertModel(nn.Module):
         if target_list is not None:
             features, frames, target_list = self._align(features, frames, target_list)
         features_pen = features.float().square().mean()
-        x = self.dropout_input(self._project(features))
+        x = self.dropout_input(self.project(features))
         projected = x
         if masks is None:
             masks = self._draw_masks(x, frames, sample_ids) if mask else (None, None)
@@ -190,9 +229,10 @@ class HubertModel(nn.Module):
             x = torch.where(masked.unsqueeze(-1), self.mask_emb.to(x.dtype), x)
         if channels is not None:
             x = x.masked_fill(channels.unsqueeze(1), 0.0)
-        states = self.encoder.hidden_states(x, frames) if return_states else None
+        chunks = self.chunks(*self.draw_chunks())
+        states = self.encoder.hidden_states(x, frames, chunks) if return_states else None
         if states is None:
-            x = self.encoder(x, frames, layer=output_layer)
+            x = self.encoder(x, frames, layer=output_layer, chunks=chunks)
         else:
             x = states[-1 if output_layer is None else output_layer]
         result: dict[str, Any] = {

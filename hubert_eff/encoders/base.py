@@ -18,10 +18,11 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config import HubertConfig
 from ..errors import UserError
+from ..layers.chunks import Chunks
 from ..layers.dropout import Dropout
 from ..layers.kinds import POSITIONAL_CONV, Kind
 from ..layers.norm import once_tracked
-from ..layers.position import PositionalConv1d
+from ..layers.position import PositionalEmbedding
 
 # keys that presets of all encoders share
 HUBERT_BASE = {  # what HuBERT-base sets beside fairseq's defaults (Hsu et al. 2021, section IV-C)
@@ -66,8 +67,9 @@ class Frames:
     """What a block may need to know of the batch besides its input."""
 
     valid: Tensor | None = None  # (B, T) bool, None = all frames are valid
-    attend: Tensor | None = None  # (B, 1, 1, T) bool: the keys that may be seen, None = all
+    attend: Tensor | None = None  # (B, 1, 1, T), or (B, 1, T, T) in chunks: bool, the keys that may be seen, None = all
     positions: Tensor | None = None  # encoder-specific positional table
+    chunks: Chunks | None = None  # None = every frame may see every other
 
 
 class Encoder(nn.Module):
@@ -75,7 +77,11 @@ class Encoder(nn.Module):
 
     x + positional convolution, LayerNorm, blocks (or blocks, LayerNorm if `layer_norm_first`), as in wav2vec 2.0, section 2.
     Padded frames are zero on the way in and on the way out, and reach no valid frame.
+
+    An encoder whose blocks keep to `Frames.chunks` says so by `chunk_multiple`: the frames of a chunk are a multiple of it.
     """
+
+    chunk_multiple: int | None = None  # None: this encoder cannot run in chunks
 
     def __init__(self, config: HubertConfig) -> None:
         super().__init__()
@@ -84,7 +90,7 @@ class Encoder(nn.Module):
         self.layerdrop = config.encoder_layerdrop
         self.multiple = config.required_seq_len_multiple
         self.checkpoint_activations = config.checkpoint_activations
-        self.pos_conv = nn.Sequential(PositionalConv1d(dim, config.conv_pos, config.conv_pos_groups), nn.GELU())
+        self.pos_conv = PositionalEmbedding(dim, config.conv_pos, config.conv_pos_groups, config.causal)
         self.layers = nn.ModuleList([self.build_block(config, index) for index in range(config.encoder_layers)])
         self.layer_norm = self.build_norm(config)
         self.dropout = Dropout(config.dropout)
@@ -104,8 +110,8 @@ class Encoder(nn.Module):
         """The norm before the first block, or after the last one if `layer_norm_first`."""
         return nn.LayerNorm(config.encoder_embed_dim)
 
-    def positions(self, x: Tensor) -> Tensor | None:
-        """A positional table for x (B, T, D) that all blocks share, if the encoder has one."""
+    def positions(self, x: Tensor, keys: int) -> Tensor | None:
+        """A positional table for x (B, T, D) and so many keys (T, or more in a stream) that all blocks share, if the encoder has one."""
         return None
 
     def set_num_updates(self, num_updates: int) -> None:
@@ -127,34 +133,38 @@ class Encoder(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def forward(self, x: Tensor, padding_mask: Tensor | None = None, layer: int | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, padding_mask: Tensor | None = None, layer: int | None = None, chunks: Chunks | None = None
+    ) -> Tensor:
         """Output of block `layer` (1 ... L, or 0 for what enters block 1; default: the last), (B, T, D). LayerDrop is on in train mode.
 
-        padding_mask: (B, T) bool, True = padding. Raises `UserError` for a layer that is not there.
+        padding_mask: (B, T) bool, True = padding; chunks: those of `HubertModel.chunks`. Raises `UserError` for a layer that is not there.
         """
         depth = len(self.layers) if layer is None else layer
         if not 0 <= depth <= len(self.layers):
             raise UserError(f"layer={layer} is not there: the encoder has blocks 1 to {len(self.layers)}")
-        return self._run(x, padding_mask, depth, self.layerdrop if self.training else 0.0)[-1]
+        return self._run(x, padding_mask, depth, self.layerdrop if self.training else 0.0, chunks)[-1]
 
-    def hidden_states(self, x: Tensor, padding_mask: Tensor | None = None) -> list[Tensor]:
+    def hidden_states(self, x: Tensor, padding_mask: Tensor | None = None, chunks: Chunks | None = None) -> list[Tensor]:
         """State 0 (what enters block 1) and the output of every block, each (B, T, D); LayerDrop is off."""
-        return self._run(x, padding_mask, len(self.layers), 0.0)
+        return self._run(x, padding_mask, len(self.layers), 0.0, chunks)
 
-    def _run(self, x: Tensor, padding_mask: Tensor | None, depth: int, layerdrop: float) -> list[Tensor]:
+    def _run(
+        self, x: Tensor, padding_mask: Tensor | None, depth: int, layerdrop: float, chunks: Chunks | None = None
+    ) -> list[Tensor]:
         length = x.size(1)
         if padding_mask is not None:
             x = x.masked_fill(padding_mask.unsqueeze(-1), 0.0)
-        x = x + self.pos_conv(x.transpose(1, 2)).transpose(1, 2)
+        x = x + self.pos_conv(x, chunks)
         if not self.layer_norm_first:
             x = self.layer_norm(x)
-        excess = -length % self.multiple
+        excess = -length % self.multiple if chunks is None or chunks.kept is None else 0
         if excess:
             x = F.pad(x, (0, 0, 0, excess))
             if padding_mask is None:
                 padding_mask = torch.zeros(x.size(0), length, dtype=torch.bool, device=x.device)
             padding_mask = F.pad(padding_mask, (0, excess), value=True)
-        frames = self._frames(x, padding_mask)
+        frames = self.frames(x, None if padding_mask is None else ~padding_mask, chunks)
         states = self.run_blocks(self.dropout(x), frames, self._kept(depth, layerdrop))
         if self.layer_norm_first and depth == len(self.layers):
             states[-1] = self.layer_norm(states[-1])
@@ -184,10 +194,21 @@ class Encoder(nn.Module):
             return y
         return block(x, frames)  # type: ignore[no-any-return]
 
-    def _frames(self, x: Tensor, padding_mask: Tensor | None) -> Frames:
-        if padding_mask is None:
-            return Frames(positions=self.positions(x))
-        valid = ~padding_mask
-        attend = valid.clone()
-        attend[:, 0] |= padding_mask.all(1)  # a row without any valid frame sees its first one: no 0 / 0 in the softmax
-        return Frames(valid, attend[:, None, None, :], self.positions(x))
+    def frames(self, x: Tensor, valid: Tensor | None = None, chunks: Chunks | None = None) -> Frames:
+        """What blocks need to know of x (B, T, D), whose frames are `valid` (B, T)."""
+        length = x.size(1)
+        if chunks is None:
+            positions = self.positions(x, length)
+        else:
+            keys = chunks.keys(length)
+            positions = chunks.table(("positions", chunks.size), keys, lambda: self.positions(x, keys))
+        attend = None
+        if valid is not None:
+            attend = valid.clone()
+            attend[:, 0] |= ~valid.any(1)  # a row without any valid frame sees its first one: no 0 / 0 in the softmax
+            attend = attend[:, None, None, :]
+        if chunks is not None and chunks.kept is None:
+            visible = chunks.visible(length, x.device)
+            # a padded frame may have nothing but padding in sight: it sees itself
+            attend = visible if attend is None else visible & attend | torch.eye(length, dtype=torch.bool, device=x.device)
+        return Frames(valid, attend, positions, chunks)

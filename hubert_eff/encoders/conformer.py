@@ -15,6 +15,7 @@ from ..config import HubertConfig, option
 from ..errors import UserError
 from ..layers.activation import silu
 from ..layers.attention import RelativeSelfAttention, SelfAttention
+from ..layers.chunks import Chunks
 from ..layers.convolution import DepthwiseConv
 from ..layers.dropout import Dropout
 from ..layers.feedforward import ConformerFeedForward
@@ -53,11 +54,13 @@ class ConformerConfig(HubertConfig):
 class ConvolutionModule(nn.Module):
     """LayerNorm (or `norm`), pointwise D -> 2D, GLU, depthwise, BatchNorm, SiLU, pointwise D -> D (Conformer, section 2.2)."""
 
-    def __init__(self, dim: int, kernel: int, bias: bool, dropout: float, norm: str = "layer_norm") -> None:
+    def __init__(
+        self, dim: int, kernel: int, bias: bool, dropout: float, norm: str = "layer_norm", causal: bool = False
+    ) -> None:
         super().__init__()
         self.layer_norm = norm_of(norm, dim)
         self.pointwise_conv1 = Linear(dim, 2 * dim, bias=bias)
-        self.depthwise_conv = DepthwiseConv(dim, kernel, bias=bias)
+        self.depthwise_conv = DepthwiseConv(dim, kernel, bias=bias, causal=causal)
         self.batch_norm: nn.Module = MaskedBatchNorm(dim)
         self.pointwise_conv2 = Linear(dim, dim, bias=bias)
         self.activation = silu
@@ -77,11 +80,11 @@ class ConvolutionModule(nn.Module):
             "pointwise_conv2": Kind(POINTWISE, signed=False, activation="activation"),
         }
 
-    def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:  # (B, T, D)
+    def forward(self, x: Tensor, valid: Tensor | None, chunks: Chunks | None = None) -> Tensor:  # (B, T, D)
         x = F.glu(self.pointwise_conv1(self.layer_norm(x, valid)))
         if valid is not None:  # the kernel must not carry padding into valid frames
             x = x.masked_fill(~valid.unsqueeze(-1), 0.0)
-        x = self.activation(self.batch_norm(self.depthwise_conv(x), valid))
+        x = self.activation(self.batch_norm(self.depthwise_conv(x, chunks), valid))
         return self.dropout(self.pointwise_conv2(x))  # type: ignore[no-any-return]
 
 
@@ -97,7 +100,7 @@ class ConformerBlock(nn.Module):
         attention = RelativeSelfAttention if config.pos_enc_type == "rel_pos" else SelfAttention
         self.self_attn = attention(dim, heads, config.attention_dropout)
         self.conv_module = ConvolutionModule(
-            dim, config.depthwise_conv_kernel_size, config.conv_module_bias, config.dropout, norm
+            dim, config.depthwise_conv_kernel_size, config.conv_module_bias, config.dropout, norm, config.causal
         )
         self.ffn2 = ConformerFeedForward(dim, inner, config.dropout, config.activation_dropout, norm)
         self.final_layer_norm = norm_of(norm, dim)
@@ -112,11 +115,11 @@ class ConformerBlock(nn.Module):
         x = torch.add(x, self.ffn1(x, frames.valid), alpha=0.5)
         normed = self.self_attn_layer_norm(x, frames.valid)
         if frames.positions is None:
-            mixed = self.self_attn(normed, frames.attend)
+            mixed = self.self_attn(normed, frames.attend, frames.chunks)
         else:
-            mixed = self.self_attn(normed, frames.positions, frames.attend)
+            mixed = self.self_attn(normed, frames.positions, frames.attend, frames.chunks)
         x = x + self.dropout(mixed)
-        x = x + self.conv_module(x, frames.valid)
+        x = x + self.conv_module(x, frames.valid, frames.chunks)
         x = torch.add(x, self.ffn2(x, frames.valid), alpha=0.5)
         return self.final_layer_norm(x, frames.valid)  # type: ignore[no-any-return]
 
@@ -139,6 +142,7 @@ class ConformerBlock(nn.Module):
 class ConformerEncoder(Encoder):
     """Stack of `ConformerBlock`; with `rel_pos` all blocks share one table of sinusoids."""
 
+    chunk_multiple = 1
     relative: bool
 
     def build_block(self, config: HubertConfig, index: int) -> nn.Module:
@@ -150,5 +154,5 @@ class ConformerEncoder(Encoder):
         assert isinstance(config, ConformerConfig)
         return super().build_norm(config) if config.block_norm == "layer_norm" else nn.Identity()
 
-    def positions(self, x: Tensor) -> Tensor | None:
-        return relative_sinusoids(x.size(1), x.size(2), x) if self.relative else None
+    def positions(self, x: Tensor, keys: int) -> Tensor | None:
+        return relative_sinusoids(keys, x.size(2), x) if self.relative else None

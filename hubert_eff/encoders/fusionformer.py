@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from ..config import HubertConfig, option
 from ..errors import UserError
 from ..layers.attention import attention
+from ..layers.chunks import Chunks
 from ..layers.convolution import DepthwiseConv
 from ..layers.dropout import Dropout
 from ..layers.folding import fold_after
@@ -108,6 +109,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, frames: Frames) -> Tensor:  # (B, T, D)
         qkv = self.qkv_norm(self.qkv_proj(x), frames.valid)  # (B, T, 3 D)
         q, k, v = qkv.view(*x.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, D / H)
+        if frames.chunks is not None:
+            k, v = frames.chunks.with_kept(self, k, v)
         dropout = self.attention_dropout if self.training else 0.0
         if self.products is None:
             mixed = attention(q, k, v, frames.attend, dropout)
@@ -125,7 +128,7 @@ class ConvolutionModule(nn.Module):
         inner = dim * config.conv_module_expansion
         self.pointwise_conv1 = Linear(dim, inner, bias=False)
         self.norm_1: nn.Module = MaskedBatchNorm(inner)
-        self.depthwise_conv = DepthwiseConv(inner, config.depthwise_conv_kernel_size)
+        self.depthwise_conv = DepthwiseConv(inner, config.depthwise_conv_kernel_size, causal=config.causal)
         self.norm_2: nn.Module = MaskedBatchNorm(inner)
         self.pointwise_conv2 = Linear(inner, dim, bias=False)
         self.norm_3: nn.Module = MaskedBatchNorm(dim)
@@ -148,13 +151,13 @@ class ConvolutionModule(nn.Module):
             "pointwise_conv2": Kind(POINTWISE, signed=not self.relu_2),
         }
 
-    def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:  # (B, T, D)
+    def forward(self, x: Tensor, valid: Tensor | None, chunks: Chunks | None = None) -> Tensor:  # (B, T, D)
         x = self.norm_1(self.pointwise_conv1(x), valid)
         if self.relu_1:
             x = F.relu(x, inplace=True)
         if valid is not None:  # the kernel must not carry padding into valid frames
             x = x.masked_fill(~valid.unsqueeze(-1), 0.0)
-        x = self.norm_2(self.depthwise_conv(x), valid)
+        x = self.norm_2(self.depthwise_conv(x, chunks), valid)
         if self.relu_2:
             x = F.relu(x, inplace=True)
         return self.dropout(self.norm_3(self.pointwise_conv2(x), valid))  # type: ignore[no-any-return]
@@ -173,7 +176,7 @@ class FusionformerBlock(nn.Module):
     def forward(self, x: Tensor, frames: Frames) -> Tensor:  # (B, T, D)
         x = torch.add(x, self.ffn1(x, frames.valid), alpha=0.5)
         x = x + self.self_attn(x, frames)
-        x = x + self.conv_module(x, frames.valid)
+        x = x + self.conv_module(x, frames.valid, frames.chunks)
         return torch.add(x, self.ffn2(x, frames.valid), alpha=0.5)
 
 
@@ -194,6 +197,8 @@ class FusionformerBlock(nn.Module):
 )
 class FusionformerEncoder(Encoder):
     """Stack of `FusionformerBlock`; no norm before it or after it."""
+
+    chunk_multiple = 1
 
     def build_block(self, config: HubertConfig, index: int) -> nn.Module:
         assert isinstance(config, FusionformerConfig)

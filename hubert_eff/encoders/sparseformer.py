@@ -84,6 +84,8 @@ class SparseformerConfig(HubertConfig):
 class SparseformerEncoder(Encoder):
     """Stack of `TransformerBlock` with `SparseSelfAttention`."""
 
+    chunk_multiple = 1
+
     def build_block(self, config: HubertConfig, index: int) -> nn.Module:
         assert isinstance(config, SparseformerConfig)
         pattern = SparsePattern(config.sparse_pattern, config.sparse_stride, config.sparse_expressivity, config.sparse_window)

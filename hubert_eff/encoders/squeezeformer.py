@@ -15,6 +15,7 @@ from ..config import HubertConfig, option
 from ..errors import UserError
 from ..layers.activation import silu
 from ..layers.attention import RelativeSelfAttention, SelfAttention
+from ..layers.chunks import Chunks
 from ..layers.convolution import DepthwiseConv
 from ..layers.dropout import Dropout
 from ..layers.feedforward import ConformerFeedForward
@@ -83,10 +84,10 @@ def _fold_scale(scale: nn.Module, *layers: nn.Linear) -> nn.Module:
 class ConvolutionModule(nn.Module):
     """Pointwise D -> 2D, SiLU, depthwise, BatchNorm, SiLU, pointwise 2D -> D; no GLU (Squeezeformer, section 3.2)."""
 
-    def __init__(self, dim: int, kernel: int, dropout: float) -> None:
+    def __init__(self, dim: int, kernel: int, dropout: float, causal: bool = False) -> None:
         super().__init__()
         self.pointwise_conv1 = Linear(dim, 2 * dim)
-        self.depthwise_conv = DepthwiseConv(2 * dim, kernel)  # its bias is the BatchNorm's
+        self.depthwise_conv = DepthwiseConv(2 * dim, kernel, causal=causal)  # its bias is the BatchNorm's
         self.batch_norm: nn.Module = MaskedBatchNorm(2 * dim, momentum=BATCH_NORM_MOMENTUM)
         self.pointwise_conv2 = Linear(2 * dim, dim)
         self.activation_1 = self.activation_2 = silu
@@ -100,11 +101,11 @@ class ConvolutionModule(nn.Module):
             "pointwise_conv2": Kind(POINTWISE, signed=False, activation="activation_2"),
         }
 
-    def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:  # (B, T, D)
+    def forward(self, x: Tensor, valid: Tensor | None, chunks: Chunks | None = None) -> Tensor:  # (B, T, D)
         x = self.activation_1(self.pointwise_conv1(x))
         if valid is not None:  # the kernel must not carry padding into valid frames
             x = x.masked_fill(~valid.unsqueeze(-1), 0.0)
-        x = self.activation_2(self.batch_norm(self.depthwise_conv(x), valid))
+        x = self.activation_2(self.batch_norm(self.depthwise_conv(x, chunks), valid))
         return self.dropout(self.pointwise_conv2(x))  # type: ignore[no-any-return]
 
     def fold(self) -> ConvolutionModule:
@@ -127,7 +128,7 @@ class SqueezeformerBlock(nn.Module):
         self.ffn1 = ConformerFeedForward(dim, inner, dropout, config.activation_dropout, norm="none")
         self.ffn1_layer_norm = nn.LayerNorm(dim)
         self.conv_scale: nn.Module = ScaleBias(dim)
-        self.conv_module = ConvolutionModule(dim, config.depthwise_conv_kernel_size, dropout)
+        self.conv_module = ConvolutionModule(dim, config.depthwise_conv_kernel_size, dropout, config.causal)
         self.conv_layer_norm = nn.LayerNorm(dim)
         self.ffn2_scale: nn.Module = ScaleBias(dim)
         self.ffn2 = ConformerFeedForward(dim, inner, dropout, config.activation_dropout, norm="none")
@@ -137,12 +138,12 @@ class SqueezeformerBlock(nn.Module):
     def forward(self, x: Tensor, frames: Frames) -> Tensor:  # (B, T, D)
         scaled = self.self_attn_scale(x)
         if frames.positions is None:
-            mixed = self.self_attn(scaled, frames.attend)
+            mixed = self.self_attn(scaled, frames.attend, frames.chunks)
         else:
-            mixed = self.self_attn(scaled, frames.positions, frames.attend)
+            mixed = self.self_attn(scaled, frames.positions, frames.attend, frames.chunks)
         x = self.self_attn_layer_norm(x + self.dropout(mixed))
         x = self.ffn1_layer_norm(x + self.ffn1(self.ffn1_scale(x)))
-        x = self.conv_layer_norm(x + self.conv_module(self.conv_scale(x), frames.valid))
+        x = self.conv_layer_norm(x + self.conv_module(self.conv_scale(x), frames.valid, frames.chunks))
         return self.ffn2_layer_norm(x + self.ffn2(self.ffn2_scale(x)))  # type: ignore[no-any-return]
 
     def fold(self) -> SqueezeformerBlock:
@@ -162,10 +163,10 @@ class TimeReduction(nn.Module):
         self.depthwise_conv = DepthwiseConv(dim, REDUCTION_KERNEL, stride=2)
         self.pointwise_conv = Linear(dim, dim, bias=False)
 
-    def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, valid: Tensor | None, chunks: Chunks | None = None) -> Tensor:
         if valid is not None:  # the kernel sees up to four frames beyond the last valid one
             x = x.masked_fill(~valid.unsqueeze(-1), 0.0)
-        return self.pointwise_conv(self.depthwise_conv(x))  # type: ignore[no-any-return]
+        return self.pointwise_conv(self.depthwise_conv(x, chunks))  # type: ignore[no-any-return]
 
 
 def _preset(layers: int, dim: int, heads: int, reduce: int, recover: int, **keys: object) -> dict[str, object]:
@@ -202,6 +203,7 @@ class SqueezeformerEncoder(Encoder):
     The input to the first block is LayerNorm(sqrt(D) (x + positional convolution of x)).
     """
 
+    chunk_multiple = 2  # the frames of a block at half rate
     relative: bool
 
     def __init__(self, config: HubertConfig) -> None:
@@ -229,8 +231,8 @@ class SqueezeformerEncoder(Encoder):
     def kinds(self) -> Mapping[str, Kind]:
         return {**super().kinds(), "time_reduction": Kind(RATE_CHANGE), "time_recovery": Kind(RATE_CHANGE)}
 
-    def positions(self, x: Tensor) -> Tensor | None:
-        return relative_sinusoids(x.size(1), x.size(2), x) if self.relative else None
+    def positions(self, x: Tensor, keys: int) -> Tensor | None:
+        return relative_sinusoids(keys, x.size(2), x) if self.relative else None
 
     def run_blocks(self, x: Tensor, frames: Frames, kept: list[bool]) -> list[Tensor]:
         length, full, saved = x.size(1), frames, x
@@ -239,12 +241,9 @@ class SqueezeformerEncoder(Encoder):
         for index, keep in enumerate(kept):
             if index == self.reduce:
                 reduced, saved = True, x
-                x = self.time_reduction(x, full.valid)  # (B, ceil(T / 2), D)
-                frames = Frames(
-                    valid=None if full.valid is None else full.valid[:, ::2],
-                    attend=None if full.attend is None else full.attend[..., ::2],
-                    positions=self.positions(x),
-                )
+                x = self.time_reduction(x, full.valid, full.chunks)  # (B, ceil(T / 2), D)
+                halved = None if full.chunks is None else full.chunks.at_rate(2)
+                frames = self.frames(x, None if full.valid is None else full.valid[:, ::2], halved)
             elif index == self.recover:
                 reduced, frames = False, full
                 x = self.time_recovery(_repeated(x, length)) + saved

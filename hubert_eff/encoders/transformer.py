@@ -46,9 +46,9 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, frames: Frames) -> Tensor:  # (B, T, D)
         if self.pre_norm:
-            x = x + self.dropout(self.self_attn(self.self_attn_layer_norm(x), frames.attend))
+            x = x + self.dropout(self.self_attn(self.self_attn_layer_norm(x), frames.attend, frames.chunks))
             return x + self.feed_forward(self.final_layer_norm(x))
-        x = self.self_attn_layer_norm(x + self.dropout(self.self_attn(x, frames.attend)))
+        x = self.self_attn_layer_norm(x + self.dropout(self.self_attn(x, frames.attend, frames.chunks)))
         return self.final_layer_norm(x + self.feed_forward(x))  # type: ignore[no-any-return]
 
     def feed_forward(self, x: Tensor) -> Tensor:
@@ -66,6 +66,8 @@ class TransformerBlock(nn.Module):
 )
 class TransformerEncoder(Encoder):
     """Stack of `TransformerBlock`."""
+
+    chunk_multiple = 1
 
     def build_block(self, config: HubertConfig, index: int) -> nn.Module:
         attention = SelfAttention(config.encoder_embed_dim, config.encoder_attention_heads, config.attention_dropout)

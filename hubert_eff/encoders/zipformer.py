@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from ..config import HubertConfig, option
 from ..errors import UserError
+from ..layers.chunks import Chunks
 from ..layers.scaling import Balancer, BiasNorm, Schedule, Scheduled, chance
 from ..layers.zipformer import (
     AttentionWeights,
@@ -146,8 +148,8 @@ class ZipformerBlock(Scheduled):
             FeedForward(dim, quarters * stack.ffn_dim // 4, config.dropout, config.activation_dropout) for quarters in (3, 4, 5)
         )
         self.nonlin_attention = NonlinearAttention(dim)
-        self.conv_module1 = ConvolutionModule(dim, stack.kernel)
-        self.conv_module2 = ConvolutionModule(dim, stack.kernel)
+        self.conv_module1 = ConvolutionModule(dim, stack.kernel, config.causal)
+        self.conv_module2 = ConvolutionModule(dim, stack.kernel, config.causal)
         self.bypass_mid = Bypass(dim)
         self.norm = BiasNorm(dim)
         self.bypass = Bypass(dim, skip)
@@ -160,8 +162,10 @@ class ZipformerBlock(Scheduled):
         self.whiten = whitener(4.0, growth=3.0)
 
     def forward(self, before: Tensor, frames: Frames) -> Tensor:  # (B, T, C)
-        valid, x = frames.valid, before
-        seen = None if frames.attend is None else frames.attend[:, 0, 0]
+        valid, chunks, x = frames.valid, frames.chunks, before
+        seen = None if frames.attend is None else frames.attend[:, 0]  # (B, 1, T), or (B, T, T) in chunks
+        if seen is not None and seen.size(1) > 1:
+            seen = seen.expand(len(x), -1, -1) if valid is None else seen & valid.unsqueeze(2)
         convolution = self.now(self.CONVOLUTION_SKIP) if self.training else 0.0
         feed_forward = self.now(self.FEED_FORWARD_SKIP) if self.training else 0.0
         uniform = self.training and chance(self.now(self.UNIFORM))
@@ -169,15 +173,15 @@ class ZipformerBlock(Scheduled):
         attended = skipped(x.new_ones(x.size(0), 1, 1), self.now(self.ATTENTION_SKIP)) if self.training else None
 
         assert frames.positions is not None
-        weights = self.self_attn_weights(x, frames.positions, valid, seen)
+        weights = self.self_attn_weights(x, frames.positions, valid, seen, chunks)
         x = x + self.feed_forward1(x, valid)
-        x = _added(x, self.balancer_na(self.nonlin_attention(x, weights, valid, seen, uniform), valid), attended)
-        x = _added(x, self.self_attn1(x, weights, valid), attended)
-        x = x + skipped(self.conv_module1(x, valid), convolution)
+        x = _added(x, self.balancer_na(self.nonlin_attention(x, weights, valid, seen, uniform, chunks), valid), attended)
+        x = _added(x, self.self_attn1(x, weights, valid, chunks), attended)
+        x = x + skipped(self.conv_module1(x, valid, chunks), convolution)
         x = x + skipped(self.balancer_ff2(self.feed_forward2(x, valid), valid), feed_forward)
         x = self.bypass_mid(before, x)
-        x = _added(x, self.self_attn2(x, weights, valid), attended)
-        x = x + skipped(self.conv_module2(x, valid), convolution)
+        x = _added(x, self.self_attn2(x, weights, valid, chunks), attended)
+        x = x + skipped(self.conv_module2(x, valid, chunks), convolution)
         x = x + skipped(self.balancer_ff3(self.feed_forward3(x, valid), valid), feed_forward)
         x = self.norm(self.balancer1(x, valid))
         x = self.bypass(before, x)
@@ -263,6 +267,7 @@ class ZipformerEncoder(Encoder):
         self.dim = config.encoder_embed_dim
         self.table_dim = config.zipformer_table_dim
         self.shapes = config.stacks
+        self.chunk_multiple = math.lcm(*(stack.rate for stack in self.shapes))
         self.rate_changes = nn.ModuleList([RateChange(stack.dim, stack.rate) for stack in self.shapes])
 
     def build_block(self, config: HubertConfig, index: int) -> nn.Module:
@@ -282,19 +287,26 @@ class ZipformerEncoder(Encoder):
             if isinstance(module, Scheduled):
                 module.update = num_updates
 
-    def _run(self, x: Tensor, padding_mask: Tensor | None, depth: int, layerdrop: float) -> list[Tensor]:
+    def _run(
+        self, x: Tensor, padding_mask: Tensor | None, depth: int, layerdrop: float, chunks: Chunks | None = None
+    ) -> list[Tensor]:
         # features of D channels are accepted as well, and cut as between stacks
-        return super()._run(x[..., : self.shapes[0].dim], padding_mask, depth, layerdrop)
+        return super()._run(x[..., : self.shapes[0].dim], padding_mask, depth, layerdrop, chunks)
+
+    def positions(self, x: Tensor, keys: int) -> Tensor | None:
+        return compact_positions(keys, self.table_dim, x)
 
     def run_blocks(self, x: Tensor, frames: Frames, kept: list[bool]) -> list[Tensor]:
         """States 0 ... len(kept), each (B, T, D) at 20 ms; x (B, T, input_dim)."""
         states = [fitted(x, self.dim)]
-        by_rate: dict[int, Frames] = {}
+        by_rate: dict[int, Frames] = {1: frames}
         for shape, change in zip(self.shapes, self.rate_changes, strict=True):
             assert isinstance(change, RateChange)
             x = before = fitted(x, shape.dim)
             if shape.rate not in by_rate:
-                by_rate[shape.rate] = self._frames_at(shape.rate, x, frames)
+                valid = None if frames.valid is None else frames.valid[:, :: shape.rate]
+                chunks = None if frames.chunks is None else frames.chunks.at_rate(shape.rate)
+                by_rate[shape.rate] = self.frames(x[:, :: shape.rate], valid, chunks)
             x = change.down(x, frames.valid)
             for place in range(shape.layers):
                 index = len(states) - 1
@@ -308,10 +320,3 @@ class ZipformerEncoder(Encoder):
                     seen = repeated(x, shape.rate, before.size(1))
                 states.append(torch.cat((seen, states[-1][..., shape.dim :]), dim=-1))
         return states
-
-    def _frames_at(self, rate: int, x: Tensor, frames: Frames) -> Frames:
-        """The frames of a stack: padding is every `rate`-th frame's."""
-        positions = compact_positions(-(-x.size(1) // rate), self.table_dim, x)
-        if frames.valid is None or frames.attend is None:
-            return Frames(positions=positions)
-        return Frames(frames.valid[:, ::rate], frames.attend[..., ::rate], positions)

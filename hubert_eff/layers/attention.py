@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .bits import counted_as
+from .chunks import Chunks
 from .dropout import keep_signs
 from .kinds import POSITION_PROJECTION, PRODUCT, PROJECTION, Kind, head_shapes
 from .linear import Linear, linear, product, takes_onednn
@@ -178,9 +179,11 @@ class SelfAttention(nn.Module):
         q, k, v = joint.view(*x.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         return q, k, v
 
-    def forward(self, x: Tensor, attend: Tensor | None = None) -> Tensor:
-        """`attend`: bool, broadcastable to (B, H, T, T), False = never seen."""
+    def forward(self, x: Tensor, attend: Tensor | None = None, chunks: Chunks | None = None) -> Tensor:
+        """`attend`: bool, broadcastable to (B, H, T, T), False = never seen; `chunks`: those of a stream."""
         q, k, v = self.heads_of(x)
+        if chunks is not None:
+            k, v = chunks.with_kept(self, k, v)
         dropout = self.dropout if self.training else 0.0
         mixed = attention(q, k, v, attend, dropout) if self.products is None else self.products(q, k, v, attend, dropout)
         return self.out_proj(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
@@ -207,11 +210,17 @@ class RelativeSelfAttention(SelfAttention):
         shapes = head_shapes(self.heads, self.out_proj.in_features // self.heads, "key", "value")  # u and v are the queries' moves
         return {**super().kinds(), "products": Kind(PRODUCT, form="relative", shapes=shapes), "linear_pos": Kind(POSITION_PROJECTION)}
 
-    def forward(self, x: Tensor, positions: Tensor, attend: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """`positions`: (2T - 1, D), sinusoids of the offsets T-1 .. -(T-1); `attend` as above, but without a query dimension of its own."""
+    def forward(  # type: ignore[override]
+        self, x: Tensor, positions: Tensor, attend: Tensor | None = None, chunks: Chunks | None = None
+    ) -> Tensor:
+        """`positions`: (2T - 1, D), sinusoids of the offsets T-1 .. -(T-1), T the number of keys; `attend` and `chunks` as above."""
         q, k, v = self.heads_of(x)
+        if chunks is not None:
+            k, v = chunks.with_kept(self, k, v)
+            p = chunks.table(self, k.size(2), lambda: self._offsets(positions))
+        else:
+            p = self._offsets(positions)
         scale = q.size(-1) ** -0.5
-        p = self.linear_pos(positions).view(-1, self.heads, q.size(-1)).transpose(0, 1)  # (H, 2T - 1, d)
         content, position = q + self.pos_bias_u[:, None], q + self.pos_bias_v[:, None]
         dropout = self.dropout if self.training else 0.0
         if self.products is not None:
@@ -224,37 +233,41 @@ class RelativeSelfAttention(SelfAttention):
             mixed = self._chunked(content, position, k, v, p, attend, dropout)
         return self.out_proj(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
+    def _offsets(self, positions: Tensor) -> Tensor:
+        return self.linear_pos(positions).view(len(positions), self.heads, -1).transpose(0, 1)  # type: ignore[no-any-return]  # (H, 2T - 1, d)
+
     @counted_as("attention")
     def _chunked(
         self, content: Tensor, position: Tensor, k: Tensor, v: Tensor, p: Tensor, attend: Tensor | None, dropout: float
     ) -> Tensor:
-        batch, heads, frames, _ = content.shape
+        (batch, heads, queries, _), frames = content.shape, k.size(2)  # the last query is at the last key
         mixed = []
-        for start in range(0, frames, self.CHUNK):
-            stop = min(start + self.CHUNK, frames)
+        for start in range(0, queries, self.CHUNK):
+            stop = min(start + self.CHUNK, queries)
             n = stop - start
             span = frames + n - 1  # offsets that this chunk's queries see
-            by_offset = position[:, :, start:stop] @ p[:, frames - stop : frames - stop + span].mT  # (B, H, n, span)
+            by_offset = position[:, :, start:stop] @ p[:, queries - stop : queries - stop + span].mT  # (B, H, n, span)
             # row i holds offsets (stop - 1 - start) .. : key j of query start + i stands at column n - 1 - i + j
             bias = by_offset.contiguous().as_strided((batch, heads, n, frames), (heads * n * span, n * span, span - 1, 1), n - 1)
             if bias.is_cuda and attend is None:
                 bias = bias.contiguous()  # a view that starts off its alignment is refused by the memory-efficient kernel
             if attend is not None:
-                bias = bias.masked_fill(~attend, float("-inf"))
+                seen = attend if attend.size(2) == 1 else attend[:, :, start:stop]
+                bias = bias.masked_fill(~seen, float("-inf"))
             mixed.append(attention(content[:, :, start:stop], k, v, bias, dropout))
         return torch.cat(mixed, dim=2)
 
     @counted_as("attention")
     def _blockwise(self, content: Tensor, position: Tensor, k: Tensor, v: Tensor, p: Tensor, attend: Tensor | None) -> Tensor:
-        batch, heads, frames, _ = content.shape
+        (batch, heads, queries, _), frames = content.shape, k.size(2)
         position = position.flatten(0, 1)
-        unseen = None if attend is None else _unseen(attend, k).expand(batch, heads, 1, frames).flatten(0, 1)
+        unseen = None if attend is None else _unseen(attend, k).expand(batch, heads, -1, frames).flatten(0, 1)
 
         def add_bias(row: int, start: int, stop: int, scores: Tensor) -> None:
             n, span = stop - start, frames + stop - start - 1
-            by_offset = product(position[row, start:stop], p[row % heads, frames - stop : frames - stop + span])
+            by_offset = product(position[row, start:stop], p[row % heads, queries - stop : queries - stop + span])
             scores += by_offset.as_strided((n, frames), (span - 1, 1), n - 1)  # as in `_chunked`
             if unseen is not None:
-                scores += unseen[row]
+                scores += unseen[row] if unseen.size(1) == 1 else unseen[row, start:stop]
 
         return _blockwise(content, k, v, add_bias, 2 * self.CHUNK)  # longer blocks compute more offsets that no query sees

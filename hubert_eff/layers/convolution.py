@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from .chunks import Chunks
 from .linear import linear, product, takes_onednn
 
 
@@ -65,19 +66,27 @@ def strided_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) ->
 class DepthwiseConv(nn.Module):
     """Depthwise convolution with zero padding, (B, T, C) -> (B, ceil(T / stride), C).
 
-    At stride 1 the kernel is centred, above it begins at its frame: output t sees inputs t * stride ... t * stride + k - 1.
+    At stride 1 the kernel is centred, or ends at its frame if `causal`; above it begins there: output t sees inputs t * stride ...
+    t * stride + k - 1.
     """
 
-    def __init__(self, channels: int, kernel: int, bias: bool = False, stride: int = 1) -> None:
+    def __init__(self, channels: int, kernel: int, bias: bool = False, stride: int = 1, causal: bool = False) -> None:
         super().__init__()
-        self.stride = stride
+        self.stride, self.causal = stride, causal
         self.weight = nn.Parameter(torch.empty(channels, 1, kernel))
         self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, chunks: Chunks | None = None) -> Tensor:
+        """`chunks`: zeros in the place of what lies behind the chunk of a frame."""
         channels, _, kernel = self.weight.shape
         if self.stride == 1:
-            return convolve(x, self.weight, self.bias, 1, kernel // 2, channels)
-        missing = kernel - self.stride + -x.size(1) % self.stride
-        return convolve(F.pad(x, (0, 0, 0, missing)), self.weight, self.bias, self.stride, 0, channels)
+            before, after = (kernel - 1, 0) if self.causal else (kernel // 2, kernel // 2)
+        else:
+            before, after = 0, kernel - self.stride + -x.size(1) % self.stride
+        if chunks is not None:
+            y = convolve(chunks.windows(self, x, before, after), self.weight, self.bias, self.stride, 0, channels)
+            return chunks.joined(y, x.size(0), -(-x.size(1) // self.stride))
+        if before == after:
+            return convolve(x, self.weight, self.bias, 1, before, channels)
+        return convolve(F.pad(x, (0, 0, before, after)), self.weight, self.bias, self.stride, 0, channels)

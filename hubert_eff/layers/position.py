@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .chunks import Chunks
+
 
 class PositionalConv1d(nn.Module):
-    """Grouped convolution over time with weight normalisation per tap (wav2vec 2.0, section 2); (B, D, T) -> (B, D, T).
+    """Grouped convolution over time with weight normalisation per tap (wav2vec 2.0, section 2); (B, T, D) -> (B, T, D).
 
+    The kernel is centred (an even one sees one frame more before than after), or ends at its frame if `causal`.
     Parameters carry fairseq's names: the weight is `weight_g * weight_v / |weight_v|`, the norm over all but the tap dimension. Once fused
     there is one parameter `weight` in place of the two.
     """
@@ -22,9 +25,9 @@ class PositionalConv1d(nn.Module):
     weight_g: nn.Parameter | None
     weight: nn.Parameter | None
 
-    def __init__(self, dim: int, kernel: int, groups: int) -> None:
+    def __init__(self, dim: int, kernel: int, groups: int, causal: bool = False) -> None:
         super().__init__()
-        self.groups = groups
+        self.groups, self.causal = groups, causal
         self.weight_v = nn.Parameter(torch.empty(dim, dim // groups, kernel))
         self.weight_g = nn.Parameter(torch.empty(1, 1, kernel))
         self.register_parameter("weight", None)
@@ -47,10 +50,25 @@ class PositionalConv1d(nn.Module):
         self.weight_v = self.weight_g = None
         return self
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, chunks: Chunks | None = None) -> Tensor:
+        """`chunks`: zeros in the place of what lies behind the chunk of a frame."""
         weight = self.plain_weight()
         kernel = weight.size(-1)
-        return F.conv1d(F.pad(x, (kernel // 2, (kernel - 1) // 2)), weight, self.bias, groups=self.groups)
+        before, after = (kernel - 1, 0) if self.causal else (kernel // 2, (kernel - 1) // 2)
+        if chunks is None:
+            return F.conv1d(F.pad(x.mT, (before, after)), weight, self.bias, groups=self.groups).mT
+        windows = chunks.windows(self, x, before, after)
+        return chunks.joined(F.conv1d(windows.mT, weight, self.bias, groups=self.groups).mT, *x.shape[:2])
+
+
+class PositionalEmbedding(nn.Sequential):
+    """GELU of a `PositionalConv1d`, (B, T, D) -> (B, T, D). Children keep fairseq's numbers."""
+
+    def __init__(self, dim: int, kernel: int, groups: int, causal: bool = False) -> None:
+        super().__init__(PositionalConv1d(dim, kernel, groups, causal), nn.GELU())
+
+    def forward(self, x: Tensor, chunks: Chunks | None = None) -> Tensor:
+        return self[1](self[0](x, chunks))  # type: ignore[no-any-return]
 
 
 def relative_sinusoids(frames: int, dim: int, like: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from .attention import SelfAttention, attention
 from .bits import counted_as
+from .chunks import Chunks
 from .dropout import Dropout
 from .kinds import Kind
 
@@ -82,6 +83,18 @@ class SparsePattern:
         if rest:
             segments.append(Segment(frames - rest, 1, rest, min(rest, length - summaries)))
         return segments
+
+    def sees(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Which of the keys, frame numbers (T',), each of the queries (T,) sees: (T, T') bool."""
+        i, j = queries.unsqueeze(1), keys.unsqueeze(0)
+        if self.kind == "local":
+            return (i - j).abs() <= self.window
+        first, summaries = 0, self.expressivity
+        if self.kind == "fairseq":
+            i, j, first, summaries = (i - 1).clamp(min=0), j - 1, -1, summaries + 1
+        block = torch.div(j.clamp(min=0), self.stride, rounding_mode="floor")
+        shared = (j % self.stride >= self.stride - summaries) & (j > first)
+        return shared | (torch.div(i, self.stride, rounding_mode="floor") == block)
 
     def visible(self, frames: Tensor) -> Tensor:
         """About how many keys a query sees in inputs of `frames` frames: all but cut-off blocks and the ends counted."""
@@ -410,11 +423,22 @@ class SparseSelfAttention(SelfAttention):
         dense = super().kinds()
         return {**dense, "products": replace(dense["products"], form="sparse")}
 
-    def forward(self, x: Tensor, attend: Tensor | None = None) -> Tensor:
-        """`attend`: (B, 1, 1, T) bool, False = never seen."""
+    def forward(self, x: Tensor, attend: Tensor | None = None, chunks: Chunks | None = None) -> Tensor:
+        """`attend`: (B, 1, 1, T) bool, False = never seen, or (B, 1, T, T) with `chunks`."""
         q, k, v = self.heads_of(x)
+        if chunks is not None:
+            return self.out_proj(self._in_chunks(q, k, v, attend, chunks).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
         if self.products is not None:
             mixed = self.products(q, k, v, attend, self.dropout if self.training else 0.0, self.pattern)
         else:
             mixed = sparse_attention(q, k, v, self.pattern, attend, self.attention_dropout, self.flex)
         return self.out_proj(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    def _in_chunks(self, q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None, chunks: Chunks) -> Tensor:
+        """Dense attention under the joint mask of pattern and chunks: of the few keys that a chunk sees most are seen anyhow."""
+        k, v = chunks.with_kept(self, k, v)
+        end = chunks.start + q.size(2)
+        place = torch.arange(end - k.size(2), end, device=q.device)
+        seen = self.pattern.sees(place[k.size(2) - q.size(2) :], place)
+        seen = seen if attend is None else attend & (seen | torch.eye(len(seen), dtype=torch.bool, device=q.device))
+        return attention(q, k, v, seen, self.dropout if self.training else 0.0)

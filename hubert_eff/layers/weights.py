@@ -55,10 +55,15 @@ def _scores(q: Tensor, k: Tensor, p: Tensor, offsets: Tensor, start: int) -> Ten
     return _times(q, k).add_(_at_keys(by_offset, frames))
 
 
+def _rows_of(seen: Tensor | None, rows: slice, start: int, stop: int) -> Tensor | None:
+    """Of seen (N, 1, T) or (N, T, T): what the queries start ... stop - 1 of `rows` see, (N', 1 or n, T)."""
+    return None if seen is None else seen[rows] if seen.size(1) == 1 else seen[rows, start:stop]
+
+
 def _softmax(scores: Tensor, seen: Tensor | None) -> Tensor:
-    """In place; seen: (N, T) bool."""
+    """In place; seen: (N, 1 or n, T) bool."""
     if seen is not None:
-        scores.masked_fill_(~seen.unsqueeze(1), UNSEEN)
+        scores.masked_fill_(~seen, UNSEEN)
     return torch.softmax(scores, -1, out=scores) if not torch.compiler.is_compiling() else torch.softmax(scores, -1)
 
 
@@ -66,17 +71,19 @@ def _softmax(scores: Tensor, seen: Tensor | None) -> Tensor:
 def _weights(
     q: Tensor, k: Tensor, p: Tensor, offsets: Tensor, seen: Tensor | None, penalise: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """Weights (N, T, T) and, to penalise them, the signs of the scores that are beyond the limit, block by block."""
+    """Weights (N, queries, keys) and, to penalise them, the signs of the scores that are beyond the limit, block by block."""
     weights = q.new_empty(*q.shape[:2], k.size(1))
     beyond = []
+    behind = k.size(1) - q.size(1)  # keys of a stream before its queries
     for rows, start, stop in _blocks(q):
-        scores = _scores(q[rows, start:stop], k[rows], p[rows, start:stop], offsets[rows], start)
+        scores = _scores(q[rows, start:stop], k[rows], p[rows, start:stop], offsets[rows], behind + start)
+        keys = _rows_of(seen, rows, start, stop)
         if penalise:
             over = torch.where(scores.abs() > LIMIT, scores.sign(), 0.0).to(torch.int8)
-            if seen is not None:  # what is padding gets no gradient
-                over *= seen[rows, start:stop, None] & seen[rows, None]
+            if seen is not None and keys is not None:  # what is padding gets no gradient
+                over *= keys if seen.size(1) > 1 else keys & keys[:, 0, start:stop, None]
             beyond.append(over)
-        weights[rows, start:stop] = _softmax(scores, None if seen is None else seen[rows])
+        weights[rows, start:stop] = _softmax(scores, keys)
     return weights, beyond
 
 
@@ -132,8 +139,9 @@ class _Mix(torch.autograd.Function):
 class RelativeWeights:
     """Weights softmax_j(q_i k_j + p_i offset_{j-i}) of all heads, without the usual 1 / sqrt(d) (Zipformer, section 3.1).
 
-    q, k: (B, H, T, d); p: (B, H, T, e); offsets: (H, 2T - 1, e), those of -(T-1) .. T-1; seen: (B, T) bool, the keys that may be seen,
-    None = all. What `dropout` drops is the same for all users of the weights; `penalise` adds a small gradient against scores beyond +-25.
+    q, k: (B, H, T, d); p: (B, H, T, e); offsets: (H, 2T - 1, e), those of -(T-1) .. T-1; seen: (B, 1, T) bool, the keys that may be
+    seen, or (B, T, T) of each query, none if it is padding; None = all. In a stream the queries are those of the last keys. What
+    `dropout` drops is the same for all users of the weights; `penalise` adds a small gradient against scores beyond +-25.
 
     Where gradients are needed the weights are kept, (H, B, T, T) per layer; without, only up to `KEPT` elements.
     """
@@ -141,15 +149,16 @@ class RelativeWeights:
     def __init__(
         self, q: Tensor, k: Tensor, p: Tensor, offsets: Tensor, seen: Tensor | None, dropout: Dropout, penalise: bool = False
     ) -> None:
-        self.batch, self.heads, frames = q.shape[:3]
+        self.batch, self.heads = q.shape[:2]
+        pairs = q.size(2) * k.size(2)
         q, k, p = (t.transpose(0, 1).flatten(0, 1) for t in (q, k, p))
         offsets = offsets.unsqueeze(1).expand(-1, self.batch, -1, -1).flatten(0, 1)
-        rows = None if seen is None else seen.repeat(self.heads, 1)
+        rows = None if seen is None else seen.repeat(self.heads, 1, 1)
         self.args = q, k, p, offsets, rows
         self.parts: tuple[Tensor, ...] = ()
         if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, p, offsets)):
             weights: Tensor = _Weights.apply(q, k, p, offsets, rows, penalise)  # type: ignore[no-untyped-call]
-        elif q.size(0) * frames * frames <= KEPT or (dropout.training and dropout.p > 0.0):
+        elif q.size(0) * pairs <= KEPT or (dropout.training and dropout.p > 0.0):
             weights = _weights(q, k, p, offsets, rows, penalise=False)[0]
         else:
             return
@@ -167,15 +176,16 @@ class RelativeWeights:
             mixed = _mix(self.parts[0], flat)
         else:
             mixed = torch.cat((_mix(self.parts[0], flat[: self.batch]), _mix(self.parts[1], flat[self.batch :])))
-        return mixed.view(heads, self.batch, *values.shape[2:]).transpose(0, 1)
+        return mixed.view(heads, self.batch, -1, values.size(3)).transpose(0, 1)
 
     @counted_as("attention")
     def _anew(self, values: Tensor) -> Tensor:
         q, k, p, offsets, seen = self.args
-        mixed = torch.empty_like(values)
+        mixed = values.new_empty(values.size(0), q.size(1), values.size(2))
+        behind = k.size(1) - q.size(1)
         for rows, start, stop in _blocks(q[: values.size(0)]):
-            scores = _scores(q[rows, start:stop], k[rows], p[rows, start:stop], offsets[rows], start)
-            mixed[rows, start:stop] = _times(_softmax(scores, None if seen is None else seen[rows]), values[rows].mT)
+            scores = _scores(q[rows, start:stop], k[rows], p[rows, start:stop], offsets[rows], behind + start)
+            mixed[rows, start:stop] = _times(_softmax(scores, _rows_of(seen, rows, start, stop)), values[rows].mT)
         return mixed
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .activation import swoosh_l, swoosh_r
+from .chunks import Chunks
 from .convolution import DepthwiseConv
 from .dropout import Dropout
 from .kinds import DEPTHWISE, FEED_FORWARD, POINTWISE, POSITION_PROJECTION, PRODUCT, PROJECTION, Kind, head_shapes
@@ -83,19 +84,29 @@ class AttentionWeights(Scheduled):
             "linear_pos": Kind(POSITION_PROJECTION),
         }
 
-    def forward(self, x: Tensor, positions: Tensor, valid: Tensor | None = None, seen: Tensor | None = None) -> Weights:
-        """x (B, T, C), positions (2T - 1, table_dim), valid and seen (B, T) bool: frames that are no padding, keys that may be seen."""
+    def forward(
+        self, x: Tensor, positions: Tensor, valid: Tensor | None = None, seen: Tensor | None = None, chunks: Chunks | None = None
+    ) -> Weights:
+        """x (B, T, C); positions (2T - 1, table_dim), T the number of keys; valid (B, T) bool: frames that are no padding; seen (B, 1, T)
+        bool, or (B, T, T) in chunks: keys that may be seen."""
         queries = self.heads * self.query_dim
         q, k, p = self.in_proj(x).split((queries, queries, self.heads * self.position_dim), dim=-1)
         k = self.whiten_keys(self.balance_keys(k, valid), valid)
         q, k, p = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, p))
-        offsets = self.linear_pos(positions).unflatten(-1, (self.heads, -1)).transpose(0, 1)  # (H, 2T - 1, e)
+        if chunks is None:
+            offsets = self._offsets(positions)
+        else:
+            (k,) = chunks.with_kept(self, k)
+            offsets = chunks.table(self, k.size(2), lambda: self._offsets(positions))
         if self.training and chance(self.now(self.POSITION_SKIP)):
             offsets = offsets * 0.0  # parameters keep a gradient, as data-parallel training needs
         if self.products is not None:
             dropout = self.dropout.p if self.training else 0.0
-            return self.products(q, k, p, offsets, seen, dropout)  # type: ignore[no-any-return]
+            return self.products(q, k, p, offsets, None if seen is None else seen[:, 0], dropout)  # type: ignore[no-any-return]
         return RelativeWeights(q, k, p, offsets, seen, self.dropout, self.training and chance(self.PENALTY_RATE))
+
+    def _offsets(self, positions: Tensor) -> Tensor:
+        return self.linear_pos(positions).unflatten(-1, (self.heads, -1)).transpose(0, 1)  # type: ignore[no-any-return]  # (H, 2T - 1, e)
 
 
 class SelfAttention(nn.Module):
@@ -114,8 +125,10 @@ class SelfAttention(nn.Module):
         mixer = Kind(PRODUCT, form="mix", shapes=head_shapes(self.heads, self.in_proj.out_features // self.heads, "value"))
         return {"in_proj": Kind(PROJECTION), "mixer": mixer, "out_proj": Kind(PROJECTION)}
 
-    def forward(self, x: Tensor, weights: Weights, valid: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, weights: Weights, valid: Tensor | None = None, chunks: Chunks | None = None) -> Tensor:
         values = self.in_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, c)
+        if chunks is not None:
+            (values,) = chunks.with_kept(self, values)
         mixed = weights.mix(values) if self.mixer is None else self.mixer(values, weights)
         return self.whiten(self.out_proj(mixed.transpose(1, 2).flatten(2)), valid)  # type: ignore[no-any-return]
 
@@ -141,11 +154,14 @@ class NonlinearAttention(nn.Module):
         return {"in_proj": Kind(PROJECTION), "mixer": mixer, "out_proj": Kind(PROJECTION)}
 
     def forward(
-        self, x: Tensor, weights: Weights, valid: Tensor | None = None, seen: Tensor | None = None, uniform: bool = False
-    ) -> Tensor:
+        self, x: Tensor, weights: Weights, valid: Tensor | None = None, seen: Tensor | None = None, uniform: bool = False,
+        chunks: Chunks | None = None,
+    ) -> Tensor:  # fmt: skip
         """`uniform`: weigh all keys that may be seen alike, in place of `weights`; a binarised form knows no such weights."""
         s, v, y = self.in_proj(x).chunk(3, dim=-1)
         v = self.whiten1(v, valid) * torch.tanh(self.balancer(s, valid))
+        if chunks is not None:
+            v = chunks.with_kept(self, v.unsqueeze(1))[0].squeeze(1)
         if self.mixer is not None:
             mixed = self.mixer(v.unsqueeze(1), weights).squeeze(1)
         elif not uniform:
@@ -153,8 +169,8 @@ class NonlinearAttention(nn.Module):
         elif seen is None:
             mixed = v.mean(1, keepdim=True)
         else:
-            share = seen.to(v.dtype).unsqueeze(1)  # (B, 1, T)
-            mixed = (share / share.sum(-1, keepdim=True)) @ v
+            share = seen.to(v.dtype)  # (B, 1 or T, T)
+            mixed = (share / share.sum(-1, keepdim=True).clamp(min=1.0)) @ v
         return self.whiten2(self.out_proj(mixed * y), valid)  # type: ignore[no-any-return]
 
 
@@ -185,10 +201,10 @@ class FeedForward(Scheduled):
 class ConvolutionModule(nn.Module):
     """Pointwise C -> 2C, gate, depthwise, SwooshR, pointwise C -> C."""
 
-    def __init__(self, dim: int, kernel: int) -> None:
+    def __init__(self, dim: int, kernel: int, causal: bool = False) -> None:
         super().__init__()
         self.in_proj = Linear(dim, 2 * dim)
-        self.depthwise_conv = DepthwiseConv(dim, kernel, bias=True)
+        self.depthwise_conv = DepthwiseConv(dim, kernel, bias=True, causal=causal)
         self.out_proj = scaled_linear(dim, dim, 0.05)
         self.balancer1 = Balancer(
             (Schedule(((0, 0.05), (8_000, 0.025))), 1.0), (1.5, Schedule(((0, 5.0), (8_000, 10.0))))
@@ -207,12 +223,12 @@ class ConvolutionModule(nn.Module):
             "out_proj": Kind(POINTWISE, signed=False, activation="activation"),
         }
 
-    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:  # (B, T, C)
+    def forward(self, x: Tensor, valid: Tensor | None = None, chunks: Chunks | None = None) -> Tensor:  # (B, T, C)
         x, gate = self.in_proj(x).chunk(2, dim=-1)
         x = x * torch.sigmoid(self.balancer1(gate, valid))
         if valid is not None:  # the kernel must not carry padding into valid frames
             x = x.masked_fill(~valid.unsqueeze(-1), 0.0)
-        x = self.whiten(self.balancer2(self.depthwise_conv(x), valid), valid)
+        x = self.whiten(self.balancer2(self.depthwise_conv(x, chunks), valid), valid)
         return self.out_proj(self.activation(x))  # type: ignore[no-any-return]
 
 

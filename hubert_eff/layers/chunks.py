@@ -1,0 +1,95 @@
+"""Time in chunks: what a frame may see of an utterance that comes piece by piece, and what a stream keeps from one piece to the next."""
+
+# B batch, T frames, C channels, H heads, d head dim, n chunks
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Table = TypeVar("Table", Tensor, "Tensor | None")
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """How a model runs chunk by chunk. A frame attends to its own chunk and to `left` chunks before it; no convolution sees beyond the
+    end of its frame's chunk.
+
+    Without `kept` an utterance is computed at once, under masks (training, and the reference of streaming). With it one chunk is, and
+    what later ones need of it is kept there: of attention the keys and values, of convolutions the last input frames.
+    """
+
+    size: int  # frames of a chunk
+    left: int  # chunks; -1: all
+    kept: dict[nn.Module, tuple[Tensor, ...]] | None = None
+    tables: dict[Hashable, tuple[int, Tensor | None]] = field(default_factory=dict)  # of a stream: positions, alike for chunk after chunk
+    start: int = 0  # of a stream: frames before this chunk
+
+    def at_rate(self, rate: int) -> Chunks:
+        """The same for modules of which each frame stands for `rate` of these; `size` and `start` are multiples of it."""
+        return replace(self, size=self.size // rate, start=self.start // rate)
+
+    # -- attention ---------------------------------------------------------------------------------------------------
+
+    def visible(self, frames: int, device: torch.device) -> Tensor:
+        """(1, 1, T, T) bool: the keys that each query of an utterance may see."""
+        number = torch.arange(frames, device=device) // self.size
+        distance: Tensor = number[:, None] - number
+        seen: Tensor = distance >= 0
+        if self.left >= 0:
+            seen = seen & (distance <= self.left)
+        return seen[None, None]
+
+    def keys(self, queries: int) -> int:
+        """Keys of a chunk of so many queries: what is kept, and its own."""
+        if self.kept is None:
+            return queries
+        return queries + (self.start if self.left < 0 else min(self.start, self.left * self.size))
+
+    def with_kept(self, module: nn.Module, *parts: Tensor) -> tuple[Tensor, ...]:
+        """Keys, values (B, H, T, d) of `module` with those that it has kept in front."""
+        if self.kept is None:
+            return parts
+        if module in self.kept:
+            parts = tuple(torch.cat(pair, 2) for pair in zip(self.kept[module], parts, strict=True))
+        frames = parts[0].size(2)
+        surplus = 0 if self.left < 0 else max(0, frames - self.left * self.size)
+        self.kept[module] = tuple(part[:, :, surplus:].clone() if surplus else part for part in parts)
+        return parts
+
+    def table(self, owner: Hashable, keys: int, make: Callable[[], Table]) -> Table:
+        """`make()`, a table for so many keys; a stream makes it anew only when their number changes."""
+        if self.kept is None:
+            return make()
+        known = self.tables.get(owner)
+        if known is None or known[0] != keys:
+            known = self.tables[owner] = keys, make()
+        return known[1]  # type: ignore[return-value]
+
+    # -- convolution -------------------------------------------------------------------------------------------------
+
+    def windows(self, module: nn.Module, x: Tensor, before: int, after: int) -> Tensor:
+        """x (B, T, C) of `module` cut into what its convolution sees: each chunk, `before` frames before it, and `after` zeros behind it.
+
+        (B n, before + size + after, C); one window for all of x where nothing is behind or x is a chunk of a stream.
+        """
+        if self.kept is not None:
+            (context,) = self.kept.get(module, (x.new_zeros(x.size(0), before, x.size(2)),))
+            window = torch.cat((context, x), 1)
+            self.kept[module] = (window[:, window.size(1) - before :].clone(),)
+            return F.pad(window, (0, 0, 0, after)) if after else window
+        if after == 0:
+            return F.pad(x, (0, 0, before, 0))
+        x = F.pad(x, (0, 0, before, -x.size(1) % self.size))
+        cut = x.unfold(1, before + self.size, self.size).mT  # (B, n, before + size, C)
+        return F.pad(cut.flatten(0, 1), (0, 0, 0, after))
+
+    @staticmethod
+    def joined(y: Tensor, batch: int, frames: int) -> Tensor:
+        """What a convolution made of `windows`, (B n, T', C'), as (B, frames, C')."""
+        return y.reshape(batch, -1, y.size(2))[:, :frames]
