@@ -18,6 +18,7 @@ from .errors import UserError, unknown
 
 SAMPLE_RATE = 16_000
 FRAME_STRIDE = 320  # samples per frame: 20 ms at 16 kHz
+RECEPTIVE_FIELD = 400  # samples that a frame of the named extractors hears: 25 ms
 
 # (channels, kernel, stride) of each convolution of the waveform extractor
 CONV_FEATURE_LAYERS: dict[str, tuple[tuple[int, int, int], ...]] = {
@@ -31,6 +32,8 @@ CONV_FEATURE_LAYERS: dict[str, tuple[tuple[int, int, int], ...]] = {
         *((512, 2, 2), (512, 1, 1)) * 2,
     ),
 }
+
+MEL_FRONTS = ("logmel-conv", "logmel-dws", "conv-embed")  # on a log-mel spectrogram (logmel.py)
 
 _TYPES = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
 
@@ -57,7 +60,11 @@ class HubertConfig:
         "normalisation: GroupNorm over time on the first convolution, or LayerNorm over channels on every one",
         ("default", "layer_norm"),
     )
-    conv_feature_layers: str = option("fastconv", "default | fastconv | fairseq's list [(channels, kernel, stride)] * n + ...")
+    conv_feature_layers: str = option(
+        "fastconv",
+        "default | fastconv | fairseq's list [(channels, kernel, stride)] * n + ..., or on a log-mel spectrogram, where extractor_mode "
+        "and conv_bias do nothing: " + " | ".join(MEL_FRONTS),
+    )
     conv_bias: bool = option(False, "bias in the extractor's convolutions")
     feature_grad_mult: float = option(1.0, "factor on the gradient that reaches the extractor; 0 freezes it")
     valid_frames: str = option(
@@ -206,6 +213,8 @@ class HubertConfig:
     @property
     def conv_layers(self) -> tuple[tuple[int, int, int], ...]:
         """(channels, kernel, stride) of each convolution of the extractor."""
+        if self.conv_feature_layers in MEL_FRONTS:  # one step of the same grid; more is heard on either side (LogMelExtractor.reach)
+            return ((self.input_dim, RECEPTIVE_FIELD, FRAME_STRIDE),)
         return parse_conv_layers(self.conv_feature_layers)
 
     @property
@@ -244,7 +253,8 @@ def parse_conv_layers(spec: str) -> tuple[tuple[int, int, int], ...]:
     """Read `conv_feature_layers`: a name, or lists of integer triples joined by `+` and repeated by `*`. Never evaluated."""
     if spec in CONV_FEATURE_LAYERS:
         return CONV_FEATURE_LAYERS[spec]
-    hint = "write default, fastconv, or a list such as [(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2"
+    names = ", ".join([*CONV_FEATURE_LAYERS, *MEL_FRONTS])
+    hint = f"write {names}, or a list such as [(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2"
 
     def read(node: ast.AST) -> Any:
         if isinstance(node, ast.Constant) and type(node.value) is int:

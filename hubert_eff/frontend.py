@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .config import HubertConfig
+from .config import MEL_FRONTS, HubertConfig
 from .layers.activation import gelu
 from .layers.convolution import strided_conv
 from .layers.linear import takes_onednn
+from .logmel import LogMelExtractor
 
 
 class ChannelNorm(nn.Sequential):
@@ -98,7 +99,13 @@ class ConvFeatureExtractor(nn.Module):
             channels = out
         self.conv_layers = nn.ModuleList(blocks)
 
+    reach = (0, 0)  # samples that a frame hears before and behind its own
+
     def forward(self, source: Tensor) -> Tensor:
+        return self.of_padded(source)
+
+    def of_padded(self, source: Tensor) -> Tensor:
+        """Of samples with their neighbours, `reach` many on either side, there already."""
         first = self.conv_layers[0][0]  # type: ignore[index]
         x = source.to(first.weight.dtype).unsqueeze(-1)  # audio is float32 whatever the model computes in
         for block in self.conv_layers:
@@ -121,3 +128,8 @@ def frame_padding_mask(padding_mask: Tensor, frames: int, config: HubertConfig) 
     valid = num_frames((~padding_mask).sum(1), config.conv_layers)
     assert isinstance(valid, Tensor)
     return torch.arange(frames, device=padding_mask.device) >= valid[:, None]
+
+
+def extractor_of(config: HubertConfig) -> ConvFeatureExtractor | LogMelExtractor:
+    """The extractor that `conv_feature_layers` names."""
+    return LogMelExtractor(config) if config.conv_feature_layers in MEL_FRONTS else ConvFeatureExtractor(config)

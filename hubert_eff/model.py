@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .config import FRAME_STRIDE, SAMPLE_RATE, HubertConfig, read_numbers
+from .config import FRAME_STRIDE, MEL_FRONTS, SAMPLE_RATE, HubertConfig, read_numbers
 from .errors import UserError
-from .frontend import ConvFeatureExtractor, frame_padding_mask, num_frames
+from .frontend import extractor_of, frame_padding_mask, num_frames
 from .layers.chunks import Chunks
 from .layers.dropout import Dropout
 from .layers.kinds import CODEBOOK_HEAD, EXTRACTOR, INPUT_PROJECTION, Kind
@@ -53,7 +53,7 @@ class HubertModel(nn.Module):
         self.num_classes = tuple(num_classes)
         self.num_updates = 0
         channels, dim, code = config.conv_layers[-1][0], config.input_dim, config.codebook_dim
-        self.feature_extractor = ConvFeatureExtractor(config)
+        self.feature_extractor = extractor_of(config)
         self.layer_norm = nn.LayerNorm(channels)
         self.post_extract_proj = Linear(channels, dim) if channels != dim else None
         self.dropout_input = Dropout(config.dropout_input)
@@ -143,7 +143,7 @@ class HubertModel(nn.Module):
         multiple = self.encoder.chunk_multiple
         if not self.config.streaming:
             reason = "its extractor normalises over the whole utterance (extractor_mode=default)"
-            if self.config.extractor_mode == "layer_norm":
+            if self.config.extractor_mode == "layer_norm" or self.config.conv_feature_layers in MEL_FRONTS:
                 reason = "its convolutions over time see beyond the end of a chunk"
             raise UserError(f"this model cannot stream: {reason}; build and train it with streaming=true")
         if multiple is None:

@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from .config import FRAME_STRIDE
+from .config import FRAME_STRIDE, SAMPLE_RATE
 from .errors import UserError, unknown
 from .layers.chunks import Chunks
 from .model import HubertModel
@@ -70,14 +71,15 @@ class StreamingModel:
     def reset(self) -> None:
         """Begin a new stream."""
         parameter = self.model.mask_emb
-        self._samples = torch.zeros(1, 0, dtype=parameter.dtype, device=parameter.device)
+        # the extractor hears silence before the first sample
+        self._samples = torch.zeros(1, self.model.feature_extractor.reach[0], dtype=parameter.dtype, device=parameter.device)
         self._frames = 0
         self._chunks = replace(self._chunks, kept={})
 
     @property
     def latency(self) -> float:
         """Seconds of audio from the first sample of a chunk until the chunk can be computed."""
-        return ((self._chunks.size - 1) * FRAME_STRIDE + self._receptive) / 16_000
+        return ((self._chunks.size - 1) * FRAME_STRIDE + self._receptive + self.model.feature_extractor.reach[1]) / SAMPLE_RATE
 
     def feed(self, wav: Tensor) -> Tensor | None:
         """The next samples (1, S), any number of them -> the frames (1, T, D) of the chunks that are now complete, or None.
@@ -93,24 +95,31 @@ class StreamingModel:
             place = int(bad.nonzero()[0, 1])
             raise UserError(f"{int(bad.sum())} samples are not finite, the first (sample {place} of this piece) is {float(wav[0, place])}")
         self._samples = torch.cat((self._samples, wav.to(self._samples)), 1)
+        outputs = self._whole_chunks()
+        return torch.cat(outputs, 1) if outputs else None
+
+    def flush(self) -> Tensor | None:
+        """The end of the stream: its last frames (1, T, D), or None. What is fed next begins a new stream."""
+        before, behind = self.model.feature_extractor.reach
+        self._samples = F.pad(self._samples, (0, behind))  # the extractor hears silence behind the last sample, too
+        outputs = self._whole_chunks()
+        if self.model.num_frames(self._samples.size(1) - before - behind):
+            outputs.append(self._run(self._samples))
+        self.reset()
+        return torch.cat(outputs, 1) if outputs else None
+
+    def _whole_chunks(self) -> list[Tensor]:
         size = self._chunks.size
-        need = (size - 1) * FRAME_STRIDE + self._receptive
+        need = (size - 1) * FRAME_STRIDE + self._receptive + sum(self.model.feature_extractor.reach)
         outputs = []
         while self._samples.size(1) >= need:
             outputs.append(self._run(self._samples[:, :need]))
             self._samples = self._samples[:, size * FRAME_STRIDE :].clone()
-        return torch.cat(outputs, 1) if outputs else None
-
-    def flush(self) -> Tensor | None:
-        """The end of the stream: its last frames (1, T, D), fewer than a chunk, or None. What is fed next begins a new stream."""
-        frames = self.model.num_frames(self._samples.size(1))
-        output = self._run(self._samples) if frames else None
-        self.reset()
-        return output
+        return outputs
 
     @torch.no_grad()
     def _run(self, samples: Tensor) -> Tensor:
-        x = self.model.project(self.model.feature_extractor(samples))
+        x = self.model.project(self.model.feature_extractor.of_padded(samples))
         y: Tensor = self.model.encoder(x, chunks=replace(self._chunks, start=self._frames))
         self._frames += y.size(1)
         return y

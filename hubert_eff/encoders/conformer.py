@@ -20,6 +20,7 @@ from ..layers.convolution import DepthwiseConv
 from ..layers.dropout import Dropout
 from ..layers.feedforward import ConformerFeedForward
 from ..layers.folding import fold_after, fold_before
+from ..layers.grid import Glu, GridBlock, Residual, depthwise, grid_norm, pointwise
 from ..layers.kinds import DEPTHWISE, POINTWISE, Kind
 from ..layers.linear import Linear
 from ..layers.norm import NORMS, MaskedBatchNorm, norm_of
@@ -72,6 +73,11 @@ class ConvolutionModule(nn.Module):
         self.batch_norm = fold_after(self.depthwise_conv, self.batch_norm)
         return self
 
+    def channels_first(self) -> nn.Module:
+        """See `layers.grid`."""
+        inner = pointwise(self.pointwise_conv1), Glu(), depthwise(self.depthwise_conv), nn.SiLU(), pointwise(self.pointwise_conv2)
+        return nn.Sequential(grid_norm(self.layer_norm), *inner)
+
     def kinds(self) -> Mapping[str, Kind]:
         """See `layers.kinds.Declared`."""
         return {
@@ -110,6 +116,16 @@ class ConformerBlock(nn.Module):
         """Fold a BatchNorm into the projections that read it. The one at the end stays: the next residual sum reads it too."""
         self.self_attn_layer_norm = fold_before(self.self_attn_layer_norm, *self.self_attn.projections())
         return self
+
+    def channels_first(self) -> GridBlock:
+        """See `layers.grid`."""
+        return GridBlock(
+            Residual(self.ffn1.channels_first(), factor=0.5),
+            Residual(grid_norm(self.self_attn_layer_norm), self.self_attn.channels_first()),
+            Residual(self.conv_module.channels_first()),
+            Residual(self.ffn2.channels_first(), factor=0.5),
+            grid_norm(self.final_layer_norm),
+        )
 
     def forward(self, x: Tensor, frames: Frames) -> Tensor:  # (B, T, D)
         x = torch.add(x, self.ffn1(x, frames.valid), alpha=0.5)

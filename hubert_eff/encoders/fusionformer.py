@@ -18,6 +18,7 @@ from ..layers.chunks import Chunks
 from ..layers.convolution import DepthwiseConv
 from ..layers.dropout import Dropout
 from ..layers.folding import fold_after
+from ..layers.grid import GridAttention, GridBlock, Residual, depthwise, pointwise
 from ..layers.kinds import DEPTHWISE, FEED_FORWARD, POINTWISE, PRODUCT, PROJECTION, Kind, head_shapes
 from ..layers.linear import Linear
 from ..layers.norm import MaskedBatchNorm
@@ -74,6 +75,10 @@ class FeedForward(nn.Module):
         """See `layers.kinds.Declared`."""
         return {"w_1": Kind(FEED_FORWARD), "w_2": Kind(FEED_FORWARD, signed=False)}
 
+    def channels_first(self) -> nn.Module:
+        """See `layers.grid`."""
+        return nn.Sequential(pointwise(self.w_1), nn.ReLU(), pointwise(self.w_2))
+
     def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:  # (B, T, D)
         x = self.activation_dropout(F.relu(self.norm_1(self.w_1(x), valid), inplace=True))
         return self.dropout(self.norm_2(self.w_2(x), valid))  # type: ignore[no-any-return]
@@ -105,6 +110,10 @@ class Attention(nn.Module):
         shapes = head_shapes(self.heads, self.out_proj.in_features // self.heads, "query", "key", "value")
         products = Kind(PRODUCT, form="dense", shapes=shapes)
         return {"qkv_proj": Kind(PROJECTION), "products": products, "out_proj": Kind(PROJECTION)}
+
+    def channels_first(self) -> GridAttention:
+        """See `layers.grid`."""
+        return GridAttention(self.qkv_proj, self.out_proj, self.heads)
 
     def forward(self, x: Tensor, frames: Frames) -> Tensor:  # (B, T, D)
         qkv = self.qkv_norm(self.qkv_proj(x), frames.valid)  # (B, T, 3 D)
@@ -151,6 +160,13 @@ class ConvolutionModule(nn.Module):
             "pointwise_conv2": Kind(POINTWISE, signed=not self.relu_2),
         }
 
+    def channels_first(self) -> nn.Module:
+        """See `layers.grid`."""
+        relus = [nn.ReLU() if relu else nn.Identity() for relu in (self.relu_1, self.relu_2)]
+        return nn.Sequential(
+            pointwise(self.pointwise_conv1), relus[0], depthwise(self.depthwise_conv), relus[1], pointwise(self.pointwise_conv2)
+        )
+
     def forward(self, x: Tensor, valid: Tensor | None, chunks: Chunks | None = None) -> Tensor:  # (B, T, D)
         x = self.norm_1(self.pointwise_conv1(x), valid)
         if self.relu_1:
@@ -172,6 +188,15 @@ class FusionformerBlock(nn.Module):
         self.self_attn = Attention(config)
         self.conv_module = ConvolutionModule(config)
         self.ffn2 = FeedForward(config)
+
+    def channels_first(self) -> GridBlock:
+        """See `layers.grid`."""
+        return GridBlock(
+            Residual(self.ffn1.channels_first(), factor=0.5),
+            Residual(self.self_attn.channels_first()),
+            Residual(self.conv_module.channels_first()),
+            Residual(self.ffn2.channels_first(), factor=0.5),
+        )
 
     def forward(self, x: Tensor, frames: Frames) -> Tensor:  # (B, T, D)
         x = torch.add(x, self.ffn1(x, frames.valid), alpha=0.5)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from ..config import HubertConfig
 from ..layers.attention import SelfAttention
 from ..layers.dropout import Dropout
+from ..layers.grid import GridBlock, Residual, grid_norm, pointwise
 from ..layers.kinds import FEED_FORWARD, Kind
 from ..layers.linear import Linear
 from ..registry import register_encoder
@@ -43,6 +44,14 @@ class TransformerBlock(nn.Module):
     def kinds(self) -> Mapping[str, Kind]:
         """See `layers.kinds.Declared`."""
         return {"fc1": Kind(FEED_FORWARD), "fc2": Kind(FEED_FORWARD, signed=False, activation="activation")}
+
+    def channels_first(self) -> GridBlock:
+        """See `layers.grid`."""
+        norms = grid_norm(self.self_attn_layer_norm), grid_norm(self.final_layer_norm)
+        attention, forward = [self.self_attn.channels_first()], [pointwise(self.fc1), nn.GELU(), pointwise(self.fc2)]
+        if self.pre_norm:
+            return GridBlock(Residual(norms[0], *attention), Residual(norms[1], *forward))
+        return GridBlock(Residual(*attention), norms[0], Residual(*forward), norms[1])
 
     def forward(self, x: Tensor, frames: Frames) -> Tensor:  # (B, T, D)
         if self.pre_norm:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from .bits import counted_as
 from .chunks import Chunks
 from .dropout import keep_signs
+from .grid import GridAttention
 from .kinds import POSITION_PROJECTION, PRODUCT, PROJECTION, Kind, head_shapes
 from .linear import Linear, linear, product, takes_onednn
 
@@ -165,6 +167,11 @@ class SelfAttention(nn.Module):
             self.qkv_proj = joint.fold().eval()
         return self
 
+    def channels_first(self) -> GridAttention:
+        """See `layers.grid`."""
+        assert self.qkv_proj is not None
+        return GridAttention(self.qkv_proj, self.out_proj, self.heads)
+
     def heads_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each (B, H, T, d). Packed projections may hand over codes of queries and keys, for `products` alone."""
         if self.qkv_input is not None:
@@ -232,6 +239,10 @@ class RelativeSelfAttention(SelfAttention):
         else:
             mixed = self._chunked(content, position, k, v, p, attend, dropout)
         return self.out_proj(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    def channels_first(self) -> GridAttention:
+        assert self.qkv_proj is not None
+        return GridAttention(self.qkv_proj, self.out_proj, self.heads, copy.deepcopy(self.linear_pos), (self.pos_bias_u, self.pos_bias_v))
 
     def _offsets(self, positions: Tensor) -> Tensor:
         return self.linear_pos(positions).view(len(positions), self.heads, -1).transpose(0, 1)  # type: ignore[no-any-return]  # (H, 2T - 1, d)

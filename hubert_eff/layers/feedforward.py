@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .activation import silu
 from .dropout import Dropout
 from .folding import fold_before
+from .grid import grid_norm, pointwise
 from .kinds import FEED_FORWARD, Kind
 from .linear import Linear
 from .norm import norm_of
@@ -30,6 +31,10 @@ class ConformerFeedForward(nn.Module):
         """Fold a BatchNorm into the layer that reads it."""
         self.layer_norm = fold_before(self.layer_norm, self.w_1)
         return self
+
+    def channels_first(self) -> nn.Module:
+        """See `layers.grid`."""
+        return nn.Sequential(grid_norm(self.layer_norm), pointwise(self.w_1), nn.SiLU(), pointwise(self.w_2))
 
     def kinds(self) -> Mapping[str, Kind]:
         """See `layers.kinds.Declared`."""

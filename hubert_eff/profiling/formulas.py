@@ -6,6 +6,7 @@ name ("aten.mm", without the overload): names absent from the running torch do n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -180,6 +181,11 @@ _BITS.update(dict.fromkeys(_INT8, (8, 8)))  # float in, float out, the product i
 @_own(*_INT8)
 def _int8_linear(x: Tensor, *_: Any, out: Tensor, **__: Any) -> int:
     return x.numel() * out.shape[-1]
+
+
+@_own("aten._fft_r2c")
+def _real_fft(x: Tensor, *_: Any, **__: Any) -> int:  # (..., n): n / 4 log2 n complex products of four real ones
+    return round(x.numel() * math.log2(x.shape[-1]))
 
 
 @_own("aten.mv", "aten.dot", "aten.vdot")

@@ -1,0 +1,95 @@
+"""LayerNorm and softmax that stay finite in half precision (Xu et al. 2024, "Conformer-Based Speech Recognition on Extreme Edge-Computing
+Devices", section 4). Every element-wise value has the dtype of the input; sums are torch's, which adds halves up in float32."""
+
+# B batch, T frames, C channels
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+M = TypeVar("M", bound=nn.Module)
+
+UNIT = 2.0**-11  # unit roundoff of float16
+SOFTMAX_LIMIT = 10.0
+
+
+def largest_deviation(channels: int, dtype: torch.dtype = torch.float16) -> float:
+    """D, what `mad_normalize` lets the largest of C values become: with |z| <= D the squares sum up to at most 2 D^2, which is to fit.
+
+    Divided by its mean absolute value a centred vector has |z| <= C / 2 and squares that sum up to at most C^2 / 2 (two opposite values,
+    the others zero): in float16 that fits for C <= 361 only.
+    """
+    return min(channels / 2, math.sqrt(torch.finfo(dtype).max / 2) * (1 - 2**-6))  # the margin is for rounding
+
+
+def mad_normalize(x: Tensor, deviation: float | None = None) -> tuple[Tensor, Tensor]:
+    """z = (x - mean) 2 D / (C mad) over the last dimension (..., C), mad = mean |x - mean|, and the factor by which x grew.
+
+    No intermediate value exceeds the dtype's range if x does not. `deviation`: D; None: C / 2, plain MAD. A vector without deviations
+    comes out as zeros.
+    """
+    channels = x.size(-1)
+    scale = 1.0 if deviation is None else 2.0 * deviation / channels
+    y = x * 0.5  # the difference of two finite values may overflow; halves of them may not
+    y = y - y.mean(-1, keepdim=True)
+    y = y - y.mean(-1, keepdim=True)  # the first mean was rounded, by more than the deviations if they are small beside it
+    # not below what the factor needs to keep sqrt(eps) * factor finite; a larger divisor only makes z smaller
+    mad = y.abs().mean(-1, keepdim=True).clamp(min=4.0 / torch.finfo(x.dtype).max)
+    return (y / mad) * scale, 0.5 * scale / mad
+
+
+def mad_layer_norm(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, bounded: bool = True
+) -> Tensor:
+    """LayerNorm over the last dimension (..., C) with the mean-absolute-deviation pre-normaliser; `bounded`: with the bound D.
+
+    LayerNorm does not change when its input is scaled, if eps is scaled as well. In float16 the result differs from float64's by at most
+    4 u (1 + |result| + |mean| / deviation), u = 2^-11, before weight and bias.
+    """
+    z, factor = mad_normalize(x, largest_deviation(x.size(-1), x.dtype) if bounded else None)
+    variance = (z * z).sum(-1, keepdim=True) / x.size(-1)
+    shift = (factor * math.sqrt(eps)).clamp(max=math.sqrt(torch.finfo(x.dtype).max) / 2)
+    y = z / (variance + shift * shift).sqrt()
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
+
+
+def naive_layer_norm(x: Tensor, eps: float = 1e-5) -> Tensor:
+    """LayerNorm as it is written, every value in the dtype of x (..., C): what overflows."""
+    y = x - x.mean(-1, keepdim=True)
+    return y / ((y * y).sum(-1, keepdim=True) / x.size(-1) + eps).sqrt()
+
+
+class MadLayerNorm(nn.LayerNorm):
+    """`nn.LayerNorm` through `mad_layer_norm`, with the same parameters."""
+
+    def forward(self, input: Tensor, valid: Tensor | None = None) -> Tensor:
+        """(..., C) -> (..., C); `valid` as norms of a batch take it, of no meaning here."""
+        return mad_layer_norm(input, self.weight, self.bias, self.eps)
+
+
+def half_precision(model: M) -> M:
+    """A copy in float16 whose LayerNorms have the pre-normaliser; eval mode."""
+    model = copy.deepcopy(model).eval()
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.__class__ = MadLayerNorm
+    return model.half()
+
+
+def conditional_softmax(scores: Tensor) -> Tensor:
+    """Softmax over the last dimension (..., keys); a row is shifted by its maximum only if one of its scores is beyond the limit.
+
+    The limit is 10, or lower where exp(limit) times the number of keys would leave the dtype's range: log(65504 / keys) in float16.
+    """
+    keys = scores.size(-1)
+    limit = min(SOFTMAX_LIMIT, math.log(torch.finfo(scores.dtype).max / keys))
+    beyond = scores.abs().amax(-1, keepdim=True) > limit
+    top = scores.amax(-1, keepdim=True)
+    weights = torch.where(beyond, scores - top, scores).exp()
+    return weights / weights.sum(-1, keepdim=True)
