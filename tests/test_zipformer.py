@@ -329,7 +329,7 @@ def test_shared_weights_are_softmax_of_content_and_position(monkeypatch: pytest.
     expected = torch.autograd.grad(((weights @ values * direction).sum() + (weights[:, :1] @ values[:, 1:2]).sum()), leaves)
     for block in (3, 256):
         monkeypatch.setattr(attention_weights, "BLOCK", block)
-        ours = attention_weights.RelativeWeights(q, k, p, offsets, seen, off)
+        ours = attention_weights.RelativeWeights(q, k, p, offsets, seen[:, None], off)
         mixed, first = ours.mix(values), ours.mix(values[:, 1:2])
         torch.testing.assert_close(mixed, weights @ values, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(first, weights[:, :1] @ values[:, 1:2], rtol=1e-5, atol=1e-6)
@@ -337,7 +337,7 @@ def test_shared_weights_are_softmax_of_content_and_position(monkeypatch: pytest.
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
         monkeypatch.setattr(attention_weights, "KEPT", 0)
         with torch.no_grad():
-            anew = attention_weights.RelativeWeights(q, k, p, offsets, seen, off)
+            anew = attention_weights.RelativeWeights(q, k, p, offsets, seen[:, None], off)
             assert not anew.parts
             torch.testing.assert_close(anew.mix(values), mixed, rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(anew.mix(values[:, 1:2]), first, rtol=1e-5, atol=1e-6)
@@ -349,20 +349,20 @@ def test_penalty_leaves_padding_out() -> None:
     seen = torch.tensor([[True] * 4 + [False] * 2])
     q.requires_grad_()
     k.requires_grad_()
-    weights = attention_weights._Weights.apply(q, k, torch.zeros(1, 6, 2), torch.zeros(1, 11, 2), seen, True)
+    weights = attention_weights._Weights.apply(q, k, torch.zeros(1, 6, 2), torch.zeros(1, 11, 2), seen[:, None], True)
     weights.backward(torch.zeros_like(weights))
     assert q.grad[0, :4].any() and k.grad[0, :4].any() and not q.grad[0, 4:].any() and not k.grad[0, 4:].any()
 
 
 def test_uniform_attention_is_the_mean_of_what_may_be_seen() -> None:
     module = NonlinearAttention(16).eval()
-    x, valid = padded(16)
+    x, real = padded(16)
     equal = torch.zeros(2, 1, 12, 3)
-    for seen in (None, valid):
+    for valid, seen in ((None, None), (real, real[:, None])):
         weights = attention_weights.RelativeWeights(
             equal, equal, equal, torch.zeros(1, 23, 3), seen, hubert_eff.layers.dropout.Dropout(0.0)
         )
-        torch.testing.assert_close(module(x, weights, seen, seen, uniform=True), module(x, weights, seen, seen), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(module(x, weights, valid, seen, uniform=True), module(x, weights, valid, seen), rtol=1e-5, atol=1e-6)
 
 
 def test_change_of_rate() -> None:

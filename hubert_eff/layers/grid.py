@@ -100,22 +100,19 @@ class GridAttention(nn.Module):
         mixed = []
         for head in range(self.heads):
             query = q[head] + self.u[head] if offsets else q[head]
-            scores = torch.einsum("bchq,bkhc->bkhq", query * scale, k[head].transpose(1, 3))  # (B, keys, 1, queries)
+            scores = torch.einsum("bchq,bchk->bhqk", query * scale, k[head])  # (B, 1, queries, keys)
             if offsets:
                 scores = scores + self._moved(torch.einsum("bchq,pc->bqp", (q[head] + self.v[head]) * scale, offsets[head]))
-            if self.softmax is None:
-                probs = torch.softmax(scores, 1)
-            else:
-                probs = self.softmax(scores.transpose(1, 3)).transpose(1, 3)
-            mixed.append(torch.einsum("bkhq,bchk->bchq", probs, v[head]))
+            probs = torch.softmax(scores, -1) if self.softmax is None else self.softmax(scores)
+            mixed.append(torch.einsum("bhqk,bchk->bchq", probs, v[head]))
         return self.out(torch.cat(mixed, 1))  # type: ignore[no-any-return]
 
     @staticmethod
     def _moved(by_offset: Tensor) -> Tensor:
-        """(B, T, 2T - 1), row q of the offsets T-1 .. -(T-1) from query to key -> (B, keys, 1, queries)."""
+        """(B, T, 2T - 1), row q of the offsets T-1 .. -(T-1) from query to key -> (B, 1, queries, keys)."""
         batch, frames, span = by_offset.shape
-        rows = F.pad(by_offset, (1, 0)).view(batch, span + 1, frames)[:, 1:].reshape(batch, frames, span)[:, :, :frames]
-        return rows.transpose(1, 2).unsqueeze(2)
+        rows = F.pad(by_offset, (1, 0)).view(batch, span + 1, frames)[:, 1:].reshape(batch, frames, span)
+        return rows[:, None, :, :frames]
 
 
 class Glu(nn.Module):

@@ -187,7 +187,7 @@ class BinaryConv1d(nn.Module):
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, stride={self.stride}, groups={self.groups}, operand_bits={self.operand_bits}"
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, chunks: None = None) -> Tensor:  # as `DepthwiseConv`; a binarised model does not run in chunks
         codes: Codes = self.input(x)
         values, scale = codes
         mask = self.input.frames.over(x)

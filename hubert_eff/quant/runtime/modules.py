@@ -191,7 +191,7 @@ class PackedConv1d(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}, kernel={self.kernel}, stride={self.stride}, groups={self.groups}"
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, chunks: None = None) -> Tensor:  # as `DepthwiseConv`; a binarised model does not run in chunks
         batch, frames = x.shape[:2]
         before = self.kernel // 2 if self.stride == 1 else 0
         after = before if self.stride == 1 else max(0, self.kernel - self.stride + -frames % self.stride)
