@@ -4,9 +4,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +21,10 @@ from torch import Tensor
 from .config import SAMPLE_RATE
 from .errors import UserError
 from .files import replacing
-from .model import HubertModel
+from .fusing import fuse
+from .model import HubertModel, build
+from .profiling.cost import resolve
+from .registry import list_presets
 from .streaming import StreamingModel, parse_mode
 
 PIECE = 0.1  # seconds of audio that are read at a time
@@ -145,6 +150,17 @@ def run_stream(
         samples / SAMPLE_RATE, frames, len(times), mode, stream.latency, sum(times), 1e3 * ordered[len(ordered) // 2], 1e3 * ordered[-1],
         elements,
     )  # fmt: skip
+
+
+def stream_command(name: str, audio: Sequence[Path], mode: str, out: Path | None, as_json: bool) -> int:
+    """`hubert-eff run NAME AUDIO --stream MODE`: one file, or `-` for standard input, through a fused model; prints the report."""
+    if len(audio) != 1:
+        raise UserError(f"--stream takes one file, or - for standard input, not {len(audio)}")
+    parse_mode(mode)  # before the model is read
+    model = build(name, streaming=True) if name in list_presets() else resolve(name)[0]
+    report = run_stream(fuse(model.eval()), audio[0], mode, out, sys.stdin.buffer)
+    print(json.dumps(report.plain(), indent=2) if as_json else report)
+    return 0
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import hubert_eff
+from hubert_eff.streaming import StreamingModel
 
 pytest.importorskip("fairseq", reason="fairseq is not installed: pip install 'hubert-eff[fairseq]'")
 
@@ -102,6 +103,29 @@ def test_it_trains_reports_and_writes_a_checkpoint_that_loads(data: Path, tmp_pa
     model = hubert_eff.load(tmp_path / "run" / "checkpoint_last.pt")
     assert model.num_classes == (CLASSES + 4,) and model.config.label_rate == 100 and model.config.normalize
     assert (tmp_path / "run" / ".hydra" / "config.yaml").is_file()
+
+
+@pytest.mark.long
+def test_it_trains_in_chunks_on_log_mel_and_the_checkpoint_streams(data: Path, tmp_path: Path) -> None:
+    overrides = (
+        "task.normalize=false", "model.streaming=true", "model.chunk_sizes='8,16,0'", "model.left_chunks='1,-1'",
+        "model.conv_feature_layers=logmel-dws", "task.pad_audio=true", "optimization.max_update=6",
+    )  # fmt: skip
+    done = run(data, tmp_path / "run", *overrides)
+    assert done.returncode == 0, done.stderr
+    model = hubert_eff.load(tmp_path / "run" / "checkpoint_last.pt")
+    drawn = set()
+    for update in range(6):
+        model.train().set_num_updates(update)
+        drawn.add(model.draw_chunks())
+    assert len(drawn) > 1 and set(drawn) <= {(size, left) for size in (8, 16, None) for left in (1, -1)}
+    stream, wav = StreamingModel(model, 16, 1), torch.randn(1, 20_000)
+    pieces = [stream.feed(wav[:, :9_000]), stream.feed(wav[:, 9_000:]), stream.flush()]
+    with torch.no_grad():
+        expected = model.hidden_states(wav, chunk_size=16, left_chunks=1)[0][-1]
+    torch.testing.assert_close(torch.cat([y for y in pieces if y is not None], 1), expected, rtol=0, atol=1e-4)
+    refused = run(data, tmp_path / "refused", "model.streaming=true")
+    assert refused.returncode == 2 and "normalize=true needs the whole utterance" in refused.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
