@@ -62,11 +62,8 @@ def differing(a: list[Tensor], b: list[Tensor]) -> int:
 
 
 def times_of(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each side in every round; of one that is far slower than the first, one measurement."""
-    first: dict[str, float] = {}
-    for name, call in sides.items():
-        call()
-        first[name] = harness.seconds(call)
+    """Seconds of each side in every round; of one that is far slower than the first, its one call to warm up."""
+    first = {name: harness.seconds(call) for name, call in sides.items()}
     limit = SLOW * next(iter(first.values()))
     times = harness.compare({name: call for name, call in sides.items() if first[name] <= limit}, rounds)
     return {name: times.get(name, [first[name]] * rounds) for name in sides}
@@ -95,17 +92,15 @@ def rows_of(name: str, seconds: float, rounds: int) -> tuple[list[dict[str, Any]
     }
     times = times_of(sides, rounds)
     best = min((FLOAT, ONEDNN, BFLOAT16), key=lambda side: statistics.median(times[side]))
-    rows = []
+    rows: list[dict[str, Any]] = []
     for ours in (ONE_BIT, ONE_BIT_BFLOAT16):
         for peer in (FLOAT, ONEDNN, BFLOAT16, INT8):
             target = TARGETS.get((name, peer, ours)) or (peer == best and TARGETS.get((name, "BEST", ours))) or 1.0
             row = harness.row(f"{name}, {seconds:g} s", {peer: times[peer], ours: times[ours]}, target)
             rows.append({**row, "model": name, "kernel": kernel_in_use(), "best_float": peer == best})
-    shares = {
-        side: [dataclasses.asdict(s) for s in measure_shares(side, model, seconds, 3).parts]
-        for side, model in ((ONE_BIT, packed), (ONE_BIT_BFLOAT16, half))
-    }
-    return rows, {"differing": differ, "shares": shares}
+    shares = measure_shares(ONE_BIT, packed, seconds, 3)
+    grouped = {name: [dataclasses.asdict(share) for share in getattr(shares, name)] for name in ("parts", "kinds")}
+    return rows, {"differing": differ, **grouped}
 
 
 @torch.no_grad()
@@ -130,9 +125,9 @@ def main() -> None:
         return
     harness.show(rows, machine, False)
     for name, fact in facts.items():
-        for side, parts in fact["shares"].items():
-            shown = ", ".join(f"{p['name']} {p['ms']:.1f} ms ({p['time_percent']:.0f}%)" for p in parts if p["time_percent"] >= 1)
-            print(f"{name}, {side}: {shown}")
+        for grouped in ("parts", "kinds"):
+            shown = [f"{p['name']} {p['ms']:.1f} ms ({p['time_percent']:.0f}%)" for p in fact[grouped] if p["time_percent"] >= 1]
+            print(f"{name}, {ONE_BIT}, by {grouped}: {', '.join(shown)}")
 
 
 if __name__ == "__main__":

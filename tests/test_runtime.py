@@ -23,9 +23,10 @@ from hubert_eff.profiling import count_operations
 from hubert_eff.profiling.cost import file_storage, paper_storage
 from hubert_eff.quant import BinaryConv1d, BinaryLinear, Quantizer, pack, quant_report
 from hubert_eff.quant.attention import BinaryAttention
-from hubert_eff.quant.modules import FrameMask
+from hubert_eff.quant.functional import weight_signs
+from hubert_eff.quant.modules import Codes, FrameMask
 from hubert_eff.quant.runtime import KERNELS, kernel_in_use, loader, ops
-from hubert_eff.quant.runtime.modules import PackedConv1d, PackedLinear, PackedQuantizer
+from hubert_eff.quant.runtime.modules import PackedCodes, PackedConv1d, PackedLinear, PackedQuantizer
 
 ENCODERS = hubert_eff.list_encoders()
 
@@ -272,6 +273,38 @@ def test_a_packed_model_equals_the_simulated_one(encoder: str) -> None:
                 assert not [m for m in packed.modules() if isinstance(m, (BinaryLinear, BinaryConv1d, BinaryAttention, Quantizer))]
                 states, _ = packed.hidden_states(wav, mask)
                 assert differing(states, expected) == 0, (policy, zero, fused)
+
+
+@pytest.mark.parametrize("zero", [True, False])
+@pytest.mark.parametrize("encoder", ENCODERS)
+@torch.no_grad()
+def test_every_layer_has_the_same_bits_and_sums(encoder: str, zero: bool) -> None:
+    """Each packed layer is given what the simulated one of the same name was given."""
+    model = debug(encoder, "paper", zero)
+    layers, seen = dict(pack(model, fused=False).named_modules()), {"bits": 0, "sums": 0, "results": 0}
+
+    def compare(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        packed, x = layers[name], args[0]
+        if isinstance(module, BinaryLinear):
+            assert isinstance(packed, PackedLinear)
+            values = x.values if isinstance(x, Codes) else module.input(x).values  # type: ignore[misc]
+            signed = bool((values < 0).any())
+            bits = ops.pack(values) if isinstance(x, Codes) else packed.input(x).bits  # type: ignore[misc]
+            assert torch.equal(ops.bits_from(bits, module.in_features), values > 0), name
+            signs, _ = weight_signs(module.weight, module.per_channel)
+            sums = ops.product(bits, packed.bits, module.out_features, module.in_features, signed)
+            assert torch.equal(sums, values @ signs.T) and torch.equal(sums, sums.round()), name
+            seen["bits"], seen["sums"] = seen["bits"] + values.numel(), seen["sums"] + sums.numel()
+            args = (PackedCodes(bits, x.scale, module.in_features, signed, False),) if isinstance(x, Codes) else args
+        if isinstance(output, Tensor):
+            assert torch.equal(packed(*args), output), name
+            seen["results"] += 1
+
+    for name, module in model.named_modules():
+        if isinstance(module, (BinaryLinear, BinaryConv1d, BinaryAttention)):
+            module.register_forward_hook(lambda *call, name=name: compare(name, *call))
+    model.hidden_states(torch.randn(2, 12_000))
+    assert seen["bits"] > 10_000 and seen["sums"] > 10_000 and seen["results"] > 5
 
 
 @pytest.mark.parametrize("zero", [True, False])

@@ -548,6 +548,14 @@ INLINE void finish(const Product& p, const Outputs& o, const int32_t* count, int
     const int32_t twice = p.is_signed ? 1 : 0;
     for (int r = 0; r < rows; ++r, count += PAIR) {
         const int64_t place = (row + r) * p.n + first;
+        if (n == PAIR && !p.half) {  // straight to its place: what goes through memory first waits for it
+            float* __restrict out = static_cast<float*>(p.out) + place;
+            if (p.bias)
+                for (int j = 0; j < PAIR; ++j) out[j] = static_cast<float>(o.whole[j] - (count[j] << twice)) * o.factor[j] + o.bias[j];
+            else
+                for (int j = 0; j < PAIR; ++j) out[j] = static_cast<float>(o.whole[j] - (count[j] << twice)) * o.factor[j];
+            continue;
+        }
         float y[PAIR];
         for (int j = 0; j < PAIR; ++j) y[j] = static_cast<float>(o.whole[j] - (count[j] << twice)) * o.factor[j];
         if (p.bias)
@@ -560,10 +568,7 @@ INLINE void finish(const Product& p, const Outputs& o, const int32_t* count, int
                 for (int64_t j = 0; j < n; ++j) out[j] = to_bfloat16(y[j]);
         } else {
             float* out = static_cast<float*>(p.out) + place;
-            if (n == PAIR)
-                for (int j = 0; j < PAIR; ++j) out[j] = y[j];
-            else
-                for (int64_t j = 0; j < n; ++j) out[j] = y[j];
+            for (int64_t j = 0; j < n; ++j) out[j] = y[j];
         }
     }
 }
