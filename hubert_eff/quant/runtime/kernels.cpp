@@ -67,7 +67,8 @@ class InPlace {
 };
 
 // -- instruction sets: `Operands` hold some rows and some panels, and write popcounts of tiles of them to out[panels / 2][rows][32];
-// `above` and `at_most` compare 32 numbers; `collect` sets bit i of each of 16 words whose number is above a limit ------------------------
+// `above` compares 32 numbers x * factor + move with a limit, `at_most` 32 integers; `collect` sets bit i of each of 16 words whose number
+// is above a limit ------------------------------------------------------------------------------------------------------------------------
 
 #if defined(__x86_64__)
 
@@ -94,11 +95,12 @@ struct Popcnt512 {
             for (int p = 0; p < P; ++p) _mm512_storeu_si512(out + r * PAIR + p * LANES, sum[r][p]);
     }
 
-    AVX512POPCNT static inline uint32_t above(const float* x, float limit) {
-        const __m512 t = _mm512_set1_ps(limit);
-        const uint32_t low = _mm512_cmp_ps_mask(_mm512_loadu_ps(x), t, _CMP_GT_OQ);
-        const uint32_t high = _mm512_cmp_ps_mask(_mm512_loadu_ps(x + LANES), t, _CMP_GT_OQ);
-        return low | high << 16;
+    AVX512POPCNT static inline uint32_t above(const float* x, float factor, const float* move, float limit) {
+        const __m512 f = _mm512_set1_ps(factor), t = _mm512_set1_ps(limit);
+        __m512 low = _mm512_mul_ps(_mm512_loadu_ps(x), f), high = _mm512_mul_ps(_mm512_loadu_ps(x + LANES), f);
+        if (move) low = _mm512_add_ps(low, _mm512_loadu_ps(move)), high = _mm512_add_ps(high, _mm512_loadu_ps(move + LANES));
+        return static_cast<uint32_t>(_mm512_cmp_ps_mask(low, t, _CMP_GT_OQ)) |
+               static_cast<uint32_t>(_mm512_cmp_ps_mask(high, t, _CMP_GT_OQ)) << 16;
     }
 
     AVX512POPCNT static inline uint32_t at_most(const int32_t* x, const int32_t* limit) {
@@ -154,11 +156,12 @@ struct Shuffle512 {
             for (int p = 0; p < P; ++p) _mm512_storeu_si512(out + r * PAIR + p * LANES, sum[r][p]);
     }
 
-    AVX512BW static inline uint32_t above(const float* x, float limit) {
-        const __m512 t = _mm512_set1_ps(limit);
-        const uint32_t low = _mm512_cmp_ps_mask(_mm512_loadu_ps(x), t, _CMP_GT_OQ);
-        const uint32_t high = _mm512_cmp_ps_mask(_mm512_loadu_ps(x + LANES), t, _CMP_GT_OQ);
-        return low | high << 16;
+    AVX512BW static inline uint32_t above(const float* x, float factor, const float* move, float limit) {
+        const __m512 f = _mm512_set1_ps(factor), t = _mm512_set1_ps(limit);
+        __m512 low = _mm512_mul_ps(_mm512_loadu_ps(x), f), high = _mm512_mul_ps(_mm512_loadu_ps(x + LANES), f);
+        if (move) low = _mm512_add_ps(low, _mm512_loadu_ps(move)), high = _mm512_add_ps(high, _mm512_loadu_ps(move + LANES));
+        return static_cast<uint32_t>(_mm512_cmp_ps_mask(low, t, _CMP_GT_OQ)) |
+               static_cast<uint32_t>(_mm512_cmp_ps_mask(high, t, _CMP_GT_OQ)) << 16;
     }
 
     AVX512BW static inline uint32_t at_most(const int32_t* x, const int32_t* limit) {
@@ -320,11 +323,14 @@ struct Nibbles256 {
         }
     };
 
-    AVX2 static inline uint32_t above(const float* x, float limit) {
-        const __m256 t = _mm256_set1_ps(limit);
+    AVX2 static inline uint32_t above(const float* x, float factor, const float* move, float limit) {
+        const __m256 f = _mm256_set1_ps(factor), t = _mm256_set1_ps(limit);
         uint32_t word = 0;
-        for (int i = 0; i < 4; ++i)
-            word |= static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(x + 8 * i), t, _CMP_GT_OQ))) << (8 * i);
+        for (int i = 0; i < 4; ++i) {
+            __m256 y = _mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), f);
+            if (move) y = _mm256_add_ps(y, _mm256_loadu_ps(move + 8 * i));
+            word |= static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(y, t, _CMP_GT_OQ))) << (8 * i);
+        }
         return word;
     }
 
@@ -383,9 +389,9 @@ struct Neon {
             for (int h = 0; h < 2; ++h) vst1q_s32(out + r * PAIR + 4 * h, vreinterpretq_s32_u32(sum[r][h]));
     }
 
-    static inline uint32_t above(const float* x, float limit) {
+    static inline uint32_t above(const float* x, float factor, const float* move, float limit) {
         uint32_t word = 0;
-        for (int i = 0; i < PAIR; ++i) word |= static_cast<uint32_t>(x[i] > limit) << i;
+        for (int i = 0; i < PAIR; ++i) word |= static_cast<uint32_t>(x[i] * factor + (move ? move[i] : 0.0f) > limit) << i;
         return word;
     }
 
@@ -442,18 +448,19 @@ INLINE void pack_row(const Pack& p, const int64_t* index, uint32_t* out) {
     const int64_t x = offset(index, p.x_stride);
     const float* move = p.move ? p.move + offset(index, p.move_stride) : nullptr;
     const float factor = p.factor ? p.factor[offset(index, p.factor_stride)] : 1.0f, limit = p.limit ? *p.limit : 0.0f;
-    float values[PAIR];
     for (int64_t c = 0; c < p.columns; c += PAIR) {
         const int64_t n = std::min<int64_t>(PAIR, p.columns - c);
-        if (n == PAIR) {
-            for (int j = 0; j < PAIR; ++j) values[j] = read(p.x, x + c + j, HALF) * factor;
-            if (move)
-                for (int j = 0; j < PAIR; ++j) values[j] += move[c + j];
-        } else {
-            for (int j = 0; j < n; ++j) values[j] = read(p.x, x + c + j, HALF) * factor + (move ? move[c + j] : 0.0f);
-            for (int64_t j = n; j < PAIR; ++j) values[j] = 0.0f;
+        if (n == PAIR && !HALF) {
+            out[c / PAIR] = Isa::above(static_cast<const float*>(p.x) + x + c, factor, move ? move + c : nullptr, limit);
+            continue;
         }
-        out[c / PAIR] = Isa::above(values, limit) & (n == PAIR ? ~0u : (1u << n) - 1);
+        float values[PAIR] = {}, moves[PAIR] = {};
+        if (n == PAIR)
+            for (int j = 0; j < PAIR; ++j) values[j] = read(p.x, x + c + j, HALF);
+        else
+            for (int64_t j = 0; j < n; ++j) values[j] = read(p.x, x + c + j, HALF);
+        if (move) std::memcpy(moves, move + c, n * sizeof(float));
+        out[c / PAIR] = Isa::above(values, factor, move ? moves : nullptr, limit) & (n == PAIR ? ~0u : (1u << n) - 1);
     }
 }
 
