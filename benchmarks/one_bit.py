@@ -1,6 +1,6 @@
 """Linear layers at one bit, packing of their input included, against torch's float and int8 ones.
 
-    python benchmarks/one_bit.py [--kernels avx512vpopcntdq avx2] [--threads 1] [--rounds 15]
+    python benchmarks/one_bit.py [--kernels avx512vpopcntdq avx2] [--threads 1] [--rounds 15] [--cpu-time]
 
 One binary layer of each shape is packed and compared with its simulation to the last bit before anything is timed; the others are
 `F.linear` in float32 (what `nn.Linear` calls), the same product by oneDNN, bfloat16, and int8 with dynamic quantisation of the input. A
@@ -30,6 +30,7 @@ from hubert_eff.quant.runtime import KERNELS, kernel_in_use, loader
 SHAPES = ((499, 768, 3072), (499, 3072, 768), (499, 256, 1024), (3000, 768, 3072))
 TARGETS = {((499, 768, 3072), "F.linear"): 25.0, ((499, 768, 3072), "int8 dynamic"): 4.0}
 FEED_FORWARD_TARGET = 35.0
+cpu_time = False  # --cpu-time
 
 
 class FeedForward(nn.Module):
@@ -78,7 +79,8 @@ def rows_of(
     what: str, others: dict[str, Callable[[], object]], ours: Callable[[], object], rounds: int, target: Callable[[str], float]
 ) -> list[dict[str, Any]]:
     """One row per peer: all sides in the same rounds."""
-    times = harness.compare({**others, "one bit": ours}, rounds)
+    clock = harness.cpu_seconds if cpu_time else harness.seconds
+    times = harness.compare({**others, "one bit": ours}, rounds, clock)
     return [harness.row(what, {name: times[name], "one bit": times["one bit"]}, target(name)) for name in others]
 
 
@@ -129,7 +131,10 @@ def main() -> None:
     options = harness.parser(__doc__.splitlines()[0])
     options.set_defaults(rounds=15)
     options.add_argument("--kernels", nargs="+", choices=KERNELS, help="kernels to time (default: all that run here)")
+    options.add_argument("--cpu-time", action="store_true", help=harness.CPU_TIME)
     args = options.parse_args()
+    global cpu_time
+    cpu_time = args.cpu_time
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     runs = [name for name in KERNELS[:-1] if isinstance(loader._load(name), loader.Kernel)] or [KERNELS[-1]]
@@ -141,7 +146,8 @@ def main() -> None:
             rows += linear(shape, args.rounds, kernel)
         rows += feed_forward(args.rounds, kernel) + products(args.rounds, kernel)
     after = harness.guard("after the run")
-    facts = harness.machine() | {"kernels": " ".join(args.kernels or runs), "probe": [round(before, 1), round(after, 1)]}
+    facts = harness.machine() | {"kernels": " ".join(args.kernels or runs), "clock": "CPU" if cpu_time else "wall"}
+    facts["probe"] = [round(before, 1), round(after, 1)]
     if not args.json:
         for line in rows:  # the shared table has 0.1 ms
             line["what"] += f" [{line['ms'][1]:.3f} ms]"

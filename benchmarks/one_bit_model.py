@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -38,6 +38,8 @@ TARGETS = {  # of the fastest kernel: peer, ours -> times as fast; BEST: the fas
     ("sparseformer-dn-s", FLOAT, ONE_BIT): 2.5,
     ("sparseformer-dn-s", FLOAT, ONE_BIT_BFLOAT16): 4.0,
 }
+SIDES = (FLOAT, ONEDNN, BFLOAT16, INT8, ONE_BIT, ONE_BIT_BFLOAT16)
+Clock = Callable[[Callable[[], object]], float]
 SLOW = 3.0  # a side that takes so many times as long as the first one is timed once
 
 
@@ -61,15 +63,15 @@ def differing(a: list[Tensor], b: list[Tensor]) -> int:
     return sum(int((x.view(torch.int32) != y.view(torch.int32)).sum()) for x, y in zip(a, b, strict=True))
 
 
-def times_of(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def times_of(sides: dict[str, Callable[[], object]], rounds: int, clock: Clock) -> dict[str, list[float]]:
     """Seconds of each side in every round; of one that is far slower than the first, its one call to warm up."""
-    first = {name: harness.seconds(call) for name, call in sides.items()}
+    first = {name: clock(call) for name, call in sides.items()}
     limit = SLOW * next(iter(first.values()))
-    times = harness.compare({name: call for name, call in sides.items() if first[name] <= limit}, rounds)
+    times = harness.compare({name: call for name, call in sides.items() if first[name] <= limit}, rounds, clock)
     return {name: times.get(name, [first[name]] * rounds) for name in sides}
 
 
-def rows_of(name: str, seconds: float, rounds: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def rows_of(name: str, seconds: float, rounds: int, chosen: Sequence[str], clock: Clock) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """One row for each pair of a float and a one-bit form; and facts of the model."""
     float_model, binary = hubert_eff.build(name).eval(), started(name)
     packed, half = pack(binary), pack(binary, rest=torch.bfloat16)
@@ -90,11 +92,11 @@ def rows_of(name: str, seconds: float, rounds: int) -> tuple[list[dict[str, Any]
         ONE_BIT: lambda: packed.hidden_states(wave),
         ONE_BIT_BFLOAT16: lambda: half.hidden_states(wave),
     }
-    times = times_of(sides, rounds)
-    best = min((FLOAT, ONEDNN, BFLOAT16), key=lambda side: statistics.median(times[side]))
+    times = times_of({side: call for side, call in sides.items() if side in chosen}, rounds, clock)
+    best = min((side for side in (FLOAT, ONEDNN, BFLOAT16) if side in times), key=lambda side: statistics.median(times[side]))
     rows: list[dict[str, Any]] = []
-    for ours in (ONE_BIT, ONE_BIT_BFLOAT16):
-        for peer in (FLOAT, ONEDNN, BFLOAT16, INT8):
+    for ours in (side for side in (ONE_BIT, ONE_BIT_BFLOAT16) if side in times):
+        for peer in (side for side in (FLOAT, ONEDNN, BFLOAT16, INT8) if side in times):
             target = TARGETS.get((name, peer, ours)) or (peer == best and TARGETS.get((name, "BEST", ours))) or 1.0
             row = harness.row(f"{name}, {seconds:g} s", {peer: times[peer], ours: times[ours]}, target)
             rows.append({**row, "model": name, "kernel": kernel_in_use(), "best_float": peer == best})
@@ -110,16 +112,22 @@ def main() -> None:
     options.set_defaults(rounds=7)
     options.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="presets to time (default: all)")
     options.add_argument("--seconds", type=float, default=10.0, help="length of the audio (default: 10)")
+    options.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help=f"sides to time, {FLOAT!r} among them (default: all)")
+    options.add_argument("--cpu-time", action="store_true", help=harness.CPU_TIME)
     args = options.parse_args()
+    if FLOAT not in args.sides:
+        options.error(f"--sides must have {FLOAT!r}, which the others are compared with")
+    clock = harness.cpu_seconds if args.cpu_time else harness.seconds
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     before, rows, facts = harness.guard("before the run"), [], {}
     for name in args.models:
-        found, facts[name] = rows_of(name, args.seconds, args.rounds)
+        found, facts[name] = rows_of(name, args.seconds, args.rounds, args.sides, clock)
         rows += found
     probe = [round(before, 1), round(harness.guard("after the run"), 1)]
     kernel = kernel_in_use()
-    machine = harness.machine() | {"kernel": kernel, "targets": f"stated for {KERNELS[0]}", "probe": probe}
+    facts_of_run = {"kernel": kernel, "targets": f"stated for {KERNELS[0]}", "clock": "CPU" if args.cpu_time else "wall", "probe": probe}
+    machine = harness.machine() | facts_of_run
     if args.json:
         print(json.dumps({"machine": machine, "rows": rows, "models": facts}, indent=2))
         return
