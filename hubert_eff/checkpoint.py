@@ -15,7 +15,7 @@ import torch
 from .config import SAMPLE_RATE, HubertConfig
 from .errors import UserError
 from .exporting import is_export, read_export
-from .model import HubertModel
+from .model import LABEL_EMBEDDINGS, HubertModel
 from .registry import get_encoder, list_encoders
 
 # keys of fairseq's HubertConfig that we have no use for: they do not change what the encoder computes
@@ -46,7 +46,7 @@ def load(path: str | os.PathLike[str]) -> HubertModel:
         return read_export(file)
     content = read_fairseq(file)
     config, state = config_of(content, file), dict(content["model"])
-    embeddings = state.get("label_embs_concat")
+    embeddings = state.get(LABEL_EMBEDDINGS)
     model = HubertModel(config, _codebooks(content, 0 if embeddings is None else embeddings.size(0)))
     try:
         model.load_state_dict(state)

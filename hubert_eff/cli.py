@@ -22,6 +22,8 @@ COMMANDS = {
     "labels": "k-means labels from MFCC or from a layer of a checkpoint; their quality",
     "profile": "parameters, storage and operations of a preset or a checkpoint; the paper's Table 1",
     "bench": "measured latency, memory and throughput, and where the time goes",
+    "export": "one file to ship: packed bits or float weights with a model card, or ONNX",
+    "run": "hidden states of audio files, by a checkpoint, an export or a preset",
     "superb": "the ten SUPERB tasks through S3PRL: what they need, and running them",
     "report": "costs, quality over cost and shares of time on one HTML page",
 }

@@ -157,6 +157,8 @@ class HubertConfig:
                      "conv_pos", "conv_pos_groups", "mask_length", "mask_channel_length", "required_seq_len_multiple"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.required_seq_len_multiple > 1000:
+            raise UserError(f"required_seq_len_multiple={self.required_seq_len_multiple} pads every input beyond 20 s: at most 1000")
         for name in ("dropout", "attention_dropout", "activation_dropout", "encoder_layerdrop", "dropout_input", "mask_prob",
                      "mask_channel_prob"):
             if not 0.0 <= getattr(self, name) <= 1.0:
@@ -256,6 +258,9 @@ def parse_conv_layers(spec: str) -> tuple[tuple[int, int, int], ...]:
     names = ", ".join([*CONV_FEATURE_LAYERS, *MEL_FRONTS])
     hint = f"write {names}, or a list such as [(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2"
 
+    if len(spec) > 2000:
+        raise UserError(f"conv_feature_layers has {len(spec)} characters, more than any list of layers needs: {hint}")
+
     def read(node: ast.AST) -> Any:
         if isinstance(node, ast.Constant) and type(node.value) is int:
             return node.value
@@ -267,7 +272,7 @@ def parse_conv_layers(spec: str) -> tuple[tuple[int, int, int], ...]:
             left, right = read(node.left), read(node.right)
             if isinstance(node.op, ast.Add) and isinstance(left, list) and isinstance(right, list):
                 return left + right
-            if isinstance(node.op, ast.Mult) and isinstance(left, list) and isinstance(right, int) and 0 < right <= 64:
+            if isinstance(node.op, ast.Mult) and isinstance(left, list) and isinstance(right, int) and 0 < right * len(left) <= 64:
                 return left * right
         raise ValueError(ast.dump(node))
 

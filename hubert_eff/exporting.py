@@ -1,46 +1,108 @@
-"""One safetensors file that holds a model: weights, and its configuration as metadata. Reading it unpickles nothing."""
+"""One safetensors file that holds a model: weights, and its configuration and origin as metadata. Reading it unpickles nothing.
+
+A one-bit model (w1a1) is written packed, one bit per weight, and read back as a model that runs from bits. docs/export.md describes the
+format.
+"""
 
 from __future__ import annotations
 
+import copy
+import datetime
+import functools
 import json
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor
 
 from . import __version__
-from .errors import UserError
+from .config import HubertConfig
+from .errors import UserError, unknown
 from .files import replacing
-from .fusing import fuse
+from .fusing import fuse as fused_copy
 from .layers.linear import Linear
-from .model import HubertModel
+from .model import LABEL_EMBEDDINGS, HubertModel
 from .registry import encoder_of, get_encoder
 
-FORMAT = "hubert-eff"
+FORMAT, FORMAT_VERSION = "hubert-eff", "1"
+FLOAT, PACKED = "float", "packed"
+# fp16 halves the file of a model that computes in float32; a bf16 one computes in bfloat16
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+COMPUTED = {"fp32": torch.float32, "fp16": torch.float32, "bf16": torch.bfloat16}
+LONGEST = 1 << 16  # characters of a configuration that is read
+DEEPEST = 1000  # blocks of a model that is read
+NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.uint8: "U8", torch.bool: "BOOL"}
 
 
-def export(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write a HuBERT as float weights to `path` (.safetensors), which `hubert_eff.load` reads back.
+def export(
+    model: HubertModel, path: str | os.PathLike[str], *, dtype: str = "fp32", packed: bool = True, fuse: bool = False,
+    source: str | os.PathLike[str] = "", notes: Mapping[str, str] | None = None,
+) -> None:  # fmt: skip
+    """Write a HuBERT to `path` (.safetensors), which `hubert_eff.load` reads back.
 
-    The label embeddings, which only pre-training uses, are left out. Raises `UserError` for another model or another suffix.
+    A w1a1 model is packed: one bit per weight; scales and biases of binary layers stay float32. `packed=False` writes its float weights
+    instead, which can be trained on, as those of other models. dtype: fp32, fp16 or bf16, what the rest is kept in; a model read from an
+    fp16 file computes in float32, one from a bf16 file in bfloat16. fuse: fold norms first, as `hubert_eff.fuse`. source: the checkpoint
+    it comes from, of which the base name is kept; notes: more to say, as text by name. The label embeddings, which only pre-training
+    uses, are left out.
+    Raises `UserError` for another model or suffix, a packed model where float weights are wanted, a fused one-bit model, and weights that
+    are not finite or too large for fp16.
     """
     if not isinstance(model, HubertModel):
         raise UserError(f"cannot export a {type(model).__name__}: expected a HubertModel")
     if Path(path).suffix != ".safetensors":
         raise UserError(f"an export is a .safetensors file, not {path}")
+    if dtype not in DTYPES:
+        raise unknown("dtype", dtype, DTYPES)
+    from .quant.storage import is_packed, tensors
+
+    was_packed = is_packed(model)
+    if fuse:
+        model = fused_copy(model)
+    if was_packed and not packed:
+        raise UserError("this model holds one bit per weight: its float weights are in the checkpoint that it was made from")
+    if packed and model.config.quant == "w1a1":
+        model = pack_for_file(model, was_packed)
     metadata = {
         "format": FORMAT,
-        "version": __version__,
+        "format_version": FORMAT_VERSION,
+        "package_version": __version__,
+        "created": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "encoder": encoder_of(model.config).name,
         "config": json.dumps(model.config.to_dict(), sort_keys=True),
+        "weights": PACKED if is_packed(model) else FLOAT,
+        "policy": _policy_name(model.config),
+        "dtype": dtype,
         "fused": json.dumps(model.fused),
         "final_projections": str(model.final_proj.out_features // model.config.codebook_dim),
+        "source": Path(source).name,
+        **(notes or {}),
     }
-    weights = {name: w.detach().cpu().contiguous() for name, w in model.state_dict().items() if name != "label_embs_concat"}
+    weights = tensors(model, DTYPES[dtype], LABEL_EMBEDDINGS)
     with replacing(path) as temporary:
         save_file(weights, temporary, metadata)
+
+
+def pack_for_file(model: HubertModel, was_packed: bool) -> HubertModel:
+    """The packed copy of a w1a1 model of which a file is made."""
+    from .quant.packing import pack
+    from .quant.storage import fold_moves
+
+    model = copy.deepcopy(model) if was_packed else pack(model)
+    fold_moves(model)
+    return model
+
+
+def _policy_name(config: HubertConfig) -> str:
+    if config.quant == "none":
+        return ""
+    return "own" if config.quant_policy.lstrip().startswith("{") else config.quant_policy
 
 
 def is_export(file: Path) -> bool:
@@ -50,25 +112,157 @@ def is_export(file: Path) -> bool:
     return len(head) == 9 and head[8:] == b"{"
 
 
-def read_export(file: Path) -> HubertModel:
-    """The model of an export, in eval mode on the CPU. Raises `UserError` for a safetensors file that is none."""
+def read_metadata(file: Path) -> dict[str, str]:
+    """The metadata of an export. Raises `UserError` for a safetensors file that is none, or of another version of the format."""
     try:
         with safe_open(file, framework="pt") as stream:
-            metadata = stream.metadata() or {}
-            weights = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (not a mapping)
+            return _checked(stream.metadata() or {}, file)
     except SafetensorError as error:
         raise UserError(f"{file} is truncated or damaged: {error}") from error
+
+
+def _checked(metadata: dict[str, str], file: Path) -> dict[str, str]:
     if metadata.get("format") != FORMAT:
         raise UserError(f"{file} is a safetensors file, but no export of hubert-eff")
-    config = get_encoder(metadata["encoder"]).config.from_dict(json.loads(metadata["config"]))
-    model = HubertModel(config)
-    if metadata["final_projections"] != "1":
-        code = config.codebook_dim * int(metadata["final_projections"])
-        model.final_proj = Linear(config.encoder_embed_dim, code)
-    if metadata.get("fused") == "true":
-        model = fuse(model)  # the structure; the weights are the file's
+    version = metadata.get("format_version", "none")
+    if version != FORMAT_VERSION:
+        by = metadata.get("package_version", metadata.get("version", "?"))
+        raise UserError(
+            f"{file} is an export of format version {_short(version)}, written by hubert-eff {_short(by)}: this is hubert-eff "
+            f"{__version__}, which reads version {FORMAT_VERSION}; export the model again"
+        )
+    missing = {"encoder", "config", "weights", "dtype", "fused", "final_projections"} - set(metadata)
+    if missing:
+        raise UserError(f"{file}: its metadata lack '{min(missing)}'")
+    return metadata
+
+
+def read_export(file: Path) -> HubertModel:
+    """The model of an export, in eval mode on the CPU.
+
+    Names, dtypes and shapes are compared with those of the model that the metadata describe before anything of its size is allocated.
+    Raises `UserError` for a file that does not hold what it says, and for numbers that no model has: NaN, infinity, scales of zero or
+    less.
+    """
     try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UserError(f"{file}: the weights do not fit its configuration: {' '.join(str(error).split())}") from error
+        with safe_open(file, framework="pt") as stream:
+            metadata = _checked(stream.metadata() or {}, file)
+            held = {name: stream.get_slice(name) for name in stream.keys()}  # noqa: SIM118 (not a mapping)
+            found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in held.items()}
+            try:
+                model = _structure(metadata, found)
+            except UserError:
+                raise
+            except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+                raise UserError(f"its configuration describes no model that can be built ({_short(error)})") from error
+            _compare(model, metadata, found)
+            stored = {name: stream.get_tensor(name) for name in found}
+    except SafetensorError as error:
+        raise UserError(f"{file} is truncated or damaged: {_short(error)}") from error
+    except UserError as error:
+        raise error if str(error).startswith(str(file)) else UserError(f"{file}: {error}") from error
+    try:
+        _check_numbers(stored)
+        return _filled(model, stored, metadata)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+
+
+def _structure(metadata: Mapping[str, str], found: Mapping[str, Any]) -> HubertModel:
+    """The model that metadata describe, without storage."""
+    if metadata["weights"] not in (FLOAT, PACKED):
+        raise unknown("kind of weights", _short(metadata["weights"]), (FLOAT, PACKED))
+    if metadata["dtype"] not in DTYPES:
+        raise unknown("dtype", _short(metadata["dtype"]), DTYPES)
+    config = _config(metadata)
+    blocks = {name.split(".", 3)[2] for name in found if name.startswith("encoder.layers.")}
+    if config.encoder_layers != len(blocks) or config.encoder_layers > DEEPEST:
+        raise UserError(f"its configuration has {config.encoder_layers} blocks, its weights have {len(blocks)} (at most {DEEPEST})")
+    if not re.fullmatch("[1-9][0-9]{0,3}", metadata["final_projections"]):
+        raise UserError(f"final_projections={_short(metadata['final_projections'])} must be a number of codebooks")
+    if metadata["weights"] == PACKED and config.quant != "w1a1":
+        raise UserError(f"its weights are packed bits, but its configuration says quant={config.quant}, not w1a1")
+    names = ("encoder", "config", "weights", "fused", "final_projections")
+    return copy.deepcopy(_blueprint(*(metadata[name] for name in names)))
+
+
+@functools.lru_cache(maxsize=4)  # a second file of the same configuration is read several times as fast
+def _blueprint(encoder: str, text: str, weights: str, fused: str, copies: str) -> HubertModel:
+    config = _config({"encoder": encoder, "config": text})
+    with torch.device("meta"):
+        model = HubertModel(config)
+        if copies != "1":
+            model.final_proj = Linear(config.encoder_embed_dim, config.codebook_dim * int(copies))
+        if weights == PACKED:
+            model = pack_for_file(model, False)
+        if fused == "true":
+            model = fused_copy(model)
+    return model
+
+
+def _config(metadata: Mapping[str, str]) -> HubertConfig:
+    text = metadata["config"]
+    if len(text) > LONGEST:
+        raise UserError(f"its configuration has {len(text)} characters: more than {LONGEST} is no configuration")
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"its configuration is no JSON ({_short(error)})") from error
+    if not isinstance(values, dict):
+        raise UserError("its configuration is no JSON object")
+    policy = values.get("quant_policy", "default")
+    if isinstance(policy, str) and policy.lstrip().startswith("{"):  # what was written is JSON: no YAML with aliases, no path
+        try:
+            json.loads(policy)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"its quant_policy is no JSON ({_short(error)})") from error
+    elif policy not in ("default", "paper"):
+        raise UserError(f"its quant_policy {_short(repr(policy))} is neither default nor paper, nor a policy's text")
+    return get_encoder(metadata["encoder"]).config.from_dict(values)
+
+
+def _compare(model: HubertModel, metadata: Mapping[str, str], found: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+    """Raise `UserError` unless the file holds exactly the tensors of the model."""
+    from .quant.storage import layout
+
+    expected = layout(model, DTYPES[metadata["dtype"]], LABEL_EMBEDDINGS)
+    for kind, names in (("lacks", expected.keys() - found.keys()), ("has more than its configuration describes,", found.keys() - expected)):
+        if names:
+            raise UserError(f"the weights do not fit its configuration: it {kind} {_short(min(names))} and {len(names) - 1} others")
+    for name, (dtype, shape) in expected.items():
+        if found[name] != (NAMES[dtype], shape):
+            raise UserError(f"the weights do not fit its configuration: {name} is {found[name]}, not {(NAMES[dtype], shape)}")
+
+
+def _check_numbers(stored: Mapping[str, Tensor]) -> None:
+    from .quant.storage import SCALES
+
+    for name, tensor in stored.items():
+        if not tensor.is_floating_point():
+            continue
+        if not bool(tensor.isfinite().all()):
+            raise UserError(f"{name} holds numbers that are not finite")
+        own = name.rpartition(".")[2]
+        if (own in (SCALES, "size") and bool((tensor <= 0).any())) or (own == "running_var" and bool((tensor < 0).any())):
+            raise UserError(f"{name} holds {'a scale' if own != 'running_var' else 'a variance'} that is not positive")
+
+
+def _filled(model: HubertModel, stored: dict[str, Tensor], metadata: Mapping[str, str]) -> HubertModel:
+    """The structure with the tensors of the file."""
+    from .quant.storage import state_from
+
+    compute = COMPUTED[metadata["dtype"]]
+    state = state_from(stored, model, compute)
+    model.load_state_dict(state, assign=True)
+    if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
+        raise UserError("its model keeps tensors outside its state, which a file does not hold")
+    if model.fused:
+        model = fused_copy(model)  # folds nothing more, but lays weights out as they are read
+    model.stored_dtype = DTYPES[metadata["dtype"]]
     return model.eval()
+
+
+def _short(text: object) -> str:
+    """One line of at most 200 characters."""
+    line = " ".join(str(text)[:1000].split())
+    return line if len(line) <= 200 else line[:200] + "..."

@@ -19,8 +19,11 @@ from .layers.chunks import Chunks
 from .layers.dropout import Dropout
 from .layers.kinds import CODEBOOK_HEAD, EXTRACTOR, INPUT_PROJECTION, Kind
 from .layers.linear import Linear, linear
+from .layers.tracing import is_tracing
 from .masking import batch_mask
 from .registry import encoder_of, preset_config
+
+LABEL_EMBEDDINGS = "label_embs_concat"
 
 M = TypeVar("M", bound="HubertModel")
 Masks = tuple["Tensor | None", "Tensor | None"]  # over time (B, T) and over channels (B, D), bool; None: there is none
@@ -46,6 +49,7 @@ class HubertModel(nn.Module):
     """
 
     fused = False  # whether this is a copy for inference that `hubert_eff.fuse` made
+    stored_dtype: torch.dtype | None = None  # of a model read from an export: what its float tensors are kept in there
 
     def __init__(self, config: HubertConfig, num_classes: Sequence[int] = ()) -> None:
         super().__init__()
@@ -307,6 +311,8 @@ class HubertModel(nn.Module):
 
 def normalize_waveform(wav: Tensor, padding_mask: Tensor | None = None) -> Tensor:
     """Zero mean and unit variance of each row (B, S) over its valid samples; padding becomes 0."""
+    if padding_mask is None and is_tracing():  # where a length is no constant
+        padding_mask = torch.zeros_like(wav, dtype=torch.bool)
     if padding_mask is None:
         return F.layer_norm(wav, wav.shape[-1:])
     valid = (~padding_mask).to(wav.dtype)

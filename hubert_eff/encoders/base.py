@@ -23,6 +23,7 @@ from ..layers.dropout import Dropout
 from ..layers.kinds import POSITIONAL_CONV, Kind
 from ..layers.norm import once_tracked
 from ..layers.position import PositionalEmbedding
+from ..layers.tracing import is_tracing
 
 # keys that presets of all encoders share
 HUBERT_BASE = {  # what HuBERT-base sets beside fairseq's defaults (Hsu et al. 2021, section IV-C)
@@ -158,7 +159,8 @@ class Encoder(nn.Module):
         x = x + self.pos_conv(x, chunks)
         if not self.layer_norm_first:
             x = self.layer_norm(x)
-        excess = -length % self.multiple if chunks is None or chunks.kept is None else 0
+        whole = chunks is None or chunks.kept is None
+        excess = -length % self.multiple if whole and not is_tracing() else 0  # the padding changes nothing but speed
         if excess:
             x = F.pad(x, (0, 0, 0, excess))
             if padding_mask is None:

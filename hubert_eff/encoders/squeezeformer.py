@@ -23,7 +23,7 @@ from ..layers.folding import fold_affine, fold_after
 from ..layers.kinds import DEPTHWISE, POINTWISE, RATE_CHANGE, Kind
 from ..layers.linear import Linear
 from ..layers.norm import MaskedBatchNorm, NoNorm
-from ..layers.position import relative_sinusoids
+from ..layers.position import relative_sinusoids, repeated
 from ..registry import register_encoder
 from .base import DEBUG, Encoder, Frames, published_size
 from .conformer import ConformerBlock, ConformerConfig
@@ -246,13 +246,8 @@ class SqueezeformerEncoder(Encoder):
                 frames = self.frames(x, None if full.valid is None else full.valid[:, ::2], halved)
             elif index == self.recover:
                 reduced, frames = False, full
-                x = self.time_recovery(_repeated(x, length)) + saved
+                x = self.time_recovery(repeated(x, 2, length)) + saved
             if keep:
                 x = self.run_block(self.layers[index], x, frames)
-            states.append(_repeated(x, length) if reduced else x)
+            states.append(repeated(x, 2, length) if reduced else x)
         return states
-
-
-def _repeated(x: Tensor, length: int) -> Tensor:
-    """(B, ceil(length / 2), D) -> (B, length, D): each frame twice."""
-    return x.repeat_interleave(2, dim=1)[:, :length]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..config import HubertConfig, option
 from ..errors import UserError
 from ..layers.chunks import Chunks
+from ..layers.position import repeated
 from ..layers.scaling import Balancer, BiasNorm, Schedule, Scheduled, chance
 from ..layers.zipformer import (
     AttentionWeights,
@@ -25,7 +26,6 @@ from ..layers.zipformer import (
     SelfAttention,
     compact_positions,
     fitted,
-    repeated,
     skipped,
     whitener,
 )

@@ -45,8 +45,8 @@ class Checked:
         return round(self.frames * SAMPLE_RATE / self.rate)
 
 
-def check(path: Path) -> Checked:
-    """Decode the whole file. Raises `Unusable` if it is empty, no audio, truncated, silent or holds NaN or infinity."""
+def check(path: Path, silent: bool = False) -> Checked:
+    """Decode the whole file. Raises `Unusable` if it is empty, no audio, truncated, holds NaN or infinity, or (unless `silent`) only 0."""
     import soundfile
 
     try:
@@ -72,7 +72,7 @@ def check(path: Path) -> Checked:
         raise Unusable("no samples")
     if rate < 1000:
         raise Unusable(f"sample rate of {rate} Hz")
-    if peak == 0.0:
+    if peak == 0.0 and not silent:
         raise Unusable("silent: every sample is zero")
     return Checked(rate, channels, frames, peak)
 

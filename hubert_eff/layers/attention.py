@@ -19,6 +19,8 @@ from .dropout import keep_signs
 from .grid import GridAttention
 from .kinds import POSITION_PROJECTION, PRODUCT, PROJECTION, Kind, head_shapes
 from .linear import Linear, linear, product, takes_onednn
+from .position import by_key
+from .tracing import is_tracing
 
 
 class _DropoutAttention(torch.autograd.Function):
@@ -123,9 +125,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: flo
     return _blockwise(q, k, v, lambda row, start, stop, scores: scores.add_(biases[row, start:stop]))
 
 
+QKV_SOURCES = {"query": ("q_proj", 0), "key": ("k_proj", 0), "value": ("v_proj", 0)}
+
+
 def _heads(y: Any, heads: int) -> Any:
     """(B, T, H d) -> (B, H, T, d), of a tensor or of codes."""
-    return torch.unflatten(y, -1, (heads, -1)).transpose(1, 2) if isinstance(y, Tensor) else y.heads(heads)
+    return y.view(*y.shape[:2], heads, -1).transpose(1, 2) if isinstance(y, Tensor) else y.heads(heads)
 
 
 class SelfAttention(nn.Module):
@@ -148,7 +153,7 @@ class SelfAttention(nn.Module):
         shapes = head_shapes(self.heads, self.out_proj.in_features // self.heads, "query", "key", "value")
         return {
             **dict.fromkeys(("q_proj", "k_proj", "v_proj"), Kind(PROJECTION, shared="qkv_input")),
-            "products": Kind(PRODUCT, form="dense", shapes=shapes),
+            "products": Kind(PRODUCT, form="dense", shapes=shapes, sources=QKV_SOURCES),
             "out_proj": Kind(PROJECTION),
         }
 
@@ -215,7 +220,8 @@ class RelativeSelfAttention(SelfAttention):
 
     def kinds(self) -> Mapping[str, Kind]:
         shapes = head_shapes(self.heads, self.out_proj.in_features // self.heads, "key", "value")  # u and v are the queries' moves
-        return {**super().kinds(), "products": Kind(PRODUCT, form="relative", shapes=shapes), "linear_pos": Kind(POSITION_PROJECTION)}
+        products = Kind(PRODUCT, form="relative", shapes=shapes, sources={name: QKV_SOURCES[name] for name in shapes})
+        return {**super().kinds(), "products": products, "linear_pos": Kind(POSITION_PROJECTION)}
 
     def forward(  # type: ignore[override]
         self, x: Tensor, positions: Tensor, attend: Tensor | None = None, chunks: Chunks | None = None
@@ -245,21 +251,21 @@ class RelativeSelfAttention(SelfAttention):
         return GridAttention(self.qkv_proj, self.out_proj, self.heads, copy.deepcopy(self.linear_pos), (self.pos_bias_u, self.pos_bias_v))
 
     def _offsets(self, positions: Tensor) -> Tensor:
-        return self.linear_pos(positions).view(len(positions), self.heads, -1).transpose(0, 1)  # type: ignore[no-any-return]  # (H, 2T - 1, d)
+        return self.linear_pos(positions).view(positions.size(0), self.heads, -1).transpose(0, 1)  # type: ignore[no-any-return]  # (H, 2T - 1, d)
 
     @counted_as("attention")
     def _chunked(
         self, content: Tensor, position: Tensor, k: Tensor, v: Tensor, p: Tensor, attend: Tensor | None, dropout: float
     ) -> Tensor:
-        (batch, heads, queries, _), frames = content.shape, k.size(2)  # the last query is at the last key
+        queries, frames = content.size(2), k.size(2)  # the last query is at the last key
         mixed = []
-        for start in range(0, queries, self.CHUNK):
-            stop = min(start + self.CHUNK, queries)
+        step = queries if is_tracing() else self.CHUNK  # a trace has one chunk, whatever the length
+        for start in range(0, queries, step):
+            stop = min(start + step, queries)
             n = stop - start
             span = frames + n - 1  # offsets that this chunk's queries see
-            by_offset = position[:, :, start:stop] @ p[:, queries - stop : queries - stop + span].mT  # (B, H, n, span)
-            # row i holds offsets (stop - 1 - start) .. : key j of query start + i stands at column n - 1 - i + j
-            bias = by_offset.contiguous().as_strided((batch, heads, n, frames), (heads * n * span, n * span, span - 1, 1), n - 1)
+            by_offset = position[:, :, start:stop] @ p[:, queries - stop : queries - stop + span].transpose(-1, -2)  # (B, H, n, span)
+            bias = by_key(by_offset)
             if bias.is_cuda and attend is None:
                 bias = bias.contiguous()  # a view that starts off its alignment is refused by the memory-efficient kernel
             if attend is not None:

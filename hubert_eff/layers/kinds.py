@@ -39,7 +39,8 @@ class Kind:
     activation: attribute of the module with the activation function right in front of the layer.
     shared: attribute of the module where the quantiser of an input stands that several layers share.
     form: which attention product stands in for a part that is None in the float model (quant/attention.py), and `shapes`: those of its
-    operands that carry a learnable bias, as they broadcast to (B, H, T, d).
+    operands that carry a learnable bias, as they broadcast to (B, H, T, d). `sources`: those of its operands that are in inference, but
+    for their shape, a linear layer's output: operand -> (attribute that holds the layer, its first channel).
     """
 
     name: str
@@ -48,6 +49,7 @@ class Kind:
     shared: str = ""
     form: str = ""
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    sources: Mapping[str, tuple[str, int]] = field(default_factory=dict)
 
 
 @runtime_checkable

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .chunks import Chunks
+from .tracing import is_tracing
 
 
 class PositionalConv1d(nn.Module):
@@ -56,7 +57,7 @@ class PositionalConv1d(nn.Module):
         kernel = weight.size(-1)
         before, after = (kernel - 1, 0) if self.causal else (kernel // 2, (kernel - 1) // 2)
         if chunks is None:
-            return F.conv1d(F.pad(x.mT, (before, after)), weight, self.bias, groups=self.groups).mT
+            return F.conv1d(F.pad(x.transpose(1, 2), (before, after)), weight, self.bias, groups=self.groups).transpose(1, 2)
         windows = chunks.windows(self, x, before, after)
         return chunks.joined(F.conv1d(windows.mT, weight, self.bias, groups=self.groups).mT, *x.shape[:2])
 
@@ -71,9 +72,24 @@ class PositionalEmbedding(nn.Sequential):
         return self[1](self[0](x, chunks))  # type: ignore[no-any-return]
 
 
+def by_key(by_offset: Tensor) -> Tensor:
+    """(B, H, n, T + n - 1), of which row i holds n - 1 - i columns before those of keys 0 ... T - 1: a view (B, H, n, T) of these."""
+    batch, heads, n, span = by_offset.shape
+    frames = span - n + 1
+    if is_tracing():  # no strides there: the same as slices and reshapes
+        flat = by_offset.flatten(2)[:, :, n - 1 : n - 1 + n * (span - 1)]
+        return flat.view(batch, heads, n, span - 1)[..., :frames]
+    return by_offset.contiguous().as_strided((batch, heads, n, frames), (heads * n * span, n * span, span - 1, 1), n - 1)
+
+
 def relative_sinusoids(frames: int, dim: int, like: Tensor) -> Tensor:
     """Sinusoids of the offsets T-1 .. -(T-1), (2T - 1, D), in the dtype and on the device of `like` (Transformer-XL, section 3.3)."""
     offsets = torch.arange(frames - 1, -frames, -1, device=like.device, dtype=torch.float32)
     rates = torch.exp(torch.arange(0, dim, 2, device=like.device, dtype=torch.float32) * (-math.log(10_000.0) / dim))
     angles = offsets[:, None] * rates  # (2T - 1, D / 2)
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)[:, :dim].to(like.dtype)
+
+
+def repeated(x: Tensor, rate: int, frames: int) -> Tensor:
+    """Each frame of x (B, T, C) `rate` times, cut to `frames`."""
+    return x if rate == 1 else x.unsqueeze(2).expand(-1, -1, rate, -1).flatten(1, 2)[:, :frames]

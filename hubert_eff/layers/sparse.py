@@ -24,6 +24,7 @@ from .bits import counted_as
 from .chunks import Chunks
 from .dropout import Dropout
 from .kinds import Kind
+from .tracing import is_tracing
 
 try:
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
@@ -399,6 +400,10 @@ def sparse_attention(
     drops = dropout is not None and dropout.training and dropout.p > 0
     if flex and not drops and _takes_flex(q):
         return _flex(q, k, v, attend, pattern, _compiled_flex())
+    if is_tracing():
+        place = torch.arange(q.size(2), device=q.device)
+        seen = pattern.sees(place, place)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen if attend is None else seen & attend)
     if pattern.kind == "local":
         return _windowed(q, k, v, attend, pattern.window, dropout.p if dropout is not None and drops else 0.0)
     segments = pattern.segments(q.size(2))

@@ -14,6 +14,8 @@ from torch.autograd.function import once_differentiable
 from .bits import counted_as
 from .dropout import Dropout
 from .linear import product, takes_onednn
+from .position import by_key
+from .tracing import is_tracing
 
 BLOCK = 256  # queries per block: the scores of one row's block stay in cache
 KEPT = 1 << 26  # without gradient, weights of more elements than this are computed anew for each use, block by block
@@ -151,6 +153,11 @@ class RelativeWeights:
     ) -> None:
         self.batch, self.heads = q.shape[:2]
         pairs = q.size(2) * k.size(2)
+        self.traced: Tensor | None = None
+        if is_tracing():  # in one piece, without gradients or padding
+            assert seen is None
+            self.traced = torch.softmax(q @ k.transpose(-1, -2) + by_key(p @ offsets.transpose(-1, -2)), -1)
+            return
         q, k, p = (t.transpose(0, 1).flatten(0, 1) for t in (q, k, p))
         offsets = offsets.unsqueeze(1).expand(-1, self.batch, -1, -1).flatten(0, 1)
         rows = None if seen is None else seen.repeat(self.heads, 1, 1)
@@ -168,6 +175,8 @@ class RelativeWeights:
 
     def mix(self, values: Tensor) -> Tensor:
         """Values (B, H, T, c) of all heads, or (B, 1, T, c) of the first one, each summed over time with its head's weights."""
+        if self.traced is not None:
+            return self.traced[:, : int(values.size(1))] @ values
         heads = values.size(1)
         flat = values.transpose(0, 1).flatten(0, 1)
         if not self.parts:

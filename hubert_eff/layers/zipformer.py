@@ -17,7 +17,9 @@ from .convolution import DepthwiseConv
 from .dropout import Dropout
 from .kinds import DEPTHWISE, FEED_FORWARD, POINTWISE, POSITION_PROJECTION, PRODUCT, PROJECTION, Kind, head_shapes
 from .linear import Linear
+from .position import repeated
 from .scaling import LIMIT_RATE, Balancer, Schedule, Scheduled, Whitener, chance, limit_parameter
+from .tracing import is_tracing
 from .weights import RelativeWeights
 
 
@@ -46,9 +48,8 @@ def compact_positions(frames: int, dim: int, like: Tensor) -> Tensor:
     start = math.sqrt(dim)
     compressed = start * x.sign() * ((x.abs() + start) / start).log()
     angles = (2.0 * math.pi / dim * compressed).atan()[:, None] * torch.arange(1, dim // 2 + 1, device=like.device)
-    table = torch.stack((angles.cos(), angles.sin()), dim=-1).flatten(1)
-    table[:, -1] = 1.0
-    return table.to(like.dtype)
+    table = torch.stack((angles.cos(), angles.sin()), dim=-1).flatten(1)[:, : dim - 1]
+    return torch.nn.functional.pad(table, (0, 1), value=1.0).to(like.dtype)
 
 
 class Weights(Protocol):
@@ -78,9 +79,11 @@ class AttentionWeights(Scheduled):
         """See `layers.kinds.Declared`."""
         position = self.in_proj.out_features // self.heads - 2 * self.query_dim
         shapes = {**head_shapes(self.heads, self.query_dim, "query", "key"), **head_shapes(self.heads, position, "position")}
+        queries = self.heads * self.query_dim
+        sources = {"query": ("in_proj", 0), "key": ("in_proj", queries), "position": ("in_proj", 2 * queries)}
         return {
             "in_proj": Kind(PROJECTION),
-            "products": Kind(PRODUCT, form="weights", shapes=shapes),
+            "products": Kind(PRODUCT, form="weights", shapes=shapes, sources=sources),
             "linear_pos": Kind(POSITION_PROJECTION),
         }
 
@@ -92,7 +95,7 @@ class AttentionWeights(Scheduled):
         queries = self.heads * self.query_dim
         q, k, p = self.in_proj(x).split((queries, queries, self.heads * self.position_dim), dim=-1)
         k = self.whiten_keys(self.balance_keys(k, valid), valid)
-        q, k, p = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, p))
+        q, k, p = (t.view(*x.shape[:2], self.heads, -1).transpose(1, 2) for t in (q, k, p))
         if chunks is None:
             offsets = self._offsets(positions)
         else:
@@ -106,7 +109,7 @@ class AttentionWeights(Scheduled):
         return RelativeWeights(q, k, p, offsets, seen, self.dropout, self.training and chance(self.PENALTY_RATE))
 
     def _offsets(self, positions: Tensor) -> Tensor:
-        return self.linear_pos(positions).unflatten(-1, (self.heads, -1)).transpose(0, 1)  # type: ignore[no-any-return]  # (H, 2T - 1, e)
+        return self.linear_pos(positions).view(-1, self.heads, self.position_dim).transpose(0, 1)  # type: ignore[no-any-return]  # (H, 2T - 1, e)
 
 
 class SelfAttention(nn.Module):
@@ -122,11 +125,12 @@ class SelfAttention(nn.Module):
 
     def kinds(self) -> Mapping[str, Kind]:
         """See `layers.kinds.Declared`."""
-        mixer = Kind(PRODUCT, form="mix", shapes=head_shapes(self.heads, self.in_proj.out_features // self.heads, "value"))
+        shapes = head_shapes(self.heads, self.in_proj.out_features // self.heads, "value")
+        mixer = Kind(PRODUCT, form="mix", shapes=shapes, sources={"value": ("in_proj", 0)})
         return {"in_proj": Kind(PROJECTION), "mixer": mixer, "out_proj": Kind(PROJECTION)}
 
     def forward(self, x: Tensor, weights: Weights, valid: Tensor | None = None, chunks: Chunks | None = None) -> Tensor:
-        values = self.in_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, c)
+        values = self.in_proj(x).view(*x.shape[:2], self.heads, -1).transpose(1, 2)  # (B, H, T, c)
         if chunks is not None:
             (values,) = chunks.with_kept(self, values)
         mixed = weights.mix(values) if self.mixer is None else self.mixer(values, weights)
@@ -282,7 +286,7 @@ class RateChange(nn.Module):
             last = torch.where(valid, torch.arange(x.size(1), device=x.device), 0).amax(1)  # (B,)
             x = torch.where(valid.unsqueeze(-1), x, x[torch.arange(x.size(0), device=x.device), last].unsqueeze(1))
         excess = -x.size(1) % self.rate
-        if excess:
+        if excess or is_tracing():
             x = torch.cat((x, x[:, -1:].expand(-1, excess, -1)), dim=1)
         shares = self.log_shares.softmax(0).to(x.dtype)
         groups = x.view(x.size(0), -1, self.rate, x.size(2))
@@ -293,11 +297,6 @@ class RateChange(nn.Module):
         if self.bypass is None:
             return x
         return self.bypass(before, repeated(x, self.rate, before.size(1)))  # type: ignore[no-any-return]
-
-
-def repeated(x: Tensor, rate: int, frames: int) -> Tensor:
-    """Each frame of x (B, T, C) `rate` times, cut to `frames`."""
-    return x if rate == 1 else x.repeat_interleave(rate, dim=1)[:, :frames]
 
 
 def fitted(x: Tensor, dim: int) -> Tensor:

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from ..config import SAMPLE_RATE
 from ..errors import UserError, unknown
 from ..layers.bits import Bits, stored_bits
+from ..model import LABEL_EMBEDDINGS
 from ..quant import quant_report
+from ..quant.storage import PACKED_TYPES
 from ..registry import list_presets
 from .counters import Counts, Tally, count_operations
 from .device import read_device
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
 
 MIN_SAMPLES = 400  # the receptive field of one frame: 25 ms
 MAX_SECONDS = 3600.0
-LABEL_EMBEDDINGS = "label_embs_concat"
 MASK_EMBEDDING = "mask_emb"
 FLOAT_BITS = 16  # a product with an operand below is a quantised one
 
@@ -262,8 +263,11 @@ def paper_storage(model: nn.Module, float_bytes: int | None = None) -> float:
 
 
 def file_storage(model: nn.Module) -> int:
-    """Bytes of the tensors that `export` writes: parameters and persistent buffers, without label embeddings, each at its width."""
-    modules = dict(model.named_modules())
+    """Bytes of the tensors that `export` writes: parameters and persistent buffers, without label embeddings, each at its width.
+
+    Of a model read from an export, float tensors count as they are kept in its file.
+    """
+    modules, kept = dict(model.named_modules()), getattr(model, "stored_dtype", None)
     total = 0
     for name, tensor in model.state_dict().items():
         path, _, own = name.rpartition(".")
@@ -272,7 +276,10 @@ def file_storage(model: nn.Module) -> int:
             elements, bits = stored[own]
             total += math.ceil(elements * bits / 8)
         elif isinstance(tensor, Tensor) and name != LABEL_EMBEDDINGS:
-            total += tensor.numel() * tensor.element_size()
+            width = tensor.element_size()
+            if kept is not None and tensor.is_floating_point() and not isinstance(modules.get(path), PACKED_TYPES):
+                width = min(width, kept.itemsize)
+            total += tensor.numel() * width
     return total
 
 

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..layers.bits import counted_as
+from ..layers.position import by_key
 from ..layers.sparse import Segment, SparsePattern, chunks, gather_summaries, split_blocks
+from ..layers.tracing import is_tracing
 from .functional import initial_scale, unsigned_codes
 from .modules import Codes, Quantizer
 
@@ -26,6 +28,11 @@ KEPT = 1 << 26  # without gradient, shared probabilities of more elements than t
 
 Shapes = Mapping[str, tuple[int, ...]]
 Rows = tuple[Tensor, Callable[[Tensor], Tensor], "Tensor | None", int]  # scores, codes -> product with the values, keys seen, their number
+
+
+def _chunk(frames: int) -> int:
+    """Queries that are worked on at a time: in a trace all, since its loops have a fixed number of rounds."""
+    return frames if is_tracing() else CHUNK
 
 
 def _times(values: Tensor, codes: Tensor) -> Tensor:
@@ -42,11 +49,9 @@ def at_keys(queries: Tensor, table: Tensor, start: int) -> Tensor:
 
     Row T - 1 - i + j of the table is that of query i and key j.
     """
-    batch, heads, n, _ = queries.shape
-    frames = (table.size(1) + 1) // 2
+    n, frames = queries.size(2), (table.size(1) + 1) // 2
     first, span = frames - start - n, frames + n - 1
-    by_offset = queries @ table[:, first : first + span].mT  # (B, H, n, span)
-    return by_offset.contiguous().as_strided((batch, heads, n, frames), (heads * n * span, n * span, span - 1, 1), n - 1)
+    return by_key(queries @ table[:, first : first + span].transpose(-1, -2))  # of (B, H, n, span)
 
 
 def _table_mask(frames: int, valid: Tensor | None) -> Tensor | None:
@@ -114,7 +119,7 @@ class BinaryAttention(nn.Module):
         scale: Tensor = query.scale * key.scale * q.size(-1) ** -0.5
 
         def scores(start: int, stop: int) -> Tensor:
-            sums: Tensor = query.values[:, :, start:stop] @ key.values.mT
+            sums: Tensor = query.values[:, :, start:stop] @ key.values.transpose(-1, -2)
             return sums * scale
 
         return self._mixed(scores, q, self.value(v), attend, dropout)
@@ -127,8 +132,9 @@ class BinaryAttention(nn.Module):
         visible = frames if attend is None else attend.sum(-1, keepdim=True)
         scale = self.probabilities.quantizer.effective(_pairs(q.size(1), q, self.value.frames.valid))
         mixed = []
-        for start in range(0, frames, CHUNK):
-            codes = self.probabilities(scores(start, min(start + CHUNK, frames)), attend, visible, scale, dropout)
+        step = _chunk(frames)
+        for start in range(0, frames, step):
+            codes = self.probabilities(scores(start, min(start + step, frames)), attend, visible, scale, dropout)
             mixed.append(codes.to(value.values.dtype) @ value.values)
         return torch.cat(mixed, 2) * (scale * value.scale / visible)
 
@@ -152,7 +158,7 @@ class BinaryRelativeAttention(BinaryAttention):
         position_scale: Tensor = positions.scale * offset.scale * width
 
         def scores(start: int, stop: int) -> Tensor:
-            sums: Tensor = contents.values[:, :, start:stop] @ key.values.mT
+            sums: Tensor = contents.values[:, :, start:stop] @ key.values.transpose(-1, -2)
             return sums * scale + at_keys(positions.values[:, :, start:stop], offset.values, start) * position_scale
 
         return self._mixed(scores, k, self.value(v), attend, dropout)
@@ -172,12 +178,22 @@ class BinarySparseAttention(BinaryAttention):
         length = torch.full((q.size(0),), frames, device=q.device) if valid is None else valid.sum(1)
         own_scale = self.probabilities.quantizer.effective(q.size(1) * (length * pattern.visible(length)).sum())
         rows = self._banded if pattern.kind == "local" else self._blocked
+        if is_tracing():
+            rows = self._dense
         mixed = []
         for scores, product, seen, keys in rows(query.values, key.values, value.values, attend, pattern):
             visible = keys if seen is None else seen.sum(-1, keepdim=True).clamp(min=1)
             codes = self.probabilities(scores * scale, seen, visible, own_scale, dropout)
             mixed.append(product(codes.to(value.values.dtype)) * (own_scale * value.scale / visible))
         return torch.cat(mixed, 2)
+
+    @staticmethod
+    def _dense(q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None, pattern: SparsePattern) -> Iterator[Rows]:
+        """All keys, under the pattern's mask: of a trace, whose blocks cannot depend on the length."""
+        place = torch.arange(q.size(2), device=q.device)
+        seen = pattern.sees(place, place)
+        seen = seen if attend is None else seen & attend
+        yield q @ k.transpose(-1, -2), partial(_times, v), seen[None, None] if seen.dim() == 2 else seen, 0
 
     @staticmethod
     def _blocked(q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None, pattern: SparsePattern) -> Iterator[Rows]:
@@ -243,8 +259,8 @@ class BinaryWeights(nn.Module):
         own_scale = self.probabilities.quantizer.effective(_pairs(q.size(1), q, valid))
 
         def codes(start: int, heads: int) -> Tensor:
-            part = slice(start, min(start + CHUNK, frames))
-            sums: Tensor = query.values[:, :heads, part] @ key.values[:, :heads].mT
+            part = slice(start, min(start + _chunk(frames), frames))
+            sums: Tensor = query.values[:, :heads, part] @ key.values[:, :heads].transpose(-1, -2)
             scores = sums * scale + at_keys(position.values[:, :heads, part], offset.values[:heads], start) * position_scale
             return self.probabilities(scores, attend, visible, own_scale, dropout)  # type: ignore[no-any-return]
 
@@ -256,7 +272,7 @@ class SharedProbabilities:
     """Quantised attention weights for several users; without gradient those of long input are computed anew for each."""
 
     def __init__(self, codes: Callable[[int, int], Tensor], frames: int, heads: int, scale: Tensor, kept: bool) -> None:
-        self.codes, self.scale, self.starts = codes, scale, range(0, frames, CHUNK)
+        self.codes, self.scale, self.starts = codes, scale, range(0, frames, _chunk(frames))
         self.parts = [codes(start, heads) for start in self.starts] if kept else None
 
     def mix(self, value: Codes) -> Tensor:

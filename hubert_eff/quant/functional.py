@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..layers.tracing import is_tracing
+
 FLOOR = 1e-5  # the least scale
 
 
@@ -68,11 +70,15 @@ class _Unsigned(torch.autograd.Function):
 
 def signed_codes(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     """Codes of x in {-1, 1}, or {-2, -1, 0, 1} at 2 bits; scale (1,)."""
+    if bits == 1 and is_tracing():  # operations alone: a trace takes what a Function changes in place for unchanged
+        return (x > 0).to(x.dtype) * 2 - 1
     return _Signed.apply(x, scale, bits)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def unsigned_codes(x: Tensor, scale: Tensor, bits: int, offset: Tensor | None = None) -> Tensor:
     """Codes of x in {0, 1}, or {0, 1, 2, 3} + offset / scale at 2 bits; scale (1,), offset: the minimum z, broadcast to x."""
+    if bits == 1 and is_tracing():
+        return (x > scale / 2).to(x.dtype)
     return _Unsigned.apply(x, scale, bits, None if offset is None else offset.detach())  # type: ignore[no-any-return,no-untyped-call]
 
 
@@ -131,5 +137,7 @@ def weight_signs(weight: Tensor, per_channel: bool, groups: int = 1) -> tuple[Te
             centre = torch.zeros_like(size) if depthwise else rows.mean(1)
         else:
             centre = rows.mean().view(1)
+    if is_tracing():
+        return (weight > centre.view(shape)).to(weight.dtype) * 2 - 1, size
     signs: Tensor = _Signs.apply(weight, centre.view(shape), size.view(shape))  # type: ignore[no-untyped-call]
     return signs, size

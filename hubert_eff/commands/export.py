@@ -1,0 +1,66 @@
+"""`hubert-eff export CHECKPOINT|PRESET --out model.safetensors`: one file to ship, with a model card beside it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from ..errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `hubert-eff export`."""
+    parser.add_argument("model", metavar="CHECKPOINT|PRESET", help="a checkpoint, an export, or a preset (with random weights)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="model.safetensors; its model card is written beside it, model.md")
+    parser.add_argument(
+        "--onnx", type=Path, metavar="FILE",
+        help="write model.onnx (too): float32, fused, of dynamic length; a one-bit model in its form of +-1 in floats",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dtype", choices=("fp32", "fp16", "bf16"), default="fp32",
+        help="what float tensors are kept in: fp16 is read back to compute in float32, bf16 to compute in bfloat16 (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--float", action="store_true", help="float weights of a one-bit model, which can be trained on, in place of bits")
+    parser.add_argument("--fuse", action="store_true", help="fold BatchNorms and scales into weights first (not of one-bit models)")
+    parser.add_argument("--policy", default="default", help="policy of a preset's binarised form, PRESET+w1a1 (default: %(default)s)")
+    parser.add_argument("--licence", default="", metavar="TEXT", help="licence of the weights, for the model card")
+    parser.add_argument("--trained-on", default="", metavar="TEXT", help="training data, for the model card")
+    parser.add_argument("--json", action="store_true", help="print what was written as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the file and its card, and say how large it is."""
+    from ..card import write_card
+    from ..exporting import export
+    from ..files import writable
+    from ..onnx_export import export_onnx, require_onnx
+    from ..profiling.cost import resolve
+
+    if args.out is None and args.onnx is None:
+        raise UserError("--out FILE.safetensors is needed, or --onnx FILE.onnx")
+    for option, path, suffix in (("--out", args.out, ".safetensors"), ("--onnx", args.onnx, ".onnx")):
+        if path is not None:
+            if path.suffix != suffix:
+                raise UserError(f"{option} {path} must end in {suffix}")
+            writable(path.parent)
+    if args.onnx is not None:
+        require_onnx()
+    model, name = resolve(args.model, args.policy)
+    said = {}
+    if args.out is not None:
+        notes = {key: text for key, text in (("licence", args.licence), ("trained_on", args.trained_on)) if text}
+        export(model, args.out, dtype=args.dtype, packed=not args.float, fuse=args.fuse, source=Path(name).name, notes=notes)
+        card, figures = write_card(args.out)
+        said = {"file": str(args.out), "card": str(card), **figures}
+        if not args.json:
+            print(f"{args.out}: {figures['bytes'] / 1e6:.3f} MB, {figures['weights']} weights, the rest {args.dtype}; {card}")
+    if args.onnx is not None:
+        graph = export_onnx(model, args.onnx)
+        said["onnx"] = graph
+        if not args.json:
+            said_of = f"{graph['difference']:.1e}" + (f" ({graph['share_off']:.1%} by more than 1e-3)" if graph["share_off"] else "")
+            print(f"{args.onnx}: {graph['bytes'] / 1e6:.3f} MB, {graph['form']}; onnxruntime differs by at most {said_of}")
+    if args.json:
+        print(json.dumps(said, indent=2))
+    return 0

@@ -1,0 +1,48 @@
+"""`hubert-eff run MODEL AUDIO...`: hidden states of audio files, in one .npz or .pt file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from ..errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `hubert-eff run`."""
+    parser.add_argument("model", metavar="FILE|CHECKPOINT|PRESET", help="an export, a checkpoint, or a preset (with random weights)")
+    parser.add_argument("audio", nargs="+", type=Path, metavar="AUDIO", help="wav, flac, ogg or mp3, of any rate")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="features.npz, or .pt: a dict of tensors")
+    parser.add_argument(
+        "--layer", type=int, metavar="L",
+        help="this hidden state only, (T, D): 0 enters block 1, L leaves block L (default: all, (L + 1, T, D))",
+    )  # fmt: skip
+    parser.add_argument("--batch", type=int, default=8, metavar="N", help="files at a time, at most (default: %(default)d)")
+    parser.add_argument(
+        "--window", type=float, default=60.0, metavar="S",
+        help="longer recordings are computed in windows of so many seconds; 0: in one piece (default: %(default)g)",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print what was written as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Extract and say what was written."""
+    from ..extraction import CONTEXT, SUFFIXES, extract, summary
+
+    if args.out.suffix not in SUFFIXES:  # before torch's half a second
+        raise UserError(f"--out {args.out} must end in {' or '.join(SUFFIXES)}")
+    recordings = extract(args.model, args.audio, args.out, layer=args.layer, batch=args.batch, window=args.window)
+    if args.json:
+        print(json.dumps(summary(recordings, args.out), indent=2))
+        return 0
+    cut = sum(recording.windows > 1 for recording in recordings)
+    seconds = sum(recording.seconds for recording in recordings)
+    what = "all hidden states" if args.layer is None else f"hidden state {args.layer}"
+    print(f"{args.out}: {what} of {len(recordings)} recordings, {seconds:.1f} s, {sum(r.frames for r in recordings)} frames")
+    if cut:
+        print(
+            f"{cut} of them longer than {args.window:g} s: in windows with {CONTEXT:g} s of context, beyond which blocks do not see "
+            "(--window 0: in one piece)"
+        )
+    return 0

@@ -1,0 +1,131 @@
+"""ONNX: all hidden states of a batch of equally long waveforms, in float32, of dynamic batch and length; checked by onnxruntime as written.
+
+Through torch's TorchScript exporter: a trace, in which modules take forms without loops over the length (layers/tracing.py).
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import __version__
+from .errors import UserError, missing_extra
+from .files import replacing
+from .fusing import fuse
+from .layers.position import PositionalConv1d
+from .model import HubertModel
+from .registry import encoder_of
+
+OPSET = 17
+INPUT, OUTPUT = "wav", "hidden_states"
+CHECKED = ((2, 16_000), (1, 9_001))  # shapes of the audio that the result is compared on; the first is the one that is traced
+AGREES = 1e-3  # largest difference of a hidden state, all of which are of order 1, from torch's; usually 1e-5
+FLOAT_FORM, SIGN_FORM = "float weights", "one-bit model in its form of +-1 in floats"
+
+
+class _States(nn.Module):
+    """wav (B, S) -> (L + 1, B, T, D)."""
+
+    def __init__(self, model: HubertModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, wav: Tensor) -> Tensor:
+        return torch.stack(self.model.hidden_states(wav)[0])
+
+
+def require_onnx() -> tuple[Any, Any]:
+    """The modules onnx and onnxruntime. Raises `UserError` where one is not installed."""
+    try:
+        import onnx
+        import onnxruntime
+    except ImportError as error:
+        raise missing_extra(error.name or "onnx", "onnx", "ONNX export") from error
+    return onnx, onnxruntime
+
+
+def export_onnx(model: HubertModel, path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Write `path` (.onnx): input `wav` (batch, samples) at 16 kHz, output `hidden_states` (L + 1, batch, frames, D).
+
+    A float model is fused first. A w1a1 model is written as it is simulated, +-1 in float32: of its speed and size on bits nothing is
+    left, of its outputs all. There is no padding mask. Returns bytes, form, opset and the largest difference between onnxruntime's
+    and torch's output over two lengths, a batch among them, and the share of elements that differ by more than `AGREES`: none in a float
+    model; in a one-bit model those behind a bit that was set the other way at a tie.
+    Raises `UserError` for a packed or w1a2 model, another suffix, and a graph that does not compute the same.
+    """
+    onnx, runtime = require_onnx()
+    if Path(path).suffix != ".onnx":
+        raise UserError(f"an ONNX model is an .onnx file, not {path}")
+    from .quant.storage import is_packed
+
+    if is_packed(model):
+        raise UserError("packed bits have no ONNX form: export the checkpoint that they were made from, or a file written with --float")
+    if model.config.quant not in ("none", "w1a1"):
+        raise UserError(f"a {model.config.quant} model has no ONNX form: only float and w1a1 models do")
+    form = FLOAT_FORM if model.config.quant == "none" else SIGN_FORM
+    traced = _States(_prepared(model))
+    with replacing(path) as temporary:
+        _trace(traced, temporary)
+        graph = onnx.load(os.fspath(temporary))
+        described = {
+            "producer": f"hubert-eff {__version__}", "encoder": encoder_of(model.config).name, "form": form, "sample_rate": "16000"
+        }  # fmt: skip
+        for key, value in described.items():
+            graph.metadata_props.add(key=key, value=value)
+        onnx.save(graph, os.fspath(temporary))
+        difference, share = _difference(traced, temporary, runtime)
+        if form == FLOAT_FORM and not difference <= AGREES:
+            raise UserError(f"the ONNX graph of this {described['encoder']} differs from torch by {difference:.2g}: nothing is written")
+    size = Path(path).stat().st_size
+    return {"file": os.fspath(path), "bytes": size, "form": form, "opset": OPSET, "difference": difference, "share_off": share}
+
+
+def _prepared(model: HubertModel) -> HubertModel:
+    """A copy for tracing: fused, or at least without weight normalisation, in float32 on the CPU."""
+    if model.config.quant == "none":
+        ready = fuse(model)
+    else:
+        ready = copy.deepcopy(model).eval()
+        with torch.no_grad():
+            for module in ready.modules():
+                if isinstance(module, PositionalConv1d):
+                    module.fold()
+    return ready.float().cpu().requires_grad_(False)
+
+
+def _trace(traced: nn.Module, path: Path) -> None:
+    # the other exporter is the default from torch 2.9 on; it takes minutes, and fails where the number of blocks depends on the length
+    keys: dict[str, Any] = {"dynamo": False} if "dynamo" in inspect.signature(torch.onnx.export).parameters else {}
+    axes = {INPUT: {0: "batch", 1: "samples"}, OUTPUT: {1: "batch", 2: "frames"}}
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of every shape that a trace takes for a constant; the check covers what matters
+        torch.onnx.export(
+            traced, (_noise(CHECKED[0]),), os.fspath(path), input_names=[INPUT], output_names=[OUTPUT], dynamic_axes=axes,
+            opset_version=OPSET, **keys,
+        )  # fmt: skip
+
+
+def _noise(shape: tuple[int, int]) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def _difference(traced: nn.Module, path: Path, runtime: Any) -> tuple[float, float]:
+    session = runtime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
+    worst, off, elements = 0.0, 0, 0
+    for shape in CHECKED:
+        wav = _noise(shape)
+        (found,) = session.run(None, {INPUT: wav.numpy()})
+        expected = traced(wav)
+        if found.shape != expected.shape:
+            raise UserError(f"the ONNX graph returns {found.shape} for audio {shape}, not {tuple(expected.shape)}: nothing is written")
+        difference = (torch.from_numpy(found) - expected).abs()
+        worst, off, elements = max(worst, float(difference.max())), off + int((difference > AGREES).sum()), elements + difference.numel()
+    return worst, off / elements
