@@ -35,6 +35,7 @@ FLOAT, PACKED = "float", "packed"
 # fp16 halves the file of a model that computes in float32; a bf16 one computes in bfloat16
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 COMPUTED = {"fp32": torch.float32, "fp16": torch.float32, "bf16": torch.bfloat16}
+BLUEPRINT = ("encoder", "config", "weights", "fused", "final_projections")  # metadata that say how a model is built
 LONGEST = 1 << 16  # characters of a configuration that is read
 DEEPEST = 1000  # blocks of a model that is read
 NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.uint8: "U8", torch.bool: "BOOL"}
@@ -182,14 +183,17 @@ def _structure(metadata: Mapping[str, str], found: Mapping[str, Any]) -> HubertM
         raise UserError(f"final_projections={_short(metadata['final_projections'])} must be a number of codebooks")
     if metadata["weights"] == PACKED and config.quant != "w1a1":
         raise UserError(f"its weights are packed bits, but its configuration says quant={config.quant}, not w1a1")
-    names = ("encoder", "config", "weights", "fused", "final_projections")
-    return copy.deepcopy(_blueprint(*(metadata[name] for name in names)))
+    return copy.deepcopy(_blueprint(*(metadata[name] for name in BLUEPRINT)))
 
 
 @functools.lru_cache(maxsize=4)  # a second file of the same configuration is read several times as fast
 def _blueprint(encoder: str, text: str, weights: str, fused: str, copies: str) -> HubertModel:
+    return _built(encoder, text, weights, fused, copies, device="meta")
+
+
+def _built(encoder: str, text: str, weights: str, fused: str, copies: str, *, device: str) -> HubertModel:
     config = _config({"encoder": encoder, "config": text})
-    with torch.device("meta"):
+    with torch.device(device):
         model = HubertModel(config)
         if copies != "1":
             model.final_proj = Linear(config.encoder_embed_dim, config.codebook_dim * int(copies))
@@ -254,8 +258,9 @@ def _filled(model: HubertModel, stored: dict[str, Tensor], metadata: Mapping[str
     compute = COMPUTED[metadata["dtype"]]
     state = state_from(stored, model, compute)
     model.load_state_dict(state, assign=True)
-    if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
-        raise UserError("its model keeps tensors outside its state, which a file does not hold")
+    if any(t.is_meta for t in model.buffers()):  # what a model makes for itself and does not save, such as mel filters
+        model = _built(*(metadata[name] for name in BLUEPRINT), device="cpu")
+        model.load_state_dict(state, assign=True)
     if model.fused:
         model = fused_copy(model)  # folds nothing more, but lays weights out as they are read
     model.stored_dtype = DTYPES[metadata["dtype"]]

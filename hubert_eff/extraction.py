@@ -290,7 +290,9 @@ def _over_recording(model: HubertModel, pieces: Callable[[], Iterator[Array]]) -
     """A context in which the default extractor's GroupNorm over time has the statistics of the recording of these pieces."""
     if not any(isinstance(module, TimeNorm) for module in model.feature_extractor.modules()):
         return nullcontext()
-    block = model.feature_extractor.conv_layers[0]
+    layers = model.feature_extractor.conv_layers
+    assert isinstance(layers, nn.ModuleList)
+    block = layers[0]
     if not isinstance(block, ConvBlock) or not isinstance(block[2], TimeNorm):
         raise UserError("this model's extractor normalises over time in a place that windows do not know: give window=0")
     conv, norm = block[0], block[2]

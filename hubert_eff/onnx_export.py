@@ -5,8 +5,10 @@ Through torch's TorchScript exporter: a trace, in which modules take forms witho
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
+import io
 import os
 import warnings
 from pathlib import Path
@@ -104,12 +106,17 @@ def _trace(traced: nn.Module, path: Path) -> None:
     # the other exporter is the default from torch 2.9 on; it takes minutes, and fails where the number of blocks depends on the length
     keys: dict[str, Any] = {"dynamo": False} if "dynamo" in inspect.signature(torch.onnx.export).parameters else {}
     axes = {INPUT: {0: "batch", 1: "samples"}, OUTPUT: {1: "batch", 2: "frames"}}
-    with torch.no_grad(), warnings.catch_warnings():
+    printed = contextlib.redirect_stdout(io.StringIO())  # on failure the exporter prints the whole graph
+    with torch.no_grad(), printed, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of every shape that a trace takes for a constant; the check covers what matters
-        torch.onnx.export(
-            traced, (_noise(CHECKED[0]),), os.fspath(path), input_names=[INPUT], output_names=[OUTPUT], dynamic_axes=axes,
-            opset_version=OPSET, **keys,
-        )  # fmt: skip
+        try:
+            torch.onnx.export(
+                traced, (_noise(CHECKED[0]),), os.fspath(path), input_names=[INPUT], output_names=[OUTPUT], dynamic_axes=axes,
+                opset_version=OPSET, **keys,
+            )  # fmt: skip
+        except (RuntimeError, TypeError, ValueError) as error:  # the exporter's own errors are RuntimeErrors
+            reason = " ".join(str(error).partition("Please feel free")[0].split())[:200]
+            raise UserError(f"this model has an operation without an ONNX form (opset {OPSET}): {reason}") from error
 
 
 def _noise(shape: tuple[int, int]) -> Tensor:

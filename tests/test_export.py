@@ -175,6 +175,16 @@ def test_a_profile_of_a_file_is_that_of_the_model(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
+def test_models_with_tensors_that_are_not_saved(tmp_path: Path) -> None:
+    """Mel filters and window are made anew."""
+    for preset in ("transformer-debug", "transformer-debug+w1a1"):
+        model, path = hubert_eff.build(preset, conv_feature_layers="logmel-dws").eval(), tmp_path / "model.safetensors"
+        hubert_eff.export(model, path)
+        wav = torch.randn(1, 8_000)
+        assert differing(hubert_eff.load(path).hidden_states(wav)[0], model.hidden_states(wav)[0]) == 0
+
+
+@torch.no_grad()
 def test_float_weights_of_a_binarised_model_train_on(tmp_path: Path) -> None:
     path, (wav, padding) = tmp_path / "model.safetensors", batch()
     for quant in ("w1a1", "w1a2"):

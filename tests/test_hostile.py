@@ -149,7 +149,7 @@ HOSTILE: dict[str, tuple[Edit, str]] = {
     "another policy": (configured(quant_policy="paper"), "do not fit its configuration"),
     "not a number": (configured(dropout="much"), "dropout='much' must be a finite number"),
     "an unknown key": (configured(layers=3), "unknown key of TransformerConfig 'layers'"),
-    "fewer heads of another shape": (configured(conv_pos_groups=4), "pos_conv.0.weight_v is"),
+    "fewer heads of another shape": (configured(conv_pos_groups=4), "pos_conv.0.weight is"),
     "a NaN scale": (valued("quantizer_scales", NAN), "quantizer_scales holds numbers that are not finite"),
     "a negative scale": (valued("quantizer_scales", MINUS), "quantizer_scales holds a scale that is not positive"),
     "an infinite size": (valued(SIZE, INFINITY), f"{SIZE} holds numbers that are not finite"),

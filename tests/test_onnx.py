@@ -109,4 +109,6 @@ def test_models_without_an_onnx_form(tmp_path: Path) -> None:
         export_onnx(pack(debug("transformer")), tmp_path / "model.onnx")
     with pytest.raises(UserError, match="a w1a2 model has no ONNX form"):
         export_onnx(hubert_eff.build("transformer-debug+w1a2"), tmp_path / "model.onnx")
+    with pytest.raises(UserError, match="an operation without an ONNX form"):
+        export_onnx(hubert_eff.build("conformer-debug", conv_feature_layers="logmel-conv").eval(), tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
