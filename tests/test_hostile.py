@@ -269,7 +269,7 @@ def tensor(content: bytes, r: random.Random) -> bytes:
     return joined(header, data)
 
 
-MUTATIONS = {flip_data: 400, flip_header: 2_700, cut: 3_300, length: 2_400, describe: 300, configure: 250, tensor: 700}
+MUTATIONS = {flip_data: 250, flip_header: 2_700, cut: 3_600, length: 2_600, describe: 200, configure: 200, tensor: 500}
 
 
 @pytest.mark.long
@@ -301,4 +301,4 @@ def test_ten_thousand_mutated_files(tmp_path: Path) -> None:
                 assert states[-1].shape[:2] == (1, model.num_frames(2_000))
                 outcomes["run"] += 1
     print(outcomes, file=sys.stderr)
-    assert outcomes["refused"] + outcomes["loaded"] >= 10_000 and outcomes["run"] >= 50
+    assert outcomes["refused"] + outcomes["loaded"] >= 10_000 and outcomes["run"] >= 30
