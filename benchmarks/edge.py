@@ -107,11 +107,11 @@ def subsampling() -> list[dict[str, object]]:
     return table
 
 
-def graph(preset: str, frames: int, rounds: int, threads: int) -> list[dict[str, object]]:
+def graph(preset: str, layers: int, frames: int, rounds: int, threads: int) -> list[dict[str, object]]:
     """Time of the encoder as it is (fused), with int8 linear layers, and rewritten: eager, and in onnxruntime."""
     import onnxruntime
 
-    model = hubert_eff.build(preset).eval()
+    model = hubert_eff.build(preset, encoder_layers=layers).eval()
     plain, grid = fuse(model).encoder, rewrite(model).encoder
     int8 = int8_linears(plain)
     x = torch.randn(1, frames, model.config.input_dim)
@@ -145,6 +145,7 @@ def main() -> None:
     options = harness.parser(__doc__.splitlines()[0])
     options.add_argument("parts", nargs="+", choices=("norms", "subsampling", "graph"))
     options.add_argument("--preset", default="conformer-s", help="encoder of `graph` (default: conformer-s)")
+    options.add_argument("--layers", type=int, default=4, help="its blocks: exporting many takes minutes (default: 4)")
     options.add_argument("--frames", type=int, default=499, help="length of its input: 499 is 10 s (default)")
     args = options.parse_args()
     torch.set_num_threads(args.threads)
@@ -154,7 +155,7 @@ def main() -> None:
     for part in args.parts:
         if part == "graph":
             before = harness.guard("before the run")
-            result[part] = graph(args.preset, args.frames, args.rounds, args.threads)
+            result[part] = graph(args.preset, args.layers, args.frames, args.rounds, args.threads)
             result["probe"] = [before, harness.guard("after the run")]
         else:
             result[part] = norms() if part == "norms" else subsampling()

@@ -55,18 +55,18 @@ def warm_stream(model: HubertModel, mode: str, chunks: int) -> tuple[StreamingMo
     return stream, audio
 
 
-def memory(minutes: float, mode: str) -> None:
+def memory(minutes: float, mode: str, preset: str) -> None:
     """Feed noise for so long; print what the stream keeps and the process has, every sixth of the way."""
-    model = fuse(built("fusionformer"))
+    model = fuse(hubert_eff.build(preset, streaming=True).eval())
     stream, audio = warm_stream(model, mode, 8)
     total = round(minutes * 60 * SAMPLE_RATE / audio.size(1))
-    print(f"fusionformer-s fused, mode {mode}, {minutes:g} minutes in {total} chunks of {audio.size(1) / SAMPLE_RATE:g} s")
+    print(f"{preset} fused, mode {mode}, {minutes:g} minutes in {total} chunks of {audio.size(1) / SAMPLE_RATE:g} s")
     spent = 0.0
     for number in range(total + 1):
         if number % max(1, total // 6) == 0:
             kept = 4 * stream.state().elements / 1e6
             print(f"{number * audio.size(1) / SAMPLE_RATE / 60:6.1f} min: {kept:8.3f} MB kept, {resident():8.1f} MB resident, "
-                  f"RTF so far {spent / max(number * audio.size(1) / SAMPLE_RATE, 1e-9):.4f}")  # fmt: skip
+                  f"RTF so far {spent / max(number * audio.size(1) / SAMPLE_RATE, 1e-9):.4f}", flush=True)  # fmt: skip
         spent += harness.seconds(lambda: stream.feed(audio))
 
 
@@ -83,11 +83,12 @@ def main() -> None:
     options.add_argument("--modes", nargs="+", default=["16-4", "16-inf"], help="chunk size and chunks to the left (default: 16-4 16-inf)")
     options.add_argument("--context", type=int, default=31, help="chunks that every stream has seen (default: 31, that is 10 s)")
     options.add_argument("--minutes", type=float, help="instead: memory over a stream of so many minutes")
+    options.add_argument("--preset", default="conformer-s", help="of that stream (default: conformer-s)")
     args = options.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     if args.minutes:
-        memory(args.minutes, args.modes[0])
+        memory(args.minutes, args.modes[0], args.preset)
         return
     before = harness.guard("before the run")
     models = {(name, form): model for name in PRESETS for form, model in forms(name).items()}

@@ -35,7 +35,8 @@ def mel_filters(bins: int = BINS, points: int = FFT, rate: int = SAMPLE_RATE) ->
 
 
 class LogMel(nn.Module):
-    """Waveform (B, S) -> log-mel spectrogram (B, M, 80): 25 ms Hann windows every 10 ms, log10 of the power, moved to about [-1, 2]."""
+    """Waveform (B, S) -> log-mel spectrogram (B, M, 80): 25 ms Hann windows every 10 ms, log10 of the power, moved to about [-1, 2], in
+    float32."""
 
     window: Tensor
     filters: Tensor
@@ -49,7 +50,7 @@ class LogMel(nn.Module):
         frames = source.float().unfold(1, WINDOW, HOP) * self.window.float()
         spectrum = torch.view_as_real(torch.fft.rfft(frames, FFT))  # (B, M, 257, 2)
         power = spectrum.square().sum(-1) @ self.filters.float()
-        return ((power.clamp(min=FLOOR).log10() + 4.0) / 4.0).to(source.dtype)
+        return (power.clamp(min=FLOOR).log10() + 4.0) / 4.0
 
 
 class Subsampling(nn.Module):
@@ -118,4 +119,4 @@ class LogMelExtractor(nn.Module):
 
     def of_padded(self, source: Tensor) -> Tensor:
         """Of samples with their neighbours, `reach` many on either side, there already."""
-        return self.front(self.mel(source))  # type: ignore[no-any-return]
+        return self.front(self.mel(source).to(self.front.linear.weight.dtype))  # type: ignore[no-any-return]

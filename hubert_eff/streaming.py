@@ -70,9 +70,8 @@ class StreamingModel:
 
     def reset(self) -> None:
         """Begin a new stream."""
-        parameter = self.model.mask_emb
         # the extractor hears silence before the first sample
-        self._samples = torch.zeros(1, self.model.feature_extractor.reach[0], dtype=parameter.dtype, device=parameter.device)
+        self._samples = torch.zeros(1, self.model.feature_extractor.reach[0], device=self.model.mask_emb.device)
         self._frames = 0
         self._chunks = replace(self._chunks, kept={})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +14,16 @@ import torch
 from torch import Tensor
 
 import hubert_eff
+from hubert_eff.cli import main
 from hubert_eff.config import FRAME_STRIDE
+from hubert_eff.encoders.transformer import TransformerEncoder
 from hubert_eff.errors import UserError
 from hubert_eff.layers.sparse import SparsePattern, sparse_attention
 from hubert_eff.live import run_stream
 from hubert_eff.model import HubertModel
 from hubert_eff.streaming import StreamingModel, parse_mode
 
-ENCODERS = hubert_eff.list_encoders()
+ENCODERS = [name for name in hubert_eff.list_encoders() if hubert_eff.build(f"{name}-debug").encoder.chunk_multiple is not None]
 
 
 def streaming_model(preset: str, **keys: object) -> HubertModel:
@@ -211,6 +214,15 @@ def test_what_cannot_stream_is_refused_with_the_reason() -> None:
         StreamingModel(torch.nn.Linear(2, 2))
 
 
+def test_an_encoder_that_does_not_declare_chunks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TransformerEncoder, "chunk_multiple", None)
+    model = streaming_model("transformer-debug")
+    with pytest.raises(UserError, match="a TransformerEncoder does not run in chunks"):
+        StreamingModel(model)
+    with pytest.raises(UserError, match="a TransformerEncoder does not run in chunks"):
+        streaming_model("transformer-debug", chunk_sizes="16")
+
+
 def test_bad_audio_is_refused_and_the_stream_goes_on() -> None:
     model = streaming_model("fusionformer-debug")
     wav = torch.randn(1, 20_000)
@@ -308,6 +320,37 @@ def test_a_file_or_a_pipe_is_streamed_to_a_file(tmp_path: Path) -> None:
         assert report.seconds == 21_000 / 16_000 and report.rtf == report.compute / report.seconds > 0
         assert "RTF" in str(report) and report.plain()["rtf"] == report.rtf
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["a.wav", "out.npy"]
+
+
+def test_the_command_streams_a_preset_or_an_export(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = streaming_model("fusionformer-debug")
+    wav = torch.randn(16_000) * 0.1
+    soundfile.write(tmp_path / "a.wav", wav.numpy(), 16_000, subtype="FLOAT")
+    hubert_eff.export(model, tmp_path / "model.safetensors")
+    command = ["run", str(tmp_path / "model.safetensors"), str(tmp_path / "a.wav"), "--stream", "8-2", "--out", str(tmp_path / "out.npy")]
+    assert main([*command, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["frames"] == 49 and report["mode"] == "8-2" and report["rtf"] > 0
+    torch.testing.assert_close(torch.from_numpy(np.load(tmp_path / "out.npy")), reference(model, wav[None], 8, 2)[0], rtol=0, atol=1e-4)
+    pcm = (wav * 32_768).to(torch.int16).numpy().astype("<i2").tobytes()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(pcm)))
+    assert main(["run", "conformer-debug", "-", "--stream", "16-4"]) == 0
+    assert "RTF" in capsys.readouterr().out
+    hubert_eff.export(hubert_eff.build("conformer-debug"), tmp_path / "other.safetensors")
+    wave = str(tmp_path / "a.wav")
+    for words, message in (
+        (["conformer-debug", wave, wave, "--stream", "16-4"], "takes one file, or - for standard input, not 2"),
+        (["conformer-debug", wave, "--stream", "fast"], "unknown mode"),
+        (["conformer-debug", wave, "--stream", "0-4"], "chunk_size=0 must be"),
+        (["conformer-debug", wave, "--stream", "16-4", "--layer", "1"], "leave out --layer"),
+        ([str(tmp_path / "other.safetensors"), wave, "--stream", "16-4"], "build and train it with streaming=true"),
+        (["conformer-debug", wave], "--out is missing"),
+    ):
+        assert main(["run", *words]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
 
 
 def test_bad_streams_leave_no_file(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`hubert-eff run MODEL AUDIO...`: hidden states of audio files, in one .npz or .pt file."""
+"""`hubert-eff run MODEL AUDIO...`: hidden states of audio files, in one .npz or .pt file, or of a stream as it comes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `hubert-eff run`."""
     parser.add_argument("model", metavar="FILE|CHECKPOINT|PRESET", help="an export, a checkpoint, or a preset (with random weights)")
     parser.add_argument("audio", nargs="+", type=Path, metavar="AUDIO", help="wav, flac, ogg or mp3, of any rate")
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="features.npz, or .pt: a dict of tensors")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="features.npz, or .pt: a dict of tensors; of a stream .npy, or none")
+    parser.add_argument(
+        "--stream", metavar="MODE",
+        help="one 16 kHz file, or - for raw 16-bit PCM on standard input, chunk by chunk: frames of a chunk and chunks before it that are "
+        "seen, such as 16-4 or 16-inf; prints the real-time factor",
+    )  # fmt: skip
     parser.add_argument(
         "--layer", type=int, metavar="L",
         help="this hidden state only, (T, D): 0 enters block 1, L leaves block L (default: all, (L + 1, T, D))",
@@ -28,6 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Extract and say what was written."""
+    if args.stream is not None:
+        from ..live import stream_command
+
+        if args.layer is not None:
+            raise UserError("--stream gives the last hidden state: leave out --layer")
+        return stream_command(args.model, args.audio, args.stream, args.out, args.json)
+    if args.out is None:
+        raise UserError("--out is missing: name a .npz or .pt file for the features")
     from ..extraction import CONTEXT, SUFFIXES, extract, summary
 
     if args.out.suffix not in SUFFIXES:  # before torch's half a second
