@@ -16,6 +16,7 @@ from .config import SAMPLE_RATE, HubertConfig
 from .errors import UserError
 from .exporting import is_export, read_export
 from .model import LABEL_EMBEDDINGS, HubertModel
+from .recognition.checkpoint import is_recognizer, read_recognizer
 from .registry import get_encoder, list_encoders
 
 # keys of fairseq's HubertConfig that we have no use for: they do not change what the encoder computes
@@ -37,6 +38,8 @@ _Dictionary.__module__, _Dictionary.__name__, _Dictionary.__qualname__ = "fairse
 def load(path: str | os.PathLike[str]) -> HubertModel:
     """Load a model in eval mode, on the CPU: our export (.safetensors), a fairseq checkpoint (.pt) of this plug-in, or stock HuBERT.
 
+    Of a fine-tuned checkpoint this is the encoder; `hubert_eff.recognition.load_recognizer` takes its heads along.
+
     Raises `UserError` if the file is missing, is no checkpoint, holds pickled code, or is of a model that cannot be rebuilt exactly.
     """
     file = Path(path)
@@ -45,6 +48,8 @@ def load(path: str | os.PathLike[str]) -> HubertModel:
     if is_export(file):
         return read_export(file)
     content = read_fairseq(file)
+    if is_recognizer(content):
+        return read_recognizer(content, file).hubert
     config, state = config_of(content, file), dict(content["model"])
     embeddings = state.get(LABEL_EMBEDDINGS)
     model = HubertModel(config, _codebooks(content, 0 if embeddings is None else embeddings.size(0)))
@@ -80,6 +85,17 @@ def read_fairseq(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not isinstance(content.get("model"), Mapping):
         raise UserError(f"{file} is no checkpoint of a model: {hint}")
     return content
+
+
+def updates_of(path: str | os.PathLike[str]) -> int:
+    """How many updates a checkpoint was trained for; 0 for an export, which does not say."""
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"no checkpoint at {file}")
+    if is_export(file):
+        return 0
+    history = read_fairseq(file).get("optimizer_history") or [{}]
+    return int(history[-1].get("num_updates", 0))
 
 
 def config_of(content: Mapping[str, Any], file: Path) -> HubertConfig:

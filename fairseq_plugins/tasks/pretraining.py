@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional  # (fairseq reads the types of a dataclass by these names)
 
-import torch
 from fairseq.data import Dictionary
 from fairseq.logging import metrics
 from fairseq.models import MODEL_REGISTRY
@@ -16,7 +15,6 @@ from fairseq.optim.composite import FairseqCompositeOptimizer
 from fairseq.tasks import register_task
 from fairseq.tasks.hubert_pretraining import HubertPretrainingConfig, HubertPretrainingTask, LabelEncoder
 from omegaconf import II, OmegaConf
-from torch import Tensor
 
 import hubert_eff
 from hubert_eff.errors import UserError, unknown
@@ -25,15 +23,16 @@ from hubert_eff.quant.functional import FLOOR
 from hubert_eff.quant.monitor import Monitor, scales
 from hubert_eff.registry import list_encoders
 
-from .. import checks, stopping
+from .. import checks
 from ..dataset import SeededHubertDataset
 from ..stopping import one_line_errors
+from .safe import SafeTask, TrendsConfig, check_run
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class HubertEffPretrainingConfig(HubertPretrainingConfig):
+class HubertEffPretrainingConfig(TrendsConfig, HubertPretrainingConfig):
     """Keys of fairseq's `hubert_pretraining`, and what the checks need to know of the run."""
 
     seed: int = field(default=II("common.seed"), metadata={"help": "seed of batches and crops"})
@@ -48,7 +47,7 @@ class HubertEffPretrainingConfig(HubertPretrainingConfig):
 
 
 @register_task("hubert_eff_pretraining", dataclass=HubertEffPretrainingConfig)
-class HubertEffPretrainingTask(HubertPretrainingTask):
+class HubertEffPretrainingTask(SafeTask, HubertPretrainingTask):
     """fairseq's HuBERT pre-training with early checks, reproducible batches and a clear end on NaN and SIGTERM."""
 
     cfg: HubertEffPretrainingConfig
@@ -69,9 +68,7 @@ class HubertEffPretrainingTask(HubertPretrainingTask):
                 raise UserError("task.fine_tuning and task.single_target belong to fairseq's fine-tuning: leave them false to pre-train")
             if cfg.label_rate <= 0:
                 raise UserError(f"task.label_rate={cfg.label_rate:g}: labels come at a fixed rate, 100 (MFCC) or 50 (a layer) per second")
-            if (cfg.fp16 or cfg.amp) and (cfg.cpu or not torch.cuda.is_available()):
-                key = "fp16" if cfg.fp16 else "amp"
-                raise UserError(f"common.{key}=true needs a GPU and none is in use: add common.{key}=false (CPUs train in float32 or bf16)")
+            check_run(cfg)
         return cls(cfg)
 
     def load_dictionaries(self) -> list[Dictionary]:
@@ -126,19 +123,12 @@ class HubertEffPretrainingTask(HubertPretrainingTask):
             seed=cfg.seed,
         )
 
-    def begin_epoch(self, epoch: int, model: Any) -> None:
-        """From the first update on SIGTERM saves; before it there is nothing to save."""
-        stopping.listen()
-
     @one_line_errors()
     def train_step(self, sample: Any, model: Any, criterion: Any, optimizer: Any, update_num: int, ignore_grad: bool = False) -> Any:
         """Forward and backward; ends the run if the loss is not finite."""
-        self.last_batch = sample["id"]
         self._check_groups(optimizer)
         with self.monitor.watching() if self._looks(update_num) else nullcontext():
-            loss, sample_size, log = super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad)
-        self.check_finite("the loss", loss, update_num)
-        return loss, sample_size, log
+            return super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad)
 
     def _check_groups(self, optimizer: Any) -> None:
         """Warn once if the scales of a binarised model share a group with its weights."""
@@ -168,23 +158,4 @@ class HubertEffPretrainingTask(HubertPretrainingTask):
             logger.warning(
                 f"update {update_num + 1}: the scale of {name} has fallen to its floor, {FLOOR:g}: its input no longer reaches what "
                 "follows; lower the learning rate of the scales, or go on from an earlier checkpoint"
-            )
-
-    def valid_step(self, sample: Any, model: Any, criterion: Any) -> Any:
-        """Forward; ends the run if the loss is not finite, leaves the validation if a stop was asked for."""
-        if stopping.requested():
-            raise stopping.StopRequested
-        self.last_batch = sample["id"]
-        loss, sample_size, log = super().valid_step(sample, model, criterion)
-        self.check_finite("the validation loss", loss, model.num_updates)
-        return loss, sample_size, log
-
-    def check_finite(self, what: str, value: Tensor, update_num: int) -> None:
-        """End the run if `value` is not finite, naming the update and the batch."""
-        if not bool(torch.isfinite(value).all()):
-            ids = self.last_batch.tolist()
-            shown = ", ".join(map(str, ids[:8])) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
-            stopping.not_finite(
-                f"stopped at update {update_num}: {what} is {float(value):g} (utterances {shown}). The last checkpoint is untouched; lower "
-                "optimization.lr or set optimization.clip_norm, and run the same command again to go on from it"
             )

@@ -1,0 +1,108 @@
+"""The task `hubert_eff_finetuning`: recordings with transcripts, checked before training starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, List, Optional  # noqa: UP035  (fairseq reads the types of a dataclass by these names)
+
+from fairseq.models import MODEL_REGISTRY
+from fairseq.tasks import FairseqTask, register_task
+from omegaconf import II, OmegaConf
+
+from hubert_eff.config import SAMPLE_RATE
+from hubert_eff.errors import UserError, unknown
+from hubert_eff.recognition.alphabet import Alphabet
+from hubert_eff.recognition.checkpoint import NAMES
+
+from .. import checks
+from ..stopping import one_line_errors
+from ..transcripts import TranscribedDataset, check_transcripts, read_transcripts
+from .safe import SafeTask, TrendsConfig, check_run
+
+
+@dataclass
+class HubertEffFinetuningConfig(TrendsConfig):
+    """Keys of `task`."""
+
+    data: str = field(default="", metadata={"help": "directory of SPLIT.tsv and parts.tsv, as `hubert-eff manifest` writes them"})
+    label_dir: Optional[str] = field(  # noqa: UP045
+        default=None, metadata={"help": "directory of SPLIT.<labels> and dict.<labels>.txt, where there are any (default: data)"}
+    )
+    labels: str = field(default="ltr", metadata={"help": "suffix of the files of letters"})
+    dictionary_split: str = field(default="train", metadata={"help": "without dict.<labels>.txt its letters are the dictionary"})
+    sample_rate: int = field(default=SAMPLE_RATE, metadata={"help": "of the audio, which must be 16 kHz"})
+    min_sample_size: Optional[int] = field(default=None, metadata={"help": "shorter utterances are left out"})  # noqa: UP045
+    max_sample_size: Optional[int] = field(default=None, metadata={"help": "longer utterances are left out"})  # noqa: UP045
+    speed_perturb: List[float] = field(  # noqa: UP006
+        default_factory=lambda: [1.0], metadata={"help": "speeds that each utterance of a training epoch is played at, one drawn at random"}
+    )
+    train_subset: str = field(default=II("dataset.train_subset"), metadata={"help": "the split that speeds are drawn for"})
+    seed: int = field(default=II("common.seed"), metadata={"help": "seed of batches and speeds"})
+    fp16: bool = field(default=II("common.fp16"), metadata={"help": "half precision, which needs a GPU"})
+    amp: bool = field(default=II("common.amp"), metadata={"help": "automatic mixed precision, which needs a GPU"})
+    cpu: bool = field(default=II("common.cpu"), metadata={"help": "train on the CPU"})
+
+
+@register_task("hubert_eff_finetuning", dataclass=HubertEffFinetuningConfig)
+class HubertEffFinetuningTask(SafeTask, FairseqTask):
+    """Fine-tuning on letters. `alphabet` is the dictionary; it is saved with the model."""
+
+    def __init__(self, cfg: HubertEffFinetuningConfig, alphabet: Alphabet | None) -> None:
+        super().__init__(cfg)
+        self.alphabet = alphabet
+
+    @classmethod
+    @one_line_errors()
+    def setup_task(cls, cfg: HubertEffFinetuningConfig, from_checkpoint: bool = False, **kwargs: Any) -> HubertEffFinetuningTask:
+        """Read the dictionary; a task that only comes along with a checkpoint has none, its model has."""
+        if from_checkpoint:
+            return cls(cfg, None)
+        if OmegaConf.is_missing(cfg, "data") or not Path(cfg.data).is_dir():
+            given = "is not set" if OmegaConf.is_missing(cfg, "data") else f"{cfg.data or '(empty)'} is no directory"
+            raise UserError(f"task.data {given}: give the directory that `hubert-eff manifest` wrote, task.data=DIR")
+        if not cfg.speed_perturb or not all(0.5 <= speed <= 2.0 for speed in cfg.speed_perturb):
+            raise UserError(f"task.speed_perturb={list(cfg.speed_perturb)} must be speeds from 0.5 to 2, such as [0.9, 1.0, 1.1]")
+        check_run(cfg)
+        folder = Path(cfg.label_dir or cfg.data)
+        dictionary = folder / f"dict.{cfg.labels}.txt"
+        if dictionary.is_file():
+            symbols = checks.read_dictionary(dictionary)
+            return cls(cfg, Alphabet(symbols.symbols[symbols.nspecial :]))
+        manifest = checks.read_manifest(Path(cfg.data) / f"{cfg.dictionary_split}.tsv")
+        return cls(cfg, Alphabet.of(read_transcripts(manifest, folder, cfg.labels)[0]))
+
+    @property
+    def target_dictionary(self) -> None:
+        """None: letters are numbered by `alphabet`."""
+        return None
+
+    def max_positions(self) -> None:
+        """None: lengths are limited by the task's own keys."""
+        return None
+
+    @one_line_errors()
+    def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Any:
+        """Build the model. What its encoder is and its letters go into `cfg`, which is saved with it, and the path goes out of it."""
+        if cfg._name not in MODEL_REGISTRY or cfg._name not in NAMES:
+            raise unknown("model for fine-tuning", cfg._name, NAMES)
+        self.model = super().build_model(cfg, from_checkpoint)
+        for key in ("encoder", "encoder_config", "letters"):
+            cfg[key] = getattr(self.model.config, key)
+        cfg.w2v_path = cfg.preset = None
+        return self.model
+
+    @one_line_errors()
+    def load_dataset(self, split: str, **kwargs: Any) -> None:
+        """Check and open one split."""
+        cfg = self.cfg
+        manifest = checks.read_manifest(Path(cfg.data) / f"{split}.tsv")
+        checks.check_lengths(manifest, cfg.min_sample_size, cfg.max_sample_size)
+        texts, source = read_transcripts(manifest, Path(cfg.label_dir or cfg.data), cfg.labels)
+        training = split == cfg.train_subset
+        speeds = list(cfg.speed_perturb) if training else [1.0]
+        limits = cfg.min_sample_size or 0, cfg.max_sample_size or max(manifest.samples)
+        assert self.alphabet is not None
+        spelled = check_transcripts(texts, source, manifest, self.alphabet, self.model.hubert.num_frames, max(speeds), *limits)
+        checks.check_audio(manifest, cfg.sample_rate)
+        self.datasets[split] = TranscribedDataset(manifest, spelled, speeds, *limits, cfg.seed, training)

@@ -1,0 +1,106 @@
+"""What all tasks of the plug-in share: layer trends, an end in one line on a loss that is not finite, a checkpoint on SIGTERM."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from fairseq.dataclass import FairseqDataclass
+from omegaconf import II
+from torch import Tensor
+from torch import distributed as dist
+
+from hubert_eff.analysis.layer_trends import LayerTrends, Record, TrendLog, look
+from hubert_eff.errors import UserError, unknown
+
+from .. import stopping
+from ..stopping import one_line_errors
+
+TREND_INPUTS = ("gaussian", "batch")
+
+
+@dataclass
+class TrendsConfig(FairseqDataclass):
+    """Keys of `task` for layer trends."""
+
+    trends_interval: int = field(default=0, metadata={"help": "updates between two records of layer trends in the save_dir; 0: none"})
+    trends_input: str = field(
+        default="gaussian", metadata={"help": "measured on gaussian input, through the encoder in eval mode, or on the training batch"}
+    )
+    save_dir: str = field(default=II("checkpoint.save_dir"), metadata={"help": "where trends.jsonl is written"})
+
+
+class SafeTask:
+    """Mixed in before a fairseq task whose configuration includes `TrendsConfig`."""
+
+    cfg: Any
+    last_batch: Tensor
+    trends: TrendLog | None = None
+    looked_at = -1  # the update of the last record
+
+    def begin_epoch(self, epoch: int, model: Any) -> None:
+        """From the first update on SIGTERM saves; before it there is nothing to save."""
+        stopping.listen()
+
+    @one_line_errors()
+    def train_step(self, sample: Any, model: Any, criterion: Any, optimizer: Any, update_num: int, ignore_grad: bool = False) -> Any:
+        """Forward and backward; ends the run if the loss is not finite."""
+        self.last_batch = sample["id"]
+        with self._record(model, update_num) as losses:
+            loss, sample_size, log = super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad)  # type: ignore[misc]
+            losses.append(loss.detach() / max(int(sample_size), 1))
+        self.check_finite("the loss", loss, update_num)
+        return loss, sample_size, log
+
+    @contextmanager
+    def _record(self, model: Any, update_num: int) -> Iterator[list[Tensor]]:
+        """Around a forward pass: where a record of layer trends is due, take and write it. Yields a list for the loss."""
+        interval, losses = self.cfg.trends_interval, []
+        due = interval > 0 and update_num % interval == 0 and update_num != self.looked_at
+        if not due or (dist.is_initialized() and dist.get_rank() > 0):
+            yield losses
+            return
+        self.looked_at = update_num
+        core = getattr(model, "module", model)
+        core = getattr(core, "hubert", core)
+        if self.cfg.trends_input == "gaussian":
+            layers = look(core, update_num).layers
+            yield losses
+        else:
+            with LayerTrends(core).watching() as layers:
+                yield losses
+        self.trends = self.trends or TrendLog(self.cfg.save_dir)
+        self.trends.add(Record(update_num, layers, float(losses[0]), self.cfg.trends_input))
+
+    def valid_step(self, sample: Any, model: Any, criterion: Any) -> Any:
+        """Forward; ends the run if the loss is not finite, leaves the validation if a stop was asked for."""
+        if stopping.requested():
+            raise stopping.StopRequested
+        self.last_batch = sample["id"]
+        loss, sample_size, log = super().valid_step(sample, model, criterion)  # type: ignore[misc]
+        self.check_finite("the validation loss", loss, model.num_updates)
+        return loss, sample_size, log
+
+    def check_finite(self, what: str, value: Tensor, update_num: int) -> None:
+        """End the run if `value` is not finite, naming the update and the batch."""
+        if not bool(torch.isfinite(value).all()):
+            ids = self.last_batch.tolist()
+            shown = ", ".join(map(str, ids[:8])) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
+            stopping.not_finite(
+                f"stopped at update {update_num}: {what} is {float(value):g} (utterances {shown}). The last checkpoint is untouched; lower "
+                "optimization.lr or set optimization.clip_norm, and run the same command again to go on from it"
+            )
+
+
+def check_run(cfg: Any) -> None:
+    """Raise `UserError` where half precision is asked for and no GPU is in use, or layer trends that cannot be taken."""
+    if cfg.trends_interval < 0:
+        raise UserError(f"task.trends_interval={cfg.trends_interval} must be 0 (no layer trends) or more")
+    if cfg.trends_input not in TREND_INPUTS:
+        raise unknown("value of task.trends_input", cfg.trends_input, TREND_INPUTS)
+    if (cfg.fp16 or cfg.amp) and (cfg.cpu or not torch.cuda.is_available()):
+        key = "fp16" if cfg.fp16 else "amp"
+        raise UserError(f"common.{key}=true needs a GPU and none is in use: add common.{key}=false (CPUs train in float32 or bf16)")

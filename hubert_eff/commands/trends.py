@@ -1,0 +1,80 @@
+"""`hubert-eff trends RUN_DIR|CKPT...`: mean and variance of every layer's output over training, and alarms."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `hubert-eff trends`."""
+    parser.add_argument(
+        "paths", nargs="+", type=Path, metavar="RUN_DIR|CKPT",
+        help="a run's save_dir, trained with task.trends_interval=N; or checkpoints, whose encoders are run on Gaussian input",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write trends.json and trends.png there")
+    parser.add_argument("--blocks", type=int, default=8, help="blocks that the picture shows, evenly spread (default: %(default)d)")
+    parser.add_argument("--json", action="store_true", help="print all figures and alarms as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read or measure, print alarms; returns 0, alarms or not."""
+    from ..analysis.layer_trends import EXPLODED, Record, alarms
+    from ..files import writable, write_json
+
+    if args.blocks < 2:
+        raise UserError(f"--blocks {args.blocks} must be at least 2")
+    if args.out is not None:
+        writable(args.out)
+    records: list[Record] = _records(args.paths)
+    found = alarms(records)
+    result: dict[str, Any] = {
+        "records": [json.loads(record.line()) for record in records],
+        "alarms": [{"kind": a.kind, "layer": a.layer, "update": a.update, "value": json.loads(json.dumps(a.value))} for a in found],
+    }
+    for entry in result["alarms"]:
+        entry["value"] = entry["value"] if abs(entry["value"]) < float("inf") else None  # what is not finite is no JSON
+    if args.out is not None:
+        from ..analysis.trend_plots import draw
+
+        write_json(args.out / "trends.json", result)
+        draw(records, args.out / "trends.png", ", ".join(map(str, args.paths)), args.blocks)
+    if args.json:
+        print(json.dumps(result, indent=2))
+        return 0
+    last = records[-1]
+    variances = [variance for _, variance, _ in last.layers.values()]
+    print(
+        f"{len(records)} records of {len(last.layers)} layers, updates {records[0].update} to {last.update}, {last.input} input; "
+        f"variances at the end {min(variances):.3g} to {max(variances):.3g} (explosion above {EXPLODED:g})"
+    )
+    for kind, count in Counter(alarm.kind for alarm in found).items():
+        first = next(alarm for alarm in found if alarm.kind == kind)
+        print(f"{kind}: {count} of {len(last.layers)} layers; first, {first}")
+    if not found:
+        print("no alarm")
+    return 0
+
+
+def _records(paths: list[Path]) -> list[Any]:
+    from ..analysis.layer_trends import FILE, look, read_trends
+    from ..checkpoint import load, updates_of
+
+    if len(paths) == 1 and paths[0].is_dir():
+        file = paths[0] / FILE
+        if not file.is_file():
+            raise UserError(f"no {FILE} in {paths[0]}: train with task.trends_interval=N, or name checkpoints")
+        records = read_trends(file)
+        if not records:
+            raise UserError(f"{file} has no record yet")
+        return records
+    for path in paths:
+        if path.is_dir():
+            raise UserError(f"{path} is a folder: name one run, or checkpoints")
+    found = sorted(((updates_of(path), path) for path in paths), key=lambda pair: pair[0])
+    return [look(load(path), update) for update, path in found]

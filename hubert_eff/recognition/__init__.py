@@ -1,0 +1,8 @@
+"""Speech recognition with a fine-tuned HuBERT: CTC, and an attention decoder on top of it."""
+
+from .alphabet import Alphabet, normalize_text
+from .checkpoint import load_recognizer
+from .model import Recognizer, RecognizerConfig
+from .search import Hypothesis, transcribe
+
+__all__ = ["Alphabet", "Hypothesis", "Recognizer", "RecognizerConfig", "load_recognizer", "normalize_text", "transcribe"]

@@ -1,0 +1,199 @@
+"""`Recognizer`: a HuBERT encoder with a CTC layer (Baevski et al. 2020, section 3.3) and, as an option, an attention decoder."""
+
+# B batch, S samples at 16 kHz, T frames of 20 ms, D model dim, U letters, V labels: blank and letters
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..config import HubertConfig, option
+from ..errors import UserError, unknown
+from ..layers.dropout import Dropout
+from ..layers.linear import Linear
+from ..model import HubertModel, normalize_waveform
+from ..registry import encoder_of, get_encoder, preset_config
+from .alphabet import BLANK, Alphabet, frames_needed
+from .decoder import AttentionDecoder, shifted
+
+# encoder keys that fine-tuning may set: they change no weight
+TRAINING_KEYS = (
+    "seed", "dropout", "attention_dropout", "activation_dropout", "dropout_input", "encoder_layerdrop", "feature_grad_mult",
+    "mask_prob", "mask_length", "mask_selection", "mask_other",
+    "mask_channel_prob", "mask_channel_length", "mask_channel_selection", "mask_channel_other",
+)  # fmt: skip
+# sizes of recognisers that papers train: encoder preset, encoder keys that differ, decoder keys
+PRESETS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    f"{encoder}-{layers}+6": (
+        preset,
+        {"encoder_layers": layers, "encoder_embed_dim": dim, "encoder_ffn_embed_dim": 2048, "encoder_attention_heads": heads, **more},
+        {"decoder_layers": 6, "decoder_ffn_embed_dim": 2048, "decoder_attention_heads": heads, "decoder_norm": norm},
+    )
+    for encoder, preset, norm, more in (
+        ("fusionformer", "fusionformer-s", "batch_norm", {}),
+        ("conformer", "conformer-s", "layer_norm", {"depthwise_conv_kernel_size": 15}),
+    )
+    for layers, dim, heads in ((12, 256, 4), (16, 384, 6))
+}
+
+
+@dataclass
+class RecognizerConfig:
+    """What a recogniser is; `encoder` and `encoder_config` say what its encoder is, so that a checkpoint needs no other file."""
+
+    encoder: str = option("", "name of the encoder")
+    encoder_config: str = option("", "its configuration, as JSON; both are filled in when fine-tuning begins")
+    letters: str = option("", "the dictionary, one character per letter; filled in from the task")
+    final_dropout: float = option(0.1, "dropout on the encoder's output")
+    apply_mask: bool = option(True, "mask spans of frames and channels in training, as mask_* and mask_channel_* say")
+    freeze_finetune_updates: int = option(0, "updates at the start in which only what is new learns, not the encoder")
+    ctc_weight: float = option(0.3, "weight of the CTC loss; the decoder's has 1 - ctc_weight. Without a decoder CTC is all there is")
+    label_smoothing: float = option(0.1, "label smoothing of the decoder's loss")
+    decoder_layers: int = option(0, "blocks of the attention decoder; 0 is none")
+    decoder_ffn_embed_dim: int = option(2048, "inner dimension of its feed-forward modules")
+    decoder_attention_heads: int = option(4, "its attention heads")
+    decoder_dropout: float = option(0.1, "its dropout")
+    decoder_norm: str = option(
+        "layer_norm", "LayerNorm before each of its modules, or BatchNorm after each linear layer", ("layer_norm", "batch_norm")
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("final_dropout", "decoder_dropout", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
+        if not 0 <= self.ctc_weight <= 1:
+            raise UserError(f"ctc_weight={self.ctc_weight} must be 0 to 1")
+        if self.decoder_layers < 0 or self.freeze_finetune_updates < 0:
+            raise UserError("decoder_layers and freeze_finetune_updates must be 0 or more")
+        if self.decoder_norm not in ("layer_norm", "batch_norm"):
+            raise unknown("value of decoder_norm", self.decoder_norm, ("layer_norm", "batch_norm"))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RecognizerConfig:
+        """Build from a mapping; an unknown key is a `UserError`."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                raise unknown(f"key of {cls.__name__}", key, known)
+        return cls(**values)
+
+    def describe(self, config: HubertConfig) -> None:
+        """Write down what the encoder is."""
+        self.encoder = encoder_of(config).name
+        self.encoder_config = json.dumps(config.to_dict(), sort_keys=True)
+
+    def hubert(self) -> HubertConfig:
+        """The configuration of the encoder. Raises `UserError` if there is none."""
+        if not self.encoder or not self.encoder_config:
+            raise UserError("the configuration does not say what the encoder is: give a pre-trained checkpoint, or a preset")
+        return get_encoder(self.encoder).config.from_dict(json.loads(self.encoder_config))
+
+
+class Recognizer(nn.Module):
+    """Audio -> letters. `hubert` is the encoder, `ctc_proj` the CTC layer, `decoder` the attention decoder or None."""
+
+    def __init__(self, config: RecognizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.alphabet = Alphabet(config.letters)
+        self.hubert = HubertModel(config.hubert())
+        dim = self.hubert.config.encoder_embed_dim
+        self.final_dropout = Dropout(config.final_dropout)
+        self.ctc_proj = Linear(dim, len(self.alphabet))
+        self.decoder: AttentionDecoder | None = None
+        self.num_updates = 0
+        if config.decoder_layers:
+            if dim % config.decoder_attention_heads:
+                raise UserError(f"decoder_attention_heads={config.decoder_attention_heads} does not divide the encoder's dimension {dim}")
+            self.decoder = AttentionDecoder(
+                len(self.alphabet) + 1, dim, config.decoder_layers, config.decoder_ffn_embed_dim, config.decoder_attention_heads,
+                config.decoder_dropout, config.decoder_norm,
+            )  # fmt: skip
+
+    @property
+    def head(self) -> AttentionDecoder:
+        """The decoder. Raises `UserError` for a model without one."""
+        if self.decoder is None:
+            raise UserError("this model has a CTC layer, but no attention decoder: search greedy or beam, or train model hubert_eff_aed")
+        return self.decoder
+
+    def set_num_updates(self, num_updates: int) -> None:
+        """Tell the model how many updates have been made."""
+        self.num_updates = num_updates
+        self.hubert.set_num_updates(num_updates)
+
+    # -- inference ---------------------------------------------------------------------------------------------------
+
+    def encode(self, wav: Tensor, padding_mask: Tensor | None = None, **chunks: Any) -> tuple[Tensor, Tensor]:
+        """Audio (B, S) -> encoder output (B, T, D) and its padding (B, T). `chunks`: chunk_size and left_chunks of `hidden_states`."""
+        states, padding = self.hubert.hidden_states(wav, padding_mask, **chunks)
+        return states[-1], padding
+
+    def ctc_log_probs(self, encoded: Tensor) -> Tensor:
+        """(B, T, D) -> log-probabilities of blank and letters (B, T, V)."""
+        scores: Tensor = self.ctc_proj(self.final_dropout(encoded)).float()
+        return scores.log_softmax(-1)
+
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    def forward(
+        self, source: Tensor, targets: Tensor, target_lengths: Tensor, padding_mask: Tensor | None = None, sample_ids: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """source (B, S), targets (B, U) of target_lengths (B,), padding_mask (B, S), sample_ids (B,): what seeds the masks.
+
+        Returns `loss_ctc` and, with a decoder, `loss_attention` (nats, summed over letters), `correct` and `count` (letters that
+        the decoder has right), `loss`, their weighted sum; `log_probs` (B, T, V) and `lengths` (B,), frames.
+        """
+        if self.hubert.config.normalize:
+            source = normalize_waveform(source, padding_mask)
+        frozen = self.training and self.num_updates < self.config.freeze_finetune_updates
+        with torch.no_grad() if frozen else nullcontext():
+            masked = self.config.apply_mask and self.training
+            output = self.hubert(source, padding_mask=padding_mask, mask=masked, features_only=True, sample_ids=sample_ids)
+        encoded, padding = output["x"], output["padding_mask"]
+        lengths = torch.full_like(target_lengths, encoded.size(1)) if padding is None else (~padding).sum(1)
+        log_probs = self.ctc_log_probs(encoded)
+        loss = F.ctc_loss(log_probs.transpose(0, 1), targets, lengths, target_lengths, blank=BLANK, reduction="sum")
+        result = {"loss": loss, "loss_ctc": loss.detach(), "log_probs": log_probs.detach(), "lengths": lengths}
+        if self.decoder is None:
+            return result
+        letters, wanted, valid = shifted(targets, target_lengths, self.alphabet.end)
+        scores = self.decoder(letters, encoded, padding, valid)[valid].float()  # (N, V)
+        attention = F.cross_entropy(scores, wanted[valid], reduction="sum", label_smoothing=self.config.label_smoothing)
+        result["loss"] = self.config.ctc_weight * loss + (1 - self.config.ctc_weight) * attention
+        result.update(
+            loss_attention=attention.detach(), correct=(scores.argmax(-1) == wanted[valid]).sum(), count=valid.sum()
+        )
+        return result
+
+    def check_length(self, numbers: list[int], samples: int, where: str) -> None:
+        """Raise `UserError` if a text is longer than its audio allows."""
+        frames = self.hubert.num_frames(samples)
+        if frames_needed(numbers) > frames:
+            raise UserError(too_long(where, numbers, frames))
+
+
+def too_long(where: str, numbers: list[int], frames: int) -> str:
+    """What to say of a transcript that is longer than its audio allows."""
+    return (
+        f"{where}: {len(numbers)} letters need {frames_needed(numbers)} frames of 20 ms, one each and one between equal neighbours, but "
+        f"the audio has {max(frames, 0)}: correct the transcript, or leave the recording out"
+    )
+
+
+def build_recognizer(preset: str, letters: str, **overrides: Any) -> Recognizer:
+    """A randomly initialised recogniser of one of `PRESETS`; `overrides` are keys of its encoder."""
+    if preset not in PRESETS:
+        raise unknown("preset of a recogniser", preset, PRESETS)
+    encoder, keys, decoder = PRESETS[preset]
+    config = RecognizerConfig(letters=letters, **decoder)
+    config.describe(preset_config(encoder, **{**keys, **overrides}))
+    return Recognizer(config)

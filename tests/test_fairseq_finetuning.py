@@ -1,0 +1,231 @@
+"""Fine-tuning through fairseq: configurations, checks of transcripts, data, criterion, runs of fairseq-hydra-train."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import hubert_eff
+from hubert_eff import cli
+from hubert_eff.errors import UserError
+from hubert_eff.recognition import load_recognizer
+
+pytest.importorskip("fairseq", reason="fairseq is not installed: pip install 'hubert-eff[fairseq]'")
+
+from fairseq.dataclass.initialize import add_defaults, hydra_init  # noqa: E402
+from fairseq.logging import metrics  # noqa: E402
+from fairseq.models import MODEL_DATACLASS_REGISTRY  # noqa: E402
+from fairseq.tasks import setup_task  # noqa: E402
+from hydra import compose, initialize_config_dir  # noqa: E402
+from omegaconf import OmegaConf  # noqa: E402
+
+import fairseq_plugins  # noqa: E402, F401
+from fairseq_plugins.criterions.recognition import HubertEffAsrCriterion  # noqa: E402
+from fairseq_plugins.transcripts import at_speed  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "configs" / "finetune"
+NAMES = [path.stem for path in sorted(CONFIGS.glob("*.yaml"))]
+TEXTS = ["one two", "two", "no one", "two two", "ten"]
+
+
+def make_data(folder: Path, texts: dict[str, list[str]]) -> Path:
+    """Noise of 1 to 1.4 s with transcripts, as `hubert-eff manifest` writes them."""
+    rng = np.random.default_rng(0)
+    (folder / "audio").mkdir(parents=True)
+    parts = ["utterance\tstart\tend\tsource\ttranscript"]
+    for split, said in texts.items():
+        rows = [str(folder / "audio")]
+        for i, text in enumerate(said):
+            name, samples = f"{split}{i}.wav", 16_000 + 1600 * i
+            soundfile.write(folder / "audio" / name, rng.normal(0, 0.1, samples), 16_000)
+            rows.append(f"{name}\t{samples}")
+            parts += [f"{name}\t0\t1\t{name}\t{word}" for word in text.split()]
+        (folder / f"{split}.tsv").write_text("\n".join(rows) + "\n")
+    (folder / "parts.tsv").write_text("\n".join(parts) + "\n")
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return make_data(tmp_path / "data", {"train": TEXTS, "valid": ["one ten"]})
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pretrained") / "model.safetensors"
+    hubert_eff.export(hubert_eff.build("conformer-debug", normalize=True, dropout=0.3), path)
+    return path
+
+
+@functools.cache
+def by_hydra(name: str) -> Any:
+    hydra_init(name)
+    with initialize_config_dir(str(CONFIGS), version_base="1.1"):
+        return compose(name, overrides=["common.user_dir=unused", "task.data=DIR", "model.w2v_path=FILE"])
+
+
+def make_task(name: str, *changes: str) -> Any:
+    """The task of a configuration with some keys changed, and the whole configuration."""
+    cfg = copy.deepcopy(by_hydra(name))
+    OmegaConf.set_struct(cfg, False)
+    cfg = OmegaConf.merge(cfg, OmegaConf.from_dotlist(list(changes)))
+    cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))
+    add_defaults(cfg)
+    return setup_task(cfg.task), cfg
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_config_composes_and_lists_every_key(name: str) -> None:
+    written = OmegaConf.load(CONFIGS / f"{name}.yaml")
+    model = MODEL_DATACLASS_REGISTRY[written.model._name]
+    assert set(written.model) | {"_name"} == set(model.__dataclass_fields__)
+    cfg = copy.deepcopy(by_hydra(name))
+    assert cfg.checkpoint.best_checkpoint_metric == "wer" and cfg.criterion._name == "hubert_eff_asr"
+
+
+def test_recipes() -> None:
+    assert {"ctc_10min", "ctc_1h", "ctc_10h", "ctc_100h", "aed_conformer_100h", "aed_fusionformer_100h", "debug", "debug_aed"} == set(NAMES)
+    fusion, conformer = by_hydra("aed_fusionformer_100h"), by_hydra("aed_conformer_100h")
+    assert (fusion.lr_scheduler._name, fusion.optimization.lr, fusion.model.decoder_norm) == ("noam", [0.002], "batch_norm")
+    assert (conformer.lr_scheduler._name, conformer.optimization.lr, conformer.model.decoder_norm) == ("noam", [0.001], "layer_norm")
+    assert fusion.model.decoder_layers == conformer.model.decoder_layers == 6
+
+
+@pytest.mark.parametrize("name", ["debug", "debug_aed"])
+def test_model_starts_from_the_checkpoint_and_keeps_no_path(name: str, data: Path, pretrained: Path) -> None:
+    task, cfg = make_task(name, f"task.data={data}", f"model.w2v_path={pretrained}", "model.dropout=0.2", "model.attention_dropout=null")
+    model = task.build_model(cfg.model)
+    before = hubert_eff.load(pretrained)
+    assert all(torch.equal(value, before.state_dict()[key]) for key, value in model.hubert.state_dict().items())
+    assert (model.hubert.config.dropout, model.hubert.config.attention_dropout, model.hubert.config.normalize) == (0.2, 0.1, True)
+    assert (model.decoder is not None) == (name == "debug_aed")
+    assert cfg.model.w2v_path is None and str(pretrained.parent) not in json.dumps(OmegaConf.to_container(cfg.model))
+    assert cfg.model.letters == "|ENOTW"
+    again = setup_task(cfg.task, from_checkpoint=True).build_model(cfg.model, from_checkpoint=True)  # as fairseq loads a checkpoint
+    again.load_state_dict(model.state_dict(), strict=True, model_cfg=cfg.model)
+
+
+def test_batches_depend_on_seed_and_epoch_only(data: Path, pretrained: Path) -> None:
+    task, cfg = make_task("debug", f"task.data={data}", f"model.w2v_path={pretrained}")
+    task.build_model(cfg.model)
+    task.load_dataset("train")
+    task.load_dataset("valid")
+    train, valid = task.dataset("train"), task.dataset("valid")
+    lengths = set()
+    for epoch in range(1, 8):
+        train.set_epoch(epoch)
+        first, again = train[1], train[1]
+        assert torch.equal(first["source"], again["source"])
+        lengths.add(len(first["source"]))
+        valid.set_epoch(epoch)
+        assert len(valid[0]["source"]) == 16_000
+    assert lengths == {round(17_600 / speed) + (17_600 / speed % 1 > 0.5) * 0 for speed in (0.9, 1.0, 1.1)}
+    batch = train.collater([train[0], train[3]])
+    assert batch["net_input"]["source"].shape == batch["net_input"]["padding_mask"].shape
+    assert task.alphabet.text(batch["targets"][1][: batch["target_lengths"][1]].tolist()) == "TWO TWO"
+    tone = torch.sin(torch.arange(16_000) * 2 * torch.pi * 440 / 16_000)
+    spectrum = torch.fft.rfft(at_speed(tone, 1.1)).abs()
+    assert abs(float(spectrum.argmax()) * 16_000 / (2 * (len(spectrum) - 1)) - 484) < 2
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("letter", "the transcript of valid0.wav has 'R', which is not in the dictionary of 6 letters: |ENOTW"),
+        ("long", "the transcript of train0.wav at speed 1.1: "),
+        ("missing", "has no transcript of train2.wav"),
+        ("none", "no transcripts: neither"),
+        ("speed", "task.speed_perturb=[3.0] must be speeds from 0.5 to 2"),
+        ("start", "set one of model.w2v_path"),
+        ("name", "unknown model for fine-tuning"),
+    ],
+)
+def test_bad_input_is_one_clear_line(case: str, message: str, data: Path, pretrained: Path) -> None:
+    table = data / "parts.tsv"
+    rows = table.read_text()
+    changed = {
+        "letter": rows.replace("valid0.wav\tone", "valid0.wav\tzero"),
+        "long": rows.replace("train0.wav\tone", "train0.wav\t" + "toonnoottwwe" * 4 + "tt"),
+        "missing": rows.replace("train2.wav\tone", "train2.wav\t"),
+    }
+    table.write_text(changed.get(case, rows))
+    if case == "none":
+        table.unlink()
+    changes = {"speed": "task.speed_perturb=[3.0]", "start": "model.w2v_path=null", "name": "model._name=hubert_eff_asr"}
+    with pytest.raises(UserError) as caught:
+        task, cfg = make_task("debug", f"task.data={data}", f"model.w2v_path={pretrained}", *([changes[case]] if case in changes else []))
+        task.build_model(cfg.model)
+        task.load_dataset("train")
+        task.load_dataset("valid")
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_letters_of_fairseq_files_are_taken_as_they_stand(data: Path, pretrained: Path) -> None:
+    (data / "dict.ltr.txt").write_text("| 9\no 5\nn 4\ne 3\nt 2\nw 1\n")
+    (data / "valid.ltr").write_text("o n e | t e n |\n")
+    task, cfg = make_task("debug", f"task.data={data}", f"model.w2v_path={pretrained}")
+    task.build_model(cfg.model)
+    task.load_dataset("valid")
+    assert task.alphabet.letters == "|onetw" and task.alphabet.text(task.dataset("valid")[0]["target"]) == "one ten"
+
+
+def test_error_rates_are_exact_over_a_validation(data: Path, pretrained: Path) -> None:
+    task, cfg = make_task("debug_aed", f"task.data={data}", f"model.w2v_path={pretrained}")
+    model = task.build_model(cfg.model).eval()
+    task.load_dataset("train")
+    dataset = task.dataset("train")
+    criterion = HubertEffAsrCriterion(task)
+    with torch.no_grad():
+        model.ctc_proj.weight.zero_()
+        model.ctc_proj.bias.zero_()
+        model.ctc_proj.bias[0] = 9.0  # blank: nothing is heard
+    with metrics.aggregate() as found:
+        for batch in ([0, 1], [2, 3, 4]):
+            loss, size, log = criterion(model, dataset.collater([dataset[i] for i in batch]))
+            HubertEffAsrCriterion.reduce_metrics([log])
+        values = found.get_smoothed_values()
+    assert values["wer"] == 100.0 and values["uer"] == 100.0 and 0 <= values["accuracy"] <= 1
+    assert log["words"] == sum(len(TEXTS[i].split()) for i in (2, 3, 4)) and log["word_errors"] == log["words"]
+    assert size == sum(len(TEXTS[i]) for i in (2, 3, 4))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["debug", "debug_aed"])
+def test_it_trains_goes_on_and_leaves_a_checkpoint_that_needs_nothing_else(name: str, data: Path, tmp_path: Path) -> None:
+    start = tmp_path / "start.safetensors"
+    hubert_eff.export(hubert_eff.build("fusionformer-debug"), start)
+
+    def run(updates: int, *more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "fairseq_cli.hydra_train", "--config-dir", str(CONFIGS), "--config-name", name,
+             f"common.user_dir={ROOT / 'fairseq_plugins'}", f"task.data={data}", f"model.w2v_path={start}",
+             f"checkpoint.save_dir={tmp_path / 'run'}", f"optimization.max_update={updates}", "common.log_interval=1", *more],
+            capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+    done = run(2, "task.trends_interval=1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "wer" in next(line for line in done.stdout.splitlines() if "[valid]" in line)
+    assert run(3, "task.trends_interval=1").returncode == 0
+    records = [json.loads(line) for line in (tmp_path / "run" / "trends.jsonl").read_text().splitlines()]
+    assert [record["update"] for record in records] == [0, 1, 2]
+    start.unlink()
+    checkpoint = tmp_path / "run" / "checkpoint_last.pt"
+    recognizer = load_recognizer(checkpoint)
+    assert hubert_eff.load(checkpoint).config.encoder_embed_dim == 64 and (recognizer.decoder is not None) == (name == "debug_aed")
+    wav = str(data / "audio" / "valid0.wav")
+    assert cli.main(["transcribe", str(checkpoint), wav]) == 0
+    bad = run(3, "model.w2v_path=nowhere.pt")
+    assert bad.returncode == 2 and "fairseq-hydra-train: no checkpoint at nowhere.pt" in bad.stderr
