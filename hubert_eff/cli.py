@@ -24,6 +24,7 @@ COMMANDS = {
     "bench": "measured latency, memory and throughput, and where the time goes",
     "export": "one file to ship: packed bits or float weights with a model card, or ONNX",
     "run": "hidden states of audio files, by a checkpoint, an export or a preset",
+    "align": "when each letter and word is said, by gradients; whether an encoder reverses time",
     "trends": "mean and variance of every layer over training, and alarms",
     "transcribe": "texts of recordings by a fine-tuned model",
     "superb": "the ten SUPERB tasks through S3PRL: what they need, and running them",

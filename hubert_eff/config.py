@@ -94,6 +94,9 @@ class HubertConfig:
     conv_pos_groups: int = option(16, "groups of the convolutional positional embedding")
     required_seq_len_multiple: int = option(2, "the sequence is padded to a multiple of this inside the encoder")
     checkpoint_activations: bool = option(False, "recompute each block in the backward pass to save memory")
+    identity_attention_updates: int = option(
+        0, "updates at the start of training in which every frame attends to itself alone, so that the encoder cannot turn time round"
+    )
 
     # dropout
     dropout: float = option(0.1, "dropout on the output of every module")
@@ -178,6 +181,10 @@ class HubertConfig:
             if dim % getattr(self, name):
                 raise UserError(f"{name}={getattr(self, name)} does not divide {width}={dim}: change one of the two")
         self._check_streaming()
+        if self.identity_attention_updates < 0 or (self.identity_attention_updates and self.quant != "none"):
+            raise UserError(
+                f"identity_attention_updates={self.identity_attention_updates} must be 0 or more, and 0 for a binarised model (quant={self.quant})"
+            )
         if self.mask_channel_prob > 0 and self.mask_channel_prob * self.input_dim / self.mask_channel_length < 1:
             raise UserError(
                 f"mask_channel_prob={self.mask_channel_prob} asks for less than one span of mask_channel_length="

@@ -68,7 +68,7 @@ class Frames:
     """What a block may need to know of the batch besides its input."""
 
     valid: Tensor | None = None  # (B, T) bool, None = all frames are valid
-    attend: Tensor | None = None  # (B, 1, 1, T), or (B, 1, T, T) in chunks: bool, the keys that may be seen, None = all
+    attend: Tensor | None = None  # (B, 1, 1, T), or (B, 1, T, T) in chunks and where attention is the identity: bool, the keys that may be seen, None = all
     positions: Tensor | None = None  # encoder-specific positional table
     chunks: Chunks | None = None  # None = every frame may see every other
 
@@ -96,6 +96,7 @@ class Encoder(nn.Module):
         self.layer_norm = self.build_norm(config)
         self.dropout = Dropout(config.dropout)
         self.seed = config.seed
+        self.identity_updates = config.identity_attention_updates
         self.num_updates = 0
         self.init_weights()
 
@@ -213,4 +214,8 @@ class Encoder(nn.Module):
             visible = chunks.visible(length, x.device)
             # a padded frame may have nothing but padding in sight: it sees itself
             attend = visible if attend is None else visible & attend | torch.eye(length, dtype=torch.bool, device=x.device)
+        if self.training and self.num_updates < self.identity_updates:
+            # the attention matrix is the identity, and W_o W_v x what comes out (Schmitt et al. 2025, section 5); queries and keys stay in
+            # the graph with gradients of zero, as data-parallel training needs it
+            attend = torch.eye(length, dtype=torch.bool, device=x.device)[None, None]
         return Frames(valid, attend, positions, chunks)

@@ -115,9 +115,19 @@ class Attention(nn.Module):
         """See `layers.grid`."""
         return GridAttention(self.qkv_proj, self.out_proj, self.heads)
 
+    def heads_of(self, x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each (B, H, T, D / H)."""
+        qkv = self.qkv_norm(self.qkv_proj(x), valid)  # (B, T, 3 D)
+        q, k, v = qkv.view(*x.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v
+
+    def energies(self, x: Tensor, frames: Frames) -> Tensor:
+        """What the softmax is taken of, (B, H, T, T), for analysis."""
+        q, k, _ = self.heads_of(x, frames.valid)
+        return (q @ k.mT) * q.size(-1) ** -0.5
+
     def forward(self, x: Tensor, frames: Frames) -> Tensor:  # (B, T, D)
-        qkv = self.qkv_norm(self.qkv_proj(x), frames.valid)  # (B, T, 3 D)
-        q, k, v = qkv.view(*x.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, D / H)
+        q, k, v = self.heads_of(x, frames.valid)
         if frames.chunks is not None:
             k, v = frames.chunks.with_kept(self, k, v)
         dropout = self.attention_dropout if self.training else 0.0

@@ -201,6 +201,12 @@ class SelfAttention(nn.Module):
         return self.out_proj(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
+    def energies(self, x: Tensor, *_: Any) -> Tensor:
+        """What the softmax is taken of, (B, H, T, T), for analysis; called with the arguments of `forward`, but blind to its masks."""
+        q, k, _v = self.heads_of(x)
+        return (q @ k.mT) * q.size(-1) ** -0.5
+
+
 class RelativeSelfAttention(SelfAttention):
     """Self-attention with relative positions (Transformer-XL, section 3.3; Conformer, section 2.1).
 
@@ -249,6 +255,16 @@ class RelativeSelfAttention(SelfAttention):
     def channels_first(self) -> GridAttention:
         assert self.qkv_proj is not None
         return GridAttention(self.qkv_proj, self.out_proj, self.heads, copy.deepcopy(self.linear_pos), (self.pos_bias_u, self.pos_bias_v))
+
+    def energies(self, x: Tensor, positions: Tensor, *_: Any) -> Tensor:  # type: ignore[override]
+        q, k, _v = self.heads_of(x)
+        (batch, heads, frames, _d), p = q.shape, self._offsets(positions)
+        by_offset = ((q + self.pos_bias_v[:, None]) @ p.mT).contiguous()  # (B, H, T, 2T - 1)
+        span = 2 * frames - 1
+        shifted = by_offset.as_strided(
+            (batch, heads, frames, frames), (heads * frames * span, frames * span, span - 1, 1), frames - 1
+        )
+        return ((q + self.pos_bias_u[:, None]) @ k.mT + shifted) * q.size(-1) ** -0.5
 
     def _offsets(self, positions: Tensor) -> Tensor:
         return self.linear_pos(positions).view(positions.size(0), self.heads, -1).transpose(0, 1)  # type: ignore[no-any-return]  # (H, 2T - 1, d)

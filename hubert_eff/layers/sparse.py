@@ -429,8 +429,10 @@ class SparseSelfAttention(SelfAttention):
         return {**dense, "products": replace(dense["products"], form="sparse")}
 
     def forward(self, x: Tensor, attend: Tensor | None = None, chunks: Chunks | None = None) -> Tensor:
-        """`attend`: (B, 1, 1, T) bool, False = never seen, or (B, 1, T, T) with `chunks`."""
+        """`attend`: (B, 1, 1, T) bool, False = never seen, or (B, 1, T, T), with `chunks` or without."""
         q, k, v = self.heads_of(x)
+        if chunks is None and attend is not None and attend.size(2) > 1:
+            chunks = Chunks(attend.size(2), -1)  # one for all: the mask alone says what is seen
         if chunks is not None:
             return self.out_proj(self._in_chunks(q, k, v, attend, chunks).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
         if self.products is not None:

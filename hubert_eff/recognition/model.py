@@ -26,7 +26,8 @@ from .decoder import AttentionDecoder, shifted
 
 # encoder keys that fine-tuning may set: they change no weight
 TRAINING_KEYS = (
-    "seed", "dropout", "attention_dropout", "activation_dropout", "dropout_input", "encoder_layerdrop", "feature_grad_mult",
+    "seed", "chunk_sizes", "left_chunks", "identity_attention_updates", "feature_grad_mult",
+    "dropout", "attention_dropout", "activation_dropout", "dropout_input", "encoder_layerdrop",
     "mask_prob", "mask_length", "mask_selection", "mask_other",
     "mask_channel_prob", "mask_channel_length", "mask_channel_selection", "mask_channel_other",
 )  # fmt: skip

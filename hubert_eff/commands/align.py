@@ -1,0 +1,102 @@
+"""`hubert-eff align CKPT AUDIO TEXT`: when each letter and word is said, by gradients; `--check-flip`: whether the encoder turns time."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError, unknown
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `hubert-eff align`."""
+    parser.add_argument("checkpoint", metavar="CKPT", help="fine-tuned checkpoint, of configs/finetune")
+    parser.add_argument("audio", type=Path, metavar="AUDIO", help="a recording, of any rate")
+    parser.add_argument("text", metavar="TEXT", help="what is said in it; or the path of a text file")
+    parser.add_argument(
+        "--method", choices=("gradient", "ctc"), default="gradient", help="or CTC forced alignment, for comparison (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--layer", default="input", metavar="PLACE", help="align by gradients at the audio (input), at what enters block 1 (0), or leaves block L"
+    )
+    parser.add_argument(
+        "--head", choices=("ctc", "attention"), default=None, help="whose letter probabilities (default: the decoder's where there is one)"
+    )
+    parser.add_argument(
+        "--check-flip", action="store_true", help="say whether and in which block the encoder reverses time, and look inside the blocks"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write NAME.ctm, NAME.TextGrid, NAME.json and pictures there")
+    parser.add_argument("--json", action="store_true", help="print all figures as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Align and print; returns 0."""
+    from ..analysis.alignment import block_norms, cross_attention, ctc_alignment, direction, gradients, segments, viterbi
+    from ..files import writable
+    from ..recognition import load_recognizer
+    from ..recognition.recordings import read_recording
+
+    model = load_recognizer(args.checkpoint)
+    places = ["input", *map(str, range(len(model.hubert.encoder.layers) + 1))]
+    if args.layer not in places:
+        raise unknown("value of --layer", args.layer, places)
+    head = args.head or ("attention" if model.decoder is not None else "ctc")
+    if args.out is not None:
+        writable(args.out)
+    text = _text(args.text)
+    wav = read_recording(args.audio)
+    labels = model.alphabet.spell_any(text)
+    model.check_length(labels, wav.size(1), str(args.audio))
+    if args.method == "ctc" and (args.check_flip or args.head or args.layer != "input"):
+        raise UserError("--method ctc uses no gradients: leave out --check-flip, --head and --layer")
+    found = {} if args.method == "ctc" else gradients(model, wav, labels, head)
+    spans = ctc_alignment(model, wav, labels) if args.method == "ctc" else viterbi(found[args.layer])
+    letters, words = segments(model, labels, spans)
+    result: dict[str, Any] = {
+        "audio": str(args.audio), "method": args.method, **({} if args.method == "ctc" else {"layer": args.layer, "head": head}),
+        "words": [asdict(word) for word in words], "letters": [asdict(letter) for letter in letters],
+    }  # fmt: skip
+    norms, energies = block_norms(model, wav) if args.check_flip else ({}, {})
+    if args.check_flip:
+        way = direction(found, cross_attention(model, wav, labels) if model.decoder is not None else ())
+        result["time"] = {**asdict(way), "verdict": str(way), "norms": norms}
+    if args.out is not None:
+        _write(args.out, args.audio.stem, result, letters, words, wav, found, args.layer, norms, energies)
+    if args.json:
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+        return 0
+    for word in words:
+        print(f"{word.start:8.2f} {word.end:8.2f}  {word.label}")
+    if args.check_flip:
+        print("correlation of letters and where their gradients lie:")
+        for place, value in {**way.places, **way.cross_attention}.items():
+            print(f"  {place:16} {value:+.2f}")
+        print(way)
+    return 0
+
+
+def _text(given: str) -> str:
+    try:
+        path = Path(given)
+        return path.read_text(encoding="utf-8") if path.is_file() else given
+    except (OSError, ValueError):  # a text too long to be a name, or a file that is no text
+        return given
+
+
+def _write(
+    out: Path, name: str, result: dict[str, Any], letters: Any, words: Any, wav: Any, found: Any, layer: str, norms: Any, energies: Any
+) -> None:
+    from ..analysis.alignment_files import ctm, draw_alignment, draw_blocks, textgrid
+    from ..config import SAMPLE_RATE
+    from ..files import write_json, write_text
+
+    write_text(out / f"{name}.ctm", ctm(name, words))
+    write_text(out / f"{name}.TextGrid", textgrid({"words": words, "letters": letters}, wav.size(1) / SAMPLE_RATE))
+    write_json(out / f"{name}.json", result)
+    if found:
+        draw_alignment(found, letters, layer, wav, out / f"{name}.png", f"{name}: log L2 norm of gradients")
+    if norms:
+        draw_blocks(norms, energies, out / f"{name}-blocks.png", f"{name}: inside the blocks")
