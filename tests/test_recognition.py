@@ -204,7 +204,23 @@ def test_transcribe_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         ([path, tmp_path / "none.wav"], "no recording at"),
         ([path, good, "--search", "rescore"], "but no attention decoder"),
         ([path, good, "--search", "beam", "--beam", "0"], "--beam 0 must be at least 1"),
+        ([path, good, "--chunk-size", "16"], "streaming"),
     ):
         assert cli.main(["transcribe", *map(str, arguments)]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert message in line
+
+
+def test_a_streaming_model_is_heard_in_chunks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = make(decoder_layers=1, streaming=True, chunk_sizes="16,0", left_chunks="4,-1").eval()
+    wav = torch.randn(1, 16_000)
+    whole, pieces = (model.encode(wav, **chunks)[0] for chunks in ({}, {"chunk_size": 16, "left_chunks": 1}))
+    assert whole.shape == pieces.shape and not torch.allclose(whole, pieces, atol=1e-3)
+    later = torch.cat((wav[:, :12_000], torch.randn(1, 4_000)), 1)  # from frame 37 on
+    torch.testing.assert_close(model.encode(later, chunk_size=16, left_chunks=1)[0][:, :32], pieces[:, :32], atol=1e-5, rtol=1e-4)
+    texts = transcribe(model, wav, "rescore", chunk_size=16, left_chunks=1)
+    assert [h.score for h in texts] == sorted((h.score for h in texts), reverse=True)
+    path, audio = save(model, tmp_path / "checkpoint.pt"), tmp_path / "a.wav"
+    soundfile.write(audio, wav[0].numpy() / 5, 16_000)
+    assert cli.main(["transcribe", str(path), str(audio), "--chunk-size", "16", "--left-chunks", "4"]) == 0
+    assert capsys.readouterr().out.startswith(str(audio))

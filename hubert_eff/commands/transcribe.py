@@ -21,6 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ctc-weight", type=float, default=0.5, help="weight of CTC's log-probability beside the decoder's (default: %(default)g)"
     )
+    parser.add_argument(
+        "--chunk-size", type=int, metavar="N",
+        help="hear N frames of 20 ms at a time, as a stream does: a model pre-trained with model.streaming=true (default: all at once)",
+    )  # fmt: skip
+    parser.add_argument("--left-chunks", type=int, default=-1, help="chunks before its own that a frame attends to (default: -1, all)")
     parser.add_argument("--json", action="store_true", help="print texts, scores and, of a beam, all it kept as JSON")
 
 
@@ -34,10 +39,11 @@ def run(args: argparse.Namespace) -> int:
     for path in args.audio:
         if not path.is_file():
             raise UserError(f"no recording at {path}")
+    chunks = {} if args.chunk_size is None else {"chunk_size": args.chunk_size, "left_chunks": args.left_chunks}
     found = []
     with progress("recordings", len(args.audio)) as advance:
         for path in args.audio:
-            texts = transcribe(model, read_recording(path), args.search, args.beam, args.ctc_weight)
+            texts = transcribe(model, read_recording(path), args.search, args.beam, args.ctc_weight, **chunks)
             if args.json:
                 kept = [{"text": h.text, "score": round(h.score, 4)} for h in texts]
                 found.append({"audio": str(path), "text": texts[0].text, "hypotheses": kept})

@@ -1,0 +1,97 @@
+"""Four Conformers at a high learning rate: which diverge, and whether the layer trends say so before the loss does.
+
+    python benchmarks/layer_trends.py runs/digits runs/digits/mfcc --out runs/trends
+
+trains a Conformer without norms in its blocks, with BatchNorm, with LayerNorm, and a FusionFormer, each of debug size with more blocks, by
+fairseq-hydra-train. Printed per model: the first alarm of the trends; the update at which the loss shows trouble, that is, it is not finite
+or exceeds its value over the first ten updates by a tenth; and the loss at the end. Pictures and figures stand in --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from hubert_eff import cli
+from hubert_eff.analysis.layer_trends import alarms, read_trends
+from hubert_eff.files import write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+MODELS = {
+    "Conformer, no norm": ("debug", ["model.block_norm=none", "model.pos_enc_type=abs"]),
+    "Conformer, BatchNorm": ("debug", ["model.block_norm=batch_norm", "model.pos_enc_type=abs"]),
+    "Conformer, LayerNorm": ("debug", ["model.pos_enc_type=abs"]),
+    "FusionFormer": ("fusionformer_debug", []),
+}
+
+
+def train(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """One run and what came of it."""
+    config, keys = MODELS[name]
+    folder = (args.out / re.sub(r"\W+", "-", name.lower())).resolve()
+    command = [
+        sys.executable, "-m", "fairseq_cli.hydra_train", "--config-dir", str(ROOT / "configs" / "pretrain"), "--config-name", config,
+        f"common.user_dir={ROOT / 'fairseq_plugins'}", f"task.data={args.data.resolve()}", f"task.label_dir={args.labels.resolve()}",
+        f"checkpoint.save_dir={folder}", "checkpoint.no_save=true", "dataset.disable_validation=true", f"optimization.lr=[{args.lr}]",
+        "optimization.clip_norm=0.0", "lr_scheduler.warmup_updates=5", f"optimization.max_update={args.updates}",
+        f"task.trends_interval={args.interval}", "task.trends_input=batch", f"model.encoder_layers={args.layers}", "dataset.max_tokens=128000",
+        "common.log_format=json", "common.log_interval=1", *keys,
+    ]  # fmt: skip
+    (folder / "trends.jsonl").unlink(missing_ok=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    losses: list[tuple[int, float]] = []
+    for line in done.stdout.splitlines():
+        found = re.search(r"\[train_inner\].*?(\{.*\})", line)
+        if found:
+            entry = json.loads(found[1])
+            losses.append((int(entry["num_updates"]), float(entry["loss"])))
+    stopped = next((line for line in done.stderr.splitlines() if line.startswith("fairseq-hydra-train: stopped")), "")
+    if done.returncode and not stopped:
+        raise SystemExit(f"{name}: {done.stderr[-2000:]}")
+    records = read_trends(folder / "trends.jsonl")
+    found_alarms = alarms(records)
+    with contextlib.redirect_stdout(sys.stderr):
+        cli.main(["trends", str(folder), "--out", str(folder)])
+    start = sum(loss for _, loss in losses[:10]) / max(len(losses[:10]), 1)
+    trouble = next((update for update, loss in losses if update > 10 and not loss < 1.1 * start), None)
+    if trouble is None and stopped:
+        trouble = int(re.search(r"update (\d+)", stopped)[1])  # type: ignore[index]
+    last = [loss for _, loss in losses[-10:]]
+    variances = [stats[1] for record in records for stats in record.layers.values() if math.isfinite(stats[1])]
+    return {
+        "model": name, "first_alarm": str(found_alarms[0]) if found_alarms else None,
+        "alarm_update": found_alarms[0].update if found_alarms else None, "layers_in_alarm": len({a.layer for a in found_alarms}),
+        "layers": len(records[-1].layers), "largest_variance": max(variances), "loss_trouble_update": trouble, "stopped": stopped or None,
+        "start_loss": start, "end_loss": sum(last) / max(len(last), 1), "updates": losses[-1][0] if losses else 0,
+    }  # fmt: skip
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("data", type=Path, help="folder of train.tsv")
+    options.add_argument("labels", type=Path, help="folder of train.km at 100 per second")
+    options.add_argument("--out", type=Path, required=True)
+    options.add_argument("--lr", type=float, default=0.02, help="learning rate (default: %(default)g)")
+    options.add_argument("--layers", type=int, default=6, help="blocks (default: %(default)d)")
+    options.add_argument("--updates", type=int, default=100, help="updates (default: %(default)d)")
+    options.add_argument("--interval", type=int, default=2, help="updates between two records (default: %(default)d)")
+    options.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="default: all four")
+    args = options.parse_args()
+    rows = []
+    for name in args.models:
+        rows.append(train(name, args))
+        row = rows[-1]
+        print(f"{name}: alarm {row['first_alarm']}; loss in trouble at {row['loss_trouble_update']}; loss {row['start_loss']:.2f} -> "
+              f"{row['end_loss']:.2f} after {row['updates']} updates; largest variance {row['largest_variance']:.3g}", flush=True)  # fmt: skip
+    write_json(args.out / "trends-table.json", {"lr": args.lr, "layers": args.layers, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
