@@ -2,8 +2,8 @@
 
     python benchmarks/alignment.py CKPT DIR/valid.tsv --truth FILE
 
-FILE is `alignments.tsv` of `hubert-eff corpus demo`, or `parts.tsv` of `hubert-eff manifest --join`, where the words are the recordings that
-an utterance was joined of. Printed per way: the mean and the median of |difference| in ms over all starts and ends of words.
+FILE is `alignments.tsv` of `hubert-eff corpus demo`, or `parts.tsv` of `hubert-eff manifest --join`, where the words are the recordings
+that an utterance was joined of. Printed per way: mean and median of |difference| in ms over all starts and ends of words.
 """
 
 from __future__ import annotations

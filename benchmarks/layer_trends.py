@@ -37,12 +37,13 @@ def train(name: str, args: argparse.Namespace) -> dict[str, Any]:
     config, keys = MODELS[name]
     folder = (args.out / re.sub(r"\W+", "-", name.lower())).resolve()
     command = [
-        sys.executable, "-m", "fairseq_cli.hydra_train", "--config-dir", str(ROOT / "configs" / "pretrain"), "--config-name", config,
+        sys.executable, "-m", "fairseq_cli.hydra_train", "--config-dir", str(ROOT / "configs" / "pretrain"),
+        "--config-name", config,
         f"common.user_dir={ROOT / 'fairseq_plugins'}", f"task.data={args.data.resolve()}", f"task.label_dir={args.labels.resolve()}",
         f"checkpoint.save_dir={folder}", "checkpoint.no_save=true", "dataset.disable_validation=true", f"optimization.lr=[{args.lr}]",
         "optimization.clip_norm=0.0", "lr_scheduler.warmup_updates=5", f"optimization.max_update={args.updates}",
-        f"task.trends_interval={args.interval}", "task.trends_input=batch", f"model.encoder_layers={args.layers}", "dataset.max_tokens=128000",
-        "common.log_format=json", "common.log_interval=1", *keys,
+        f"task.trends_interval={args.interval}", "task.trends_input=batch", f"model.encoder_layers={args.layers}",
+        "dataset.max_tokens=128000", "common.log_format=json", "common.log_interval=1", *keys,
     ]  # fmt: skip
     (folder / "trends.jsonl").unlink(missing_ok=True)
     done = subprocess.run(command, capture_output=True, text=True)
@@ -86,10 +87,12 @@ def main() -> None:
     args = options.parse_args()
     rows = []
     for name in args.models:
-        rows.append(train(name, args))
-        row = rows[-1]
-        print(f"{name}: alarm {row['first_alarm']}; loss in trouble at {row['loss_trouble_update']}; loss {row['start_loss']:.2f} -> "
-              f"{row['end_loss']:.2f} after {row['updates']} updates; largest variance {row['largest_variance']:.3g}", flush=True)  # fmt: skip
+        row = train(name, args)
+        rows.append(row)
+        print(
+            f"{name}: alarm {row['first_alarm']}; loss in trouble at {row['loss_trouble_update']}; loss {row['start_loss']:.2f} -> "
+            f"{row['end_loss']:.2f} after {row['updates']} updates; largest variance {row['largest_variance']:.3g}", flush=True,
+        )  # fmt: skip
     write_json(args.out / "trends-table.json", {"lr": args.lr, "layers": args.layers, "rows": rows})
 
 

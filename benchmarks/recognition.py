@@ -2,8 +2,9 @@
 
     python benchmarks/recognition.py DIR/valid.tsv CKPT... --out FILE.json
 
-First pass: CTC prefix beam search. Second pass: its texts ranked by the attention decoder as well. 16-4: chunks of 16 frames that attend to
-4 chunks before them; 16-inf: to all before; full: the whole utterance. Transcripts are those of parts.tsv beside the manifest. WER by jiwer.
+First pass: CTC prefix beam search. Second pass: its texts ranked by the attention decoder as well. 16-4: chunks of 16 frames that
+attend to 4 chunks before them; 16-inf: to all before; full: the whole utterance. Transcripts are those of parts.tsv beside the
+manifest. WER by jiwer.
 """
 
 from __future__ import annotations

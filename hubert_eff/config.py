@@ -183,7 +183,8 @@ class HubertConfig:
         self._check_streaming()
         if self.identity_attention_updates < 0 or (self.identity_attention_updates and self.quant != "none"):
             raise UserError(
-                f"identity_attention_updates={self.identity_attention_updates} must be 0 or more, and 0 for a binarised model (quant={self.quant})"
+                f"identity_attention_updates={self.identity_attention_updates} must be 0 or more, and 0 for a binarised model "
+                f"(quant={self.quant})"
             )
         if self.mask_channel_prob > 0 and self.mask_channel_prob * self.input_dim / self.mask_channel_length < 1:
             raise UserError(

@@ -155,7 +155,7 @@ def test_energies_are_what_the_softmax_is_taken_of(kind: type) -> None:
 # -- identity attention ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("preset", ["transformer-debug", "conformer-debug", "squeezeformer-debug", "sparseformer-debug", "fusionformer-debug"])
+@pytest.mark.parametrize("preset", [p for p in hubert_eff.list_presets() if p.endswith("-debug") and not p.startswith("zipformer")])
 def test_identity_attention_is_the_product_of_two_matrices_for_n_updates(preset: str) -> None:
     model = hubert_eff.build(preset, identity_attention_updates=2, attention_dropout=0.0, dropout=0.0)
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -169,8 +169,9 @@ def test_identity_attention_is_the_product_of_two_matrices_for_n_updates(preset:
     out = model.encoder(x, padding)
     assert seen and all(torch.allclose(a, b, atol=1e-5) for a, b in seen)
     out.square().sum().backward()
-    query = next(p for name, p in model.encoder.named_parameters() if "q_proj.weight" in name or "qkv_proj.weight" in name)
-    assert query.grad is not None and float(query.grad[:64].abs().max()) < 1e-5 * float(query.grad.abs().max()) + 1e-6  # in the graph, without a say
+    query = next(p for name, p in model.encoder.named_parameters() if name.endswith(("q_proj.weight", "qkv_proj.weight")))
+    size = query.grad.abs()  # in the graph, without a say
+    assert float(size[:64].max()) < 1e-5 * float(size.max()) + 1e-6
     for update, mode in ((2, True), (1, False)):
         seen.clear()
         model.set_num_updates(update)

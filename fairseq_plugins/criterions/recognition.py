@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jiwer
 from fairseq.criterions import FairseqCriterion, register_criterion
 from fairseq.dataclass import FairseqDataclass
 from fairseq.logging import metrics
 from torch import Tensor
 
+from hubert_eff.errors import missing_extra
 from hubert_eff.recognition.search import greedy
 
 
@@ -57,6 +57,10 @@ class HubertEffAsrCriterion(FairseqCriterion):
 
 def _errors(model: Any, sample: dict[str, Any], output: dict[str, Tensor]) -> dict[str, int]:
     """Word and letter errors of a batch, by jiwer."""
+    try:
+        import jiwer
+    except ImportError as error:
+        raise missing_extra("jiwer", "fairseq", "the word error rate of a validation") from error
     module = getattr(model, "module", model)
     said = [module.alphabet.text(row[:n].tolist()) for row, n in zip(sample["targets"], sample["target_lengths"])]
     heard = [module.alphabet.text(greedy(row[:n])) for row, n in zip(output["log_probs"], output["lengths"])]

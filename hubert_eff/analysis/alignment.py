@@ -214,15 +214,16 @@ class Direction:
             return f"not to be said: no clear direction of time (|r| above {CLEAR}) at both ends of the encoder"
         if not self.reversing:
             return "no block reverses time"
-        said = ", ".join(f"block {block}" for block in self.reversing)
-        return f"{said} reverse{'s' if len(self.reversing) == 1 else ''} time; its output is {'reversed' if self.turned else 'in order again'}"
+        blocks = " and ".join(f"block {block}" for block in self.reversing)
+        verb = "reverses" if len(self.reversing) == 1 else "reverse"
+        return f"{blocks} {verb} time; the encoder's output is {'reversed' if self.turned else 'in order again'}"
 
 
 def direction(found: dict[str, Tensor], cross: Sequence[Tensor] = ()) -> Direction:
     """Where time turns round. found: G of `gradients`; cross: attention weights of the decoder's blocks (S, T).
 
-    A state whose correlation is clear is compared with the last clear one before it; where the sign changes, what lies between has turned
-    time. Letters are said in order, so that a model whose input and output disagree has an encoder that reverses time.
+    A state whose correlation is clear is compared with the last clear one before it; where the sign changes, what lies between has
+    turned time. Letters are said in order, so that a model whose input and output disagree has an encoder that reverses time.
     """
     places = {name: correlation(scores.exp()) for name, scores in found.items()}
     reversing, sign, last = [], 0.0, 0.0

@@ -20,8 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--method", choices=("gradient", "ctc"), default="gradient", help="or CTC forced alignment, for comparison (default: %(default)s)"
     )
     parser.add_argument(
-        "--layer", default="input", metavar="PLACE", help="align by gradients at the audio (input), at what enters block 1 (0), or leaves block L"
-    )
+        "--layer", default="input", metavar="PLACE",
+        help="align by gradients at the audio (input), at what enters block 1 (0), or leaves block L",
+    )  # fmt: skip
     parser.add_argument(
         "--head", choices=("ctc", "attention"), default=None, help="whose letter probabilities (default: the decoder's where there is one)"
     )

@@ -68,7 +68,7 @@ class Frames:
     """What a block may need to know of the batch besides its input."""
 
     valid: Tensor | None = None  # (B, T) bool, None = all frames are valid
-    attend: Tensor | None = None  # (B, 1, 1, T), or (B, 1, T, T) in chunks and where attention is the identity: bool, the keys that may be seen, None = all
+    attend: Tensor | None = None  # bool, the keys that may be seen: (B, 1, 1, T), or in chunks (B, 1, T, T); None = all
     positions: Tensor | None = None  # encoder-specific positional table
     chunks: Chunks | None = None  # None = every frame may see every other
 
