@@ -65,7 +65,8 @@ def letter_scores(model: Recognizer, encoded: Tensor, labels: Sequence[int], hea
     targets = torch.tensor([list(labels)], device=encoded.device)
     letters, wanted, _ = shifted(targets, torch.tensor([len(labels)], device=encoded.device), model.alphabet.end)
     scores = model.head(letters, encoded)[0].log_softmax(-1)  # (S + 1, V + 1)
-    return scores.gather(1, wanted[0][:, None])[:-1, 0]
+    chosen: Tensor = scores.gather(1, wanted[0][:, None])[:-1, 0]
+    return chosen
 
 
 def gradients(model: Recognizer, wav: Tensor, labels: Sequence[int], head: str = "ctc") -> dict[str, Tensor]:
@@ -85,7 +86,7 @@ def gradients(model: Recognizer, wav: Tensor, labels: Sequence[int], head: str =
     config, frozen = model.hubert.config, model.hubert.config.feature_grad_mult
     try:
         config.feature_grad_mult = 1.0  # a frozen extractor lets no gradient through
-        with torch.enable_grad():
+        with torch.set_grad_enabled(True):
             encoded, _ = model.encode(wav)
             scores = letter_scores(model, encoded, labels, head)
     finally:

@@ -124,7 +124,7 @@ class Attention(nn.Module):
     def energies(self, x: Tensor, frames: Frames) -> Tensor:
         """What the softmax is taken of, (B, H, T, T), for analysis."""
         q, k, _ = self.heads_of(x, frames.valid)
-        return (q @ k.mT) * q.size(-1) ** -0.5
+        return torch.matmul(q * q.size(-1) ** -0.5, k.mT)
 
     def forward(self, x: Tensor, frames: Frames) -> Tensor:  # (B, T, D)
         q, k, v = self.heads_of(x, frames.valid)

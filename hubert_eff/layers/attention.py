@@ -204,7 +204,7 @@ class SelfAttention(nn.Module):
     def energies(self, x: Tensor, *_: Any) -> Tensor:
         """What the softmax is taken of, (B, H, T, T), for analysis; called with the arguments of `forward`, but blind to its masks."""
         q, k, _v = self.heads_of(x)
-        return (q @ k.mT) * q.size(-1) ** -0.5
+        return torch.matmul(q * q.size(-1) ** -0.5, k.mT)
 
 
 class RelativeSelfAttention(SelfAttention):
@@ -256,7 +256,7 @@ class RelativeSelfAttention(SelfAttention):
         assert self.qkv_proj is not None
         return GridAttention(self.qkv_proj, self.out_proj, self.heads, copy.deepcopy(self.linear_pos), (self.pos_bias_u, self.pos_bias_v))
 
-    def energies(self, x: Tensor, positions: Tensor, *_: Any) -> Tensor:  # type: ignore[override]
+    def energies(self, x: Tensor, positions: Tensor, *_: Any) -> Tensor:
         q, k, _v = self.heads_of(x)
         (batch, heads, frames, _d), p = q.shape, self._offsets(positions)
         by_offset = ((q + self.pos_bias_v[:, None]) @ p.mT).contiguous()  # (B, H, T, 2T - 1)
@@ -264,7 +264,7 @@ class RelativeSelfAttention(SelfAttention):
         shifted = by_offset.as_strided(
             (batch, heads, frames, frames), (heads * frames * span, frames * span, span - 1, 1), frames - 1
         )
-        return ((q + self.pos_bias_u[:, None]) @ k.mT + shifted) * q.size(-1) ** -0.5
+        return torch.matmul(q + self.pos_bias_u[:, None], k.mT).add(shifted).mul(q.size(-1) ** -0.5)
 
     def _offsets(self, positions: Tensor) -> Tensor:
         return self.linear_pos(positions).view(positions.size(0), self.heads, -1).transpose(0, 1)  # type: ignore[no-any-return]  # (H, 2T - 1, d)
