@@ -4,7 +4,8 @@
 
 trains a Conformer without norms in its blocks, with BatchNorm, with LayerNorm, and a FusionFormer, each of debug size with more blocks, by
 fairseq-hydra-train. Printed per model: the first alarm of the trends; the update at which the loss shows trouble, that is, it is not finite
-or exceeds its value over the first ten updates by a tenth; and the loss at the end. Pictures and figures stand in --out.
+or exceeds its value over the first ten updates by a tenth; and the loss at the end. Pictures and figures stand in --out. What a record
+costs: python benchmarks/layer_trends.py --overhead
 """
 
 from __future__ import annotations
@@ -14,13 +15,18 @@ import contextlib
 import json
 import math
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+from harness import compare
+
+import hubert_eff
 from hubert_eff import cli
-from hubert_eff.analysis.layer_trends import alarms, read_trends
+from hubert_eff.analysis.layer_trends import LayerTrends, alarms, look, read_trends
 from hubert_eff.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,17 +80,46 @@ def train(name: str, args: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def overhead() -> None:
+    """What a record costs beside a training step: Conformer of debug size, 8 x 2 s, medians."""
+    model = hubert_eff.build("conformer-debug", num_classes=[54]).train()
+    optimizer = torch.optim.Adam(model.parameters())
+    wav, labels = torch.randn(8, 32_000), torch.randint(4, 54, (8, 99))
+
+    def step() -> None:
+        logits = model(wav, [labels])
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(logits["logits_m"][0], logits["targets_m"][0]).backward()
+        optimizer.step()
+
+    def watched() -> None:
+        with LayerTrends(model).watching():
+            step()
+
+    times = compare({"step": step, "step under watch": watched, "look at Gaussian input": lambda: look(model, 0)}, 7)
+    plain, batch, gaussian = (statistics.median(values) * 1e3 for values in times.values())
+    print(f"training step {plain:.0f} ms; with a record of its batch {batch:.0f} ms; a record on Gaussian input {gaussian:.0f} ms more")
+    print(f"at every 100th update: {(batch - plain) / plain:.2f}% and {gaussian / plain:.2f}% of the time; without a record nothing")
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("data", type=Path, help="folder of train.tsv")
-    options.add_argument("labels", type=Path, help="folder of train.km at 100 per second")
-    options.add_argument("--out", type=Path, required=True)
+    options.add_argument("data", type=Path, nargs="?", help="folder of train.tsv")
+    options.add_argument("labels", type=Path, nargs="?", help="folder of train.km at 100 per second")
+    options.add_argument("--out", type=Path, help="folder of runs, pictures and figures")
+    options.add_argument("--overhead", action="store_true", help="measure what a record costs instead")
     options.add_argument("--lr", type=float, default=0.02, help="learning rate (default: %(default)g)")
     options.add_argument("--layers", type=int, default=6, help="blocks (default: %(default)d)")
     options.add_argument("--updates", type=int, default=100, help="updates (default: %(default)d)")
     options.add_argument("--interval", type=int, default=2, help="updates between two records (default: %(default)d)")
     options.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="default: all four")
     args = options.parse_args()
+    if args.overhead:
+        torch.set_num_threads(1)
+        overhead()
+        return
+    if args.labels is None or args.out is None:
+        options.error("DATA, LABELS and --out are needed")
     rows = []
     for name in args.models:
         row = train(name, args)

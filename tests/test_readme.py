@@ -35,7 +35,7 @@ def test_options_exist(line: str) -> None:
 
 def test_configurations_exist() -> None:
     names = {Path(word).name for line in commands() for word in re.findall(r"--config-name (\S+)", line)}
-    assert names and all((ROOT / "configs" / "pretrain" / f"{name}.yaml").is_file() for name in names)
+    assert names and all(list((ROOT / "configs").glob(f"*/{name}.yaml")) for name in names)
     assert all(target in (ROOT / "Makefile").read_text() for target in ("demo:", "test:", "test-long:"))
 
 

@@ -58,6 +58,8 @@ class FairseqRecognizer(Recognizer, BaseFairseqModel):
                 raise UserError("set one of model.w2v_path, the pre-trained checkpoint to start from, and model.preset, for random weights")
             if cfg.w2v_path:
                 pretrained = hubert_eff.load(cfg.w2v_path)
+                if pretrained.fused:
+                    raise UserError(f"model.w2v_path={cfg.w2v_path} is fused for inference and cannot be trained: give its source")
             base = preset_config(cfg.preset) if pretrained is None else pretrained.config
             changed = {key: cfg[key] for key in TRAINING_KEYS if cfg[key] is not None}
             config.describe(type(base).from_dict({**base.to_dict(), **changed}))

@@ -1,4 +1,4 @@
-"""Where in time each letter comes from, by gradients; whether an encoder turns time round (Schmitt et al. 2025).
+"""Where in time each letter comes from, by gradients; whether an encoder turns time round (Schmitt et al. 2024).
 
 G[s, t] = log || d log p(a_s | a_1 ... a_{s-1}, x) / d h_t ||_2 for the audio and for what enters and leaves every block.
 """

@@ -1,7 +1,7 @@
 """Mean and variance of what every linear and convolutional layer puts out, over training (Song et al. 2022, "layer trend plot").
 
 A record is a line of RUN_DIR/trends.jsonl: {"update": 100, "loss": 5.1, "input": "gaussian", "layers": {name: [mean, variance, dead]}};
-`dead` is the share of channels that are the same in every frame, and what is not finite is null.
+`loss` is in nats per frame or letter, `dead` the share of channels that are the same in every frame; what is not finite is null.
 """
 
 # B batch, T frames, C channels

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +37,9 @@ def run(args: argparse.Namespace) -> int:
     found = alarms(records)
     result: dict[str, Any] = {
         "records": [json.loads(record.line()) for record in records],
-        "alarms": [{"kind": a.kind, "layer": a.layer, "update": a.update, "value": json.loads(json.dumps(a.value))} for a in found],
+        # what is not finite is no JSON
+        "alarms": [{**asdict(alarm), "value": alarm.value if math.isfinite(alarm.value) else None} for alarm in found],
     }
-    for entry in result["alarms"]:
-        entry["value"] = entry["value"] if abs(entry["value"]) < float("inf") else None  # what is not finite is no JSON
     if args.out is not None:
         from ..analysis.trend_plots import draw
 
