@@ -214,7 +214,7 @@ class Encoder(nn.Module):
             visible = chunks.visible(length, x.device)
             # a padded frame may have nothing but padding in sight: it sees itself
             attend = visible if attend is None else visible & attend | torch.eye(length, dtype=torch.bool, device=x.device)
-        if self.training and self.num_updates < self.identity_updates:
+        if self.training and self.identity_updates and self.num_updates < self.identity_updates:
             # the attention matrix is the identity, and W_o W_v x what comes out (Schmitt et al. 2024); queries and keys stay in
             # the graph with gradients of zero, as data-parallel training needs it
             attend = torch.eye(length, dtype=torch.bool, device=x.device)[None, None]
