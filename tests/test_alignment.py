@@ -90,8 +90,8 @@ def test_a_flipped_encoder_is_detected_and_a_normal_one_is_not(flipped: int | No
         block.self_attn.out_proj.weight.data.zero_()  # so that what a frame sees stays near it
     if flipped:
         model.hubert.encoder.layers[flipped - 1] = Flipped(model.hubert.encoder.layers[flipped - 1])
-    wav = torch.randn(1, 16_000)
-    labels = model.alphabet.spell("AB CA BC CB A")
+    wav = torch.randn(1, 10_000)
+    labels = model.alphabet.spell("AB CA BC")
     if head == "attention":
         follow_the_diagonal(model, len(labels), flipped is not None)
     found = direction(gradients(model, wav, labels, head), cross_attention(model, wav, labels) if head == "attention" else ())
