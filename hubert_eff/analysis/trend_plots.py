@@ -45,7 +45,8 @@ def draw(records: Sequence[Record], path: Path, title: str, most: int = 8) -> No
                 axis.axvline(lost[0], color="red", linestyle=":")
         if lost:
             right.text(lost[0], 0.98, " not finite from here on", color="red", fontsize=8, va="top", transform=right.get_xaxis_transform())
-        left.set(ylabel=f"{block}: mean", yscale="symlog")
+        wide = any(abs(r.layers.get(name, (0.0,))[0]) > 10 for r in records for name in blocks[block])
+        left.set(ylabel=f"{block}: mean", yscale="symlog" if wide else "linear")
         right.set(ylabel="variance", yscale="log")
         right.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     for axis in axes[-1]:

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         from ..analysis.trend_plots import draw
 
         write_json(args.out / "trends.json", result)
-        draw(records, args.out / "trends.png", ", ".join(map(str, args.paths)), args.blocks)
+        draw(records, args.out / "trends.png", ", ".join(path.name for path in args.paths), args.blocks)
     if args.json:
         print(json.dumps(result, indent=2))
         return 0
