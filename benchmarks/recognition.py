@@ -35,11 +35,12 @@ def main() -> None:
     options.add_argument("checkpoints", nargs="+", help="fine-tuned checkpoints")
     options.add_argument("--beam", type=int, default=10, help="texts that the first pass keeps (default: %(default)d)")
     options.add_argument("--ctc-weight", type=float, default=0.5, help="of the second pass (default: %(default)g)")
+    options.add_argument("--utterances", type=int, help="the first so many (default: all)")
     options.add_argument("--out", type=Path, help="write the figures as JSON")
     args = options.parse_args()
     truth = true_words(args.manifest.with_name("parts.tsv"))
     root, *rows = args.manifest.read_text(encoding="utf-8").splitlines()
-    names = [row.partition("\t")[0] for row in rows]
+    names = [row.partition("\t")[0] for row in rows[: args.utterances]]
     result: list[dict[str, Any]] = []
     print(f"{'':34}{'greedy':>28}{'first pass':>28}{'second pass':>28}")
     print(f"{'WER, %':34}" + "".join(f"{mode:>10}" if mode == "16-4" else f"{mode:>9}" for _ in range(3) for mode in MODES))
