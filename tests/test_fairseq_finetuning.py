@@ -215,14 +215,13 @@ def test_error_rates_are_exact_over_a_validation(data: Path, pretrained: Path) -
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["debug", "debug_aed"])
-def test_it_trains_goes_on_and_leaves_a_checkpoint_that_needs_nothing_else(name: str, data: Path, tmp_path: Path) -> None:
+def test_it_trains_goes_on_and_leaves_a_checkpoint_that_needs_nothing_else(data: Path, tmp_path: Path) -> None:
     start = tmp_path / "start.safetensors"
     hubert_eff.export(hubert_eff.build("fusionformer-debug"), start)
 
     def run(updates: int, *more: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "fairseq_cli.hydra_train", "--config-dir", str(CONFIGS), "--config-name", name,
+            [sys.executable, "-m", "fairseq_cli.hydra_train", "--config-dir", str(CONFIGS), "--config-name", "debug_aed",
              f"common.user_dir={ROOT / 'fairseq_plugins'}", f"task.data={data}", f"model.w2v_path={start}",
              f"checkpoint.save_dir={tmp_path / 'run'}", f"optimization.max_update={updates}", "common.log_interval=1", *more],
             capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -237,7 +236,7 @@ def test_it_trains_goes_on_and_leaves_a_checkpoint_that_needs_nothing_else(name:
     start.unlink()
     checkpoint = tmp_path / "run" / "checkpoint_last.pt"
     recognizer = load_recognizer(checkpoint)
-    assert hubert_eff.load(checkpoint).config.encoder_embed_dim == 64 and (recognizer.decoder is not None) == (name == "debug_aed")
+    assert hubert_eff.load(checkpoint).config.encoder_embed_dim == 64 and recognizer.decoder is not None
     wav = str(data / "audio" / "valid0.wav")
     assert cli.main(["transcribe", str(checkpoint), wav]) == 0
     bad = run(3, "model.w2v_path=nowhere.pt")
