@@ -89,11 +89,11 @@ def test_blocks_equal_transformers_relative_conformer(frames: int) -> None:
     expected = y = x
     for layer, block in zip(theirs, model.encoder.layers):
         expected, _ = layer(expected, relative_position_embeddings=positions)
-        y = block(y, Frames(positions=model.encoder.positions(x)))
+        y = block(y, model.encoder.frames(x))
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
     with torch.no_grad():
         for block in model.encoder.layers:
-            x = block(x, Frames(positions=model.encoder.positions(x)))
+            x = block(x, model.encoder.frames(x))
     torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5)
 
 
