@@ -65,9 +65,11 @@ def collect(folders: Sequence[Path]) -> list[Model]:
             if task in model.results:
                 raise UserError(f"{place} and {model.results[task][0]} both hold {task} of {upstream}: name one of them")
             model.results[task] = place, result
-    labels = [model.label for model in models.values()]
-    for model in models.values():
-        if labels.count(model.label) > 1:
+    labels, upstreams = [model.label for model in models.values()], [model.upstream for model in models.values()]
+    for (_, sha256), model in models.items():
+        if upstreams.count(model.upstream) > 1:  # a file that was trained on between two runs
+            model.label += f" ({str(sha256)[:8]})"
+        elif labels.count(model.label) > 1:
             model.label = model.upstream
     return list(models.values())
 

@@ -158,6 +158,13 @@ def test_the_score_stands_on_the_frontier_of_the_report(tmp_path):
     assert len(chart) == len(PAPER_TABLE) + 1
 
 
+def test_a_file_trained_on_between_two_runs_is_two_models(tmp_path):
+    runs = [write(tmp_path / name, {"ks": {"accuracy": 0.5}}, "runs/a/last.pt", sha256=64 * name) for name in "ab"]
+    labels = [row["model"] for row in results.report(runs, tmp_path / "out")["rows"][:2]]
+    assert labels == ["a/last.pt (aaaaaaaa)", "a/last.pt (bbbbbbbb)"]
+    assert len(list((tmp_path / "out" / "submission").glob("*/predict.zip"))) == 2  # neither replaces the other
+
+
 def test_bad_folders_are_refused_in_one_line(tmp_path, capsys):
     write(tmp_path / "a", {"ks": {"accuracy": 0.5}})
     write(tmp_path / "b", {"ks": {"accuracy": 0.5}})
@@ -191,6 +198,10 @@ def test_the_submission_holds_every_part_in_the_official_names(tmp_path):
     (full / "ks" / "lr-0.01" / "test_predict.txt").unlink()  # then it is left out, and nothing of before is left
     [row, *_] = results.report([full], tmp_path / "out")["rows"]
     assert "ks_public" not in row["submission"] and not (folder / "predict" / "ks_public").exists()
+    for file in [*full.rglob("*predict.*"), *full.rglob("*.ark"), *full.rglob("*.xml"), *full.rglob("*.h5")]:
+        file.unlink()
+    (full / "sd" / "lr-0.01" / "scoring" / "predictions").rmdir()
+    assert results.report([full], tmp_path / "out")["rows"][0]["submission"] == [] and not (folder / "predict.zip").exists()
 
 
 SUBMIT = os.environ.get("S3PRL_SUBMIT", "")
