@@ -45,6 +45,7 @@ def write_submission(results: Mapping[str, tuple[Path, Mapping[str, Any]]], out:
     """Write `out/predict/` and `out/predict.zip` anew. Returns the tasks in it; one whose predictions are gone is left out."""
     predict = out / "predict"
     shutil.rmtree(predict, ignore_errors=True)
+    (out / "predict.zip").unlink(missing_ok=True)
     included: list[str] = []
     for key, folder in experiments(results).items():
         name, source, target = FILES[key]
