@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
@@ -41,13 +42,14 @@ def mtwv(scores: Mapping[str, Mapping[str, float]], truth: Iterable[tuple[str, s
     Raises `UserError` if no query occurs in any document.
     """
     occurs = set(truth)
+    occurrences = Counter(query for query, _ in occurs)
     present = [query for query, documents in scores.items() if any((query, name) in occurs for name in documents)]
     if not present:
         raise UserError("none of the queries occurs in a document: there is nothing to detect")
     steps = []  # (score, what detecting it is worth), for one query each
     for query in present:
         hits = {name: (query, name) in occurs for name in scores[query]}
-        right, wrong = sum(hits.values()), len(hits) - sum(hits.values())
+        right, wrong = occurrences[query], len(hits) - sum(hits.values())
         steps += [(scores[query][name], 1 / right if hit else -BETA / wrong) for name, hit in hits.items()]
     order = np.array(sorted(steps, reverse=True))
     value = np.cumsum(order[:, 1]) / len(present)

@@ -208,6 +208,7 @@ def test_mtwv_is_the_best_threshold_of_the_formula():
     assert 0.2 < max(values) < 1
     assert scoring.mtwv({"q": {"a": 2.0, "b": 1.0}}, {("q", "a")}) == 1
     assert scoring.mtwv({"q": {"a": 1.0, "b": 1.0}}, {("q", "a")}) == 0  # equal scores are detected together
+    assert scoring.mtwv({"q": {"a": 2.0, "b": 1.0}}, {("q", "a"), ("q", "unscored")}) == 0.5  # a document without a score is a miss
     with pytest.raises(UserError, match="none of the queries"):
         scoring.mtwv({"q": {"a": 1.0}}, set())
 
