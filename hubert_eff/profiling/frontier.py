@@ -35,7 +35,8 @@ def best(points: Sequence[Point], more_is_better: bool) -> list[Point]:
 
 
 def draw(points: Sequence[Point], cost: str, quality: str, more_is_better: bool) -> Any:
-    """A matplotlib figure: cost on a logarithmic x axis, the better quality on top, the frontier as a line. Needs matplotlib."""
+    """A matplotlib figure: cost on a logarithmic x axis, the better quality on top, a frontier of the paper's and one of the models found,
+    which may be of other data. Needs matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -45,12 +46,12 @@ def draw(points: Sequence[Point], cost: str, quality: str, more_is_better: bool)
     figure = Figure(figsize=SIZE, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for ours, colour, name in ((False, "#8a8a8a", "the paper's figures"), (True, "#c2410c", "measured here")):
+    for ours, colour, line, name in ((False, "#8a8a8a", "#9db4d0", "the paper's figures"), (True, "#c2410c", "#f0c3a8", "measured here")):
         chosen = [p for p in points if p.ours is ours]
         if chosen:
             axes.scatter([p.cost for p in chosen], [p.quality for p in chosen], s=22, color=colour, label=name, zorder=3)
-    front = best(points, more_is_better)
-    axes.step([p.cost for p in front], [p.quality for p in front], where="post", color="#9db4d0", lw=1.2, zorder=1)
+            front = best(chosen, more_is_better)
+            axes.step([p.cost for p in front], [p.quality for p in front], where="post", color=line, lw=1.2, zorder=1)
     axes.set(xscale="log", xlabel=cost, ylabel=quality + (", higher is better" if more_is_better else ", lower is better"))
     axes.margins(x=0.28, y=0.12)
     left, right = axes.get_xlim()
