@@ -123,8 +123,12 @@ def run_task(task: Task, request: Request, out: Path) -> dict[str, Any]:
     if task.trains:
         rates = task.learning_rates if request.sweep else (config["optimizer"]["lr"],)
     settings["learning_rates"] = list(rates)
-    if records.read(out / "settings.json") != settings:
+    before = records.read(out / "settings.json")
+    if before != settings:
         records.check_folder(out)
+        if before:
+            differing = sorted(key for key in before | settings if before.get(key) != settings.get(key))
+            _say(f"{task.name}: {out} held a run of other {', '.join(differing)}: it is begun anew")
         shutil.rmtree(out, ignore_errors=True)
         write_json(out / "settings.json", settings)
     elif (result := records.read(out / "result.json")) and result.get("task") == task.name:
