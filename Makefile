@@ -35,7 +35,7 @@ demo: $(READY)
 	$(BIN)/hubert-eff demo --out $(DEMO)
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not long" -q -n $(WORKERS) --dist worksteal
+	$(BIN)/python -m pytest -m "not long" -q -n $(WORKERS) --dist loadfile
 
 test-long: $(READY)
 	$(BIN)/python -m pytest -m long -q -n $(WORKERS) --dist worksteal
