@@ -34,10 +34,12 @@ def writable(folder: str | os.PathLike[str]) -> Path:
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is renamed onto `path`, on error it is removed.
 
-    Raises `UserError` as `writable` does.
+    Raises `UserError` as `writable` does, and where `path` is a folder.
     """
     target = Path(path)
     writable(target.parent)
+    if target.is_dir():
+        raise UserError(f"{target} is a folder: name a file")
     # the suffix is kept last: soundfile and numpy read the format from it
     temporary = target.with_name(f".{target.stem}.{os.getpid()}.tmp{target.suffix}")
     try:

@@ -148,11 +148,13 @@ def test_audio_that_cannot_be_used(name: str, audio: list[Path], tmp_path: Path,
         (["transformer-debug", "{0}", "--out", "f.npz", "--window", "5"], "window=5 must be 20 to 3600 seconds, or 0"),
         (["transformer-debug", "{0}", "--out", "f.npz", "--window", "nan"], "window=nan must be"),
         (["transformer-debug", "{0}", "{0}", "--out", "f.npz"], "is given twice"),
+        (["transformer-debug", "{0}", "--out", "folder.npz"], "folder.npz is a folder: name a file"),
         (["no-such-model", "{0}", "--out", "f.npz"], "unknown preset or checkpoint 'no-such-model'"),
     ],
 )
 def test_bad_input(words: list[str], message: str, audio: list[Path], tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("folder.npz").mkdir()
     assert main(["run", *(word.format(audio[0]) for word in words)]) == 2
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
