@@ -126,7 +126,7 @@ def _check_options(target: Path, files: Sequence[str | os.PathLike[str]], batch:
 
 
 def _keys(files: list[Path]) -> list[str]:
-    """Unique names: paths below the common folder, without suffix unless that makes two the same."""
+    """Unique names: paths below the common folder, without suffix unless two would be the same, even so (x.wav, x.flac, x.wav.flac)."""
     resolved = [Path(os.path.abspath(file)) for file in files]
     for file, path in zip(files, resolved):
         if resolved.count(path) > 1:
@@ -134,7 +134,8 @@ def _keys(files: list[Path]) -> list[str]:
     common = os.path.commonpath([path.parent for path in resolved])
     names = [path.relative_to(common) for path in resolved]
     short = [name.with_suffix("").as_posix() for name in names]
-    return [name.as_posix() if short.count(key) > 1 else key for name, key in zip(names, short)]
+    keys = [name.as_posix() if short.count(key) > 1 else key for name, key in zip(names, short)]
+    return keys if len(set(keys)) == len(keys) else [name.as_posix() for name in names]
 
 
 def _checked(path: Path, key: str, model: HubertModel) -> _Item:

@@ -186,6 +186,18 @@ def model_without_states() -> HubertModel:
     return hubert_eff.build("transformer-debug").eval()
 
 
+def test_no_two_recordings_share_a_name(tmp_path: Path) -> None:
+    for names, keys in (
+        (["x.wav", "y.wav"], ["x", "y"]),
+        (["x.wav", "x.flac", "y.wav"], ["x.wav", "x.flac", "y"]),
+        (["x.wav", "x.flac", "x.wav.flac"], ["x.wav", "x.flac", "x.wav.flac"]),
+    ):
+        files = [tmp_path / name for name in names]
+        for file in files:
+            soundfile.write(file, tone(0.1), 16_000)
+        assert [recording.key for recording in extract(model_without_states(), files, tmp_path / "f.npz", layer=0)] == keys
+
+
 def test_other_callers_of_extract_get_errors(audio: list[Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no audio files are given"):
         extract("transformer-debug", [], tmp_path / "f.npz")
