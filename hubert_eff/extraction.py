@@ -85,16 +85,22 @@ def extract(
     results: dict[str, Recording] = {}
     total = sum(item.checked.samples for item in items)
     with evaluating(hubert), torch.inference_mode(), _writer(target) as write, progress("seconds", total // SAMPLE_RATE) as advance:
-        done = 0
+        samples, told = 0, 0
+
+        def tell(more: int) -> None:
+            nonlocal samples, told
+            samples += more
+            before, told = told, samples // SAMPLE_RATE
+            advance(told - before)
+
         for together in _batches(items, hubert, batch, window):
             if window and together[0].checked.samples > window * SAMPLE_RATE:
-                results[together[0].key] = _in_windows(hubert, together[0], layer, window, write, target)
+                results[together[0].key] = _in_windows(hubert, together[0], layer, window, write, target, tell)
             else:
                 for item, states in zip(together, _states(hubert, [_audio(item) for item in together], layer)):
                     write(item.key, states[..., : item.frames, :])
                     results[item.key] = _recording(item, 1)
-            before, done = done, done + sum(item.checked.samples for item in together)
-            advance(done // SAMPLE_RATE - before // SAMPLE_RATE)
+                tell(sum(item.checked.samples for item in together))
     return [results[key] for key in keys]
 
 
@@ -197,9 +203,10 @@ def _states(model: HubertModel, audio: Sequence[Array], layer: int | None) -> It
 
 
 def _in_windows(
-    model: HubertModel, item: _Item, layer: int | None, window: float, write: Callable[[str, Array], None], target: Path
-) -> Recording:
-    """A long recording, window by window into a file, so that memory does not grow with its length.
+    model: HubertModel, item: _Item, layer: int | None, window: float, write: Callable[[str, Array], None], target: Path,
+    tell: Callable[[int], None],
+) -> Recording:  # fmt: skip
+    """A long recording, window by window into a file, so that memory does not grow with its length; `tell` is told of samples done.
 
     What a model takes over a whole recording is taken over it: mean and variance of the samples (`normalize`), those of the first
     convolution's channels (the default extractor). So the extractor's output is that of the whole pass, and so is state 0, whose
@@ -224,6 +231,7 @@ def _in_windows(
                     shape = (*states.shape[:-2], item.frames, states.shape[-1])
                     array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
                 array[..., a:b, :] = states[..., a - first : b - first, :]
+                tell((item.checked.samples if b == item.frames else b * FRAME_STRIDE) - a * FRAME_STRIDE)
         write(item.key, array)
     finally:
         model.config = config
