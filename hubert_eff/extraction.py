@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .config import FRAME_STRIDE, SAMPLE_RATE
 from .errors import UserError, missing_extra
 from .files import replacing, writable
-from .frontend import ConvBlock, TimeNorm
+from .frontend import ConvBlock, TimeNorm, receptive_field
 from .labels.audio import FOREIGN_SUFFIXES, Checked, Unusable, check, read_mono
 from .model import HubertModel
 from .profiling.cost import evaluating, resolve
@@ -212,7 +212,7 @@ def _in_windows(
     convolution's channels (the default extractor). So the extractor's output is that of the whole pass, and so is state 0, whose
     positional convolution sees less far than the context; blocks see a window with its context.
     """
-    reach = _receptive_field(model)
+    reach = receptive_field(model.config.conv_layers)
     core, context = int((window - 2 * CONTEXT) * FRAMES), int(CONTEXT * FRAMES)
     cores = [(start, min(start + core, item.frames)) for start in range(0, item.frames, core)]
     seen = [(max(0, a - context), min(item.frames, b + context)) for a, b in cores]
@@ -238,14 +238,6 @@ def _in_windows(
         del array
         temporary.unlink(missing_ok=True)
     return _recording(item, len(cores))
-
-
-def _receptive_field(model: HubertModel) -> int:
-    """Samples that one frame of the extractor sees."""
-    need = 1
-    for _, kernel, stride in reversed(model.config.conv_layers):
-        need = (need - 1) * stride + kernel
-    return need
 
 
 Wave = tuple[float, float]  # mean and deviation of a recording

@@ -120,6 +120,14 @@ def num_frames(samples: Tensor | int, conv_layers: Sequence[tuple[int, int, int]
     return samples.clamp(min=0) if isinstance(samples, Tensor) else max(samples, 0)
 
 
+def receptive_field(conv_layers: Sequence[tuple[int, int, int]]) -> int:
+    """Samples that one frame of the extractor sees."""
+    need = 1
+    for _, kernel, stride in reversed(conv_layers):
+        need = (need - 1) * stride + kernel
+    return need
+
+
 def frame_padding_mask(padding_mask: Tensor, frames: int, config: HubertConfig) -> Tensor:
     """Padding of samples (B, S) -> padding of frames (B, T); True = padding, which must stand at the end."""
     if config.valid_frames == "fairseq":  # a frame is padding when every sample of its equal share is

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from .config import FRAME_STRIDE, MEL_FRONTS, SAMPLE_RATE, HubertConfig, read_numbers
 from .errors import UserError
-from .frontend import extractor_of, frame_padding_mask, num_frames
+from .frontend import extractor_of, frame_padding_mask, num_frames, receptive_field
 from .layers.chunks import Chunks
 from .layers.dropout import Dropout
 from .layers.kinds import CODEBOOK_HEAD, EXTRACTOR, INPUT_PROJECTION, Kind
@@ -109,10 +109,7 @@ class HubertModel(nn.Module):
     def _extract(self, source: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Waveform (B, S) -> extractor output (B, T, C) and padding of frames (B, T)."""
         if source.size(-1) < 1 or self.num_frames(source.size(-1)) < 1:
-            need = 1
-            for _, kernel, stride in reversed(self.config.conv_layers):
-                need = (need - 1) * stride + kernel
-            raise UserError(f"{source.size(-1)} samples are too few: one frame needs {need}")
+            raise UserError(f"{source.size(-1)} samples are too few: one frame needs {receptive_field(self.config.conv_layers)}")
         if padding_mask is not None:
             if padding_mask.shape != source.shape:
                 raise UserError(f"padding_mask {tuple(padding_mask.shape)} must have the shape of the audio {tuple(source.shape)}")

@@ -141,6 +141,7 @@ class HiddenLayer:
         import torch
 
         from ..checkpoint import load
+        from ..frontend import receptive_field
 
         model: HubertModel = load(checkpoint)
         depth = len(model.encoder.layers)
@@ -156,9 +157,7 @@ class HiddenLayer:
         config = model.config
         self.normalize = config.normalize
         model.config = replace(config, normalize=False)  # `extract` does it: over whole recordings, not over pieces of them
-        self.window = 1  # samples: the receptive field of a frame
-        for _, kernel, stride in reversed(config.conv_layers):
-            self.window = (self.window - 1) * stride + kernel
+        self.window = receptive_field(config.conv_layers)
         self.pads = config.extractor_mode == "layer_norm" and config.valid_frames == "receptive_field"
 
     def frames(self, samples: int) -> int:
