@@ -53,7 +53,7 @@ def export(
     it comes from, of which the base name is kept; notes: more to say, as text by name. The label embeddings, which only pre-training
     uses, are left out.
     Raises `UserError` for another model or suffix, a packed model where float weights are wanted, a fused one-bit model, and weights that
-    are not finite or too large for fp16.
+    are not finite or too large for fp16, and a note that is named as what the file says of itself.
     """
     if not isinstance(model, HubertModel):
         raise UserError(f"cannot export a {type(model).__name__}: expected a HubertModel")
@@ -83,8 +83,10 @@ def export(
         "fused": json.dumps(model.fused),
         "final_projections": str(model.final_proj.out_features // model.config.codebook_dim),
         "source": Path(source).name,
-        **(notes or {}),
     }
+    if taken := metadata.keys() & (notes or {}).keys():
+        raise UserError(f"a note cannot be called '{min(taken)}': the file says that itself")
+    metadata.update(notes or {})
     weights = tensors(model, DTYPES[dtype], LABEL_EMBEDDINGS)
     with replacing(path) as temporary:
         save_file(weights, temporary, metadata)

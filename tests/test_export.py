@@ -196,6 +196,13 @@ def test_float_weights_of_a_binarised_model_train_on(tmp_path: Path) -> None:
         hubert_eff.export(pack(debug("conformer")), path, packed=False)
 
 
+def test_notes_do_not_replace_what_a_file_says_of_itself(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    with pytest.raises(UserError, match="a note cannot be called 'config': the file says that itself"):
+        hubert_eff.export(hubert_eff.build("transformer-debug"), path, notes={"config": "{}", "weights": "packed"})
+    assert not path.exists()
+
+
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "secret" / "place"
     folder.mkdir(parents=True)
