@@ -39,6 +39,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.out is None and args.onnx is None:
         raise UserError("--out FILE.safetensors is needed, or --onnx FILE.onnx")
+    if args.out is None and (args.dtype != "fp32" or args.float or args.fuse or args.licence or args.trained_on):
+        raise UserError("--dtype, --float, --fuse, --licence and --trained-on say how --out FILE.safetensors is written: it is missing")
     for option, path, suffix in (("--out", args.out, ".safetensors"), ("--onnx", args.onnx, ".onnx")):
         if path is not None:
             if path.suffix != suffix:
