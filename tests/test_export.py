@@ -221,6 +221,9 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for text in ("CC BY 4.0", "speech \\| noise", "checkpoint.safetensors", "packed", f"{figures['macs']:,}", "policy `paper`"):
         assert text in card
     assert "secret" not in card
+    assert main(["export", str(out), "--out", str(tmp_path / "again.safetensors"), "--trained-on", "other speech"]) == 0
+    again = read_metadata(tmp_path / "again.safetensors")
+    assert (again["licence"], again["trained_on"]) == ("CC BY 4.0", "other speech")
     code = re.findall(r"```python\n(.*?)```", card, re.S)[0].replace('"model.safetensors"', repr(str(out)))
     scope: dict[str, Any] = {}
     exec(code, scope)

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the file and its card, and say how large it is."""
     from ..card import write_card
-    from ..exporting import export
+    from ..exporting import export, is_export, read_metadata
     from ..files import writable
     from ..onnx_export import export_onnx, require_onnx
     from ..profiling.cost import resolve
@@ -51,7 +51,10 @@ def run(args: argparse.Namespace) -> int:
     model, name = resolve(args.model, args.policy)
     said = {}
     if args.out is not None:
-        notes = {key: text for key, text in (("licence", args.licence), ("trained_on", args.trained_on)) if text}
+        source = Path(args.model)
+        held = read_metadata(source) if source.is_file() and is_export(source) else {}  # what was said of an export stays said
+        said_here = {"licence": args.licence, "trained_on": args.trained_on}
+        notes = {key: text or held[key] for key, text in said_here.items() if text or key in held}
         export(model, args.out, dtype=args.dtype, packed=not args.float, fuse=args.fuse, source=Path(name).name, notes=notes)
         card, figures = write_card(args.out)
         said = {"file": str(args.out), "card": str(card), **figures}
