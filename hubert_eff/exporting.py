@@ -109,9 +109,12 @@ def _policy_name(config: HubertConfig) -> str:
 
 
 def is_export(file: Path) -> bool:
-    """Whether a file is in the safetensors format: eight bytes of length, then a JSON object."""
-    with file.open("rb") as stream:
-        head = stream.read(9)
+    """Whether a file is in the safetensors format: eight bytes of length, then a JSON object. Raises `UserError` if it cannot be read."""
+    try:
+        with file.open("rb") as stream:
+            head = stream.read(9)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from error
     return len(head) == 9 and head[8:] == b"{"
 
 

@@ -196,6 +196,18 @@ def test_float_weights_of_a_binarised_model_train_on(tmp_path: Path) -> None:
         hubert_eff.export(pack(debug("conformer")), path, packed=False)
 
 
+def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(bytes(9))
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)  # whoever runs tests as root may read everything
+    with pytest.raises(UserError, match=f"{path} cannot be read: Permission denied"):
+        hubert_eff.load(path)
+
+
 def test_notes_do_not_replace_what_a_file_says_of_itself(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     with pytest.raises(UserError, match="a note cannot be called 'config': the file says that itself"):
