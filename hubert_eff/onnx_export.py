@@ -53,6 +53,16 @@ def require_onnx() -> tuple[Any, Any]:
     return onnx, onnxruntime
 
 
+def require_onnx_form(model: HubertModel) -> None:
+    """Raises `UserError` for a packed or w1a2 model."""
+    from .quant.storage import is_packed
+
+    if is_packed(model):
+        raise UserError("packed bits have no ONNX form: export the checkpoint that they were made from, or a file written with --float")
+    if model.config.quant not in ("none", "w1a1"):
+        raise UserError(f"a {model.config.quant} model has no ONNX form: only float and w1a1 models do")
+
+
 def export_onnx(model: HubertModel, path: str | os.PathLike[str]) -> dict[str, Any]:
     """Write `path` (.onnx): input `wav` (batch, samples) at 16 kHz, output `hidden_states` (L + 1, batch, frames, D).
 
@@ -65,12 +75,7 @@ def export_onnx(model: HubertModel, path: str | os.PathLike[str]) -> dict[str, A
     onnx, runtime = require_onnx()
     if Path(path).suffix != ".onnx":
         raise UserError(f"an ONNX model is an .onnx file, not {path}")
-    from .quant.storage import is_packed
-
-    if is_packed(model):
-        raise UserError("packed bits have no ONNX form: export the checkpoint that they were made from, or a file written with --float")
-    if model.config.quant not in ("none", "w1a1"):
-        raise UserError(f"a {model.config.quant} model has no ONNX form: only float and w1a1 models do")
+    require_onnx_form(model)
     form = FLOAT_FORM if model.config.quant == "none" else SIGN_FORM
     traced = _States(_prepared(model))
     with replacing(path) as temporary:

@@ -100,6 +100,9 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{out}: " in capsys.readouterr().out and out.is_file()
     assert main(["export", "transformer-debug", "--onnx", str(tmp_path / "model.pb")]) == 2
     assert "must end in .onnx" in capsys.readouterr().err
+    both = ["--out", str(tmp_path / "model.safetensors"), "--onnx", str(tmp_path / "model.onnx")]
+    assert main(["export", "transformer-debug+w1a2", *both]) == 2
+    assert "has no ONNX form" in capsys.readouterr().err and not (tmp_path / "model.safetensors").exists()
 
 
 def test_models_without_an_onnx_form(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     from ..card import write_card
     from ..exporting import export, is_export, read_metadata
     from ..files import writable
-    from ..onnx_export import export_onnx, require_onnx
+    from ..onnx_export import export_onnx, require_onnx, require_onnx_form
     from ..profiling.cost import resolve
 
     if args.out is None and args.onnx is None:
@@ -49,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
     if args.onnx is not None:
         require_onnx()
     model, name = resolve(args.model, args.policy)
+    if args.onnx is not None:
+        require_onnx_form(model)  # before --out is written
     said = {}
     if args.out is not None:
         source = Path(args.model)
