@@ -137,7 +137,7 @@ def _checked(metadata: dict[str, str], file: Path) -> dict[str, str]:
             f"{file} is an export of format version {_short(version)}, written by hubert-eff {_short(by)}: this is hubert-eff "
             f"{__version__}, which reads version {FORMAT_VERSION}; export the model again"
         )
-    missing = {"encoder", "config", "weights", "dtype", "fused", "final_projections"} - set(metadata)
+    missing = {*BLUEPRINT, "dtype"} - set(metadata)
     if missing:
         raise UserError(f"{file}: its metadata lack '{min(missing)}'")
     return metadata
