@@ -231,6 +231,8 @@ def test_what_cannot_be_rewritten_is_refused() -> None:
     for preset in ("zipformer-debug", "squeezeformer-debug"):
         with pytest.raises(UserError, match="cannot be rewritten: it changes the frame rate"):
             rewrite(hubert_eff.build(preset))
+    with pytest.raises(UserError, match="sparse attention cannot be rewritten"):
+        rewrite(hubert_eff.build("sparseformer-debug"))
     with pytest.raises(UserError, match="binarised model cannot be fused"):
         rewrite(hubert_eff.build("conformer-debug+w1a1"))
     model = rewrite(hubert_eff.build("conformer-debug"))

@@ -19,10 +19,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from ..errors import UserError
 from .attention import SelfAttention, attention
 from .bits import counted_as
 from .chunks import Chunks
 from .dropout import Dropout
+from .grid import GridAttention
 from .kinds import Kind
 from .tracing import is_tracing
 
@@ -427,6 +429,10 @@ class SparseSelfAttention(SelfAttention):
     def kinds(self) -> Mapping[str, Kind]:
         dense = super().kinds()
         return {**dense, "products": replace(dense["products"], form="sparse")}
+
+    def channels_first(self) -> GridAttention:
+        """Raises `UserError`: the twin of dense attention would see every key."""
+        raise UserError("sparse attention cannot be rewritten: it has no form that is channels first")
 
     def forward(self, x: Tensor, attend: Tensor | None = None, chunks: Chunks | None = None) -> Tensor:
         """`attend`: (B, 1, 1, T) bool, False = never seen, or (B, 1, T, T), with `chunks` or without."""
