@@ -81,9 +81,11 @@ def test_a_run_that_goes_on_drops_what_came_after(tmp_path: Path) -> None:
     assert [(r.update, r.layers["layers.0.w"][1], r.input) for r in read_trends(tmp_path / "trends.jsonl")] == [
         (0, 2.0, "batch"), (10, 2.0, "batch"), (20, 4.0, "gaussian"),
     ]  # fmt: skip
-    (tmp_path / "trends.jsonl").write_text("junk\n{}\n")
-    with pytest.raises(UserError, match="line 1 is no record"):
-        read_trends(tmp_path / "trends.jsonl")
+    head = b'{"update": 1, "loss": null, "input": "batch", "layers": '
+    for junk in (b"junk", b"\xff\xfe", head + b'{"a": [1, 2]}}', head + b"{}}"):
+        (tmp_path / "trends.jsonl").write_bytes(junk + b"\n{}\n")
+        with pytest.raises(UserError, match="line 1 is no record"):
+            read_trends(tmp_path / "trends.jsonl")
 
 
 def test_places() -> None:

@@ -148,13 +148,18 @@ class TrendLog:
 
 def read_trends(path: Path) -> list[Record]:
     """The records of a file; a last line that was cut off by a kill is passed over. Raises `UserError` for another file."""
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     records = []
     for number, line in enumerate(lines, start=1):
         try:
             entry = json.loads(line)
-            layers = {name: tuple(math.nan if v is None else float(v) for v in stats) for name, stats in entry["layers"].items()}
-            records.append(Record(int(entry["update"]), layers, entry.get("loss"), str(entry["input"])))  # type: ignore[arg-type]
+            layers = {}
+            for name, stats in entry["layers"].items():
+                mean, variance, dead = (math.nan if value is None else float(value) for value in stats)
+                layers[name] = mean, variance, dead
+            if not layers:
+                raise ValueError("no layer")
+            records.append(Record(int(entry["update"]), layers, entry.get("loss"), str(entry["input"])))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if number == len(lines):
                 break
