@@ -26,7 +26,7 @@ def parse_mode(text: str) -> tuple[int | None, int]:
     if text in MODES:
         return MODES[text]
     size, _, left = text.partition("-")
-    if not size.isdigit() or not (left.isdigit() or left == "inf"):
+    if not size.isdecimal() or not (left.isdecimal() or left == "inf"):
         raise unknown("mode (FRAMES-CHUNKS, such as 16-4, or 16-inf, or full)", text, MODES)
     return int(size), -1 if left == "inf" else int(left)
 

@@ -247,7 +247,7 @@ def test_modes(text: str, mode: tuple[int | None, int]) -> None:
     assert parse_mode(text) == mode
 
 
-@pytest.mark.parametrize("text", ["16", "16-", "-4", "fast", "16-4-2", ""])
+@pytest.mark.parametrize("text", ["16", "16-", "-4", "fast", "16-4-2", "\u00b2-4", ""])
 def test_unknown_modes_are_refused(text: str) -> None:
     with pytest.raises(UserError, match="unknown mode"):
         parse_mode(text)
