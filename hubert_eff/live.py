@@ -127,8 +127,11 @@ def run_stream(
     def outputs() -> Iterator[Tensor]:
         nonlocal samples, elements
         for piece in pieces_of(source, stdin):
+            try:
+                y = timed(lambda piece=piece: stream.feed(piece))  # type: ignore[misc]
+            except UserError as error:
+                raise UserError(f"{source}, from {samples / SAMPLE_RATE:.1f} s on: {error}") from error
             samples += piece.size(1)
-            y = timed(lambda piece=piece: stream.feed(piece))  # type: ignore[misc]
             if y is not None:
                 yield y
         elements = stream.state().elements
@@ -156,8 +159,9 @@ def stream_command(name: str, audio: Sequence[Path], mode: str, out: Path | None
     """`hubert-eff run NAME AUDIO --stream MODE`: one file, or `-` for standard input, through a fused model; prints the report."""
     if len(audio) != 1:
         raise UserError(f"--stream takes one file, or - for standard input, not {len(audio)}")
-    parse_mode(mode)  # before the model is read
+    size, left = parse_mode(mode)  # before the model is read
     model = build(name, streaming=True) if name in list_presets() else resolve(name)[0]
+    model.chunks(size, left)  # refused for what it is, rather than by what `fuse` cannot do
     report = run_stream(fuse(model.eval()), audio[0], mode, out, sys.stdin.buffer)
     print(json.dumps(report.plain(), indent=2) if as_json else report)
     return 0

@@ -142,6 +142,8 @@ class HubertModel(nn.Module):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise UserError(f"{name}={value!r} must be a whole number, at least {least}")
         multiple = self.encoder.chunk_multiple
+        if self.config.quant != "none":
+            raise UserError(f"this model cannot stream: it is binarised (quant={self.config.quant}), and attends to whole utterances")
         if not self.config.streaming:
             reason = "its extractor normalises over the whole utterance (extractor_mode=default)"
             if self.config.extractor_mode == "layer_norm" or self.config.conv_feature_layers in MEL_FRONTS:

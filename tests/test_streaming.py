@@ -340,12 +340,16 @@ def test_the_command_streams_a_preset_or_an_export(
     assert "RTF" in capsys.readouterr().out
     hubert_eff.export(hubert_eff.build("conformer-debug"), tmp_path / "other.safetensors")
     wave = str(tmp_path / "a.wav")
+    wav[8_003] = torch.nan
+    soundfile.write(tmp_path / "nan.wav", wav.numpy(), 16_000, subtype="FLOAT")
     for words, message in (
         (["conformer-debug", wave, wave, "--stream", "16-4"], "takes one file, or - for standard input, not 2"),
         (["conformer-debug", wave, "--stream", "fast"], "unknown mode"),
         (["conformer-debug", wave, "--stream", "0-4"], "chunk_size=0 must be"),
         (["conformer-debug", wave, "--stream", "16-4", "--layer", "1"], "leave out --layer"),
         ([str(tmp_path / "other.safetensors"), wave, "--stream", "16-4"], "build and train it with streaming=true"),
+        (["conformer-debug+w1a1", wave, "--stream", "16-4"], "cannot stream: it is binarised"),
+        (["conformer-debug", str(tmp_path / "nan.wav"), "--stream", "16-4"], "nan.wav, from 0.5 s on: 1 samples are not finite"),
         (["conformer-debug", wave], "--out is missing"),
     ):
         assert main(["run", *words]) == 2
