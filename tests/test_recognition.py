@@ -187,6 +187,12 @@ def test_a_checkpoint_needs_no_other_file(tmp_path: Path) -> None:
     hubert_eff.export(hubert_eff.build("conformer-debug"), pretrained)
     with pytest.raises(UserError, match="has no CTC layer: it is a pre-trained model"):
         load_recognizer(pretrained)
+    for key, value in (("encoder_config", "{"), ("letters", None), ("decoder_layers", "two")):
+        content = torch.load(path)
+        content["cfg"]["model"][key] = value
+        torch.save(content, tmp_path / "broken.pt")
+        with pytest.raises(UserError, match="broken.pt: its configuration describes no recogniser"):
+            load_recognizer(tmp_path / "broken.pt")
 
 
 def test_transcribe_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -196,12 +202,14 @@ def test_transcribe_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     samples = np.zeros(8000, np.float32)
     samples[7] = np.nan
     soundfile.write(bad, samples, 16000, subtype="FLOAT")
+    soundfile.write(tmp_path / "short.wav", np.full(300, 0.1), 16000)
     assert cli.main(["transcribe", str(path), str(good), "--search", "beam", "--json"]) == 0
     (entry,) = json.loads(capsys.readouterr().out)["recordings"]
     assert entry["audio"] == str(good) and entry["text"] == entry["hypotheses"][0]["text"]
     for arguments, message in (
         ([path, bad], "bad.wav cannot be used: NaN or infinite samples"),
         ([path, tmp_path / "none.wav"], "no recording at"),
+        ([path, tmp_path / "short.wav"], "short.wav: 300 samples are too few"),
         ([path, good, "--search", "rescore"], "but no attention decoder"),
         ([path, good, "--search", "beam", "--beam", "0"], "--beam 0 must be at least 1"),
         ([path, good, "--chunk-size", "16"], "streaming"),

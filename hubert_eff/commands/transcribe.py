@@ -43,7 +43,10 @@ def run(args: argparse.Namespace) -> int:
     found = []
     with progress("recordings", len(args.audio)) as advance:
         for path in args.audio:
-            texts = transcribe(model, read_recording(path), args.search, args.beam, args.ctc_weight, **chunks)
+            wav = read_recording(path)
+            if not model.hubert.num_frames(wav.size(1)):
+                raise UserError(f"{path}: {wav.size(1)} samples are too few for one frame")
+            texts = transcribe(model, wav, args.search, args.beam, args.ctc_weight, **chunks)
             if args.json:
                 kept = [{"text": h.text, "score": round(h.score, 4)} for h in texts]
                 found.append({"audio": str(path), "text": texts[0].text, "hypotheses": kept})

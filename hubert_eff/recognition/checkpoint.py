@@ -15,10 +15,13 @@ NAMES = ("hubert_eff_ctc", "hubert_eff_aed")  # fairseq models
 
 
 def read_recognizer(content: Mapping[str, Any], file: Path) -> Recognizer:
-    """The recogniser of a fairseq checkpoint, in eval mode on the CPU."""
+    """The recogniser of a fairseq checkpoint, in eval mode on the CPU. Raises `UserError` for a configuration or weights that are none."""
     values = content["cfg"]["model"]
     known = [f.name for f in dataclasses.fields(RecognizerConfig)]
-    model = Recognizer(RecognizerConfig.from_dict({key: values[key] for key in known if key in values}))
+    try:
+        model = Recognizer(RecognizerConfig.from_dict({key: values[key] for key in known if key in values}))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{file}: its configuration describes no recogniser: {' '.join(str(error).split())}") from error
     try:
         model.load_state_dict(content["model"])
     except RuntimeError as error:
