@@ -227,15 +227,15 @@ def direction(found: dict[str, Tensor], cross: Sequence[Tensor] = ()) -> Directi
     turned time. Letters are said in order, so that a model whose input and output disagree has an encoder that reverses time.
     """
     places = {name: correlation(scores.exp()) for name, scores in found.items()}
-    reversing, sign, last = [], 0.0, 0.0
+    reversing, sign = [], 0.0
     for name, value in places.items():
         if abs(value) < CLEAR:
             continue
         if sign and value * sign < 0:
             reversing.append(max(1, 0 if name == "input" else int(name)))
-        sign = last = value
+        sign = value
     ends = list(places.values())
-    clear = abs(ends[0]) >= CLEAR and abs(ends[-1]) >= CLEAR and bool(last)
+    clear = abs(ends[0]) >= CLEAR and abs(ends[-1]) >= CLEAR
     crossed = {f"decoder block {i}": correlation(weights) for i, weights in enumerate(cross, start=1)}
     return Direction(places, crossed, reversing, ends[0] * ends[-1] < 0 if clear else None)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..config import SAMPLE_RATE
 from ..errors import missing_extra
 from ..files import replacing
 from .alignment import FRAME_SECONDS, Segment
@@ -63,12 +64,12 @@ def draw_alignment(found: Mapping[str, Tensor], letters: Sequence[Segment], show
     figure = _figure(11, 2.0 + 1.7 * len(found))
     figure.suptitle(title)
     axes = figure.subplots(len(found) + 1, 1, sharex=True)
-    seconds = wav.size(1) / 16_000
-    axes[0].plot([i * 8 / 16_000 for i in range(len(wav[0, ::8]))], wav[0, ::8].tolist(), linewidth=0.4, color="grey")
+    seconds = wav.size(1) / SAMPLE_RATE
+    axes[0].plot([i * 8 / SAMPLE_RATE for i in range(len(wav[0, ::8]))], wav[0, ::8].tolist(), linewidth=0.4, color="grey")
     axes[0].set(ylabel="audio", xlim=(0, seconds), yticks=[])
     top = float(wav.abs().max())
-    for letter in letters:
-        axes[0].axvspan(letter.start, letter.end, alpha=0.25, color="C0" if letters.index(letter) % 2 else "C1", linewidth=0)
+    for number, letter in enumerate(letters):
+        axes[0].axvspan(letter.start, letter.end, alpha=0.25, color="C0" if number % 2 else "C1", linewidth=0)
         axes[0].text((letter.start + letter.end) / 2, top, letter.label, ha="center", va="top", fontsize=8)
     for axis, (name, scores) in zip(axes[1:], found.items(), strict=True):
         relative = (scores - scores.max(1, keepdim=True).values).clamp(min=-6)

@@ -200,7 +200,6 @@ class SelfAttention(nn.Module):
         mixed = attention(q, k, v, attend, dropout) if self.products is None else self.products(q, k, v, attend, dropout)
         return self.out_proj(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
-
     def energies(self, x: Tensor, *_: Any) -> Tensor:
         """What the softmax is taken of, (B, H, T, T), for analysis; called with the arguments of `forward`, but blind to its masks."""
         q, k, _v = self.heads_of(x)
@@ -258,13 +257,8 @@ class RelativeSelfAttention(SelfAttention):
 
     def energies(self, x: Tensor, positions: Tensor, *_: Any) -> Tensor:
         q, k, _v = self.heads_of(x)
-        (batch, heads, frames, _d), p = q.shape, self._offsets(positions)
-        by_offset = ((q + self.pos_bias_v[:, None]) @ p.mT).contiguous()  # (B, H, T, 2T - 1)
-        span = 2 * frames - 1
-        shifted = by_offset.as_strided(
-            (batch, heads, frames, frames), (heads * frames * span, frames * span, span - 1, 1), frames - 1
-        )
-        return torch.matmul(q + self.pos_bias_u[:, None], k.mT).add(shifted).mul(q.size(-1) ** -0.5)
+        by_offset = (q + self.pos_bias_v[:, None]) @ self._offsets(positions).mT  # (B, H, T, 2T - 1)
+        return torch.matmul(q + self.pos_bias_u[:, None], k.mT).add(by_key(by_offset)).mul(q.size(-1) ** -0.5)
 
     def _offsets(self, positions: Tensor) -> Tensor:
         return self.linear_pos(positions).view(positions.size(0), self.heads, -1).transpose(0, 1)  # type: ignore[no-any-return]  # (H, 2T - 1, d)
