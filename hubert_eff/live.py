@@ -101,12 +101,11 @@ def run_stream(
     mode: str = "16-4",
     out: Path | None = None,
     stdin: BinaryIO | None = None,
-    seen: Callable[[Tensor], None] | None = None,
 ) -> StreamReport:
     """Feed a file, or standard input, to a `StreamingModel`; the last hidden states go to `out` (.npy, (T, D) float32) as they come.
 
-    mode: see `streaming.parse_mode`; `full` is no stream. `seen` is called with the frames (1, T, D) of each chunk. Raises `UserError`
-    for audio that is too short for a frame, and what `StreamingModel`, `feed` and `pieces_of` raise.
+    mode: see `streaming.parse_mode`; `full` is no stream. Raises `UserError` for audio that is too short for a frame, and what
+    `StreamingModel`, `feed` and `pieces_of` raise.
     """
     size, left = parse_mode(mode)
     if size is None:
@@ -142,8 +141,6 @@ def run_stream(
     with growing_npy(out) if out is not None else nullcontext() as add:
         for y in outputs():
             frames += y.size(1)
-            if seen is not None:
-                seen(y)
             if add is not None:
                 add(y[0])
         if not frames:
