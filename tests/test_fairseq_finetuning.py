@@ -159,6 +159,7 @@ def test_batches_depend_on_seed_and_epoch_only(data: Path, pretrained: Path) -> 
         ("speed", "task.speed_perturb=[3.0] must be speeds from 0.5 to 2"),
         ("start", "set one of model.w2v_path"),
         ("fused", "is fused for inference and cannot be trained"),
+        ("packed", "is packed for inference and cannot be trained"),
         ("name", "unknown model for fine-tuning"),
     ],
 )
@@ -176,6 +177,11 @@ def test_bad_input_is_one_clear_line(case: str, message: str, data: Path, pretra
     if case == "fused":
         pretrained = data / "fused.safetensors"
         hubert_eff.export(hubert_eff.fuse(hubert_eff.build("conformer-debug")), pretrained)
+    if case == "packed":
+        pretrained = data / "packed.safetensors"
+        model = hubert_eff.build("conformer-debug+w1a1")
+        model.hidden_states(torch.randn(1, 8_000))  # scales begin with what they see
+        hubert_eff.export(model.eval(), pretrained)
     changes = {"speed": "task.speed_perturb=[3.0]", "start": "model.w2v_path=null", "name": "model._name=hubert_eff_asr"}
     with pytest.raises(UserError) as caught:
         task, cfg = make_task("debug", f"task.data={data}", f"model.w2v_path={pretrained}", *([changes[case]] if case in changes else []))

@@ -13,6 +13,7 @@ from omegaconf import II
 import hubert_eff
 from hubert_eff.config import HubertConfig
 from hubert_eff.errors import UserError
+from hubert_eff.quant.storage import is_packed
 from hubert_eff.recognition.model import TRAINING_KEYS, Recognizer, RecognizerConfig
 from hubert_eff.registry import preset_config
 
@@ -58,8 +59,9 @@ class FairseqRecognizer(Recognizer, BaseFairseqModel):
                 raise UserError("set one of model.w2v_path, the pre-trained checkpoint to start from, and model.preset, for random weights")
             if cfg.w2v_path:
                 pretrained = hubert_eff.load(cfg.w2v_path)
-                if pretrained.fused:
-                    raise UserError(f"model.w2v_path={cfg.w2v_path} is fused for inference and cannot be trained: give its source")
+                if pretrained.fused or is_packed(pretrained):
+                    form = "fused" if pretrained.fused else "packed"
+                    raise UserError(f"model.w2v_path={cfg.w2v_path} is {form} for inference and cannot be trained: give its source")
             base = preset_config(cfg.preset) if pretrained is None else pretrained.config
             changed = {key: cfg[key] for key in TRAINING_KEYS if cfg[key] is not None}
             config.describe(type(base).from_dict({**base.to_dict(), **changed}))
