@@ -169,6 +169,10 @@ def _tensors(stream: StreamingModel) -> list[Tensor]:
     return [stream.state().samples, *kept, *(t for _, t in stream._chunks.tables.values() if t is not None)]
 
 
+def test_the_module_is_there_without_an_import_of_its_own() -> None:
+    assert hubert_eff.__getattr__("streaming").StreamingModel is StreamingModel
+
+
 def test_a_stream_pauses_and_goes_on_elsewhere() -> None:
     model = streaming_model("zipformer-debug")
     wav = torch.randn(1, 40_000)
