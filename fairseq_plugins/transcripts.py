@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +35,7 @@ def read_transcripts(manifest: Manifest, label_dir: Path, labels: str) -> tuple[
     """
     spelled = label_dir / f"{manifest.path.stem}.{labels}"
     if spelled.is_file():
-        lines = spelled.read_text(encoding="utf-8").splitlines()
+        lines = _text(spelled).splitlines()
         if len(lines) != len(manifest.names):
             raise UserError(f"{spelled} has {len(lines)} lines for the {len(manifest.names)} utterances of {manifest.path}")
         return ["".join(line.split()).replace(BOUNDARY, " ").strip() for line in lines], spelled
@@ -42,13 +43,22 @@ def read_transcripts(manifest: Manifest, label_dir: Path, labels: str) -> tuple[
     if not table.is_file():
         raise UserError(f"no transcripts: neither {spelled} nor {table}, which `hubert-eff manifest` writes")
     parts: dict[str, list[str]] = defaultdict(list)
-    with table.open(encoding="utf-8", newline="") as stream:
-        for row in csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE):
-            parts[row["utterance"]].append(row["transcript"] or "")
+    rows = csv.DictReader(io.StringIO(_text(table), newline=""), delimiter="\t", quoting=csv.QUOTE_NONE)
+    if not {"utterance", "transcript"} <= set(rows.fieldnames or ()):
+        raise UserError(f"{table} lacks a column 'utterance' or 'transcript' in its first line: make it with `hubert-eff manifest`")
+    for row in rows:
+        parts[row["utterance"]].append(row["transcript"] or "")
     for name in manifest.names:
         if not all(part.strip() for part in parts.get(name, [""])):
             raise UserError(f"{table} has no transcript of {name}: give one beside the recording (transcripts.tsv), or leave it out")
     return [normalize_text(" ".join(parts[name])) for name in manifest.names], table
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is no UTF-8 text ({error.reason} at byte {error.start}): convert it") from error
 
 
 def check_transcripts(

@@ -156,6 +156,8 @@ def test_batches_depend_on_seed_and_epoch_only(data: Path, pretrained: Path) -> 
         ("long", "the transcript of train0.wav at speed 1.1: "),
         ("missing", "has no transcript of train2.wav"),
         ("none", "no transcripts: neither"),
+        ("columns", "parts.tsv lacks a column 'utterance' or 'transcript'"),
+        ("bytes", "parts.tsv is no UTF-8 text (invalid start byte at byte 0)"),
         ("speed", "task.speed_perturb=[3.0] must be speeds from 0.5 to 2"),
         ("start", "set one of model.w2v_path"),
         ("fused", "is fused for inference and cannot be trained"),
@@ -170,10 +172,13 @@ def test_bad_input_is_one_clear_line(case: str, message: str, data: Path, pretra
         "letter": rows.replace("valid0.wav\tone", "valid0.wav\tzero"),
         "long": rows.replace("train0.wav\tone", "train0.wav\t" + "toonnoottwwe" * 4 + "tt"),
         "missing": rows.replace("train2.wav\tone", "train2.wav\t"),
+        "columns": rows.partition("\n")[2],
     }
     table.write_text(changed.get(case, rows))
     if case == "none":
         table.unlink()
+    if case == "bytes":
+        table.write_bytes(b"\xff" + rows.encode())
     if case == "fused":
         pretrained = data / "fused.safetensors"
         hubert_eff.export(hubert_eff.fuse(hubert_eff.build("conformer-debug")), pretrained)
