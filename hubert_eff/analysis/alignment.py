@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..config import FRAME_STRIDE, SAMPLE_RATE
 from ..errors import UserError, missing_extra
+from ..progress import progress
 from ..recognition.alphabet import BLANK, BOUNDARY
 from ..recognition.decoder import shifted
 from ..recognition.model import Recognizer
@@ -96,15 +97,17 @@ def gradients(model: Recognizer, wav: Tensor, labels: Sequence[int], head: str =
     frames = encoded.size(1)
     names = ["input", *map(str, range(len(tapped)))]
     rows: dict[str, list[Tensor]] = {name: [] for name in names}
-    for score in scores:
-        found = torch.autograd.grad(score, [wav, *tapped], retain_graph=True)
-        for name, grad in zip(names, found, strict=True):
-            if name == "input":
-                grad = grad[0, : frames * FRAME_STRIDE]
-                grad = torch.nn.functional.pad(grad, (0, frames * FRAME_STRIDE - len(grad))).view(1, frames, FRAME_STRIDE)
-            norm = torch.linalg.vector_norm(grad[0], dim=-1)  # (T',)
-            rate = -(-frames // len(norm))
-            rows[name].append(norm.repeat_interleave(rate)[:frames])
+    with progress("letters", len(labels)) as advance:
+        for score in scores:
+            found = torch.autograd.grad(score, [wav, *tapped], retain_graph=True)
+            for name, grad in zip(names, found, strict=True):
+                if name == "input":
+                    grad = grad[0, : frames * FRAME_STRIDE]
+                    grad = torch.nn.functional.pad(grad, (0, frames * FRAME_STRIDE - len(grad))).view(1, frames, FRAME_STRIDE)
+                norm = torch.linalg.vector_norm(grad[0], dim=-1)  # (T',)
+                rate = -(-frames // len(norm))
+                rows[name].append(norm.repeat_interleave(rate)[:frames])
+            advance(1)
     return {name: torch.stack(norms).clamp(min=1e-30).log().cpu() for name, norms in rows.items()}
 
 
