@@ -14,6 +14,11 @@ ROOT = Path(__file__).resolve().parents[1]
 FSDD = Path(os.environ.get("FSDD", ROOT.parent / "shared" / "data" / "fsdd"))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, so that no worker waits for them at the end."""
+    items.sort(key=lambda item: item.path.name != "test_readme.py")
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

@@ -190,7 +190,7 @@ def test_s3prls_own_features_are_upstreams_too(data, tmp_path):
 
 @pytest.mark.long
 def test_the_sweep_takes_the_rate_that_validates_best(data, tmp_path):
-    [result] = superb(data, tmp_path / "out", "--task", "sid", "--upstream", "conformer-debug@3", "--steps", 8, "--lr-sweep")
+    [result] = superb(data, tmp_path / "out", "--task", "sid", "--upstream", "conformer-debug@3", "--steps", 2, "--lr-sweep")
     assert set(result["tried"]) == {"0.1", "0.01", "0.001", "0.0001", "1e-05", "1e-06", "1e-07"}
     assert result["tried"][f"{result['learning_rate']:g}"] == max(result["tried"].values())
     assert result["chosen_on"] == "validation" and f"lr-{result['learning_rate']:g}" in result["checkpoints"][0]
@@ -253,7 +253,7 @@ def test_user_errors_of_a_request():
 
 @pytest.mark.long
 def test_a_cache_gives_the_figures_of_a_run_without(data, tmp_path):
-    arguments = ("--upstream", "conformer-debug", "--steps", 8)
+    arguments = ("--upstream", "conformer-debug", "--steps", 4)
     [plain] = superb(data, tmp_path / "a", "--task", "pr", *arguments)
     for out in ("b", "c"):
         [cached] = superb(data, tmp_path / out, "--task", "pr", *arguments, "--cache", tmp_path / "cache")
