@@ -40,6 +40,7 @@ def apply() -> None:
     name_bad_keys()
     name_bad_checkpoints()
     copy_atomically()
+    save_no_paths()
     stop_on_infinite_gradient()
     wrap_models_on_cpu()
     gather_on_cpu()
@@ -120,6 +121,28 @@ def copy_atomically() -> None:
         return True
 
     PathManager.copy = staticmethod(copy)
+
+
+def save_no_paths() -> None:
+    """fairseq writes its whole configuration into checkpoints, folders of the user's machine included, which travel with the model.
+
+    Of an absolute path the last part is kept. Nothing reads the others: a run that goes on takes its own configuration.
+    """
+    original = Trainer.state_dict
+
+    def state_dict(self: Trainer) -> dict[str, Any]:
+        state = original(self)
+        return {**state, "cfg": _without_folders(state["cfg"])}
+
+    Trainer.state_dict = state_dict
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_folders(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(item) for item in value]
+    return os.path.basename(value.rstrip(os.sep)) if isinstance(value, str) and os.path.isabs(value) else value
 
 
 def stop_on_infinite_gradient() -> None:

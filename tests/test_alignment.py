@@ -103,6 +103,21 @@ def test_a_flipped_encoder_is_detected_and_a_normal_one_is_not(flipped: int | No
     assert ("block" in str(found)) and ((f"block {flipped} reverses time" in str(found)) == bool(flipped))
 
 
+@pytest.mark.parametrize("encoder", ["squeezeformer", "zipformer"])
+@pytest.mark.parametrize("samples", [3_000, 10_000])
+def test_gradients_of_blocks_at_lower_rates_stand_where_their_frames_are(encoder: str, samples: int) -> None:
+    """A frame of a block at rate r has the same gradient in r neighbouring frames of 20 ms, also in audio of few frames."""
+    model = make(f"{encoder}-debug").eval()
+    found = gradients(model, torch.randn(1, samples), model.alphabet.spell("A"))
+    rates = model.hubert.encoder.block_rates
+    assert max(rates) > 1
+    for block, rate in enumerate(rates, start=1):
+        row = found[str(block)][0]
+        for start in range(0, len(row), rate):
+            assert bool((row[start : start + rate] == row[start]).all())
+        assert len(row[::rate].unique()) > len(row[::rate]) / 2  # and others in others
+
+
 def follow_the_diagonal(model: Any, letters: int, backwards: bool) -> None:
     """Make the decoder attend to the frames one after the other, as a trained one does: from the end, if its encoder is turned."""
     cross = model.head.layers[0].cross_attn

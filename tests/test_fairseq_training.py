@@ -103,6 +103,9 @@ def test_it_trains_reports_and_writes_a_checkpoint_that_loads(data: Path, tmp_pa
     model = hubert_eff.load(tmp_path / "run" / "checkpoint_last.pt")
     assert model.num_classes == (CLASSES + 4,) and model.config.label_rate == 100 and model.config.normalize
     assert (tmp_path / "run" / ".hydra" / "config.yaml").is_file()
+    saved = (tmp_path / "run" / "checkpoint_last.pt").read_bytes()
+    assert b"fairseq_plugins" in saved  # the configuration is there, without the folders of this machine
+    assert str(tmp_path).encode() not in saved and str(data.parent).encode() not in saved and str(ROOT).encode() not in saved
 
 
 @pytest.mark.long

@@ -96,6 +96,8 @@ def gradients(model: Recognizer, wav: Tensor, labels: Sequence[int], head: str =
             handle.remove()
     frames = encoded.size(1)
     names = ["input", *map(str, range(len(tapped)))]
+    block_rates = model.hubert.encoder.block_rates
+    rates = dict(zip(names, [1, block_rates[0], *block_rates], strict=True))  # what enters block 1 has its rate
     rows: dict[str, list[Tensor]] = {name: [] for name in names}
     with progress("letters", len(labels)) as advance:
         for score in scores:
@@ -105,8 +107,7 @@ def gradients(model: Recognizer, wav: Tensor, labels: Sequence[int], head: str =
                     grad = grad[0, : frames * FRAME_STRIDE]
                     grad = torch.nn.functional.pad(grad, (0, frames * FRAME_STRIDE - len(grad))).view(1, frames, FRAME_STRIDE)
                 norm = torch.linalg.vector_norm(grad[0], dim=-1)  # (T',)
-                rate = -(-frames // len(norm))
-                rows[name].append(norm.repeat_interleave(rate)[:frames])
+                rows[name].append(norm.repeat_interleave(rates[name])[:frames])
             advance(1)
     return {name: torch.stack(norms).clamp(min=1e-30).log().cpu() for name, norms in rows.items()}
 

@@ -112,6 +112,11 @@ class Encoder(nn.Module):
         """The norm before the first block, or after the last one if `layer_norm_first`."""
         return nn.LayerNorm(config.encoder_embed_dim)
 
+    @property
+    def block_rates(self) -> list[int]:
+        """Frames of 20 ms per frame of each block's output."""
+        return [1] * len(self.layers)
+
     def positions(self, x: Tensor, keys: int) -> Tensor | None:
         """A positional table for x (B, T, D) and so many keys (T, or more in a stream) that all blocks share, if the encoder has one."""
         return None

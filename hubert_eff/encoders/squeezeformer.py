@@ -231,6 +231,10 @@ class SqueezeformerEncoder(Encoder):
     def kinds(self) -> Mapping[str, Kind]:
         return {**super().kinds(), "time_reduction": Kind(RATE_CHANGE), "time_recovery": Kind(RATE_CHANGE)}
 
+    @property
+    def block_rates(self) -> list[int]:
+        return [2 if self.reduce <= index < self.recover else 1 for index in range(len(self.layers))]
+
     def positions(self, x: Tensor, keys: int) -> Tensor | None:
         return relative_sinusoids(keys, x.size(2), x) if self.relative else None
 

@@ -278,6 +278,10 @@ class ZipformerEncoder(Encoder):
     def build_norm(self, config: HubertConfig) -> nn.Module:
         return BiasNorm(config.encoder_embed_dim if config.layer_norm_first else config.input_dim)
 
+    @property
+    def block_rates(self) -> list[int]:
+        return [stack.rate for stack in self.shapes for _ in range(stack.layers)]
+
     def init_weights(self) -> None:
         """Blocks are initialised as they are built: ScaledAdam relies on their scales, BERT's would undo them."""
 
