@@ -21,12 +21,9 @@ from hubert_eff.progress import progress
 from hubert_eff.recognition import load_recognizer
 from hubert_eff.recognition.recordings import read_recording
 from hubert_eff.recognition.search import decoder_scores, greedy, prefix_beam
+from hubert_eff.streaming import MODES
 
 from alignment import true_words  # isort: skip  (beside this script)
-
-MODES: dict[str, dict[str, int]] = {
-    "16-4": {"chunk_size": 16, "left_chunks": 4}, "16-inf": {"chunk_size": 16, "left_chunks": -1}, "full": {}
-}  # fmt: skip
 
 
 def main() -> None:
@@ -52,8 +49,8 @@ def main() -> None:
             for name in names:
                 wav = read_recording(Path(root) / name)
                 said.append(" ".join(word.label for word in truth[name]))
-                for mode, chunks in MODES.items():
-                    encoded, _ = model.encode(wav, **chunks)
+                for mode, (size, left) in MODES.items():
+                    encoded, _ = model.encode(wav, chunk_size=size, left_chunks=left)
                     log_probs = model.ctc_log_probs(encoded)[0]
                     found = prefix_beam(log_probs, args.beam)
                     heard.setdefault(("greedy", mode), []).append(model.alphabet.text(greedy(log_probs)))

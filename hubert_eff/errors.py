@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from collections.abc import Iterable
 
 
@@ -21,3 +22,9 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> UserError:
 def missing_extra(package: str, extra: str, purpose: str) -> UserError:
     """A `UserError` for an optional package that is not installed."""
     return UserError(f"{purpose} needs the package '{package}': pip install 'hubert-eff[{extra}]'")
+
+
+def require(package: str, extra: str, purpose: str) -> None:
+    """Raise `missing_extra` where an optional package is not installed: before the work whose result it is to show."""
+    if importlib.util.find_spec(package) is None:
+        raise missing_extra(package, extra, purpose)

@@ -350,6 +350,7 @@ def test_the_command_streams_a_preset_or_an_export(
         (["conformer-debug", wave, "--stream", "fast"], "unknown mode"),
         (["conformer-debug", wave, "--stream", "0-4"], "chunk_size=0 must be"),
         (["conformer-debug", wave, "--stream", "16-4", "--layer", "1"], "leave out --layer"),
+        (["conformer-debug", wave, "--stream", "16-4", "--window", "30"], "leave out --window"),
         ([str(tmp_path / "other.safetensors"), wave, "--stream", "16-4"], "build and train it with streaming=true"),
         (["conformer-debug+w1a1", wave, "--stream", "16-4"], "cannot stream: it is binarised"),
         (["conformer-debug", str(tmp_path / "nan.wav"), "--stream", "16-4"], "nan.wav, from 0.5 s on: 1 samples are not finite"),

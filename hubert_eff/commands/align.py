@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError, unknown
+from ..errors import UserError, require, unknown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
         raise unknown("value of --layer", args.layer, places)
     head = args.head or ("attention" if model.decoder is not None else "ctc")
     if args.out is not None:
+        require("matplotlib", "plot", "--out")
         writable(args.out)
     text = _text(args.text)
     wav = read_recording(args.audio)

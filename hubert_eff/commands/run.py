@@ -23,10 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--layer", type=int, metavar="L",
         help="this hidden state only, (T, D): 0 enters block 1, L leaves block L (default: all, (L + 1, T, D))",
     )  # fmt: skip
-    parser.add_argument("--batch", type=int, default=8, metavar="N", help="files at a time, at most (default: %(default)d)")
+    parser.add_argument("--batch", type=int, metavar="N", help="files at a time, at most (default: 8)")
     parser.add_argument(
-        "--window", type=float, default=60.0, metavar="S",
-        help="longer recordings are computed in windows of so many seconds; 0: in one piece (default: %(default)g)",
+        "--window", type=float, metavar="S",
+        help="longer recordings are computed in windows of so many seconds; 0: in one piece (default: 60)",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print what was written as JSON")
 
@@ -36,16 +36,18 @@ def run(args: argparse.Namespace) -> int:
     if args.stream is not None:
         from ..live import stream_command
 
-        if args.layer is not None:
-            raise UserError("--stream gives the last hidden state: leave out --layer")
+        for option in ("layer", "batch", "window"):
+            if getattr(args, option) is not None:
+                raise UserError(f"--stream gives the last hidden state of one stream, chunk by chunk: leave out --{option}")
         return stream_command(args.model, args.audio, args.stream, args.out, args.json)
     if args.out is None:
         raise UserError("--out is missing: name a .npz or .pt file for the features")
-    from ..extraction import CONTEXT, SUFFIXES, extract, summary
+    from ..extraction import CONTEXT, SUFFIXES, WINDOW, extract, summary
 
     if args.out.suffix not in SUFFIXES:  # before torch's half a second
         raise UserError(f"--out {args.out} must end in {' or '.join(SUFFIXES)}")
-    recordings = extract(args.model, args.audio, args.out, layer=args.layer, batch=args.batch, window=args.window)
+    given = {option: value for option in ("batch", "window") if (value := getattr(args, option)) is not None}
+    recordings = extract(args.model, args.audio, args.out, layer=args.layer, **given)
     if args.json:
         print(json.dumps(summary(recordings, args.out), indent=2))
         return 0
@@ -54,8 +56,9 @@ def run(args: argparse.Namespace) -> int:
     what = "all hidden states" if args.layer is None else f"hidden state {args.layer}"
     print(f"{args.out}: {what} of {len(recordings)} recordings, {seconds:.1f} s, {sum(r.frames for r in recordings)} frames")
     if cut:
+        window = given.get("window", WINDOW)
         print(
-            f"{cut} of them longer than {args.window:g} s: in windows with {CONTEXT:g} s of context, beyond which blocks do not see "
+            f"{cut} of them longer than {window:g} s: in windows with {CONTEXT:g} s of context, beyond which blocks do not see "
             "(--window 0: in one piece)"
         )
     return 0

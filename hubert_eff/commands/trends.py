@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, require
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
     if args.blocks < 2:
         raise UserError(f"--blocks {args.blocks} must be at least 2")
     if args.out is not None:
+        require("matplotlib", "plot", "--out")
         writable(args.out)
     records: list[Record] = _records(args.paths)
     found = alarms(records)
