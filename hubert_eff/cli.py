@@ -28,7 +28,7 @@ COMMANDS = {
     "trends": "mean and variance of every layer over training, and alarms",
     "transcribe": "texts of recordings by a fine-tuned model",
     "superb": "the ten SUPERB tasks through S3PRL: what they need, and running them",
-    "report": "costs, quality over cost and shares of time on one HTML page",
+    "report": "training curves, costs, quality over cost and shares of time on one HTML page",
 }
 
 

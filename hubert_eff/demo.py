@@ -18,6 +18,7 @@ from typing import Any
 
 from rich.table import Table
 
+from .analysis.training import read_log
 from .errors import UserError
 from .files import config_dir, write_json
 
@@ -137,15 +138,10 @@ class Demo:
 
 def best_validation(log: Path) -> dict[str, float]:
     """The figures of the validation with the lowest loss, which `checkpoint_best.pt` comes from, out of fairseq's log."""
-    runs = []
-    for line in log.read_text(encoding="utf-8").splitlines():
-        head, _, rest = line.partition("valid on 'valid' subset | ")
-        if rest and head:
-            pairs = (part.split() for part in rest.split(" | "))
-            runs.append({pair[0]: float(pair[1]) for pair in pairs if len(pair) == 2})
-    if not runs:
-        raise UserError(f"{log} holds no validation: delete the folder {log.parent} and run the command again")
-    best = min(runs, key=lambda run: run["loss"])
+    try:
+        best = read_log(log).best
+    except UserError as error:
+        raise UserError(f"{error}: delete the folder {log.parent} and run the command again") from error
     names = {
         "updates": "num_updates", "loss": "loss", "accuracy": "correct_m_0", "majority": "majority_m_0",
         "code perplexity": "code_ppl_0", "label perplexity": "label_ppl_0",

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import hubert_eff
+from hubert_eff.analysis.training import read_log
 from hubert_eff.streaming import StreamingModel
 
 pytest.importorskip("fairseq", reason="fairseq is not installed: pip install 'hubert-eff[fairseq]'")
@@ -100,6 +101,9 @@ def test_it_trains_reports_and_writes_a_checkpoint_that_loads(data: Path, tmp_pa
     record = next(line for line in done.stdout.splitlines() if "[valid]" in line)
     for key in ("valid_correct_m_0", "valid_majority_m_0", "valid_code_ppl_0", "valid_label_ppl_0", "valid_loss"):
         assert f'"{key}"' in record
+    log = read_log(tmp_path / "run" / "hydra_train.log")
+    assert [r["num_updates"] for r in log.train] == [1, 2] and log.best["correct_m_0"] >= 0
+    assert all(r["audio_per_s"] > 0 and 0.05 < r["mem_gb"] < 50 for r in log.train[1:])
     model = hubert_eff.load(tmp_path / "run" / "checkpoint_last.pt")
     assert model.num_classes == (CLASSES + 4,) and model.config.label_rate == 100 and model.config.normalize
     assert (tmp_path / "run" / ".hydra" / "config.yaml").is_file()

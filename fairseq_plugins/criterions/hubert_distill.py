@@ -19,6 +19,7 @@ from hubert_eff.quant.distill import check_teacher, codebook_divergence, hidden_
 
 from ..stopping import one_line_errors
 from .hubert_eff import HubertEffCriterion
+from .throughput import audio_seconds
 
 
 @dataclass
@@ -83,7 +84,7 @@ class HubertDistillCriterion(HubertEffCriterion):
             log[f"correct_t_{i}"], log[f"count_t_{i}"] = (ours.argmax(-1) == theirs.argmax(-1)).sum(), frames
         log.update(
             loss_kl=divergence.detach(), log_hidden_mse=distance.detach() * frames, loss=loss.detach(), ntokens=frames,
-            nsentences=sample["id"].numel(), sample_size=frames,
+            nsentences=sample["id"].numel(), sample_size=frames, audio_seconds=audio_seconds(sample),
         )  # fmt: skip
         return loss, frames, log
 

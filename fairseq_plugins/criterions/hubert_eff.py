@@ -18,6 +18,7 @@ from torch import Tensor
 from hubert_eff.errors import UserError
 
 from ..stopping import one_line_errors
+from .throughput import audio_seconds, log_throughput
 
 
 def class_counts(classes: Tensor, num_classes: int) -> Tensor:
@@ -39,7 +40,7 @@ class HubertEffCriterion(FairseqCriterion):
     Takes the keys of fairseq's `hubert` criterion. Logged per codebook i, each exact over the whole interval or validation set
     and over all ranks: `correct_m_i` masked accuracy, `majority_m_i` share of the most frequent label among masked frames (what a
     constant prediction would reach), `code_ppl_i` perplexity of the predicted classes, `label_ppl_i` that of the labels,
-    `correct_u_i` accuracy on unmasked frames; losses in bits per frame.
+    `correct_u_i` accuracy on unmasked frames; losses in bits per frame; `audio_per_s` and `mem_gb` (`throughput`).
     """
 
     def __init__(
@@ -72,7 +73,10 @@ class HubertEffCriterion(FairseqCriterion):
         for key in self.log_keys:
             if key in output:
                 log[f"log_{key}"] = float(output[key]) * sample_size
-        log.update(loss=loss.detach(), ntokens=sample_size, nsentences=sample["id"].numel(), sample_size=sample_size)
+        log.update(
+            loss=loss.detach(), ntokens=sample_size, nsentences=sample["id"].numel(), sample_size=sample_size,
+            audio_seconds=audio_seconds(sample),
+        )  # fmt: skip
         return loss, sample_size, log
 
     def label_losses(self, output: dict[str, Any]) -> tuple[Tensor, int, dict[str, Any]]:
@@ -113,6 +117,7 @@ class HubertEffCriterion(FairseqCriterion):
         total = {key: sum(log[key] for log in logging_outputs) for key in logging_outputs[0]}
         frames = max(float(total["sample_size"]), 1.0)
         metrics.log_scalar("loss", float(total["loss"]) / frames / math.log(2), frames, priority=0, round=3)
+        log_throughput(float(total["audio_seconds"]))
         for key, value in total.items():
             name, _, index = key.rpartition("_")
             if key.startswith("loss_"):

@@ -14,6 +14,8 @@ from torch import Tensor
 from hubert_eff.errors import missing_extra
 from hubert_eff.recognition.search import greedy
 
+from .throughput import audio_seconds, log_throughput
+
 
 @register_criterion("hubert_eff_asr", dataclass=FairseqDataclass)
 class HubertEffAsrCriterion(FairseqCriterion):
@@ -28,7 +30,10 @@ class HubertEffAsrCriterion(FairseqCriterion):
         output = model(targets=sample["targets"], target_lengths=sample["target_lengths"], **sample["net_input"])
         letters = int(sample["target_lengths"].sum())
         log: dict[str, Any] = {key: output[key] for key in ("loss_ctc", "loss_attention", "correct", "count") if key in output}
-        log.update(loss=output["loss"].detach(), ntokens=letters, nsentences=sample["id"].numel(), sample_size=letters)
+        log.update(
+            loss=output["loss"].detach(), ntokens=letters, nsentences=sample["id"].numel(), sample_size=letters,
+            audio_seconds=audio_seconds(sample),
+        )  # fmt: skip
         if not model.training:
             log.update(_errors(model, sample, output))
         return output["loss"], letters, log
@@ -38,6 +43,7 @@ class HubertEffAsrCriterion(FairseqCriterion):
         """Log one update or validation batch; shares are exact over any interval."""
         total = {key: float(sum(log[key] for log in logging_outputs)) for key in logging_outputs[0]}
         letters = max(total["sample_size"], 1.0)
+        log_throughput(total["audio_seconds"])
         for key in ("loss", "loss_ctc", "loss_attention"):
             if key in total:
                 metrics.log_scalar(key, total[key] / letters / math.log(2), letters, priority=0 if key == "loss" else 30, round=3)

@@ -1,4 +1,4 @@
-"""`hubert-eff report [RUN_DIR ...] --out DIR`: costs, quality over cost, shares of time and module trees on one page."""
+"""`hubert-eff report [RUN_DIR ...] --out DIR`: training curves, costs, quality over cost, shares of time, module trees on one page."""
 
 from __future__ import annotations
 
@@ -10,19 +10,25 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `hubert-eff report`."""
     parser.add_argument(
-        "folders", nargs="*", type=Path, metavar="RUN_DIR", help="folders with a result.json of a SUPERB task or a bench.json, at any depth"
-    )
+        "folders", nargs="*", type=Path, metavar="RUN_DIR",
+        help="folders with a log of training (a run's save_dir), a result.json of a SUPERB task or a bench.json, at any depth",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for report.html, its figures and tables")
     parser.add_argument("--json", action="store_true", help="print the paths written as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """Write the report and say where; returns 0."""
-    from ..profiling.page import write_report
+    from ..errors import require
+    from ..profiling.page import collect, write_report
 
-    written = write_report(args.folders, args.out)
+    require("matplotlib", "plot", "the report")
+    found = collect(args.folders)
+    written = write_report(found, args.out)
     if args.json:
         print(json.dumps({"written": [str(path) for path in written]}))
     else:
+        for training in found.runs:
+            print(training)
         print(f"{written[0]} and {len(written) - 1} files beside it")
     return 0

@@ -9,12 +9,13 @@ import json
 import math
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..analysis.training import LOG, TrainingLog, draw_curves, read_log
 from ..errors import UserError
 from ..files import replacing, writable, write_json, write_text
 from . import frontier, table1
@@ -29,8 +30,9 @@ LEAST = 1.0  # shares of time below this, in %, are summed up as the rest
 
 @dataclass
 class Findings:
-    """What the folders hold: results of SUPERB tasks, measurements, and the profiles of the models that both speak of."""
+    """What the folders hold: training runs, results of SUPERB tasks, measurements, and the profiles of the models these speak of."""
 
+    runs: list[TrainingLog] = field(default_factory=list)
     results: list[dict[str, Any]] = field(default_factory=list)
     timings: list[Timing] = field(default_factory=list)
     shares: list[Shares] = field(default_factory=list)
@@ -39,9 +41,9 @@ class Findings:
 
 
 def collect(folders: Iterable[str | os.PathLike[str]]) -> Findings:
-    """Read every result.json of a SUPERB task and every bench.json below the folders; profile their models.
+    """Read every log of training, result.json of a SUPERB task and bench.json below the folders; profile the latter's models.
 
-    Raises `UserError` for a folder that is none, or that holds neither.
+    Raises `UserError` for a folder that is none, or that holds none of them.
     """
     found = Findings()
     for folder in map(Path, folders):
@@ -49,8 +51,12 @@ def collect(folders: Iterable[str | os.PathLike[str]]) -> Findings:
             raise UserError(f"no folder at {folder}")
         results = [values for values in map(_result, sorted(folder.rglob("result.json"))) if values]
         benches = [read(path) for path in sorted(folder.rglob("bench.json"))]
-        if not results and not benches:
-            raise UserError(f"{folder} holds no result.json of a SUPERB task and no bench.json of `hubert-eff bench --out`")
+        runs = [read_log(path, str(path.parent)) for path in sorted(folder.rglob(LOG))]
+        if not results and not benches and not runs:
+            raise UserError(
+                f"{folder} holds no {LOG} of training, no result.json of a SUPERB task and no bench.json of `hubert-eff bench --out`"
+            )
+        found.runs += runs
         found.results += results
         for timings, shares in benches:
             found.timings += timings
@@ -126,14 +132,17 @@ def _scores(found: Findings) -> list[tuple[str, int | None, float]]:
     return [(upstream, None, score) for upstream, score in scores if score is not None]
 
 
-def write_report(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> list[Path]:
-    """Write report.html, report.json, cost.csv, and as SVG and PNG the figures of the tasks with results; returns the paths.
+def write_report(found: Findings, out: str | os.PathLike[str]) -> list[Path]:
+    """Write report.html, report.json, cost.csv, and as SVG and PNG the curves and the figures of the tasks with results.
 
-    The page holds everything it shows and needs no network. Raises `UserError` as `collect` does, and without matplotlib.
+    Returns the paths. The page holds everything it shows and needs no network. Raises `UserError` without matplotlib.
     """
-    found = collect(folders)
     target, rows = writable(out), table1.table1()
-    written, charts = [], []
+    written, charts, curves = [], [], []
+    for number, run in enumerate(found.runs, start=1):
+        figure = draw_curves([run])
+        curves.append((run, frontier.as_bytes(figure, "svg")))
+        written += _pictures(figure, target / f"training-{number}")
     for task, metric in QUALITIES.items():
         for cost, axis in COSTS.items():
             chart = points(found, task, cost)
@@ -144,11 +153,7 @@ def write_report(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLi
             charts.append((task, cost, svg))
             if task not in _shown_tasks(found):
                 continue
-            for kind, content in (("svg", svg), ("png", frontier.as_bytes(figure, "png"))):
-                path = target / f"frontier-{task}-{cost}.{kind}"
-                with replacing(path) as temporary:
-                    temporary.write_bytes(content)
-                written.append(path)
+            written += _pictures(figure, target / f"frontier-{task}-{cost}")
     costs = _costs(rows, found)
     table = io.StringIO()
     writer = csv.DictWriter(table, costs[0])
@@ -158,13 +163,24 @@ def write_report(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLi
         "version": __version__,
         "table1": rows,
         "models": {name: p.to_dict() for name, p in found.profiles.items()},
+        "runs": [asdict(run) for run in found.runs],
         "results": found.results,
         "left_out": found.left_out,
     }
     write_text(target / "cost.csv", table.getvalue())
     write_json(target / "report.json", values)
-    write_text(target / "report.html", _page(rows, found, charts))
+    write_text(target / "report.html", _page(rows, found, charts, curves))
     return [target / "report.html", target / "report.json", target / "cost.csv", *written]
+
+
+def _pictures(figure: Any, stem: Path) -> list[Path]:
+    written = []
+    for kind in ("svg", "png"):
+        path = stem.with_name(f"{stem.name}.{kind}")
+        with replacing(path) as temporary:
+            temporary.write_bytes(frontier.as_bytes(figure, kind))
+        written.append(path)
+    return written
 
 
 def _shown_tasks(found: Findings) -> list[str]:
@@ -198,7 +214,8 @@ tbody th { font-weight: normal; vertical-align: top; overflow-wrap: anywhere; }
 th:first-child { position: sticky; left: 0; background: #fff; }
 @media (max-width: 640px) { table { font-size: .8rem; } th, td { padding: 2px 5px; } tbody th { white-space: normal; min-width: 5.5rem; } }
 .controls { display: flex; flex-wrap: wrap; gap: 12px; } select { font: inherit; max-width: 100%; padding: 4px; }
-.chart { max-width: 100%; width: 560px; display: block; } .bar { display: flex; height: 22px; border-radius: 4px; overflow: hidden; }
+.chart { max-width: 100%; width: 560px; display: block; } .curves { width: 1100px; display: block; }
+.bar { display: flex; height: 22px; border-radius: 4px; overflow: hidden; }
 .bar span { display: block; height: 100%; }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 16px; font-size: .85rem; margin: 6px 0 14px; }
 .legend i { display: inline-block; width: 11px; height: 11px; border-radius: 2px; margin-right: 5px; }
@@ -222,11 +239,17 @@ COLOURS = (
 REST = "#c9ced6"
 
 
-def _page(rows: Sequence[dict[str, Any]], found: Findings, charts: Sequence[tuple[str, str, bytes]]) -> str:
+def _page(
+    rows: Sequence[dict[str, Any]],
+    found: Findings,
+    charts: Sequence[tuple[str, str, bytes]],
+    curves: Sequence[tuple[TrainingLog, bytes]],
+) -> str:
     left_out = "".join(f"<p class=soft>Left out: {escape(text)}</p>" for text in found.left_out)
     body = [
         "<h1>What the models cost, and what they are worth</h1>",
         f"<p class=soft>hubert-eff {escape(__version__)}. Counts are of 10 s of audio; times are estimated unless they say measured.</p>",
+        *(["<h2>Training</h2>", *(_curves(run, svg) for run, svg in curves)] if curves else []),
         "<h2>Cost</h2>", _cost_table(rows), _found_table(found), left_out,
         "<h2>Quality over cost</h2>", _charts(found, charts),
         "<h2>Where the time goes (measured)</h2>", _shares(found),
@@ -283,6 +306,14 @@ def _found_table(found: Findings) -> str:
     return caption + _table(("model", "storage MB", "file MB", *table1.HEADINGS[1:], "params"), groups)
 
 
+def _curves(run: TrainingLog, svg: bytes) -> str:
+    return f"<p>{escape(str(run))}</p><div class=wide><img class=curves alt='curves of {escape(run.name)}' src='{_image(svg)}'></div>"
+
+
+def _image(svg: bytes) -> str:
+    return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
+
+
 def _charts(found: Findings, charts: Sequence[tuple[str, str, bytes]]) -> str:
     first = _shown_tasks(found)[0]
     tasks = "".join(
@@ -292,7 +323,7 @@ def _charts(found: Findings, charts: Sequence[tuple[str, str, bytes]]) -> str:
     costs = "".join(f"<option value={cost}>{escape(axis)}</option>" for cost, axis in COSTS.items())
     images = "".join(
         f"<figure id={task}-{cost} style='margin:12px 0'><img class=chart alt='{escape(QUALITIES[task].title)} over {escape(COSTS[cost])}' "
-        f"src='data:image/svg+xml;base64,{base64.b64encode(svg).decode()}'></figure>"
+        f"src='{_image(svg)}'></figure>"
         for task, cost, svg in charts
     )
     return (
