@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,42 @@ def read_fairseq(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not isinstance(content.get("model"), Mapping):
         raise UserError(f"{file} is no checkpoint of a model: {hint}")
     return content
+
+
+def last_checkpoints(folder: str | os.PathLike[str], count: int) -> list[Path]:
+    """The last `count` checkpoints that a run saved at intervals, checkpoint_EPOCH_UPDATE.pt in its save_dir, the oldest first.
+
+    Raises `UserError` where there are fewer.
+    """
+    if count < 1:
+        raise UserError(f"{count} checkpoints cannot be averaged: give at least 1")
+    found = {int(match[1]): file for file in Path(folder).glob("checkpoint_*_*.pt") if (match := re.search(r"_(\d+)\.pt$", file.name))}
+    if len(found) < count:
+        raise UserError(
+            f"{folder} holds {len(found)} checkpoints named checkpoint_EPOCH_UPDATE.pt, not {count}: give a run's save_dir, trained with "
+            f"checkpoint.save_interval_updates=N checkpoint.keep_interval_updates={count}"
+        )
+    return [found[update] for update in sorted(found)[-count:]]
+
+
+def average(paths: Sequence[str | os.PathLike[str]]) -> HubertModel:
+    """A model whose weights are the means of those of several checkpoints of one run, in eval mode; counters are those of the last.
+
+    Raises `UserError` as `load` does, and for checkpoints of different models.
+    """
+    *others, last = paths
+    model = load(last)
+    state = model.state_dict()
+    sums = {key: value.double() for key, value in state.items() if value.is_floating_point()}
+    for path in others:
+        other = load(path)
+        if other.config != model.config or other.num_classes != model.num_classes:
+            raise UserError(f"{path} and {last} are not of one run: their models differ")
+        for key, value in other.state_dict().items():
+            if key in sums:
+                sums[key] += value
+    model.load_state_dict({**state, **{key: (total / len(paths)).to(state[key].dtype) for key, total in sums.items()}})
+    return model
 
 
 def updates_of(path: str | os.PathLike[str]) -> int:

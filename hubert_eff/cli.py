@@ -11,13 +11,14 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from .errors import UserError
+from .errors import StepFailed, UserError
 
 COMMANDS = {
     "doctor": "versions, known breakages of this environment and the fix for each",
     "demo": "corpus, labels, pre-training, keyword spotting and profile, on a small synthetic corpus",
     "corpus": "make a small synthetic speech corpus offline",
     "manifest": "check a folder of audio, convert it once to 16 kHz mono, write train.tsv and valid.tsv",
+    "recipe": "the two phases of pre-training, from recordings to an export, or what they would need",
     "binarize-recipe": "train at one bit in stages, W32A32 -> W1A2 -> W1A1, each taught by the one before",
     "labels": "k-means labels from MFCC or from a layer of a checkpoint; their quality",
     "profile": "parameters, storage and operations of a preset or a checkpoint; the paper's Table 1",
@@ -77,6 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"hubert-eff {args.command}: {error}", file=sys.stderr)
         return 2
+    except StepFailed as failure:
+        print(f"hubert-eff {args.command}: {failure}", file=sys.stderr)
+        return failure.code
     except BrokenPipeError:
         sys.stderr.close()
         return 0

@@ -5,83 +5,25 @@ Each step runs as a command of its own and is kept when it has succeeded, so tha
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import json
-import os
-import shlex
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from .analysis.training import read_log
-from .errors import UserError
 from .files import config_dir, write_json
+from .steps import Steps, best_validation, plugin_dir
 
 CLUSTERS = 50
 UNTRAINED = "conformer-debug@0"
 
 
-def plugin_dir() -> Path:
-    """The folder to give fairseq as `common.user_dir`."""
-    spec = importlib.util.find_spec("fairseq_plugins")
-    if spec is None or spec.origin is None:
-        raise UserError("the package fairseq_plugins is not installed: pip install 'hubert-eff[all]'")
-    return Path(spec.origin).parent
-
-
-def say(text: str) -> None:
-    """Progress goes to stderr; stdout is for the figures."""
-    print(text, file=sys.stderr, flush=True)
-
-
-def command_line(*words: object) -> list[str]:
-    """A command line; the first word is a program beside this Python, or `python`."""
-    name, *rest = [str(w) for w in words]
-    program = Path(sys.executable) if name == "python" else Path(sys.executable).parent / name
-    if not program.exists():
-        raise UserError(f"{name} is not installed beside {sys.executable}: pip install 'hubert-eff[all]', then hubert-eff doctor")
-    return [str(program), *rest]
-
-
-def quiet_environment() -> dict[str, str]:
-    """For commands that train: models as small as the debug ones gain nothing from threads, which spin when other work shares the cores."""
-    return {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
-
-
-class Demo:
+class Demo(Steps):
     """Runs the steps into one folder."""
 
     def __init__(self, out: Path) -> None:
-        self.out = out.resolve()
+        super().__init__(out)
         self.checkpoint = self.out / "pretrain" / "checkpoint_best.pt"
-
-    def step(self, title: str, *words: object) -> float:
-        """Run a command unless it has succeeded before with the same words; returns its seconds."""
-        shown = shlex.join(str(w) for w in words)
-        record = self.out / "steps" / f"{hashlib.sha256(shown.encode()).hexdigest()[:16]}.json"
-        if record.is_file():
-            say(f"\n== {title} (done before)\n$ {shown}")
-            return float(json.loads(record.read_text())["seconds"])
-        say(f"\n== {title}\n$ {shown}")
-        start = time.monotonic()
-        code = subprocess.run(command_line(*words), check=False, env=quiet_environment(), stdout=sys.stderr).returncode
-        if code:
-            raise UserError(f"the step '{title}' failed with exit code {code}; its messages are above")
-        seconds = time.monotonic() - start
-        write_json(record, {"title": title, "command": shown, "seconds": round(seconds, 1)})
-        return seconds
-
-    def figures(self, *words: object) -> Any:
-        """The JSON that a command prints."""
-        done = subprocess.run(command_line(*words, "--json"), check=False, stdout=subprocess.PIPE, text=True)
-        if done.returncode:
-            raise UserError(f"{shlex.join(str(w) for w in words)} failed with exit code {done.returncode}")
-        return json.loads(done.stdout)
 
     def run(self) -> dict[str, Any]:
         """All steps; returns the figures."""
@@ -134,19 +76,6 @@ class Demo:
         }
         write_json(out / "summary.json", results)
         return results
-
-
-def best_validation(log: Path) -> dict[str, float]:
-    """The figures of the validation with the lowest loss, which `checkpoint_best.pt` comes from, out of fairseq's log."""
-    try:
-        best = read_log(log).best
-    except UserError as error:
-        raise UserError(f"{error}: delete the folder {log.parent} and run the command again") from error
-    names = {
-        "updates": "num_updates", "loss": "loss", "accuracy": "correct_m_0", "majority": "majority_m_0",
-        "code perplexity": "code_ppl_0", "label perplexity": "label_ppl_0",
-    }  # fmt: skip
-    return {name: best[key] for name, key in names.items()}
 
 
 def table(results: dict[str, Any], out: Path) -> Table:

@@ -1,4 +1,4 @@
-"""The one error that users are meant to see: what is wrong, where, and what to do."""
+"""Errors that users are meant to see: what is wrong, where, and what to do."""
 
 from __future__ import annotations
 
@@ -9,6 +9,14 @@ from collections.abc import Iterable
 
 class UserError(ValueError):
     """Bad input. The command line prints its message as one line and exits with code 2."""
+
+
+class StepFailed(Exception):
+    """A command of a longer job that ended with an exit code other than 0, which becomes the job's own."""
+
+    def __init__(self, title: str, code: int) -> None:
+        super().__init__(f"the step '{title}' ended with exit code {code}; its messages are above, and the same command goes on there")
+        self.code = code
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> UserError:

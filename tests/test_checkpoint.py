@@ -12,6 +12,8 @@ import pytest
 import torch
 
 import hubert_eff
+from hubert_eff.checkpoint import average, last_checkpoints
+from hubert_eff.cli import main
 from hubert_eff.errors import UserError
 
 SIZES = {
@@ -150,3 +152,25 @@ def test_core_imports_neither_fairseq_nor_s3prl() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_mean_of_the_last_checkpoints(tmp_path: Path) -> None:
+    models = [hubert_eff.build("fusionformer-debug") for _ in range(3)]
+    for model, name in zip(models, ("checkpoint_2_900", "checkpoint_3_1000", "checkpoint_1_100")):
+        values = {**model.config.to_dict(), "_name": "hubert_fusionformer"}
+        torch.save({"cfg": {"model": values, "task": {}}, "model": model.state_dict()}, tmp_path / f"{name}.pt")
+    (tmp_path / "checkpoint_last.pt").write_bytes(b"not read")
+    files = last_checkpoints(tmp_path, 2)
+    assert [file.name for file in files] == ["checkpoint_2_900.pt", "checkpoint_3_1000.pt"]
+    mean = average(files).state_dict()
+    for key, value in mean.items():
+        one, two = (model.state_dict()[key] for model in models[:2])
+        torch.testing.assert_close(value, (one + two) / 2 if value.is_floating_point() else two)
+    assert main(["export", str(tmp_path), "--average", "2", "--out", str(tmp_path / "mean.safetensors")]) == 0
+    read = hubert_eff.load(tmp_path / "mean.safetensors").state_dict()
+    assert all(torch.equal(read[key], mean[key]) for key in read)
+    with pytest.raises(UserError, match="holds 3 checkpoints named checkpoint_EPOCH_UPDATE.pt, not 4"):
+        last_checkpoints(tmp_path, 4)
+    hubert_eff.export(hubert_eff.build("conformer-debug"), tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match="are not of one run"):
+        average([tmp_path / "other.safetensors", files[0]])

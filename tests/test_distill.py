@@ -12,14 +12,14 @@ import torch
 from torch import nn
 
 import hubert_eff
-from hubert_eff import recipe as recipes
-from hubert_eff.errors import UserError
+from hubert_eff import binarize_recipe as recipes
+from hubert_eff.binarize_recipe import Recipe
+from hubert_eff.errors import StepFailed, UserError
 from hubert_eff.model import HubertModel
 from hubert_eff.quant import Quantizer
 from hubert_eff.quant.distill import check_teacher, codebook_divergence, hidden_distances, start_from
 from hubert_eff.quant.functional import FLOOR
 from hubert_eff.quant.monitor import Monitor, scales
-from hubert_eff.recipe import Recipe
 from hubert_eff.registry import encoder_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -228,7 +228,7 @@ class FakeRuns:
         self.stages: list[str] = []
         self.commands: list[list[str]] = []
         self.failing = ""
-        monkeypatch.setattr(recipes, "_run", self.run)
+        monkeypatch.setattr(recipes, "run_command", self.run)
 
     def run(self, words: list[str]) -> int:
         (target,) = [Path(word.partition("=")[2]) for word in words if word.startswith("checkpoint.save_dir=")]
@@ -248,8 +248,8 @@ def make(folder: Path, **keys: Any) -> Recipe:
 
 def test_recipe_chains_the_stages(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = FakeRuns(monkeypatch)
-    figures, code = make(folder, updates=[3, 2, 1], policy="paper", overrides=["dataset.num_workers=0"]).run()
-    assert code == 0 and runs.stages == list(figures) == ["float", "w1a2", "w1a1"]
+    figures = make(folder, updates=[3, 2, 1], policy="paper", overrides=["dataset.num_workers=0"]).run()
+    assert runs.stages == list(figures) == ["float", "w1a2", "w1a1"]
     assert figures["w1a1"]["accuracy"] == 0.4 and figures["w1a1"]["updates"] == 5
     first, second, third = (set(words) for words in runs.commands)
     assert {"debug", "optimization.max_update=3"} <= first and not any("teacher" in word for word in first)
@@ -262,11 +262,12 @@ def test_recipe_chains_the_stages(folder: Path, monkeypatch: pytest.MonkeyPatch)
 def test_recipe_goes_on_at_the_stage_it_stopped_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = FakeRuns(monkeypatch)
     runs.failing = "w1a2"
-    figures, code = make(folder).run()
-    assert code == 143 and list(figures) == ["float"]
+    with pytest.raises(StepFailed, match="'w1a2' ended with exit code 143") as failure:
+        make(folder).run()
+    assert failure.value.code == 143
     runs.stages, runs.failing = [], ""
-    figures, code = make(folder).run()
-    assert code == 0 and runs.stages == ["w1a2", "w1a1"] and list(figures) == ["float", "w1a2", "w1a1"]
+    figures = make(folder).run()
+    assert runs.stages == ["w1a2", "w1a1"] and list(figures) == ["float", "w1a2", "w1a1"]
     with pytest.raises(UserError, match="policy=default, not paper: take another --out"):
         make(folder, policy="paper").run()
 

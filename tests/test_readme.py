@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from hubert_eff import cli, demo
+from hubert_eff import cli, steps
 
 from .conftest import FSDD, ROOT
 
@@ -70,7 +70,7 @@ def test_commands_run(tmp_path: Path) -> None:
             program = ["bash", "-euo", "pipefail", "-c"] if language == "bash" else [sys.executable, "-c"]
             done = subprocess.run([*program, body], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
             assert done.returncode == 0, f"{body}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    best = demo.best_validation(tmp_path / "runs" / "digits" / "pretrain" / "hydra_train.log")
+    best = steps.best_validation(tmp_path / "runs" / "digits" / "pretrain" / "hydra_train.log")
     assert best["accuracy"] > 1.5 * best["majority"]
 
 

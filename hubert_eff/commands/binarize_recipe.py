@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ..recipe import Recipe
+from ..binarize_recipe import Recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,9 +33,7 @@ def run(args: argparse.Namespace) -> int:
         str(args.data.resolve()), str(args.labels.resolve()), str(args.out.resolve()), args.config,
         str(args.teacher.resolve()) if args.teacher else None, args.updates, args.policy, args.set,
     )  # fmt: skip
-    done, code = recipe.run()
-    if code:
-        return code
+    done = recipe.run()
     if args.json:
         print(json.dumps(done, indent=2))
         return 0

@@ -12,6 +12,7 @@ from ..errors import UserError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `hubert-eff export`."""
     parser.add_argument("model", metavar="CHECKPOINT|PRESET", help="a checkpoint, an export, or a preset (with random weights)")
+    parser.add_argument("--average", type=int, metavar="N", help="the mean of the last N checkpoints of a run: CHECKPOINT is its save_dir")
     parser.add_argument("--out", type=Path, metavar="FILE", help="model.safetensors; its model card is written beside it, model.md")
     parser.add_argument(
         "--onnx", type=Path, metavar="FILE",
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the file and its card, and say how large it is."""
     from ..card import write_card
+    from ..checkpoint import average, last_checkpoints
     from ..exporting import export, is_export, read_metadata
     from ..files import writable
     from ..onnx_export import export_onnx, require_onnx, require_onnx_form
@@ -50,7 +52,11 @@ def run(args: argparse.Namespace) -> int:
             writable(path.parent)
     if args.onnx is not None:
         require_onnx()
-    model, name = resolve(args.model, args.policy)
+    if args.average is None:
+        model, name = resolve(args.model, args.policy)
+    else:
+        files = last_checkpoints(args.model, args.average)
+        model, name = average(files), f"mean of {', '.join(file.name for file in files)}"
     if args.onnx is not None:
         require_onnx_form(model)  # before --out is written
     said = {}

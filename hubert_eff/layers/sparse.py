@@ -256,7 +256,7 @@ class _Recomputed(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, segments: list[Segment], dropout: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        kind = q.device.type
+        kind = "cpu" if q.is_meta else q.device.type  # meta tensors know no autocast
         ctx.random = torch.get_rng_state(), *get_device_states(q)
         ctx.precision = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
         out = torch.empty_like(q)

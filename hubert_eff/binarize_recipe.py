@@ -8,10 +8,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import signal
-import subprocess
-import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,13 +17,13 @@ import yaml
 
 from .checkpoint import load
 from .config import HubertConfig
-from .demo import best_validation, command_line, plugin_dir, quiet_environment, say
-from .errors import UserError, unknown
+from .errors import StepFailed, UserError, unknown
 from .files import config_dir, write_json, write_text
 from .model import HubertModel
 from .quant.distill import check_teacher, start_from
 from .quant.policy import POLICIES, read_policy
 from .registry import get_encoder
+from .steps import best_validation, plugin_dir, run_command, say
 
 STAGES = ("float", "w1a2", "w1a1")
 SET_HERE = (  # keys of the configurations that the recipe itself decides
@@ -138,10 +134,10 @@ class Recipe:
         """What a stage leaves behind: its checkpoint with the lowest validation loss."""
         return Path(self.out) / stage / "checkpoint_best.pt"
 
-    def run(self) -> tuple[dict[str, Any], int]:
-        """Run the stages that have not ended; the figures of all, and the exit code of the last one that ran.
+    def run(self) -> dict[str, Any]:
+        """Run the stages that have not ended; the figures of all.
 
-        Raises `UserError` for bad input, and if `out` holds a recipe with other settings.
+        Raises `UserError` for bad input, and if `out` holds a recipe with other settings, and `StepFailed`.
         """
         self.policy = read_policy(self.policy).text
         self.check()
@@ -163,24 +159,9 @@ class Recipe:
                 continue
             write_json(record, {"settings": settings, "done": done})
             (Path(self.out) / stage).mkdir(parents=True, exist_ok=True)
-            code = _run(words)
+            code = run_command(words)
             if code:
-                say(f"hubert-eff binarize-recipe: the stage {stage} ended with exit code {code}; the same command goes on there")
-                return done, code
+                raise StepFailed(stage, code)
             done[stage] = {**best_validation(Path(self.out) / stage / "train.log"), "checkpoint": str(self.checkpoint(stage))}
             write_json(record, {"settings": settings, "done": done})
-        return done, 0
-
-
-def _run(words: Sequence[str]) -> int:
-    """Run a command; a SIGTERM is handed on to it, so that it saves. Its exit code."""
-    child = subprocess.Popen(command_line(*words), env=quiet_environment(), stdout=sys.stderr)
-    before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
-    try:
-        code = child.wait()
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        if child.poll() is None:
-            child.terminate()
-            child.wait()
-    return code if code >= 0 else 128 - code
+        return done

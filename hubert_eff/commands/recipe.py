@@ -1,0 +1,75 @@
+"""`hubert-eff recipe SPEECH --config NAME --out DIR`: the paper's two phases of pre-training, from recordings to an export."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("speech", type=Path, metavar="SPEECH", help="folder of recordings, such as LibriSpeech as it was unpacked")
+    parser.add_argument("--config", required=True, metavar="NAME", help="pretrain/NAME.yaml in configs, such as conformer_s")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where everything goes")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the commands and what they need, and stop")
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="of this machine; the batch is that of 32 GPUs (default: 1)")
+    parser.add_argument(
+        "--updates", type=int, nargs=2, default=(), metavar=("N1", "N2"), help="of the two phases (default: the file's, and 2.4 times)"
+    )
+    parser.add_argument(
+        "--clusters", type=int, nargs=2, default=(100, 500), metavar=("K1", "K2"), help="of the two phases' labels (default: 100 500)"
+    )
+    parser.add_argument("--layer", type=int, metavar="L", help="of phase 1's model, whose output is clustered (default: the middle one)")
+    parser.add_argument("--folder-level", type=int, default=1, metavar="N", help="which names the speaker (default: 1; LibriSpeech: 2)")
+    parser.add_argument("--valid-percent", type=float, default=1.0, metavar="P", help="share of the audio in valid (default: %(default)g)")
+    parser.add_argument("--fit-hours", type=float, default=10.0, metavar="H", help="that k-means learns from (default: %(default)g)")
+    parser.add_argument("--superb", type=Path, metavar="DIR", help="SUPERB's data: evaluate the ten tasks at the end")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other keys of the configuration, for both phases")
+    parser.add_argument("--device", default="a100", help="whose rates a dry run takes: in configs/device, or a file (default: %(default)s)")
+    parser.add_argument("--mfu", type=float, metavar="SHARE", help="of that device's peak a dry run assumes (default: 0.05)")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the steps that have not ended, or say what they are."""
+    from ..pretraining import Pretraining
+    from ..profiling.needs import MFU
+
+    recipe = Pretraining(
+        args.speech, args.out, args.config, args.gpus, tuple(args.updates), tuple(args.clusters), args.layer, args.folder_level,
+        args.valid_percent, args.fit_hours, args.superb, args.set,
+    )  # fmt: skip
+    found = recipe.dry_run(args.device, MFU if args.mfu is None else args.mfu) if args.dry_run else recipe.run()
+    if args.json:
+        print(json.dumps(found, indent=2))
+    elif args.dry_run:
+        _plan(found)
+    else:
+        for name, best in found["phases"].items():
+            accuracy = f"{best['correct_m_0']:.1%} (most frequent label: {best['majority_m_0']:.1%})"
+            print(f"{name}: masked accuracy, valid {accuracy}, at update {best['num_updates']:.0f}")
+        print(found["model"])
+    return 0
+
+
+def _plan(found: dict[str, Any]) -> None:
+    from ..profiling.report import plain_table, show
+
+    for step in found["steps"]:
+        print(f"# {step['title']}{' (done before)' if step['done'] else ''}\n{shlex.join(step['command'])}\n")
+    table = plain_table(
+        "", "parameters", "updates", "hours of audio", "PFLOP", "GPU-hours", "GB of each GPU, at least", "GB per checkpoint"
+    )  # fmt: skip
+    for number, needs in enumerate(found["phases"], start=1):
+        hours = needs["updates"] * needs["audio_seconds_per_update"] / 3600
+        table.add_row(
+            f"phase {number}", f"{needs['params']:,}", f"{needs['updates']:,}", f"{hours:,.0f}", f"{needs['pflop']:,.1f}",
+            f"{needs['gpu_hours']:,.1f}", f"{needs['gpu_gb']:.1f}", f"{needs['checkpoint_gb']:.2f}",
+        )  # fmt: skip
+    show(table)
+    disk = ", ".join(f"{what} {size:.2f}" for what, size in found["disk_gb"].items())
+    print(f"disk, GB: {sum(found['disk_gb'].values()):.2f} ({disk}); free {found['disk_free_gb']:.0f}")
+    print(f"Estimated, not measured: GPU-hours at {found['mfu']:.0%} of {found['device']}'s peak. Nothing was run.")

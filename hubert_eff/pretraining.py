@@ -1,0 +1,234 @@
+"""The recipe of a paper's model from a folder of recordings to an export: two phases of pre-training, each on labels of its own.
+
+    manifest -> MFCC labels -> phase 1 -> labels of one of its layers -> phase 2 -> mean of the last checkpoints -> export (-> SUPERB)
+
+Every step is a command that a user could type. A step that has ended is not run again, and one that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from .analysis.training import LOG, read_log
+from .config import SAMPLE_RATE
+from .errors import UserError, unknown
+from .files import config_dir, writable
+from .labels.audio import DIRECT_SUFFIXES, SUFFIXES
+from .model import HubertModel
+from .profiling.needs import config_of, training_needs
+from .steps import Steps, command_line, plugin_dir, say
+
+PAPER_GPUS = 32  # "Attention or Convolution", section 4.1: the batch is that of 32 GPUs
+PAPER_UPDATES = (250_000, 600_000)  # of its two phases
+AVERAGED = 5  # checkpoints
+PROBED = 100  # recordings whose headers a dry run reads
+SET_HERE = {"common.user_dir", "task.data", "task.label_dir", "task.label_rate", "checkpoint.save_dir", "optimization.max_update"}
+Command = tuple[str, tuple[object, ...]]  # title, words
+
+
+@dataclass
+class Pretraining:
+    """What to train on what. `updates`: of the two phases (default: the configuration's, and 2.4 times as many, as in the paper);
+    `clusters`: of their labels; `layer`: of phase 1's model (default: the middle one); `superb`: folder of SUPERB's data."""
+
+    speech: Path
+    out: Path
+    config: str
+    gpus: int = 1
+    updates: tuple[int, ...] = ()
+    clusters: tuple[int, int] = (100, 500)
+    layer: int | None = None
+    folder_level: int = 1
+    valid_percent: float = 1.0
+    fit_hours: float = 10.0
+    superb: Path | None = None
+    overrides: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        known = sorted(path.stem for path in (config_dir() / "pretrain").glob("*.yaml"))
+        if self.config not in known:
+            raise unknown("configuration", self.config, known)
+        if not self.speech.exists():
+            raise UserError(f"{self.speech} is not there: name the folder of recordings, such as LibriSpeech as it was unpacked")
+        if self.gpus < 1 or min(self.clusters) < 2 or any(n < 1 for n in self.updates) or len(self.updates) not in (0, 2):
+            raise UserError("--gpus and both --updates must be at least 1, both --clusters at least 2")
+        self.written = self._written()
+        with torch.device("meta"):
+            depth = len(HubertModel(config_of(self.written)).encoder.layers)
+        self.layer = depth // 2 if self.layer is None else self.layer
+        if not 0 <= self.layer <= depth:
+            raise UserError(f"--layer {self.layer} is not there: the encoder of {self.config} has blocks 1 to {depth}")
+        if not self.updates:
+            first = int(self.written["optimization"]["max_update"])
+            self.updates = (first, round(first * PAPER_UPDATES[1] / PAPER_UPDATES[0]))
+        self.speech, self.out = self.speech.resolve(), self.out.resolve()
+        self.superb = self.superb.resolve() if self.superb else None
+
+    def _written(self) -> dict[str, Any]:
+        """The configuration with the user's overrides."""
+        written: dict[str, Any] = yaml.safe_load((config_dir() / "pretrain" / f"{self.config}.yaml").read_text(encoding="utf-8"))
+        for override in self.overrides:
+            name, equals, value = override.partition("=")
+            section, _, key = name.lstrip("+~").partition(".")
+            if not equals or not key:
+                raise UserError(f"--set {override}: expected SECTION.KEY=VALUE, such as dataset.max_tokens=1400000")
+            if f"{section}.{key}" in SET_HERE:
+                raise UserError(f"--set {override}: the recipe decides {section}.{key} itself")
+            if section not in written or key not in written[section]:
+                raise unknown(f"key of {self.config}.yaml", f"{section}.{key}", (f"{s}.{k}" for s in written for k in written[s] or ()))
+            written[section][key] = yaml.safe_load(value)
+        return written
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the configuration is one for a CPU, whose batch is that of one process."""
+        return bool(self.written["common"].get("cpu"))
+
+    # -- the commands ------------------------------------------------------------------------------------------------
+
+    def commands(self) -> list[Command]:
+        """The steps in order."""
+        out, data = self.out, self.out / "data"
+        first, second = out / "labels-mfcc", out / "labels-layer"
+        fit = ("--fit-hours", f"{self.fit_hours:g}")
+        found: list[Command] = [
+            (
+                "Check the audio, split it",
+                ("hubert-eff", "manifest", self.speech, "--out", data, "--folder-level", self.folder_level, "--valid-percent",
+                 f"{self.valid_percent:g}"),
+            ),
+            (
+                "Labels of phase 1: k-means on MFCC",
+                ("hubert-eff", "labels", data, "--out", first, "--features", "mfcc", "--clusters", self.clusters[0], *fit),
+            ),
+            ("Phase 1", self._training(1, first)),
+            (
+                "Labels of phase 2: k-means on a layer of phase 1's model",
+                ("hubert-eff", "labels", data, "--out", second, "--checkpoint", out / "phase1" / "checkpoint_last.pt", "--layer",
+                 self.layer, "--clusters", self.clusters[1], *fit),
+            ),
+            ("Phase 2", self._training(2, second)),
+            (
+                "The mean of the last checkpoints, as one file",
+                ("hubert-eff", "export", out / "phase2", "--average", AVERAGED, "--out", out / "model.safetensors"),
+            ),
+        ]  # fmt: skip
+        if self.superb:
+            upstream = ("--upstream", out / "model.safetensors", "--data", self.superb, "--out", out / "superb")
+            found.append(("SUPERB's ten tasks", ("hubert-eff", "superb", "run", "--task", "all", *upstream)))
+            found.append(("Their table", ("hubert-eff", "superb", "report", out / "superb", "--out", out / "superb-report")))
+        return found
+
+    def _training(self, phase: int, labels: Path) -> tuple[object, ...]:
+        updates = self.updates[phase - 1]
+        words = [
+            "fairseq-hydra-train", "--config-dir", config_dir() / "pretrain", "--config-name", self.config,
+            f"common.user_dir={plugin_dir()}", f"task.data={self.out / 'data'}", f"task.label_dir={labels}",
+            f"task.label_rate={(100, 50)[phase - 1]}", f"checkpoint.save_dir={self.out / f'phase{phase}'}",
+            f"optimization.max_update={updates}",
+        ]  # fmt: skip
+        before, schedule = int(self.written["optimization"]["max_update"]), self.written["lr_scheduler"]
+        if updates != before and "warmup_updates" in schedule:
+            words.append(f"lr_scheduler.warmup_updates={round(schedule['warmup_updates'] * updates / before)}")  # the same share
+        if self._accumulated() != self.written["optimization"]["update_freq"][0]:
+            words.append(f"optimization.update_freq=[{self._accumulated()}]")
+        if phase == 2:
+            words.append(f"checkpoint.keep_interval_updates={AVERAGED}")
+        return (*words, *self.overrides)
+
+    def _accumulated(self) -> int:
+        if self.on_cpu or any(override.startswith("optimization.update_freq=") for override in self.overrides):
+            return int(self.written["optimization"]["update_freq"][0])
+        return max(1, round(PAPER_GPUS / self.gpus))
+
+    def run(self) -> dict[str, Any]:
+        """Run the steps that have not ended; the figures of both phases. Raises `StepFailed`."""
+        self.check()
+        steps = Steps(self.out)
+        for title, words in self.commands():
+            steps.step(title, *words)
+        phases = {f"phase {n}": read_log(self.out / f"phase{n}" / LOG).best for n in (1, 2)}
+        return {"phases": phases, "model": str(self.out / "model.safetensors")}
+
+    # -- before anything runs ----------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raise `UserError` for what would only fail in a later step."""
+        for program in ("fairseq-hydra-train", "hubert-eff"):
+            command_line(program)
+        if self.superb:
+            if not self.superb.is_dir():
+                raise UserError(f"--superb {self.superb} is no folder: give the one that holds SUPERB's data sets")
+            if importlib.util.find_spec("s3prl") is None:
+                raise UserError("--superb needs the package 's3prl': pip install 'hubert-eff[superb]'")
+        writable(self.out)
+
+    def dry_run(self, device: str, mfu: float) -> dict[str, Any]:
+        """Check everything, and say what the steps are and what they need: hours of speech, GPU-hours, memory, disk, 10^9 bytes.
+
+        `device`, `mfu`: see `profiling.needs`. Raises `UserError` as `check`, for a folder without recordings, and for too small a disk.
+        """
+        self.check()
+        speech = look_at(self.speech)
+        steps = Steps(self.out)
+        phases = []
+        for clusters, updates, rate in zip(self.clusters, self.updates, (100, 50), strict=True):
+            sections = {"optimization": {"max_update": updates, "update_freq": [self._accumulated()]}, "task": {"label_rate": rate}}
+            phase = {name: {**values, **sections.get(name, {})} for name, values in self.written.items() if isinstance(values, Mapping)}
+            phases.append(training_needs(phase, clusters, 1 if self.on_cpu else self.gpus, device, mfu))
+        kept = 2 + int(self.written["checkpoint"]["keep_interval_updates"]), 2 + AVERAGED  # last, best
+        width = int(self.written["model"]["encoder_embed_dim"])
+        fitted = min(self.fit_hours, speech["hours"]) * 3600
+        disk = {
+            "converted audio": speech["convert_hours"] * 3600 * SAMPLE_RATE * 2 * 0.6e-9,  # FLAC takes about 0.6 of 16-bit samples
+            "labels": sum(
+                speech["hours"] * 3600 * rate * (len(str(k - 1)) + 1) * 1e-9 for k, rate in zip(self.clusters, (100, 50), strict=True)
+            ),
+            "features while k-means runs": fitted * max(100 * 39, 50 * width) * 4e-9,
+            "checkpoints": sum(n * phase.checkpoint_gb for n, phase in zip(kept, phases, strict=True)),
+        }
+        free = shutil.disk_usage(self.out).free / 1e9
+        total = sum(disk.values())
+        if total > free:
+            raise UserError(f"{self.out} has {free:.1f} GB free, and about {total:.1f} GB are needed: {', '.join(_sizes(disk))}")
+        return {
+            "config": self.config, "speech": speech, "device": device, "mfu": mfu, "gpus": self.gpus,
+            "phases": [vars(phase) for phase in phases], "disk_gb": disk, "disk_free_gb": free,
+            "steps": [
+                {"title": title, "command": [str(word) for word in words], "done": steps.done(*words)} for title, words in self.commands()
+            ],
+        }  # fmt: skip
+
+
+def _sizes(disk: Mapping[str, float]) -> list[str]:
+    return [f"{what} {size:.2f}" for what, size in disk.items()]
+
+
+def look_at(speech: Path) -> dict[str, Any]:
+    """How many recordings, and how many hours about, of which how many are to be converted: by the headers of some, evenly spread."""
+    import soundfile
+
+    files = sorted((p for p in speech.rglob("*") if p.suffix.lower() in SUFFIXES), key=str) if speech.is_dir() else []
+    if not files:
+        raise UserError(f"{speech} holds no recording ({', '.join(sorted(SUFFIXES))})")
+    seconds, foreign = 0.0, 0.0
+    probed = files[:: max(1, len(files) // PROBED)]
+    for file in probed:
+        try:
+            info = soundfile.info(str(file))
+        except (soundfile.SoundFileError, OSError):
+            continue  # `manifest` will name it
+        seconds += info.duration
+        if (info.samplerate, info.channels) != (SAMPLE_RATE, 1) or file.suffix not in DIRECT_SUFFIXES:
+            foreign += info.duration
+    scale = len(files) / len(probed) / 3600
+    say(f"{speech}: {len(files)} recordings, about {seconds * scale:.1f} h, by the headers of {len(probed)}")
+    return {"recordings": len(files), "hours": seconds * scale, "convert_hours": foreign * scale}

@@ -1,0 +1,128 @@
+"""The recipe from recordings to an export: its commands, what a dry run finds out beforehand, and one small run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import yaml
+
+import hubert_eff
+from hubert_eff.cli import main
+from hubert_eff.files import config_dir
+from hubert_eff.pretraining import Pretraining
+from hubert_eff.profiling.needs import kept_bytes, training_needs
+from hubert_eff.registry import preset_config
+
+pytest.importorskip("fairseq", reason="fairseq is not installed: pip install 'hubert-eff[fairseq]'")
+
+
+@pytest.fixture(scope="module")
+def speech(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four speakers, sixteen recordings of two seconds."""
+    folder = tmp_path_factory.mktemp("speech")
+    draw = np.random.default_rng(0)
+    for speaker in range(4):
+        (folder / f"s{speaker}").mkdir()
+        for number in range(4):
+            soundfile.write(folder / f"s{speaker}" / f"{number}.flac", 0.1 * draw.standard_normal(32_000), 16_000)
+    return folder
+
+
+def test_commands_of_the_papers_recipe(speech: Path, tmp_path: Path) -> None:
+    commands = [words for _, words in Pretraining(speech, tmp_path, "conformer_s", gpus=8).commands()]
+    assert [words[0] for words in commands] == [*("hubert-eff", "hubert-eff", "fairseq-hydra-train") * 2][:3] + [
+        "hubert-eff", "fairseq-hydra-train", "hubert-eff"
+    ]  # fmt: skip
+    first, second = ({str(word) for word in commands[i]} for i in (2, 4))
+    assert {"optimization.max_update=250000", "task.label_rate=100", "optimization.update_freq=[4]"} <= first
+    assert {"optimization.max_update=600000", "task.label_rate=50", "lr_scheduler.warmup_updates=48000"} <= second
+    assert f"task.label_dir={tmp_path / 'labels-layer'}" in second and "checkpoint.keep_interval_updates=5" in second
+    assert commands[3][commands[3].index("--layer") + 1] == 8 and commands[3][commands[3].index("--clusters") + 1] == 500
+    alone = [str(w) for _, words in Pretraining(speech, tmp_path, "debug", updates=(5, 6)).commands() for w in words]
+    assert not any(word.startswith("optimization.update_freq") for word in alone)  # the batch of a configuration for a CPU is its own
+
+
+def test_needs_follow_batch_updates_and_device() -> None:
+    written = yaml.safe_load((config_dir() / "pretrain" / "conformer_s.yaml").read_text())
+    alone = training_needs(written, 100, 1, "a100", 0.1)
+    joint = training_needs(written, 100, 8, "a100", 0.2)
+    assert alone.audio_seconds_per_update == 2 * 250_000 / 16_000 and joint.audio_seconds_per_update == 8 * alone.audio_seconds_per_update
+    assert joint.pflop == pytest.approx(8 * alone.pflop) and joint.gpu_hours == pytest.approx(4 * alone.gpu_hours)
+    macs = hubert_eff.profile("conformer-s", seconds=250_000 / 16_000).macs
+    assert alone.pflop == pytest.approx(6 * macs * 2 * 250_000 / 1e15, rel=0.02)  # positions are cut otherwise on a CPU
+    assert alone.gpu_hours == pytest.approx(alone.pflop * 1e15 / (312e12 * 0.1) / 3600)
+    assert 1.2 < alone.gpu_gb < 10
+
+
+@pytest.mark.parametrize("preset", ["transformer-debug", "sparseformer-debug", "zipformer-debug"])
+def test_activations_are_those_that_autograd_keeps(preset: str) -> None:
+    """Of one linear layer more, the input and the output's gradient path: counted on real tensors it is no less than on meta ones."""
+    config = preset_config(preset)
+    short, long = kept_bytes(config, 16_000), kept_bytes(config, 48_000)
+    assert 2 < long / short < 4.5
+    deeper = preset_config(preset, **({} if preset.startswith("zipformer") else {"encoder_layers": 4}))
+    if deeper != config:
+        block = (kept_bytes(deeper, 48_000) - long) / 2
+        frames, dim, ffn = 149, config.encoder_embed_dim, config.encoder_ffn_embed_dim
+        least = 4 * frames * (6 * dim + 2 * ffn)  # queries, keys, values, their mix, two norms' inputs, the feed-forward module's two sides
+        assert least <= block < 6 * least
+    assert not torch.is_grad_enabled() or long > 0
+
+
+def test_dry_run_says_what_is_needed(speech: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["recipe", str(speech), "--config", "conformer_s", "--out", str(tmp_path), "--gpus", "4", "--dry-run"]
+    assert main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["speech"]["recordings"] == 16 and found["speech"]["hours"] == pytest.approx(32 / 3600)
+    assert not found["speech"]["convert_hours"]
+    assert len(found["phases"]) == 2 and found["phases"][1]["gpu_hours"] > found["phases"][0]["gpu_hours"] > 1
+    assert found["disk_gb"]["checkpoints"] > 0.5 and not any(step["done"] for step in found["steps"])
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "GPU-hours" in out and "fairseq-hydra-train" in out and "Estimated, not measured" in out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--config", "conformer_x"], "unknown configuration 'conformer_x'"),
+        (["--layer", "3"], "has blocks 1 to 2"),
+        (["--gpus", "0"], "must be at least 1"),
+        (["--mfu", "1.5"], "at most 1"),
+        (["--set", "task.data=x"], "the recipe decides task.data itself"),
+        (["--set", "dataset.max_token=4"], "did you mean 'dataset.max_tokens'"),
+        (["--set", "model.encoder_embed_dim=63"], "does not divide"),
+        (["--superb", "nowhere"], "nowhere is no folder"),
+        (["--device", "tpu"], "unknown device"),
+    ],
+)
+def test_bad_input_is_one_line(change: list[str], message: str, speech: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipe", str(speech), "--config", "debug", "--out", str(tmp_path / "out"), "--dry-run", *change]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert message in error and error.startswith("hubert-eff recipe: ")
+
+
+def test_folders_without_recordings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder, message in ((tmp_path, "holds no recording"), (tmp_path / "none", "is not there")):
+        assert main(["recipe", str(folder), "--config", "debug", "--out", str(tmp_path / "out"), "--dry-run"]) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_a_small_run_from_recordings_to_an_export(speech: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "recipe", str(speech), "--config", "debug", "--out", str(tmp_path / "out"), "--updates", "6", "10", "--clusters", "8", "12",
+        "--valid-percent", "25", "--set", "dataset.max_tokens=64000", "checkpoint.save_interval_updates=2", "dataset.num_workers=0",
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    assert "phase 2: masked accuracy, valid" in capsys.readouterr().out
+    model = hubert_eff.load(tmp_path / "out" / "model.safetensors")
+    assert model.config.label_rate == 50 and len(list((tmp_path / "out" / "phase2").glob("checkpoint_*_*.pt"))) == 5
+    assert main([*arguments, "--dry-run", "--json"]) == 0
+    assert all(step["done"] for step in json.loads(capsys.readouterr().out)["steps"])
