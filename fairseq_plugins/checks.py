@@ -70,11 +70,14 @@ def _spread(total: int, limit: int) -> list[int]:
     return sorted({i * total // limit for i in range(limit)}) if total > limit else list(range(total))
 
 
-def check_audio(manifest: Manifest, sample_rate: int) -> None:
-    """Every file (at most `MAX_FILES`, evenly spread) exists; a few have the sample rate and length that the manifest implies."""
+def check_audio(manifest: Manifest, sample_rate: int, skip: bool = False) -> None:
+    """Every file (at most `MAX_FILES`, evenly spread) exists; a few have the sample rate and length that the manifest implies.
+
+    With `skip`, as task.bad_audio=skip, only a wrong sample rate, or that all files are missing, is an error: training names the others.
+    """
     chosen = _spread(len(manifest.names), MAX_FILES)
     missing = [i for i in chosen if not os.path.exists(manifest.root / manifest.names[i].split(".zip:")[0]) and not _in_zip(manifest, i)]
-    if missing:
+    if len(missing) > (len(chosen) - 1 if skip else 0):
         raise UserError(
             f"{manifest.path}: {len(missing)} of {len(chosen)} audio files are missing under {manifest.root}, first "
             f"{manifest.names[missing[0]]}: correct the root in the first line, or make the manifest again"
@@ -84,12 +87,14 @@ def check_audio(manifest: Manifest, sample_rate: int) -> None:
         try:
             info = soundfile.info(str(file))
         except soundfile.SoundFileError as error:
+            if skip:
+                continue
             raise UserError(f"{file} cannot be read as audio ({error}): make the manifest again") from error
         if info.samplerate != sample_rate:
             raise UserError(
                 f"{file} has {info.samplerate} Hz, not task.sample_rate={sample_rate}: make the manifest with `hubert-eff manifest`"
             )
-        if info.frames != manifest.samples[i]:
+        if info.frames != manifest.samples[i] and not skip:
             raise UserError(
                 f"{file} has {info.frames} samples, not {manifest.samples[i]} as {manifest.path} says: make the manifest again"
             )
@@ -173,6 +178,7 @@ def check_split(
     dictionaries: Sequence[Dictionary],
     shortest: int | None,
     longest: int | None,
+    skip: bool,
 ) -> None:
     """All checks of one split. Raises `UserError` for the first that fails."""
     manifest = read_manifest(data / f"{split}.tsv")
@@ -180,4 +186,4 @@ def check_split(
     check_rate_record(label_dir, label_rate)
     for name, dictionary in zip(labels, dictionaries):
         check_labels(manifest, label_dir / f"{split}.{name}", label_rate, dictionary, label_dir / f"dict.{name}.txt")
-    check_audio(manifest, sample_rate)
+    check_audio(manifest, sample_rate, skip)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -34,10 +35,27 @@ def obey_parent_only() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
+def read_checked(read: Callable[[], Tensor], file: str, samples: int) -> Tensor | str:
+    """What `read` returns, audio (S,); or what is wrong with the file: it cannot be read, has another length, holds NaN.
+
+    Returned rather than raised: an error of a loading process reaches the training process as the text of a traceback.
+    """
+    try:
+        wav = read()
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file can fail anywhere in the reader
+        return f"{file} cannot be read as audio ({' '.join(str(error).split())})"
+    if len(wav) != samples:
+        return f"{file} has {len(wav)} samples, not {samples} as its manifest says"
+    return wav if bool(torch.isfinite(wav).all()) else f"{file} holds samples that are not finite"
+
+
 class SeededHubertDataset(HubertDataset):
     """`HubertDataset` whose batches and crops depend only on (seed, epoch, utterances), so that a resumed run repeats them.
 
-    Batches carry `net_input["sample_ids"]` (B,), the utterances' numbers, which seed their masks.
+    Batches carry `net_input["sample_ids"]` (B,), the utterances' numbers, which seed their masks; and, where a file cannot be read, the
+    lines that say so as `unreadable`. The batch is then without it; if it was the last one, `unreadable` is all there is.
     """
 
     def __init__(self, *args: Any, seed: int, **kwargs: Any) -> None:
@@ -56,7 +74,11 @@ class SeededHubertDataset(HubertDataset):
         if not self._shielded and get_worker_info() is not None:
             obey_parent_only()
             self._shielded = True
-        return super().__getitem__(index)
+        file = os.path.join(self.audio_root, self.audio_names[index])
+        wav = read_checked(lambda: self.get_audio(index), file, self.sizes[index])
+        if isinstance(wav, str):
+            return {"id": index, "source": None, "unreadable": wav}
+        return {"id": index, "source": wav, "label_list": self.get_labels(index)}
 
     def ordered_indices(self) -> np.ndarray:
         """Longest first, ties in random order; the same in all epochs, so that a run resumed in a later one forms the same batches."""
@@ -73,6 +95,8 @@ class SeededHubertDataset(HubertDataset):
             batch["net_input"]["sample_ids"] = batch["id"]
             if self.pad_audio:
                 self._pad_unlabelled(batch["net_input"]["padding_mask"], batch["target_lengths_list"])
+        if faults := [sample["unreadable"] for sample in samples if sample["source"] is None]:
+            batch["unreadable"] = faults
         return batch
 
     def _pad_unlabelled(self, padding_mask: Tensor, lengths: list[Tensor]) -> None:

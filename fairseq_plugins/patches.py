@@ -9,14 +9,18 @@ import os
 import pickle
 import shutil
 import sys
+import tempfile
 import typing
 from collections import defaultdict
-from typing import Any, NoReturn
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, BinaryIO, NoReturn
 
 import torch
 import torch.distributed as dist
 from fairseq import checkpoint_utils
 from fairseq.data import Dictionary
+from fairseq.data.iterators import EpochBatchIterator
 from fairseq.dataclass import utils as dataclass_utils
 from fairseq.distributed import utils as distributed_utils
 from fairseq.file_io import PathManager
@@ -28,6 +32,7 @@ from omegaconf.errors import OmegaConfBaseException
 from omegaconf.nodes import AnyNode
 
 from hubert_eff.errors import UserError, unknown
+from hubert_eff.files import writable
 
 from . import stopping
 
@@ -39,13 +44,18 @@ def apply() -> None:
     allow_checkpoint_classes()
     name_bad_keys()
     name_bad_checkpoints()
-    copy_atomically()
+    write_whole_checkpoints()
+    refuse_bad_save_dir()
     save_no_paths()
     stop_on_infinite_gradient()
     wrap_models_on_cpu()
     gather_on_cpu()
+    count_batches_over_ranks()
+    leave_out_empty_batches()
     if stopping.in_training_run():
         save_on_sigterm()
+        leave_finished_runs()
+        logging.raiseExceptions = False  # a log file on a full disk is no reason for a traceback per line
 
 
 def allow_checkpoint_classes() -> None:
@@ -109,18 +119,74 @@ def name_bad_checkpoints() -> None:
     checkpoint_utils.load_checkpoint_to_cpu = load
 
 
-def copy_atomically() -> None:
-    """fairseq copies onto checkpoint_last.pt in place: a kill in between leaves it truncated, and the run cannot resume."""
-    original = PathManager.copy
+def write_whole_checkpoints() -> None:
+    """A checkpoint's name always stands for a whole file, also when the process is killed or the disk is full.
+
+    fairseq copies onto checkpoint_last.pt in place: a kill in between leaves it truncated. When writing fails it tries twice again, behind
+    the half that is written, and ends in a traceback; here one line says why, and the half is removed. A checkpoint under a second name,
+    such as checkpoint_last.pt, is the same file: it takes no room, and is there if the first is.
+    """
+    save_remote, copy_remote = checkpoint_utils.torch_persistent_save, PathManager.copy
+
+    def save(content: Any, path: str, async_write: bool = False) -> None:
+        if async_write or not PathManager.supports_rename(path):  # remote storage
+            return save_remote(content, path, async_write)
+        with _replacing(path) as file:
+            torch.save(content, file)
 
     def copy(src_path: str, dst_path: str, overwrite: bool = False) -> Any:
-        if not PathManager.supports_rename(dst_path):  # remote storage
-            return original(src_path, dst_path, overwrite)
-        shutil.copyfile(src_path, f"{dst_path}.tmp")
-        os.replace(f"{dst_path}.tmp", dst_path)
+        if not PathManager.supports_rename(dst_path):
+            return copy_remote(src_path, dst_path, overwrite)
+        temporary = f"{dst_path}.tmp"
+        with suppress(FileNotFoundError):  # of a run that was killed
+            os.remove(temporary)
+        try:
+            os.link(src_path, temporary)
+        except OSError:  # not every file system can
+            with open(src_path, "rb") as source, _replacing(dst_path) as file:
+                shutil.copyfileobj(source, file, 1 << 20)
+        else:
+            os.replace(temporary, dst_path)
         return True
 
-    PathManager.copy = staticmethod(copy)
+    checkpoint_utils.torch_persistent_save, PathManager.copy = save, staticmethod(copy)
+
+
+@contextmanager
+def _replacing(path: str) -> Iterator[BinaryIO]:
+    """A file to write to that becomes `path` when all is written, and on the disk."""
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # else the name may reach the disk before the content, and a power failure leaves it empty
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch turns what the file says into a RuntimeError
+        with suppress(OSError):
+            os.remove(temporary)
+        if not stopping.in_training_run():
+            raise
+        cause = next((e for e in (error, error.__context__) if isinstance(e, OSError)), None)
+        reason = cause.strerror if cause else " ".join(str(error).split())[:200]
+        stopping.end_run(
+            f"stopped: {path} cannot be written ({reason}). What was saved before is whole: make room, and the same command goes on "
+            "from there", 1,
+        )  # fmt: skip
+
+
+def refuse_bad_save_dir() -> None:
+    """A folder for checkpoints that cannot be written to ends in a traceback; one line names it."""
+
+    @stopping.one_line_errors()
+    def verify(save_dir: str) -> None:
+        try:
+            with tempfile.TemporaryFile(dir=writable(save_dir)):
+                pass
+        except OSError as error:
+            raise UserError(f"checkpoint.save_dir={save_dir} cannot be written to ({error.strerror}): give another folder") from error
+
+    checkpoint_utils.verify_checkpoint_directory = verify
 
 
 def save_no_paths() -> None:
@@ -183,6 +249,77 @@ def gather_on_cpu() -> None:
         return original(data, group, max_size)
 
     distributed_utils.all_gather_list = gather
+
+
+def count_batches_over_ranks() -> None:
+    """A checkpoint holds how many batches each rank has had of the epoch; on another number of ranks that is another place in it.
+
+    Left as it is, 2 ranks -> 1 trains on half of the epoch's batches again, and 1 -> 2 leaves as many out, or fails past the end.
+    """
+    save, load = EpochBatchIterator.state_dict, EpochBatchIterator.load_state_dict
+
+    def state_dict(self: EpochBatchIterator) -> dict[str, Any]:
+        return {**save(self), "num_shards": self.num_shards}
+
+    def load_state_dict(self: EpochBatchIterator, state: dict[str, Any]) -> None:
+        before, now = state.get("num_shards", self.num_shards), self.num_shards
+        if before != now:
+            seen = state["iterations_in_epoch"] * before
+            state = {**state, "iterations_in_epoch": seen // now}
+            if self.shard_id == 0:
+                again = f", the last {seen % now} once more" if seen % now else ""
+                order = "; dataset.grouped_shuffling puts them in another order now" if self.grouped_shuffling and seen else ""
+                logger.warning(
+                    f"{now} rank(s) go on from a checkpoint of {before}: in epoch {state['epoch']}, {seen} of {len(self.frozen_batches)} "
+                    f"batches are done, the others follow{again}{order}. optimization.update_freq times {before}/{now} keeps the number of "
+                    "batches per update"
+                )
+        load(self, state)
+
+    EpochBatchIterator.state_dict, EpochBatchIterator.load_state_dict = state_dict, load_state_dict
+
+
+def leave_out_empty_batches() -> None:
+    """A rank that has no batch while others have takes a stand-in, whose loss is multiplied by 0. Let it count for nothing at all.
+
+    fairseq goes by the last batch of an update: with update_freq > 1 it takes all of the rank's batches, or none, for stand-ins. Here each
+    is marked `ignored`, and the task leaves it out (`SafeTask.train_step`). A batch with no readable file is one of these.
+    """
+    prepare, reset = Trainer._prepare_sample, Trainer.reset_dummy_batch
+
+    def _prepare_sample(self: Trainer, sample: Any, is_dummy: bool = False) -> Any:
+        if is_dummy or not hasattr(self.task, "note_unreadable"):
+            return prepare(self, sample, is_dummy)
+        if sample and "net_input" in sample:
+            return prepare(self, sample)
+        if sample:
+            self.task.note_empty(sample, first=self._dummy_batch == "DUMMY")
+        stand_in, _ = prepare(self, {})
+        return {**stand_in, "ignored": True, "unreadable": []}, False
+
+    def reset_dummy_batch(self: Trainer, batch: Any) -> None:
+        if hasattr(self.task, "note_unreadable") and isinstance(batch, dict):
+            self.task.note_unreadable(batch)
+            batch = batch if "net_input" in batch else "DUMMY"  # the first batch that is read becomes the stand-in
+        reset(self, batch)
+
+    Trainer._prepare_sample, Trainer.reset_dummy_batch = _prepare_sample, reset_dummy_batch
+
+
+def leave_finished_runs() -> None:
+    """fairseq looks whether a run is done after an update only: one that was finished, started again, makes one more."""
+    import fairseq_cli.train as training
+
+    original = training.train
+
+    def train(cfg: Any, trainer: Trainer, *rest: Any) -> Any:
+        done, wanted = trainer.get_num_updates(), cfg.optimization.max_update or 0
+        if 0 < wanted <= done:
+            logger.info(f"nothing left to do: {done} updates are made, optimization.max_update={wanted}")
+            return [None], True
+        return original(cfg, trainer, *rest)
+
+    training.train = train
 
 
 def save_on_sigterm() -> None:

@@ -24,7 +24,7 @@ from hubert_eff.recognition.alphabet import BLANK, BOUNDARY, Alphabet, frames_ne
 from hubert_eff.recognition.model import too_long
 
 from .checks import Manifest
-from .dataset import obey_parent_only
+from .dataset import obey_parent_only, read_checked
 
 
 def read_transcripts(manifest: Manifest, label_dir: Path, labels: str) -> tuple[list[str], Path]:
@@ -88,7 +88,8 @@ def at_speed(wav: Tensor, factor: float) -> Tensor:
 class TranscribedDataset(FairseqDataset):
     """Utterances of `shortest` to `longest` samples, each epoch at a speed drawn from `speeds` by (seed, epoch, utterance).
 
-    Batches: `id` (B,), `net_input` of `source` (B, S), `padding_mask` (B, S), `sample_ids`, `targets` (B, U) and `target_lengths` (B,).
+    Batches: `id` (B,), `net_input` of `source` (B, S), `padding_mask` (B, S), `sample_ids`, `targets` (B, U) and `target_lengths` (B,);
+    `unreadable` as in `SeededHubertDataset`.
     """
 
     def __init__(
@@ -131,12 +132,19 @@ class TranscribedDataset(FairseqDataset):
             self._shielded = True
         number = self.kept[index]
         path = str(self.manifest.root / self.manifest.names[number])
-        wav = torch.from_numpy(get_features_or_waveform(path, need_waveform=True)).float()
+        wav = read_checked(lambda: torch.from_numpy(get_features_or_waveform(path, need_waveform=True)).float(), path, self.size(index))
+        if isinstance(wav, str):
+            return {"id": index, "source": None, "unreadable": wav}
         rng = np.random.default_rng((self.seed, int(self._epoch), index))
         return {"id": index, "source": at_speed(wav, float(rng.choice(self.speeds))), "target": self.spelled[number]}
 
     def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """A batch, padded on the right."""
+        faults = [s["unreadable"] for s in samples if s["source"] is None]
+        batch = self._collate([s for s in samples if s["source"] is not None])
+        return {**batch, "unreadable": faults} if faults else batch
+
+    def _collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         if not samples:
             return {}
         lengths = torch.tensor([len(s["source"]) for s in samples])

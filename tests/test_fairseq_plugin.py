@@ -438,12 +438,13 @@ def test_a_copy_is_never_seen_half_written(tmp_path: Path, monkeypatch: pytest.M
     source, target = tmp_path / "a.pt", tmp_path / "b.pt"
     source.write_text("new"), target.write_text("old")
 
-    def killed(src: str, dst: str) -> None:
-        Path(dst).write_text("n")
+    def killed(src: Any, dst: Any, length: int) -> None:
+        dst.write(b"n")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("shutil.copyfile", killed)
+        patched.setattr("os.link", mock.Mock(side_effect=OSError))  # where the file system has no links
+        patched.setattr("shutil.copyfileobj", killed)
         with pytest.raises(KeyboardInterrupt):
             PathManager.copy(str(source), str(target), overwrite=True)
     assert target.read_text() == "old"

@@ -18,11 +18,11 @@ from hubert_eff.recognition.checkpoint import NAMES
 from .. import checks
 from ..stopping import one_line_errors
 from ..transcripts import TranscribedDataset, check_transcripts, read_transcripts
-from .safe import SafeTask, TrendsConfig, check_run
+from .safe import SafeConfig, SafeTask, check_run
 
 
 @dataclass
-class HubertEffFinetuningConfig(TrendsConfig):
+class HubertEffFinetuningConfig(SafeConfig):
     """Keys of `task`."""
 
     data: str = field(default="", metadata={"help": "directory of SPLIT.tsv and parts.tsv, as `hubert-eff manifest` writes them"})
@@ -104,5 +104,5 @@ class HubertEffFinetuningTask(SafeTask, FairseqTask):
         limits = cfg.min_sample_size or 0, cfg.max_sample_size or max(manifest.samples)
         assert self.alphabet is not None
         spelled = check_transcripts(texts, source, manifest, self.alphabet, self.model.hubert.num_frames, max(speeds), *limits)
-        checks.check_audio(manifest, cfg.sample_rate)
+        checks.check_audio(manifest, cfg.sample_rate, cfg.bad_audio == "skip")
         self.datasets[split] = TranscribedDataset(manifest, spelled, speeds, *limits, cfg.seed, training)

@@ -26,13 +26,13 @@ from hubert_eff.registry import list_encoders
 from .. import checks
 from ..dataset import SeededHubertDataset
 from ..stopping import one_line_errors
-from .safe import SafeTask, TrendsConfig, check_run
+from .safe import SafeConfig, SafeTask, check_run
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class HubertEffPretrainingConfig(TrendsConfig, HubertPretrainingConfig):
+class HubertEffPretrainingConfig(SafeConfig, HubertPretrainingConfig):
     """Keys of fairseq's `hubert_pretraining`, and what the checks need to know of the run."""
 
     seed: int = field(default=II("common.seed"), metadata={"help": "seed of batches and crops"})
@@ -102,7 +102,7 @@ class HubertEffPretrainingTask(SafeTask, HubertPretrainingTask):
         cfg, label_dir = self.cfg, Path(self.get_label_dir())
         checks.check_split(
             Path(cfg.data), label_dir, split, cfg.labels, cfg.label_rate, cfg.sample_rate, self.dictionaries,
-            cfg.min_sample_size, cfg.max_keep_size,
+            cfg.min_sample_size, cfg.max_keep_size, cfg.bad_audio == "skip",
         )  # fmt: skip
         self.datasets[split] = SeededHubertDataset(
             str(Path(cfg.data) / f"{split}.tsv"),

@@ -1,9 +1,10 @@
-"""What all tasks of the plug-in share: layer trends, an end in one line on a loss that is not finite, a checkpoint on SIGTERM."""
+"""What all tasks of the plug-in share: files that cannot be read, a loss that is not finite, a checkpoint on SIGTERM, layer trends."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,17 +16,25 @@ from torch import distributed as dist
 
 from hubert_eff.analysis.layer_trends import LayerTrends, Record, TrendLog, look
 from hubert_eff.errors import UserError, unknown
+from hubert_eff.layers.norm import left_out
 
 from .. import stopping
 from ..stopping import one_line_errors
 
+logger = logging.getLogger(__name__)
+
 TREND_INPUTS = ("gaussian", "batch")
+BAD_AUDIO = ("stop", "skip")
+MAX_EMPTY = 10  # batches in a row without a readable file, after which task.bad_audio=skip stops as well
 
 
 @dataclass
-class TrendsConfig(FairseqDataclass):
-    """Keys of `task` for layer trends."""
+class SafeConfig(FairseqDataclass):
+    """Keys of `task` for files that cannot be read, and for layer trends."""
 
+    bad_audio: str = field(
+        default="stop", metadata={"help": "a file that cannot be read, or is not what the manifest says: stop, or skip it, naming it once"}
+    )
     trends_interval: int = field(default=0, metadata={"help": "updates between two records of layer trends in the save_dir; 0: none"})
     trends_input: str = field(
         default="gaussian", metadata={"help": "measured on gaussian input, through the encoder in eval mode, or on the training batch"}
@@ -34,12 +43,17 @@ class TrendsConfig(FairseqDataclass):
 
 
 class SafeTask:
-    """Mixed in before a fairseq task whose configuration includes `TrendsConfig`."""
+    """Mixed in before a fairseq task whose configuration includes `SafeConfig`."""
 
     cfg: Any
     last_batch: Tensor
     trends: TrendLog | None = None
     looked_at = -1  # the update of the last record
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.unreadable: set[str] = set()  # what is wrong with each file that was left out
+        self.empty = 0  # batches in a row of which no file could be read
 
     def begin_epoch(self, epoch: int, model: Any) -> None:
         """From the first update on SIGTERM saves; before it there is nothing to save."""
@@ -47,13 +61,17 @@ class SafeTask:
 
     @one_line_errors()
     def train_step(self, sample: Any, model: Any, criterion: Any, optimizer: Any, update_num: int, ignore_grad: bool = False) -> Any:
-        """Forward and backward; ends the run if the loss is not finite."""
-        self.last_batch = sample["id"]
-        with self._record(model, update_num) as losses:
-            loss, sample_size, log = super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad)  # type: ignore[misc]
+        """Forward and backward; ends the run if the loss is not finite. A batch that is marked `ignored` counts for nothing."""
+        self.note_unreadable(sample)
+        self.last_batch, ignored = sample["id"], sample.get("ignored", False)
+        self.empty = self.empty if ignored else 0
+        with self._record(model, update_num) as losses, left_out() if ignored else nullcontext():
+            loss, sample_size, log = super().train_step(  # type: ignore[misc]
+                sample, model, criterion, optimizer, update_num, ignore_grad or ignored
+            )
             losses.append(loss.detach() / max(int(sample_size), 1))
         self.check_finite("the loss", loss, update_num)
-        return loss, sample_size, log
+        return (loss, *_emptied(sample_size, log)) if ignored else (loss, sample_size, log)
 
     @contextmanager
     def _record(self, model: Any, update_num: int) -> Iterator[list[Tensor]]:
@@ -79,10 +97,29 @@ class SafeTask:
         """Forward; ends the run if the loss is not finite, leaves the validation if a stop was asked for."""
         if stopping.requested():
             raise stopping.StopRequested
+        self.note_unreadable(sample)
         self.last_batch = sample["id"]
         loss, sample_size, log = super().valid_step(sample, model, criterion)  # type: ignore[misc]
         self.check_finite("the validation loss", loss, model.num_updates)
-        return loss, sample_size, log
+        return (loss, *_emptied(sample_size, log)) if sample.get("ignored") else (loss, sample_size, log)
+
+    @one_line_errors()
+    def note_unreadable(self, sample: dict[str, Any]) -> None:
+        """Of what a batch says it lacks: end the run, or name each file once, as task.bad_audio says."""
+        for line in sample.get("unreadable", ()):
+            if self.cfg.bad_audio == "stop":
+                raise UserError(f"{line}: make the manifest again, or leave out such files with task.bad_audio=skip")
+            if line not in self.unreadable:
+                self.unreadable.add(line)
+                logger.warning(f"left out, as task.bad_audio=skip: {line} ({len(self.unreadable)} so far)")
+
+    @one_line_errors()
+    def note_empty(self, sample: dict[str, Any], first: bool) -> None:
+        """Of a batch of which no file could be read: end the run if it is the `first`, or one of too many, as of a disk that is gone."""
+        self.note_unreadable(sample)
+        self.empty += 1
+        if first or self.empty >= MAX_EMPTY:
+            raise UserError(f"{self.empty} batch(es) in a row without a file that can be read, the last one {sample['unreadable'][-1]}")
 
     def check_finite(self, what: str, value: Tensor, update_num: int) -> None:
         """End the run if `value` is not finite, naming the update and the batch."""
@@ -95,12 +132,19 @@ class SafeTask:
             )
 
 
+def _emptied(sample_size: Any, log: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Sample size and log of a batch that counts for nothing."""
+    return sample_size * 0, {key: value * 0 for key, value in log.items()}
+
+
 def check_run(cfg: Any) -> None:
-    """Raise `UserError` where half precision is asked for and no GPU is in use, or layer trends that cannot be taken."""
+    """Raise `UserError` for half precision where no GPU is in use, layer trends that cannot be taken, or an unknown `bad_audio`."""
     if cfg.trends_interval < 0:
         raise UserError(f"task.trends_interval={cfg.trends_interval} must be 0 (no layer trends) or more")
     if cfg.trends_input not in TREND_INPUTS:
         raise unknown("value of task.trends_input", cfg.trends_input, TREND_INPUTS)
+    if cfg.bad_audio not in BAD_AUDIO:
+        raise unknown("value of task.bad_audio", cfg.bad_audio, BAD_AUDIO)
     if (cfg.fp16 or cfg.amp) and (cfg.cpu or not torch.cuda.is_available()):
         key = "fp16" if cfg.fp16 else "amp"
         raise UserError(f"common.{key}=true needs a GPU and none is in use: add common.{key}=false (CPUs train in float32 or bf16)")

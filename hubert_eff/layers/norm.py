@@ -13,6 +13,7 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 _tracking = True
+_counted = True
 
 
 @contextmanager
@@ -28,6 +29,17 @@ def _untracked() -> Iterator[None]:
 def once_tracked() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Contexts of `torch.utils.checkpoint`: running statistics are updated in the forward pass, not again when it is recomputed."""
     return nullcontext(), _untracked()
+
+
+@contextmanager
+def left_out() -> Iterator[None]:
+    """Within it a batch counts for nothing in the statistics, of this process and of the others: it stands in for one that is not there."""
+    global _counted
+    _counted = False
+    try:
+        yield
+    finally:
+        _counted = True
 
 
 class NoNorm(nn.Module):
@@ -69,18 +81,21 @@ class MaskedBatchNorm(nn.BatchNorm1d):
                 return packed.new_zeros(rows.shape).index_copy(0, index, packed).view_as(x)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         weight = (wide.new_ones(x.shape[:2]) if valid is None else valid.to(wide.dtype)).unsqueeze(-1)
+        if joint and not _counted:
+            weight = torch.zeros_like(weight)
         total = torch.cat(((wide * weight).sum((0, 1)), weight.sum().view(1)))
         total = _sum_over_processes(total) if joint else total
         count = total[-1].detach().clamp(min=1.0)
         mean = total[:-1] / count
         square = ((wide - mean).square() * weight).sum((0, 1))
         variance = (_sum_over_processes(square) if joint else square) / count
-        self._track(mean.detach(), variance.detach() * count / (count - 1).clamp(min=1.0))
+        if joint or _counted:
+            self._track(mean.detach(), variance.detach() * count / (count - 1).clamp(min=1.0))
         y = (wide - mean) * torch.rsqrt(variance + self.eps) * self.weight + self.bias
         return y.to(x.dtype)
 
     def _plain(self, rows: Tensor) -> Tensor:
-        if not _tracking:
+        if not (_tracking and _counted):
             assert self.running_mean is not None and self.running_var is not None
             scratch = self.running_mean.clone(), self.running_var.clone()
             return F.batch_norm(rows, *scratch, self.weight, self.bias, True, 0.0, self.eps)
