@@ -14,9 +14,9 @@ export PIP_BUILD_CONSTRAINT = $(CURDIR)/requirements-lock.txt
 export CFLAGS              ?= -O2 -fwrapv -DNDEBUG
 
 # models as small as those of the tests gain nothing from threads, which spin when other work shares the cores
-test test-long: export OMP_NUM_THREADS ?= 1
+test test-long kill-test: export OMP_NUM_THREADS ?= 1
 
-.PHONY: env demo test test-long lint clean
+.PHONY: env demo test test-long kill-test lint clean
 
 env: $(READY)
 
@@ -38,6 +38,11 @@ test: $(READY)
 
 test-long: $(READY)
 	$(BIN)/python -m pytest -m long -q -n $(WORKERS) --dist worksteal
+
+# kills training and label making at random moments; nothing may be lost
+kill-test: $(READY)
+	$(BIN)/python benchmarks/kill_training.py --kills 30
+	$(BIN)/python benchmarks/kill_labels.py --kills 30
 
 lint: $(READY)
 	$(BIN)/ruff check .
