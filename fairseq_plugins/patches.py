@@ -212,13 +212,16 @@ def _without_folders(value: Any) -> Any:
 
 
 def stop_on_infinite_gradient() -> None:
-    """On a gradient that is not finite fairseq writes a second checkpoint and a long traceback; one line says it."""
+    """On a gradient that is not finite fairseq writes a second checkpoint and a long traceback; one line says it, or the update is skipped.
+
+    All ranks see the same gradient, so they stop, or skip, together.
+    """
     original = Trainer._check_grad_norms
 
     def check(self: Trainer, grad_norm: torch.Tensor) -> None:
         # AMP skips such an update by itself; fp16 lowers the loss scale before this point
-        if not self.cfg.common.amp and hasattr(self.task, "check_finite"):
-            self.task.check_finite("the gradient norm", grad_norm, self.get_num_updates())
+        if not self.cfg.common.amp and hasattr(self.task, "check_gradient"):
+            self.task.check_gradient(grad_norm, self.get_model(), self.get_num_updates())
         original(self, grad_norm)
 
     Trainer._check_grad_norms = check

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import resource
 from collections.abc import Iterator
@@ -206,6 +207,46 @@ def test_too_many_batches_without_readable_files_stop_the_run(trainer: Trainer, 
     trainer.reset_dummy_batch(empty)
     with pytest.raises(UserError, match="without a file that can be read"):
         trainer.train_step([empty])
+
+
+def test_updates_without_a_finite_gradient_are_left_out_up_to_a_number_in_a_row(
+    trainer: Trainer, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stopping, "in_training_run", lambda: True)  # elsewhere fairseq catches the error, and trains once more
+    dataset = trainer.task.dataset("train")
+
+    def update(value: float) -> None:
+        batch = dataset.collater([dataset[0], dataset[1]])
+        with metrics.aggregate("train"), monkeypatch.context() as patched:
+            plain = trainer.criterion.forward
+
+            def scaled(*args: Any) -> Any:
+                loss, *rest = plain(*args)
+                return loss * value, *rest
+
+            patched.setattr(trainer.criterion, "forward", scaled)
+            trainer.train_step([batch])
+
+    def weights() -> dict[str, torch.Tensor]:
+        return {name: weight.clone() for name, weight in trainer.model.named_parameters()}
+
+    trainer.task.cfg.bad_updates = 2
+    before = weights()
+    update(math.nan), update(math.inf)
+    assert trainer.get_num_updates() == 2 and all(torch.equal(before[name], weight) for name, weight in weights().items())
+    said = [record.message for record in caplog.records if "task.bad_updates=2" in record.message]
+    assert len(said) == 2 and "1 in a row" in said[0] and "2 in a row" in said[1]
+    update(1.0)
+    assert not torch.equal(before["mask_emb"], trainer.model.mask_emb) and all(torch.isfinite(w).all() for w in weights().values())
+    update(math.nan), update(math.nan)
+    with pytest.raises(SystemExit):
+        update(math.nan)
+    assert "stopped at update 5: the gradient norm is nan" in capsys.readouterr().err
+    # running statistics that are not finite would stay so
+    trainer.task.skipped = 0
+    dict(trainer.model.named_buffers())["encoder.layers.0.conv_module.batch_norm.running_mean"].fill_(math.nan)
+    with pytest.raises(SystemExit):
+        update(math.nan)
 
 
 # -- another number of ranks ----------------------------------------------------------------------------------------------

@@ -95,9 +95,9 @@ def composed(name: str, *overrides: str) -> Any:
     return completed(by_hydra(name, *overrides))
 
 
-def make_task(data: Path, *changes: str) -> Any:
-    """The task of debug.yaml with some keys changed, and the whole configuration."""
-    cfg = copy.deepcopy(by_hydra("debug"))
+def make_task(data: Path, *changes: str, config: str = "debug") -> Any:
+    """The task of a configuration with some keys changed, and the whole configuration."""
+    cfg = copy.deepcopy(by_hydra(config))
     OmegaConf.set_struct(cfg, False)
     cfg = completed(OmegaConf.merge(cfg, OmegaConf.from_dotlist([f"task.data={data}", f"task.label_dir={data}", *changes])))
     return setup_task(cfg.task), cfg

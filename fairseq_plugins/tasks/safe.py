@@ -30,10 +30,13 @@ MAX_EMPTY = 10  # batches in a row without a readable file, after which task.bad
 
 @dataclass
 class SafeConfig(FairseqDataclass):
-    """Keys of `task` for files that cannot be read, and for layer trends."""
+    """Keys of `task` for what goes wrong while training runs, and for layer trends."""
 
     bad_audio: str = field(
         default="stop", metadata={"help": "a file that cannot be read, or is not what the manifest says: stop, or skip it, naming it once"}
+    )
+    bad_updates: int = field(
+        default=0, metadata={"help": "updates in a row that are left out, as their loss or gradient is not finite, before the run stops"}
     )
     trends_interval: int = field(default=0, metadata={"help": "updates between two records of layer trends in the save_dir; 0: none"})
     trends_input: str = field(
@@ -54,6 +57,7 @@ class SafeTask:
         super().__init__(*args, **kwargs)
         self.unreadable: set[str] = set()  # what is wrong with each file that was left out
         self.empty = 0  # batches in a row of which no file could be read
+        self.skipped = 0  # updates in a row whose gradient was not finite
 
     def begin_epoch(self, epoch: int, model: Any) -> None:
         """From the first update on SIGTERM saves; before it there is nothing to save."""
@@ -70,8 +74,32 @@ class SafeTask:
                 sample, model, criterion, optimizer, update_num, ignore_grad or ignored
             )
             losses.append(loss.detach() / max(int(sample_size), 1))
-        self.check_finite("the loss", loss, update_num)
+        if not self.cfg.bad_updates:
+            self.check_finite("the loss", loss, update_num)
+        elif not bool(torch.isfinite(loss)):  # its gradient is not finite either, on all ranks: the update will be skipped
+            ignored = True
         return (loss, *_emptied(sample_size, log)) if ignored else (loss, sample_size, log)
+
+    def check_gradient(self, norm: Tensor, model: Any, update_num: int) -> None:
+        """If the gradient's `norm` () is not finite, skip this update (`norm` becomes 0), or end the run, as task.bad_updates says."""
+        if bool(torch.isfinite(norm).all()):
+            self.skipped = 0
+            return
+        # running statistics take part in no gradient: once they are not finite, no later update mends them
+        sound = all(bool(torch.isfinite(b).all()) for b in model.buffers() if b.is_floating_point())
+        if self.skipped == self.cfg.bad_updates or not sound:
+            self.check_finite("the gradient norm", norm, update_num)
+        self.skipped += 1
+        logger.warning(
+            f"update {update_num}: the gradient norm is {float(norm):g} (utterances {self._last_ids()}); left out, {self.skipped} in a row "
+            f"of task.bad_updates={self.cfg.bad_updates}"
+        )
+        norm.zero_()
+
+    def optimizer_step(self, optimizer: Any, model: Any, update_num: int) -> None:
+        """One update of the weights, unless its gradient was not finite."""
+        if not self.skipped:
+            super().optimizer_step(optimizer, model, update_num)  # type: ignore[misc]
 
     @contextmanager
     def _record(self, model: Any, update_num: int) -> Iterator[list[Tensor]]:
@@ -124,25 +152,30 @@ class SafeTask:
     def check_finite(self, what: str, value: Tensor, update_num: int) -> None:
         """End the run if `value` is not finite, naming the update and the batch."""
         if not bool(torch.isfinite(value).all()):
-            ids = self.last_batch.tolist()
-            shown = ", ".join(map(str, ids[:8])) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
             stopping.not_finite(
-                f"stopped at update {update_num}: {what} is {float(value):g} (utterances {shown}). The last checkpoint is untouched; lower "
-                "optimization.lr or set optimization.clip_norm, and run the same command again to go on from it"
+                f"stopped at update {update_num}: {what} is {float(value):g} (utterances {self._last_ids()}). The last checkpoint is "
+                "untouched; lower optimization.lr or set optimization.clip_norm, and run the same command again to go on from it"
             )
+
+    def _last_ids(self) -> str:
+        ids = self.last_batch.tolist()
+        return ", ".join(map(str, ids[:8])) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
 
 
 def _emptied(sample_size: Any, log: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Sample size and log of a batch that counts for nothing."""
-    return sample_size * 0, {key: value * 0 for key, value in log.items()}
+    zeros = {key: torch.zeros_like(value) if isinstance(value, Tensor) else type(value)(0) for key, value in log.items()}
+    return sample_size * 0, zeros
 
 
 def check_run(cfg: Any) -> None:
-    """Raise `UserError` for half precision where no GPU is in use, layer trends that cannot be taken, or an unknown `bad_audio`."""
+    """Raise `UserError` for half precision where no GPU is in use, layer trends that cannot be taken, a bad value of `bad_...`."""
     if cfg.trends_interval < 0:
         raise UserError(f"task.trends_interval={cfg.trends_interval} must be 0 (no layer trends) or more")
     if cfg.trends_input not in TREND_INPUTS:
         raise unknown("value of task.trends_input", cfg.trends_input, TREND_INPUTS)
+    if cfg.bad_updates < 0:
+        raise UserError(f"task.bad_updates={cfg.bad_updates} must be 0 (stop at the first) or more")
     if cfg.bad_audio not in BAD_AUDIO:
         raise unknown("value of task.bad_audio", cfg.bad_audio, BAD_AUDIO)
     if (cfg.fp16 or cfg.amp) and (cfg.cpu or not torch.cuda.is_available()):
