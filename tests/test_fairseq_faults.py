@@ -6,9 +6,11 @@ import errno
 import math
 import os
 import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,7 @@ from fairseq.logging import metrics  # noqa: E402
 from fairseq.trainer import Trainer  # noqa: E402
 
 import fairseq_plugins  # noqa: E402, F401
-from fairseq_plugins import stopping  # noqa: E402
+from fairseq_plugins import patches, stopping  # noqa: E402
 from fairseq_plugins.tasks.safe import MAX_EMPTY  # noqa: E402
 
 from .test_fairseq_plugin import make_data, make_task  # noqa: E402
@@ -79,6 +81,36 @@ def test_a_checkpoint_under_a_second_name_is_whole_and_its_own(links: bool, tmp_
     checkpoint_utils.torch_persistent_save({"model": torch.tensor(3.0)}, first)
     assert torch.load(last)["model"] == 2.0
     assert sorted(os.listdir(tmp_path)) == ["checkpoint_1_2.pt", "checkpoint_last.pt"]
+
+
+class Hostile:
+    """What a pickle runs when it is loaded without care."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.mark),)
+
+
+def test_a_checkpoint_with_code_is_refused_as_init_from_and_runs_nothing(tmp_path: Path) -> None:
+    data = make_data(tmp_path / "data", {"train": [1.0], "valid": [1.0]})
+    torch.save({"model": {}, "cfg": Hostile(tmp_path / "ran")}, tmp_path / "hostile.pt")
+    task, cfg = make_task(data, f"task.init_from={tmp_path / 'hostile.pt'}")
+    with pytest.raises(UserError, match="task.init_from=.*hostile.pt is refused: it holds pickled code"):
+        task.build_model(cfg.model)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_finished_run_makes_no_update_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    training = ModuleType("fairseq_cli.train")  # the real one would make this process a training run
+    training.train = lambda cfg, trainer, *rest: "trained"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "fairseq_cli.train", training)
+    patches.leave_finished_runs()
+    trainer = SimpleNamespace(get_num_updates=lambda: 5)
+    for wanted, outcome in ((5, ([None], True)), (4, ([None], True)), (6, "trained"), (0, "trained")):
+        cfg = SimpleNamespace(optimization=SimpleNamespace(max_update=wanted))
+        assert training.train(cfg, trainer, None, None) == outcome  # type: ignore[attr-defined]
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
