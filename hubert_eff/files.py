@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 from .errors import UserError
@@ -40,8 +41,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     writable(target.parent)
     if target.is_dir():
         raise UserError(f"{target} is a folder: name a file")
-    # the suffix is kept last: soundfile and numpy read the format from it
-    temporary = target.with_name(f".{target.stem}.{os.getpid()}.tmp{target.suffix}")
+    # the suffix is kept last: soundfile and numpy read the format from it; machines that share the folder may share numbers of processes
+    temporary = target.with_name(f".{target.stem}.{os.getpid()}-{token_hex(4)}.tmp{target.suffix}")
     try:
         yield temporary
         os.replace(temporary, target)

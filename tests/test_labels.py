@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -283,6 +284,55 @@ def test_an_interrupted_run_goes_on_where_it_stopped(manifest, tmp_path, monkeyp
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def test_jobs_share_a_folder(manifest, tmp_path, monkeypatch, capsys) -> None:
+    """Three ranks, one of which dies and is started again; a rank that comes before k-means waits; the last call collects."""
+    monkeypatch.setattr(targets, "SHARD_SECONDS", 10)
+    monkeypatch.setattr(targets, "WAIT_SECONDS", 0.01)
+    make_labels(manifest, tmp_path / "alone", clusters=10)
+    out = tmp_path / "shared"
+    arguments = ["labels", str(manifest), "--out", str(out), "--features", "mfcc", "--clusters", "10", "--workers", "1"]
+    early = Thread(target=make_labels, args=(manifest, out), kwargs={"clusters": 10, "share": (1, 3)})
+    early.start()
+    assert main([*arguments, "--nshard", "3", "--rank", "0", "--json"]) == 0
+    early.join()
+    printed = capsys.readouterr()
+    first = json.loads(printed.out)
+    assert first["shards"] > 5 and not (out / "labels.json").exists() and not list(out.glob("*.km"))
+    assert "waiting for the k-means model of --rank 0" in printed.err
+    with monkeypatch.context() as patch:
+        patch.setattr(targets, "fit", lambda *_: pytest.fail("k-means was fitted again"))
+        last = make_labels(manifest, out, clusters=10, share=(2, 3))
+        assert last == {"rank": 2, "nshard": 3, "shards": first["shards"], "finished": first["shards"], "reused": False}
+        shards = sorted(out.glob(".labels-*/*.km"))
+        shards[2].unlink()  # as if rank 2 had died
+        assert make_labels(manifest, out, clusters=10, share=(0, 3))["finished"] == first["shards"] - 1
+        assert main([*arguments, "--nshard", "3", "--rank", "2"]) == 0
+        assert f"{first['shards']} of all {first['shards']} shards are finished" in capsys.readouterr().out
+        patch.setattr(targets, "_label_shard", lambda *_, **__: pytest.fail("a shard was labelled again"))
+        assert main(arguments) == 0
+    for name in ("train.km", "valid.km", "dict.km.txt", "kmeans.safetensors"):
+        assert (out / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+    assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in (tmp_path / "alone").iterdir())
+    assert make_labels(manifest, out, clusters=10, share=(1, 3))["reused"] is True
+
+
+def test_a_run_killed_while_it_cleared_up_leaves_nothing(manifest, tmp_path, monkeypatch) -> None:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(targets.shutil, "rmtree", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        make_labels(manifest, tmp_path, clusters=10)
+    assert list(tmp_path.glob(".labels-*")) and (tmp_path / "labels.json").exists()
+    assert make_labels(manifest, tmp_path, clusters=10)["reused"] is True
+    assert not list(tmp_path.glob(".labels-*"))
+
+
+@pytest.mark.long
+def test_killed_label_runs_lose_nothing() -> None:
+    from benchmarks.kill_labels import kill_labels
+
+    result = kill_labels(kills=3, seed=1, minutes=8.0, workers=1)
+    assert result["kills"] == 3 and result["losses"] == [] and result["shards_checked"] > 0
+
+
 def test_same_settings_are_not_made_twice_and_others_never_mix(manifest, tmp_path, monkeypatch) -> None:
     assert make_labels(manifest, tmp_path, clusters=10, splits=["train"])["reused"] is False
     train = (tmp_path / "train.km").read_bytes()
@@ -337,6 +387,10 @@ def bad_input(kind: str, manifest: Path, folder: Path) -> list[str]:
         return [*mfcc, "--clusters", "1000000"]
     elif kind == "unknown split":
         return [*mfcc, "--splits", "test"]
+    elif kind == "rank alone":
+        return [*mfcc, "--rank", "1"]
+    elif kind == "rank too high":
+        return [*mfcc, "--nshard", "2", "--rank", "2"]
     elif kind == "two sources":
         return [*mfcc, "--checkpoint", "x.pt"]
     elif kind == "no source":
@@ -360,6 +414,8 @@ def bad_input(kind: str, manifest: Path, folder: Path) -> list[str]:
         ("no folder", "is not a folder"),
         ("too many clusters", "needs as many frames"),
         ("unknown split", "test.tsv cannot be read"),
+        ("rank alone", "--nshard N and --rank I go together"),
+        ("rank too high", "--rank 2 must be from 0 to 1"),
         ("two sources", "one source of features"),
         ("no source", "one source of features"),
         ("no checkpoint", "no checkpoint at"),

@@ -44,6 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     make.add_argument(
         "--batch-seconds", type=float, default=60.0, metavar="S", help="audio per forward pass (default: %(default)g)"
     )
+    make.add_argument(
+        "--nshard", type=int, metavar="N", help="with --rank I: one of N jobs that share LABELDIR, on as many machines; it labels its part"
+    )
+    make.add_argument(
+        "--rank", type=int, metavar="I",
+        help="0 to N-1; rank 0 also fits k-means, the others wait for it; once all have ended, the same command without the two collects",
+    )  # fmt: skip
     make.add_argument("--seed", type=int, default=1, help="seed of k-means (default: %(default)d)")
     measure = parser.add_argument_group("measuring labels")
     measure.add_argument("--alignments", type=Path, metavar="FILE", help="TSV: path, tier, start, end, label")
@@ -71,6 +78,8 @@ def _make(args: argparse.Namespace) -> int:
         raise UserError("name one source of features: --features mfcc, or --checkpoint CKPT --layer L")
     if args.features and args.layer is not None:
         raise UserError("--layer goes with --checkpoint, not with --features mfcc")
+    if (args.nshard is None) != (args.rank is None):
+        raise UserError("--nshard N and --rank I go together: the number of jobs, and which of them this is, from 0")
     kind = "checkpoint" if args.checkpoint else "mfcc"
     device = _device(args.device) if args.checkpoint else "cpu"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -84,9 +93,16 @@ def _make(args: argparse.Namespace) -> int:
         fit_hours=args.fit_hours,
         seed=args.seed,
         workers=args.workers if args.workers is not None else (cores if device == "cpu" else 1),
+        share=None if args.rank is None else (args.rank, args.nshard),
     )
     if args.json:
         print(json.dumps(summary, ensure_ascii=False))
+        return 0
+    if "finished" in summary:
+        print(
+            f"rank {args.rank} of {args.nshard} has labelled its part; {summary['finished']} of all {summary['shards']} shards are "
+            "finished: once every rank has ended, the same command without --nshard and --rank collects them"
+        )
         return 0
     for name, split in summary["splits"].items():
         print(

@@ -144,22 +144,32 @@ def _start(files: Sequence[Path], clusters: int, seed: int, frames: int) -> Arra
 
 
 def _batches(files: Sequence[Path], batch: int, seed: int) -> Iterator[Array]:
-    """One pass in random order: files are pooled up to `POOL_BYTES`, the pool is shuffled and cut into batches."""
+    """One pass in random order: files are pooled up to `POOL_BYTES` (or one file), the pool is shuffled and cut into batches."""
     rng = np.random.default_rng(seed)
-    rest: Array | None = None
-    pool: list[Array] = []
-    held = 0
+    pool: list[Array] = []  # mapped files
+    rest: Array | None = None  # rows that made no whole batch
     order = rng.permutation(len(files))
     for position, index in enumerate(order):
-        pool.append(np.load(files[index]))
-        held += pool[-1].nbytes
+        pool.append(np.load(files[index], mmap_mode="r"))
         last = position == len(order) - 1
-        if held < POOL_BYTES and not last:
+        if sum(p.nbytes for p in pool) < POOL_BYTES and not last:
             continue
-        rows = np.concatenate([rest, *pool] if rest is not None else pool)
-        pool, held = [], 0
-        rows = rows[rng.permutation(len(rows))]
+        parts, pool = [rest, *pool] if rest is not None else pool, []
+        rows = _gathered(parts)
+        places = rng.permutation(len(rows))
         whole = len(rows) if last else len(rows) // batch * batch
         for start in range(0, whole, batch):
-            yield rows[start : start + batch]
-        rest = rows[whole:].copy()
+            yield rows[places[start : start + batch]]
+        rest = rows[places[whole:]]
+        del rows  # before the next ones are made
+
+
+def _gathered(parts: list[Array]) -> Array:
+    """Concatenation of `parts`, which is emptied on the way: what has been copied of mapped files need not stay in memory."""
+    rows = np.empty((sum(len(p) for p in parts), parts[0].shape[1]), parts[0].dtype)
+    end = len(rows)
+    while parts:
+        part = parts.pop()
+        rows[end - len(part) : end] = part
+        end -= len(part)
+    return rows

@@ -5,8 +5,9 @@
     LABELDIR/kmeans.safetensors  the centroids
     LABELDIR/labels.json         source, layer, k, rate, seed, and figures of each split; written last
 
-The work is cut into shards of about two minutes of audio, spread over processes. Each finished shard is a file in a folder that is
-named after a digest of all settings, so an interrupted run goes on where it stopped and runs with other settings never mix.
+The work is cut into shards of about two minutes of audio, spread over processes, and over machines that share the folder. Each finished
+shard is a file in a folder that is named after a digest of all settings, so an interrupted run goes on where it stopped and runs with
+other settings never mix.
 """
 
 from __future__ import annotations
@@ -16,27 +17,26 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+import sys
+import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context, parent_process
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import numpy as np
 
 from ..config import SAMPLE_RATE
 from ..errors import UserError
-from ..files import replacing, write_json, write_text
-from ..progress import progress
+from ..files import replacing, writable, write_json, write_text
 from .features import Array, Extractor, FeatureSource
 from .kmeans import KMeans, fit
+from .pool import Entries, Pool, Task
 
+MODEL = "kmeans.safetensors"
 SHARD_SECONDS = 120
+WAIT_SECONDS = 5.0  # between two looks for the k-means model of another job
 VERSION = 1  # of what the digest of the settings stands for
 
 
@@ -52,20 +52,23 @@ class Manifest:
 
 def read_manifest(file: Path) -> Manifest:
     """Read a TSV. Raises `UserError` naming the line that is not `path <tab> samples`."""
+    digest = hashlib.sha256()
+    entries: list[tuple[str, int]] = []
     try:
-        text = file.read_text(encoding="utf-8")
+        with file.open(encoding="utf-8") as lines:
+            root = lines.readline()
+            digest.update(root.encode())
+            for number, line in enumerate(lines, start=2):
+                digest.update(line.encode())
+                path, tab, samples = line.rstrip("\n").partition("\t")
+                if not tab or not samples.strip().isdigit():
+                    raise UserError(f"{file}, line {number}: expected 'path<TAB>samples', found {line.rstrip()[:80]!r}")
+                entries.append((path, int(samples)))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read: make it with `hubert-eff manifest`") from error
-    root, *lines = text.rstrip("\n").split("\n")
-    entries = []
-    for number, line in enumerate(lines, start=2):
-        path, tab, samples = line.partition("\t")
-        if not tab or not samples.strip().isdigit():
-            raise UserError(f"{file}, line {number}: expected 'path<TAB>samples', found {line[:80]!r}")
-        entries.append((path, int(samples)))
     if not entries:
         raise UserError(f"{file} lists no utterance: make it with `hubert-eff manifest`")
-    return Manifest(file, Path(root.strip()), tuple(entries), hashlib.sha256(text.encode()).hexdigest())
+    return Manifest(file, Path(root.strip()), tuple(entries), digest.hexdigest())
 
 
 def make_labels(
@@ -78,6 +81,7 @@ def make_labels(
     fit_hours: float = 10.0,
     seed: int = 1,
     workers: int = 1,
+    share: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """Cluster the frames of `fit_split` and label all splits.
 
@@ -91,9 +95,12 @@ def make_labels(
         fit_hours: at most this much of it, utterances drawn at random; their features are kept on disk while k-means runs.
         seed: seed of that draw and of k-means.
         workers: processes.
+        share: (I, N) labels only every N-th shard from the I-th, counted from 0, for a call without `share` to collect. Share 0 also fits
+            k-means; the others wait for it.
 
     Returns:
-        The content of labels.json, with `reused`: whether all of it was there already.
+        The content of labels.json, with `reused`: whether all of it was there already. With `share`: `rank`, `nshard`, the number of
+        `shards`, and how many of them are `finished`; or as without where all was there already.
 
     Raises:
         UserError: no manifest, an utterance shorter than one frame, audio that differs from its manifest, more clusters than
@@ -102,6 +109,8 @@ def make_labels(
     source = source or FeatureSource()
     if clusters < 2 or workers < 1 or fit_hours <= 0 or source.batch_seconds <= 0:
         raise UserError("--clusters must be at least 2, --workers at least 1, --fit-hours and --batch-seconds above 0")
+    if share and not 0 <= share[0] < share[1]:
+        raise UserError(f"--rank {share[0]} must be from 0 to {share[1] - 1}: --nshard counts the jobs, --rank numbers them from 0")
     folder, target = Path(manifest), Path(out)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: name one made by `hubert-eff manifest`")
@@ -113,7 +122,7 @@ def make_labels(
     extractor = source.open()
     for table in {**tables, fit_split: fitted}.values():
         _check_lengths(table, extractor)
-    sample = _sample(fitted, fit_hours, seed)
+    sample = drawn(fitted, fit_hours, seed)
     frames = sum(extractor.frames(samples) for _, samples in sample)
     if frames < clusters:
         raise UserError(
@@ -126,26 +135,35 @@ def make_labels(
     # the path of a checkpoint does not matter, its content does
     identity = {k: v for k, v in settings.items() if k != "checkpoint"} | {"fit_tsv": fitted.digest, "version": VERSION}
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    work = target / f".labels-{key}"
     earlier = _earlier(target, key, names)
     done = {n: earlier[n] for n in names if n in earlier and earlier[n]["tsv_sha256"] == tables[n].digest}
     todo = [n for n in names if n not in done]
     if not todo:
+        shutil.rmtree(work, ignore_errors=True)  # a run that was killed at its very end leaves it
         return {**json.loads((target / "labels.json").read_text(encoding="utf-8")), "reused": True}
 
-    work = target / f".labels-{key}"
-    work.mkdir(parents=True, exist_ok=True)
-    pool = _Pool(source, workers, extractor)
-    model = _model(work, target, key, sample, fitted.root, clusters, seed, pool)
-    shards = {n: _shards(tables[n], work, n) for n in todo}
-    tasks = [(file, tables[n].root, entries) for n in todo for file, entries in shards[n]]
-    pool.run(partial(_label_shard, model=model), tasks, "labelling utterances")
+    writable(work)
+    pool = Pool(source, workers, extractor)
+    if share and share[0] > 0:
+        model = _awaited(work, target, key)
+    else:
+        model = _found(work, target, key) or _fitted(work, key, sample, fitted.root, clusters, seed, pool)
+    shards = {n: shards_of(tables[n], work, n) for n in todo}
+    tasks = [task for n in todo for task in shards[n]]
+    mine = tasks[share[0] :: share[1]] if share else tasks
+    pool.run(partial(_label_shard, model=model), mine, "labelling utterances")
+    if share:
+        finished = sum(task[0].exists() for task in tasks)
+        return {"rank": share[0], "nshard": share[1], "shards": len(tasks), "finished": finished, "reused": False}
 
-    (target / "labels.json").unlink(missing_ok=True)  # from here to its return the folder is incomplete
-    model.save(target / "kmeans.safetensors")
-    counts = {n: _collect(target / f"{n}.km", [f for f, _ in shards[n]], clusters) for n in todo}
+    # everything is put together inside `work`, then moved: a killed run leaves nothing half-done elsewhere
+    counts = {n: _collect(work / f"{n}.km", [task[0] for task in shards[n]], clusters) for n in todo}
+    made = [MODEL, *(f"{n}.km" for n in todo)]
     if fit_split in counts or not (target / "dict.km.txt").exists() or not earlier:
         tally = counts.get(fit_split, sum(counts.values()))
-        write_text(target / "dict.km.txt", "".join(f"{i} {c}\n" for i, c in enumerate(tally)))
+        write_text(work / "dict.km.txt", "".join(f"{i} {c}\n" for i, c in enumerate(tally)))
+        made.append("dict.km.txt")
     figures = {n: _figures(tables[n], counts[n]) for n in todo}
     summary = {
         **settings,
@@ -154,13 +172,13 @@ def make_labels(
         "manifest": str(folder.absolute()),
         "splits": {**earlier, **figures},
     }
-    write_json(target / "labels.json", summary)
+    write_json(work / "labels.json", summary)
+    (target / "labels.json").unlink(missing_ok=True)  # from here to its return the folder is incomplete
+    for name in (*made, "labels.json"):
+        if (work / name).exists():  # the model may be in its place already
+            os.replace(work / name, target / name)
     shutil.rmtree(work)
     return {**summary, "reused": False}
-
-
-Entries = list[tuple[str, int]]
-Task = tuple[Path, Path, Entries]  # result file, root of the audio, utterances
 
 
 def _is_manifest(file: Path) -> bool:
@@ -178,7 +196,8 @@ def _check_lengths(table: Manifest, extractor: Extractor) -> None:
             )
 
 
-def _sample(table: Manifest, hours: float, seed: int) -> Entries:
+def drawn(table: Manifest, hours: float, seed: int) -> Entries:
+    """The utterances that k-means is fitted on."""
     entries = list(table.entries)
     random.Random(f"fit {seed}").shuffle(entries)
     left = hours * 3600 * SAMPLE_RATE
@@ -191,7 +210,8 @@ def _sample(table: Manifest, hours: float, seed: int) -> Entries:
     return chosen
 
 
-def _cut(entries: Iterable[tuple[str, int]]) -> list[Entries]:
+def cut(entries: Iterable[tuple[str, int]]) -> list[Entries]:
+    """Runs of utterances of `SHARD_SECONDS`, or up to one utterance more."""
     shards: list[Entries] = [[]]
     held = 0
     for entry in entries:
@@ -203,8 +223,9 @@ def _cut(entries: Iterable[tuple[str, int]]) -> list[Entries]:
     return shards
 
 
-def _shards(table: Manifest, work: Path, name: str) -> list[tuple[Path, Entries]]:
-    return [(work / f"{name}-{table.digest[:12]}-{i:06d}.km", e) for i, e in enumerate(_cut(table.entries))]
+def shards_of(table: Manifest, work: Path, name: str) -> list[Task]:
+    """The shards of a split: files in `work`, in order, and their utterances."""
+    return [(work / f"{name}-{table.digest[:12]}-{i:06d}.km", table.root, e) for i, e in enumerate(cut(table.entries))]
 
 
 def _earlier(target: Path, key: str, names: list[str]) -> dict[str, Any]:
@@ -216,7 +237,7 @@ def _earlier(target: Path, key: str, names: list[str]) -> dict[str, Any]:
         return {}
     present = {n: s for n, s in splits.items() if (target / f"{n}.km").is_file()}
     if settings == key:
-        complete = (target / "dict.km.txt").is_file() and (target / "kmeans.safetensors").is_file()
+        complete = (target / "dict.km.txt").is_file() and (target / MODEL).is_file()
         return present if complete else {}
     foreign = sorted(set(present) - set(names))
     if foreign:
@@ -227,74 +248,7 @@ def _earlier(target: Path, key: str, names: list[str]) -> dict[str, Any]:
     return {}
 
 
-# ---- the processes
-
-
-class _Pool:
-    """Runs tasks that write one file each; files that are there are kept."""
-
-    def __init__(self, source: FeatureSource, workers: int, extractor: Extractor) -> None:
-        self.source, self.workers, self.extractor = source, workers, extractor
-
-    def run(self, function: Callable[..., int], tasks: list[Task], what: str) -> None:
-        missing = [t for t in tasks if not t[0].exists()]
-        with progress(what, sum(len(t[2]) for t in tasks)) as advance:
-            advance(sum(len(t[2]) for t in tasks) - sum(len(t[2]) for t in missing))
-            if self.workers == 1 or len(missing) < 2:
-                with _threads(self.extractor, 1):
-                    for task in missing:
-                        advance(function(task, extractor=self.extractor))
-                return
-            count = min(self.workers, len(missing))
-            pool = ProcessPoolExecutor(count, get_context("spawn"), _initialise, (self.source, count))
-            try:
-                for size in pool.map(partial(_in_process, function), missing):
-                    advance(size)
-            except BrokenProcessPool as error:
-                raise UserError(
-                    f"a process died while {what}, perhaps for want of memory: finished shards are kept, run again with fewer --workers"
-                ) from error
-            finally:
-                pool.shutdown(cancel_futures=True)
-
-
-_opened: Extractor | None = None  # of a worker process
-
-
-_processes = 1
-
-
-def _initialise(source: FeatureSource, processes: int) -> None:
-    global _opened, _processes
-    Thread(target=_end_with_parent, daemon=True).start()
-    _opened, _processes = source.open(), processes
-
-
-def _end_with_parent() -> None:
-    """A process whose parent was killed would wait for work for ever."""
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _in_process(function: Callable[..., int], task: Task) -> int:
-    assert _opened is not None
-    with _threads(_opened, _processes):
-        return function(task, extractor=_opened)
-
-
-@contextmanager
-def _threads(extractor: Extractor, processes: int) -> Iterator[None]:
-    """A fair share of torch's threads; one for features so small that threads only wait for each other."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(1, before // processes) if extractor.heavy else 1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+# ---- a shard
 
 
 def _features(task: Task, extractor: Extractor) -> list[Array]:
@@ -331,20 +285,33 @@ def _label_shard(task: Task, extractor: Extractor, model: KMeans) -> int:
     return len(task[2])
 
 
-def _model(
-    work: Path, target: Path, key: str, sample: Entries, root: Path, clusters: int, seed: int, pool: _Pool
-) -> KMeans:
-    """The k-means model of these settings: of an earlier run, or fitted now."""
+def _found(work: Path, target: Path, key: str) -> KMeans | None:
+    """The k-means model of these settings, of an earlier run."""
     for place in (work, target):
-        file = place / "kmeans.safetensors"
+        file = place / MODEL
         if file.is_file():
             model = KMeans.read(file)
             if model.metadata.get("settings") == key:
                 return model
-    tasks = [(work / f"fit-{i:06d}.npy", root, entries) for i, entries in enumerate(_cut(sample))]
+    return None
+
+
+def _awaited(work: Path, target: Path, key: str) -> KMeans:
+    """The k-means model that another job fits."""
+    model = _found(work, target, key)
+    if model is None:
+        print(f"waiting for the k-means model of --rank 0, {work / 'kmeans.safetensors'}", file=sys.stderr, flush=True)
+    while model is None:
+        time.sleep(WAIT_SECONDS)
+        model = _found(work, target, key)
+    return model
+
+
+def _fitted(work: Path, key: str, sample: Entries, root: Path, clusters: int, seed: int, pool: Pool) -> KMeans:
+    tasks = [(work / f"fit-{i:06d}.npy", root, entries) for i, entries in enumerate(cut(sample))]
     pool.run(_feature_shard, tasks, "features to cluster")
     model = KMeans(fit([t[0] for t in tasks], clusters, seed), {"settings": key})
-    model.save(work / "kmeans.safetensors")
+    model.save(work / MODEL)
     for file, _, _ in tasks:
         file.unlink()
     return model
@@ -360,7 +327,7 @@ def _collect(target: Path, files: list[Path], clusters: int) -> Any:
         for file in files:
             text = file.read_text(encoding="utf-8")
             out.write(text)
-            counts += np.bincount(np.array(text.split(), dtype=np.int64), minlength=clusters)
+            counts += np.bincount(np.fromstring(text, dtype=np.int64, sep=" "), minlength=clusters)
     return counts
 
 
