@@ -11,7 +11,7 @@ import soundfile
 
 from hubert_eff.cli import main
 from hubert_eff.errors import UserError
-from hubert_eff.labels import manifest
+from hubert_eff.labels import checking
 from hubert_eff.labels.audio import Checked, Unusable, check
 from hubert_eff.labels.manifest import Options, make_manifest
 
@@ -237,10 +237,10 @@ def test_what_was_checked_is_kept_before_the_checks_end(tmp_path, monkeypatch) -
         return check(path)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(manifest, "check", stops)
+        patch.setattr(checking, "check", stops)
         make_manifest(tmp_path / "in", tmp_path / "out", options=Options(workers=1))
     checked: list[str] = []
-    monkeypatch.setattr(manifest, "check", lambda path: checked.append(path.name) or check(path))
+    monkeypatch.setattr(checking, "check", lambda path: checked.append(path.name) or check(path))
     assert make_manifest(tmp_path / "in", tmp_path / "out")["recordings"] == 3
     assert checked == ["d.wav"]
 

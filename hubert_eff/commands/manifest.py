@@ -14,7 +14,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments; their defaults are those of `labels.manifest.Options`."""
     from ..labels.manifest import MIN_FOLDERS, SPLITS, Options
 
-    parser.add_argument("source", metavar="DIR", type=Path, help="folder of wav, flac, ogg or mp3 files, of any rate")
+    parser.add_argument(
+        "source", metavar="DIR", type=Path,
+        help="folder of wav, flac, ogg or mp3 files, of any rate; a lhotse manifest (jsonl, jsonl.gz) or a folder of such; a Kaldi data "
+        "folder (wav.scp; segments, text, utt2spk, utt2dur)",
+    )  # fmt: skip
     parser.add_argument("--out", required=True, type=Path, help="folder for train.tsv, valid.tsv, parts.tsv, left_out.tsv")
     parser.add_argument("--cache", type=Path, help="folder for converted audio (default: OUT/audio)")
     parser.add_argument(
@@ -23,7 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--split-by", choices=SPLITS, default=Options.split_by,
-        help=f"folder: valid is whole speaker folders; auto: folder if there are {MIN_FOLDERS} or more, else file",
+        help=f"folder: valid is whole speaker folders (or speakers that a manifest names); auto: folder if there are {MIN_FOLDERS} or "
+        "more, else file",
     )  # fmt: skip
     parser.add_argument(
         "--folder-level", type=int, default=Options.folder_level, metavar="N",
@@ -31,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--join", type=float, metavar="SECONDS",
-        help="join the recordings of each folder, shuffled by --seed, into utterances of about this length",
+        help="join the recordings of each folder (or speaker), shuffled by --seed, into utterances of about this length",
     )  # fmt: skip
     parser.add_argument(
         "--min-seconds", type=float, default=Options.min_seconds, metavar="S",
@@ -60,8 +65,9 @@ def _lines(summary: dict[str, Any], out: Path) -> list[str]:
     splits = summary["splits"]
     total = sum(s["minutes"] for s in splits.values())
     parts = ", ".join(f"{n} {s['utterances']} utterances ({s['minutes']:.1f} min)" for n, s in splits.items())
+    kind = "recordings" if summary["layout"] == "folder" else f"utterances of {summary['layout']}"
     joined = ", joined" if summary["options"]["join"] else ""
-    lines = [f"{summary['recordings']} recordings ({summary['converted']} converted{joined}): {parts} -> {out}"]
+    lines = [f"{summary['recordings']} {kind} ({summary['converted']} converted{joined}): {parts} -> {out}"]
     if summary["left_out"]:
         reasons = ", ".join(f"{count} {reason}" for reason, count in summary["left_out_reasons"].items())
         lines.append(f"left out {summary['left_out']}: {reasons}; each is named in {out / 'left_out.tsv'}")

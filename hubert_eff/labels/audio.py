@@ -30,7 +30,7 @@ class Unusable(Exception):
     """A file that is left out; the message is the reason, in a few words."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Checked:
     """What a full decode of a file found: its rate (Hz), channels, frames (samples per channel) and peak of the mono mix."""
 
@@ -77,11 +77,15 @@ def check(path: Path, silent: bool = False) -> Checked:
     return Checked(rate, channels, frames, peak)
 
 
-def read_mono(path: Path, checked: Checked) -> Iterator[Array]:
-    """The file as 16 kHz mono in blocks, `checked.samples` samples in all; scaled down where its peak exceeds full scale."""
+def read_mono(path: Path, checked: Checked, first: int = 0, frames: int | None = None) -> Iterator[Array]:
+    """The file, or `frames` frames of it from `first` on, as 16 kHz mono in blocks; scaled down where the file's peak exceeds full scale.
+
+    They have round(frames * 16000 / rate) samples in all.
+    """
+    frames = checked.frames - first if frames is None else frames
     gain = np.float32(1.0 / max(checked.peak, 1.0))
-    left = checked.samples
-    for block in _resampled((b * gain for b in _blocks_of(path)), checked.rate):
+    left = round(frames * SAMPLE_RATE / checked.rate)
+    for block in _resampled((b * gain for b in _blocks_of(path, first, frames)), checked.rate):
         block = np.clip(block[:left], -1.0, 1.0)  # the filter may overshoot
         left -= len(block)
         yield block
@@ -98,16 +102,18 @@ def write_flac(path: Path, blocks: Iterator[Array]) -> None:
             file.write(block)
 
 
-def _blocks(file: Any) -> Iterator[Array]:
-    for block in file.blocks(BLOCK, dtype="float32", always_2d=True):
+def _blocks(file: Any, frames: int = -1) -> Iterator[Array]:
+    for block in file.blocks(BLOCK, frames=frames, dtype="float32", always_2d=True):
         yield block.mean(axis=1) if block.shape[1] > 1 else block[:, 0]
 
 
-def _blocks_of(path: Path) -> Iterator[Array]:
+def _blocks_of(path: Path, first: int, frames: int) -> Iterator[Array]:
     import soundfile
 
     with soundfile.SoundFile(path) as file:
-        yield from _blocks(file)
+        if first:
+            file.seek(first)
+        yield from _blocks(file, frames)
 
 
 def _resampled(blocks: Iterator[Array], rate: int) -> Iterator[Array]:

@@ -11,6 +11,7 @@ A frame belongs to the phone at its centre; frames in no phone interval are left
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 from bisect import bisect_right
@@ -26,6 +27,7 @@ from .features import CENTRE
 from .targets import Manifest, read_manifest
 
 Intervals = list[tuple[float, float, str]]  # start s, end s, label; in order of time
+Parts = list[tuple[float, float, str, float]]  # start s, end s, real path of the recording, second of it that is heard at the start
 
 
 def purities(joint: npt.NDArray[np.floating[Any] | np.integer[Any]]) -> dict[str, float]:
@@ -117,23 +119,24 @@ def _read_alignments(file: Path) -> dict[str, Intervals]:
     return {path: sorted(spans) for path, spans in phones.items()}
 
 
-def _sources(tables: Path) -> dict[str, Intervals]:
-    """Utterance -> (start, end, real path of the recording), from parts.tsv; empty where there is none."""
+def _sources(tables: Path) -> dict[str, Parts]:
+    """What each utterance is made of, from parts.tsv; empty where there is none."""
     file, summary = tables / "parts.tsv", tables / "manifest.json"
     if not (file.is_file() and summary.is_file()):
         return {}
     root = Path(json.loads(summary.read_text(encoding="utf-8"))["source"])
-    parts: dict[str, Intervals] = defaultdict(list)
-    for line in file.read_text(encoding="utf-8").splitlines()[1:]:
-        utterance, start, end, source, _ = line.split("\t")
-        parts[utterance].append((float(start), float(end), os.path.realpath(root / source)))
+    parts: dict[str, Parts] = defaultdict(list)
+    with file.open(encoding="utf-8", newline="") as lines:
+        for row in csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE):
+            begins = float(row.get("source_start") or 0)
+            parts[row["utterance"]].append((float(row["start"]), float(row["end"]), os.path.realpath(root / row["source"]), begins))
     return parts
 
 
 def _count(
     file: Path,
     table: Manifest,
-    sources: dict[str, Intervals],
+    sources: dict[str, Parts],
     phones: dict[str, Intervals],
     inventory: dict[str, int],
     rate: float,
@@ -151,11 +154,12 @@ def _count(
     for number, (line, (path, samples)) in enumerate(zip(lines, table.entries), start=1):
         labels = [_label(v, clusters, file, number) for v in line.split()]
         frames += len(labels)
-        whole: Intervals = [(0.0, samples, os.path.realpath(table.root / path))]
+        whole: Parts = [(0.0, samples, os.path.realpath(table.root / path), 0.0)]
         spans = [
-            (begin + start, min(begin + end, finish), inventory[label])
-            for begin, finish, source in sources.get(path, whole)
+            (begin + max(start - first, 0.0), min(begin + end - first, finish), inventory[label])
+            for begin, finish, source, first in sources.get(path, whole)
             for start, end, label in phones.get(source, [])
+            if end > first and start - first < finish - begin
         ]
         starts = [s[0] for s in spans]
         for index, cluster in enumerate(labels):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +22,7 @@ class Transcripts:
         self.root = root
         self.table = _pairs(root / "transcripts.tsv", "\t") if (root / "transcripts.tsv").is_file() else {}
         self._of_folder = lru_cache(maxsize=64)(_librispeech)
+        self._names = lru_cache(maxsize=64)(_names)
 
     def find(self, relative: str) -> str:
         """The transcript of the recording at `relative`, on one line; empty where there is none."""
@@ -29,13 +31,18 @@ class Transcripts:
         path = self.root / relative
         for suffix in (".txt", ".lab"):
             beside = path.with_suffix(suffix)
-            if beside.is_file():
+            if beside.name in self._names(path.parent):
                 return " ".join(beside.read_text(encoding="utf-8", errors="replace").split())
         of_folder = self._of_folder(path.parent)
         if path.stem in of_folder:
             return of_folder[path.stem]
         digit = re.fullmatch(rf"(\d)_{re.escape(path.parent.name)}_\d+", path.stem)
         return _DIGITS[int(digit[1])] if digit else ""
+
+
+def _names(folder: Path) -> frozenset[str]:
+    with os.scandir(folder) as entries:
+        return frozenset(e.name for e in entries if e.is_file())
 
 
 def _librispeech(folder: Path) -> dict[str, str]:

@@ -1,0 +1,212 @@
+"""Which of the listed recordings and segments are sound; what was found out about a file is kept for the next run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from threading import Lock
+from typing import IO, TypeVar
+
+from ..config import SAMPLE_RATE
+from ..errors import UserError
+from ..progress import progress
+from .audio import DIRECT_SUFFIXES, Checked, Unusable, check
+from .listing import Item, Listing
+from .pool import in_order
+
+EDGE = 0.01  # seconds: a segment that begins and ends as near to its file's ends as this is the file
+OVERSHOOT = 0.5  # seconds that a segment may end after its file; it ends with it then
+DEVIATION = 0.1  # seconds, or 1%, that a file may differ from the length its manifest claims
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """A usable item: the key of its content, what decoding its file found, and its first frame and number of frames in that file."""
+
+    item: Item
+    key: str
+    checked: Checked
+    first: int
+    frames: int
+
+    @property
+    def samples(self) -> int:
+        """Length at 16 kHz."""
+        return round(self.frames * SAMPLE_RATE / self.checked.rate)
+
+    @property
+    def direct(self) -> bool:
+        """Can be used where it lies: whole, 16 kHz mono, of a format and a name that fairseq can read from a TSV."""
+        whole = self.frames == self.checked.frames
+        fits = (self.checked.rate, self.checked.channels) == (SAMPLE_RATE, 1) and Path(self.item.path).suffix in DIRECT_SUFFIXES
+        return whole and fits and plain(self.item.path)
+
+
+def check_all(
+    listing: Listing, store: Path, least: float, most: float | None, speakers: int, workers: int
+) -> tuple[list[Recording], list[tuple[str, str]]]:
+    """Decode every file once. Returns the usable items in the order of their files, and (name, reason) of the others.
+
+    Args:
+        store: folder of the cache, where checked.jsonl is kept once items of as many `speakers` have turned out to be usable.
+        least, most: seconds; shorter and longer items are left out.
+        workers: threads.
+
+    Raises:
+        UserError: nothing is usable.
+    """
+    index = _Index(store / "checked.jsonl")
+
+    def look(group: list[Item]) -> list[Recording | str]:
+        path = listing.root / group[0].path
+        try:
+            key = _key(path)
+            checked = index.get(key)
+            if checked is None:
+                checked = check(path)
+                index.add(key, checked)
+            return [_judge(item, key, checked, least, most) for item in group]
+        except Unusable as reason:
+            return [str(reason)] * len(group)
+        except FileNotFoundError:
+            return [f"not there: {plain_line(str(path))}"] * len(group)
+        except OSError as error:
+            return [f"not readable ({error.strerror})"] * len(group)
+
+    recordings: list[Recording] = []
+    left_out = list(listing.left_out)
+    seen: set[str] = set()
+    items = sorted(listing.items, key=lambda i: (i.path, i.start, i.name))
+    groups = [list(g) for _, g in groupby(items, key=lambda i: i.path)]
+    try:
+        for results, group in zip(parallel(look, groups, workers, "checking recordings"), groups):
+            for item, result in zip(group, results):
+                if isinstance(result, str):
+                    left_out.append((item.name, result))
+                else:
+                    recordings.append(result)
+                    seen.add(item.speaker)
+            if len(seen) >= speakers:
+                index.keep()
+    finally:
+        index.close()
+    left_out.sort()
+    if not recordings:
+        name, reason = left_out[0]
+        more = f", and {len(left_out) - 1} more" if len(left_out) > 1 else ""
+        raise UserError(f"no usable recording in {listing.root}: {plain_line(name)} ({reason}){more}")
+    return recordings, left_out
+
+
+def parallel(function: Callable[[T], R], items: list[T], workers: int, what: str) -> Iterator[R]:
+    """Results in order, by threads (libsndfile and soxr run outside Python's lock)."""
+    with ThreadPoolExecutor(workers) as pool, progress(what, len(items)) as advance:
+        for result in in_order(pool, function, items, 4 * workers):
+            advance(1)
+            yield result
+
+
+def digest(text: str) -> str:
+    """16 hexadecimal digits."""
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def plain(text: str) -> bool:
+    """Can stand in a TSV as it is: encodable, no control characters, no blanks at its ends."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return text == text.strip() and text.isprintable()
+
+
+def plain_line(text: str) -> str:
+    """`text` on one line, without tabs."""
+    return text if plain(text) else ascii(text)[1:-1]
+
+
+def _judge(item: Item, key: str, checked: Checked, least: float, most: float | None) -> Recording | str:
+    length = checked.frames / checked.rate
+    if item.seconds is not None and abs(item.seconds - length) > max(DEVIATION, 0.01 * item.seconds):
+        return f"not the file of its manifest: {length:.2f} s, expected {item.seconds:.2f} s"
+    end = length if item.end is None else item.end
+    if end > length + OVERSHOOT or item.start >= length:
+        return f"segment outside its file: it ends at {end:.2f} s, the file at {length:.2f} s"
+    first, last = 0, checked.frames
+    if item.start > EDGE or end < length - EDGE:
+        first, last = round(item.start * checked.rate), min(round(end * checked.rate), checked.frames)
+        key = digest(f"{key}\n{first}\n{last}")
+    seconds = (last - first) / checked.rate
+    if seconds < least:
+        return f"too short: {seconds:.3f} s is below --min-seconds {least:g}"
+    if most is not None and seconds > most:
+        return f"too long: {seconds:.1f} s is above --max-seconds {most:g}"
+    return Recording(item, key, checked, first, last - first)
+
+
+def _key(path: Path) -> str:
+    state = path.stat()
+    return digest(f"{path}\n{state.st_size}\n{state.st_mtime_ns}")
+
+
+class _Index:
+    """What earlier runs found out about files, one JSON line each; appended as the work goes on, so that a restart reuses it.
+
+    Lines wait in memory until `keep` says that the recordings make a manifest: a run that must fail leaves nothing behind.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lock = Lock()
+        self.waiting: list[str] = []
+        self.file: IO[str] | None = None
+        self.known: dict[str, Checked] = {}
+        if path.is_file():
+            with path.open(encoding="utf-8") as lines:
+                self.known.update(_entries(lines))
+
+    def get(self, key: str) -> Checked | None:
+        return self.known.get(key)
+
+    def add(self, key: str, checked: Checked) -> None:
+        with self.lock:
+            self.waiting.append(json.dumps([key, checked.rate, checked.channels, checked.frames, checked.peak]))
+            if self.file:
+                self._write()
+
+    def keep(self) -> None:
+        """Write what waits, and from now on each line at once."""
+        with self.lock:
+            if self.waiting:
+                self._write()
+
+    def close(self) -> None:
+        with self.lock:
+            if self.file:
+                self.file.close()
+                self.file = None
+
+    def _write(self) -> None:
+        if self.file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = self.path.open("a", encoding="utf-8")
+        self.file.write("".join(f"\n{line}\n" for line in self.waiting))
+        self.file.flush()
+        self.waiting.clear()
+
+
+def _entries(lines: Iterable[str]) -> Iterator[tuple[str, Checked]]:
+    for line in lines:
+        try:
+            key, *fields = json.loads(line)
+            yield key, Checked(*fields)
+        except (ValueError, TypeError):  # a line cut off by a crash
+            continue
