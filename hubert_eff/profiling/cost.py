@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..config import SAMPLE_RATE
 from ..errors import UserError, unknown
@@ -24,7 +25,7 @@ from ..model import LABEL_EMBEDDINGS
 from ..quant import quant_report
 from ..quant.storage import PACKED_TYPES
 from ..registry import list_presets
-from .counters import Counts, Tally, count_operations
+from .counters import Tally, count_operations
 from .device import read_device
 
 if TYPE_CHECKING:
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 MIN_SAMPLES = 400  # the receptive field of one frame: 25 ms
 MAX_SECONDS = 3600.0
 MASK_EMBEDDING = "mask_emb"
+_DRAWS = (
+    Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.uniform_, nn.init.kaiming_normal_, nn.init.kaiming_uniform_, nn.init.xavier_uniform_,
+)  # fmt: skip
 FLOAT_BITS = 16  # a product with an operand below is a quantised one
 
 # bit operations of one MAC: the paper counts the width once (32 for float32, 1 for W1A1), Bayesian Bits the product of both widths
@@ -152,12 +156,13 @@ def profile(
     rates = read_device(device)
     if bops not in BOPS:
         raise unknown("BOP convention", bops, BOPS)
-    model, name = resolve(model_or_preset)
+    with unset_weights():
+        model, name = resolve(model_or_preset)
     wave = noise(model, seconds)
     with evaluating(model), _one_thread(), count_operations(model) as counts:
         states, _ = model.hidden_states(wave)
     total = counts.total()
-    modules = _tree(model, "", counts, seen=set())
+    modules = _tree(model, "", counts.by_module(), seen=set())
     labels = getattr(model, LABEL_EMBEDDINGS, None)
     storage = {"paper": paper_storage(model) / 1e6, "file": file_storage(model) / 1e6}
     nonq, quantised = bit_operations(total.macs_by_bits, bops)
@@ -208,6 +213,18 @@ def resolve(model_or_preset: HubertModel | str | os.PathLike[str], policy: str =
 
         return load(name), name
     raise unknown("preset or checkpoint", name, list_presets())
+
+
+class unset_weights(TorchFunctionMode):  # noqa: N801 (a context, as torch's no_grad)
+    """Parameters are not drawn but filled with a constant: costs do not depend on them, and drawing takes longer than a forward pass."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _DRAWS:
+            tensor: Tensor = (*args, kwargs.get("tensor"))[0]
+            with torch.no_grad():
+                return tensor.fill_(0.02)
+        return func(*args, **kwargs)
 
 
 def noise(model: nn.Module, seconds: float, batch: int = 1) -> Tensor:
@@ -283,12 +300,12 @@ def file_storage(model: nn.Module) -> int:
     return total
 
 
-def _tree(module: nn.Module, path: str, counts: Counts, seen: set[int]) -> ModuleCost:
+def _tree(module: nn.Module, path: str, totals: Mapping[str, Tally], seen: set[int]) -> ModuleCost:
     # a parameter that several modules share belongs to the first of them
     stored = stored_bits(module)
     own = [p for name, p in module.named_parameters(recurse=False) if name not in stored and id(p) not in seen]
     seen.update(map(id, own))
-    children = [_tree(c, f"{path}.{name}" if path else name, counts, seen) for name, c in module.named_children()]
-    total = counts.total(path)
+    children = [_tree(c, f"{path}.{name}" if path else name, totals, seen) for name, c in module.named_children()]
+    total = totals.get(path, Tally())
     params = sum(p.numel() for p in own) + sum(elements for elements, _ in stored.values()) + sum(c.params for c in children)
     return ModuleCost(path, type(module).__name__, params, total.macs_by_bits, total.element_ops, children)

@@ -66,6 +66,15 @@ class Counts:
                 total.add(tally)
         return total
 
+    def by_module(self) -> dict[str, Tally]:
+        """Totals of every module that ran something, each with all it contains."""
+        totals: dict[str, Tally] = defaultdict(Tally)
+        for (path, _, _), tally in self.tallies.items():
+            parts = path.split(".") if path else []
+            for depth in range(len(parts) + 1):
+                totals[".".join(parts[:depth])].add(tally)
+        return dict(totals)
+
     def own(self, module: str) -> Tally:
         """What a module ran itself, without its submodules."""
         total = Tally()

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Group
 
-from .cost import Profile, paper_storage, profile, resolve
+from .cost import Profile, paper_storage, profile, resolve, unset_weights
 from .device import Device, read_device
 from .formulas import ATTENTION
 from .report import plain_table
@@ -74,7 +74,8 @@ def table1(bops: str = "paper") -> list[dict[str, Any]]:
 
 
 def _row(row: Row, bops: str) -> dict[str, Any]:
-    model, _ = resolve(row.preset, policy="paper")
+    with unset_weights():
+        model, _ = resolve(row.preset, policy="paper")
     counted, paper = profile(model, SECONDS, bops, DEVICE), row.paper(bops)
     values: dict[str, Any] = {
         "row": row.title,
