@@ -10,8 +10,11 @@ READY    = $(VENV)/.hubert-eff-ready
 export PIP_CONSTRAINT       = $(CURDIR)/requirements-lock.txt
 export PIP_BUILD_CONSTRAINT = $(CURDIR)/requirements-lock.txt
 
-# fairseq's extensions are compiled without debugging symbols, which is quicker
-export CFLAGS              ?= -O2 -fwrapv -DNDEBUG
+# fairseq's extensions are compiled as quickly as possible: those of its own flags (-O3) are used here, the others are not
+export CFLAGS              ?= -O0 -fwrapv -DNDEBUG
+
+# a module is compiled once and kept: thousands are imported by every process that a test, or a step of the demo, starts
+unexport PYTHONDONTWRITEBYTECODE
 
 # models as small as those of the tests gain nothing from threads, which spin when other work shares the cores
 test test-long kill-test: export OMP_NUM_THREADS ?= 1
@@ -21,12 +24,14 @@ test test-long kill-test: export OMP_NUM_THREADS ?= 1
 env: $(READY)
 
 # fairseq-fixed and s3prl are source distributions that would pull the newest torch into their build environment: build them
-# without isolation, against the torch that is pinned here
+# without isolation, against the torch that is pinned here. fairseq's extensions take minutes: the rest is installed meanwhile
 $(READY): pyproject.toml requirements-lock.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 13) else f"Python 3.11 or 3.12 needed; this is {v[0]}.{v[1]}: make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile setuptools wheel Cython numpy torch
-	$(BIN)/python -m pip install --quiet --no-compile --no-build-isolation --editable '.[all,dev]'
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir $(VENV)/wheels fairseq-fixed & building=$$!; \
+	$(BIN)/python -m pip install --quiet --no-compile --no-build-isolation --editable '.[superb,plot,onnx,dev]'; wait $$building
+	$(BIN)/python -m pip install --quiet --no-compile --no-build-isolation --find-links $(VENV)/wheels --editable '.[all,dev]'
 	touch $@
 
 # corpus, labels, pre-training, second labels, keyword spotting, profile; finished steps are kept, so it resumes
