@@ -94,6 +94,9 @@ class HubertConfig:
     conv_pos_groups: int = option(16, "groups of the convolutional positional embedding")
     required_seq_len_multiple: int = option(2, "the sequence is padded to a multiple of this inside the encoder")
     checkpoint_activations: bool = option(False, "recompute each block in the backward pass to save memory")
+    compile_blocks: bool = option(
+        False, "torch.compile of the blocks in training, once per shape of the batch: for a GPU, with task.length_buckets"
+    )
     identity_attention_updates: int = option(
         0, "updates at the start of training in which every frame attends to itself alone, so that the encoder cannot turn time round"
     )
@@ -186,6 +189,8 @@ class HubertConfig:
                 f"identity_attention_updates={self.identity_attention_updates} must be 0 or more, and 0 for a binarised model "
                 f"(quant={self.quant})"
             )
+        if self.compile_blocks and self.quant != "none":
+            raise UserError(f"compile_blocks=true: the blocks of a binarised model (quant={self.quant}) are not compiled; set it to false")
         if self.mask_channel_prob > 0 and self.mask_channel_prob * self.input_dim / self.mask_channel_length < 1:
             raise UserError(
                 f"mask_channel_prob={self.mask_channel_prob} asks for less than one span of mask_channel_length="

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -241,7 +242,7 @@ def test_masked_batch_norm_of_one_frame_and_of_none(valid: torch.Tensor | None) 
 @pytest.mark.parametrize("frames", [1, 7])  # one frame has no variance, and takes another path
 def test_recomputed_statistics_are_tracked_once(frames: int) -> None:
     norm, x = MaskedBatchNorm(5), torch.randn(1, frames, 5, requires_grad=True)
-    checkpoint(norm, x, None, use_reentrant=False, context_fn=once_tracked).square().sum().backward()
+    checkpoint(norm, x, None, use_reentrant=False, context_fn=partial(once_tracked, norm)).square().sum().backward()
     assert norm.num_batches_tracked == 1
     torch.testing.assert_close(norm.running_mean, 0.1 * x.detach().mean((0, 1)))
 

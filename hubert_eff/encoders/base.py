@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from ..config import HubertConfig
 from ..errors import UserError
 from ..layers.chunks import Chunks
+from ..layers.compiling import call_block, compiled_call
 from ..layers.dropout import Dropout
 from ..layers.kinds import POSITIONAL_CONV, Kind
 from ..layers.norm import once_tracked
@@ -91,6 +93,7 @@ class Encoder(nn.Module):
         self.layerdrop = config.encoder_layerdrop
         self.multiple = config.required_seq_len_multiple
         self.checkpoint_activations = config.checkpoint_activations
+        self.compile_blocks = config.compile_blocks
         self.pos_conv = PositionalEmbedding(dim, config.conv_pos, config.conv_pos_groups, config.causal)
         self.layers = nn.ModuleList([self.build_block(config, index) for index in range(config.encoder_layers)])
         self.layer_norm = self.build_norm(config)
@@ -196,11 +199,13 @@ class Encoder(nn.Module):
         return states
 
     def run_block(self, block: nn.Module, x: Tensor, frames: Frames) -> Tensor:
-        """One block; with `checkpoint_activations` its activations are recomputed in the backward pass."""
+        """One block. In training it is compiled with `compile_blocks` (not in chunks, whose tables change from batch to batch), and with
+        `checkpoint_activations` its activations are recomputed in the backward pass."""
+        call = compiled_call() if self.compile_blocks and self.training and frames.chunks is None else call_block
         if self.checkpoint_activations and self.training:
-            y: Tensor = checkpoint(block, x, frames, use_reentrant=False, context_fn=once_tracked)
+            y: Tensor = checkpoint(call, block, x, frames, use_reentrant=False, context_fn=partial(once_tracked, block))
             return y
-        return block(x, frames)  # type: ignore[no-any-return]
+        return call(block, x, frames)
 
     def frames(self, x: Tensor, valid: Tensor | None = None, chunks: Chunks | None = None) -> Frames:
         """What blocks need to know of x (B, T, D), whose frames are `valid` (B, T)."""

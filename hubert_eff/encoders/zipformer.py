@@ -91,6 +91,11 @@ class ZipformerConfig(HubertConfig):
         return self.stacks[0].dim
 
     def validate(self) -> None:
+        if self.compile_blocks:
+            raise UserError(
+                "compile_blocks=true: a Zipformer's blocks draw anew in every batch what acts on their gradients, which tears compiled "
+                "code into pieces; set it to false"
+            )
         stacks = self.stacks
         for key, (name, common, how) in STACK_KEYS.items():
             values = [getattr(stack, name) for stack in stacks]

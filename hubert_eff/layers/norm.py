@@ -10,25 +10,26 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.nn import functional as F
 
-_tracking = True
 _counted = True
 
 
 @contextmanager
-def _untracked() -> Iterator[None]:
-    global _tracking
-    _tracking = False
+def _untracked(module: nn.Module) -> Iterator[None]:
+    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
     try:
         yield
     finally:
-        _tracking = True
+        for buffer, value in before:
+            buffer.data.copy_(value)  # unseen by autograd: a norm in training keeps them for its backward pass, but does not read them
 
 
-def once_tracked() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Contexts of `torch.utils.checkpoint`: running statistics are updated in the forward pass, not again when it is recomputed."""
-    return nullcontext(), _untracked()
+def once_tracked(module: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Contexts of `torch.utils.checkpoint`: running statistics are updated in the forward pass, not again when it is recomputed.
+
+    They are put back rather than left alone, so that a compiled block is recomputed by the very code of its forward pass.
+    """
+    return nullcontext(), _untracked(module)
 
 
 @contextmanager
@@ -72,12 +73,13 @@ class MaskedBatchNorm(nn.BatchNorm1d):
         if not self.training:
             return super().forward(rows).view_as(x)
         joint = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        if not joint and valid is None and len(rows) > 1:
-            return self._plain(rows).view_as(x)
-        if not joint and valid is not None and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        alone = not joint and _counted
+        if alone and valid is None and len(rows) > 1:
+            return super().forward(rows).view_as(x)
+        if alone and valid is not None and x.device.type == "cpu" and not torch.compiler.is_compiling():
             index = valid.reshape(-1).nonzero().squeeze(1)  # on a GPU this would wait for all that is queued
             if len(index) > 1:
-                packed = self._plain(rows.index_select(0, index))
+                packed = super().forward(rows.index_select(0, index))
                 return packed.new_zeros(rows.shape).index_copy(0, index, packed).view_as(x)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         weight = (wide.new_ones(x.shape[:2]) if valid is None else valid.to(wide.dtype)).unsqueeze(-1)
@@ -94,16 +96,7 @@ class MaskedBatchNorm(nn.BatchNorm1d):
         y = (wide - mean) * torch.rsqrt(variance + self.eps) * self.weight + self.bias
         return y.to(x.dtype)
 
-    def _plain(self, rows: Tensor) -> Tensor:
-        if not (_tracking and _counted):
-            assert self.running_mean is not None and self.running_var is not None
-            scratch = self.running_mean.clone(), self.running_var.clone()
-            return F.batch_norm(rows, *scratch, self.weight, self.bias, True, 0.0, self.eps)
-        return super().forward(rows)
-
     def _track(self, mean: Tensor, variance: Tensor) -> None:
-        if not _tracking:
-            return
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
         rate = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
