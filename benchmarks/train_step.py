@@ -35,18 +35,18 @@ TARGETS = {"default": 2.0, "fastconv": 3.0, "head": 100.0}
 CONFIG = Path(__file__).parents[1] / "configs" / "pretrain" / "transformer_base.yaml"
 
 
-def stock_model(config: Any) -> fairseq_hubert.HubertModel:
+def stock_model(config: Any, classes: int = CLASSES) -> fairseq_hubert.HubertModel:
     """fairseq's model with the keys of our configuration."""
     keys = {field.name for field in dataclasses.fields(fairseq_hubert.HubertConfig)}
     values = {key: value for key, value in config.to_dict().items() if key in keys}
     values["conv_feature_layers"] = str(list(config.conv_layers))
     task = HubertPretrainingConfig(sample_rate=16_000)
-    return fairseq_hubert.HubertModel(fairseq_hubert.HubertConfig(**values), task, [range(CLASSES)])
+    return fairseq_hubert.HubertModel(fairseq_hubert.HubertConfig(**values), task, [range(classes)])
 
 
 def use_masks(masks: Tensor) -> None:
     """Make fairseq's model mask these frames, (B, T) bool, instead of drawing its own."""
-    fairseq_hubert.compute_mask_indices = lambda *_, **__: masks.numpy()
+    fairseq_hubert.compute_mask_indices = lambda *_, **__: masks.cpu().numpy()
 
 
 def build_optimizer(model: torch.nn.Module, section: dict[str, Any]) -> Any:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hubert_eff.errors import UserError
-from hubert_eff.optim import ScaledAdam, eden
+from hubert_eff.optim import FusedAdam, ScaledAdam, eden
 
 pytest.importorskip("fairseq", reason="fairseq is not installed: pip install 'hubert-eff[fairseq]'")
 
@@ -74,6 +74,33 @@ def test_another_learning_rate_of_the_configuration_holds_over_a_checkpoint() ->
     again = build_optimizer(fairseq_config("optimization.lr=[0.01]", "optimizer.scalar_max=5.0").optimizer, tensors())
     again.load_state_dict(optimizer.state_dict(), again.optimizer_config)
     assert again.get_lr() == 0.01 and again.param_groups[0]["scalar_max"] == 5.0
+
+
+def test_fused_adam_takes_adams_keys_and_makes_its_updates() -> None:
+    keys = ("optimizer.adam_betas='(0.9,0.98)'", "optimizer.adam_eps=1e-6", "optimizer.weight_decay=0.01", "optimization.lr=[0.01]")
+    sides = []
+    for name in ("adam", "fused_adam"):
+        params = tensors()
+        optimizer = build_optimizer(fairseq_config(f"optimizer._name={name}", *keys).optimizer, params)
+        for update in range(5):
+            gradients(params, update)
+            optimizer.step()
+        sides.append(params)
+    assert isinstance(optimizer.optimizer, FusedAdam) and optimizer.supports_flat_params
+    for a, b in zip(*sides):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    again = build_optimizer(fairseq_config("optimizer._name=fused_adam", *keys[:-1], "optimization.lr=[0.003]").optimizer, tensors())
+    again.load_state_dict(optimizer.state_dict(), again.optimizer_config)
+    assert again.get_lr() == 0.003 and again.param_groups[0]["updates"] == 5
+    assert all(state["step"] == 5 for state in again.optimizer.state.values())
+
+
+@pytest.mark.parametrize("betas", ["0.9", "(0.9,0.98,0.99)", "(0.9,", "(a,b)"])
+def test_betas_that_are_no_pair_are_refused(betas: str) -> None:
+    cfg = fairseq_config("optimizer._name=fused_adam")
+    cfg.optimizer.adam_betas = betas
+    with pytest.raises(UserError, match="adam_betas"):
+        build_optimizer(cfg.optimizer, tensors())
 
 
 @pytest.mark.parametrize("half", ["fp16", "bf16"])
