@@ -12,9 +12,12 @@ import numpy as np
 import torch
 from fairseq.data import HubertDataset, data_utils
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import get_worker_info
 
 from hubert_eff.config import FRAME_STRIDE
+
+from .buckets import Buckets
 
 LAST_FRAME = 400  # samples that the extractor needs for its last frame: 25 ms
 
@@ -58,9 +61,10 @@ class SeededHubertDataset(HubertDataset):
     lines that say so as `unreadable`. The batch is then without it; if it was the last one, `unreadable` is all there is.
     """
 
-    def __init__(self, *args: Any, seed: int, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, seed: int, length_buckets: int = 0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.seed = seed
+        self.buckets = Buckets(self.sizes, length_buckets, self.max_sample_size, self.pad_audio) if length_buckets else None
         # shared, because fairseq keeps the loading processes, and thereby their copies of this object, over all epochs
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
 
@@ -87,12 +91,33 @@ class SeededHubertDataset(HubertDataset):
         ties = np.random.default_rng(self.seed).permutation(len(self))
         return np.lexsort([ties, self.sizes])[::-1]
 
+    def size(self, index: int) -> int:
+        """Samples of an utterance in a batch, which `dataset.max_tokens` counts."""
+        return super().size(index) if self.buckets is None else self.buckets.length(self.sizes[index])
+
+    def collater_audio(self, audios: list[Tensor], audio_size: int) -> tuple[Tensor, Tensor, list[int]]:
+        """Audio (B, S), padding (B, S) and where crops start; S is the length of a bucket, if there are any."""
+        return super().collater_audio(audios, audio_size if self.buckets is None else self.buckets.length(audio_size))
+
+    def collater_frm_label(
+        self, targets: list[Tensor], audio_size: int, audio_starts: list[int], label_rate: float, pad: int
+    ) -> tuple[Tensor, Tensor, int]:
+        """Labels (B, T'), lengths (B,) and their sum; where audio is padded to a bucket, labels are too."""
+        if self.buckets is None:
+            return super().collater_frm_label(targets, audio_size, audio_starts, label_rate, pad)
+        length = self.buckets.length(audio_size)
+        labels, lengths, count = super().collater_frm_label(targets, length, audio_starts, label_rate, pad)
+        missing = round(length * label_rate / self.sample_rate) - labels.size(1) if self.pad_audio else 0
+        return F.pad(labels, (0, missing), value=pad), lengths, count
+
     def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """Batch of audio (B, S), padding (B, S) and labels; crops are drawn from (seed, epoch, utterances)."""
         with data_utils.numpy_seed(self.seed, int(self._epoch), *(sample["id"] for sample in samples)):
             batch = super().collater(samples)
         if batch:
             batch["net_input"]["sample_ids"] = batch["id"]
+            if self.buckets is not None and not self.pad_audio:
+                batch["net_input"]["padding_mask"] = None  # nothing is padded, and attention without a mask is faster on a GPU
             if self.pad_audio:
                 self._pad_unlabelled(batch["net_input"]["padding_mask"], batch["target_lengths_list"])
         if faults := [sample["unreadable"] for sample in samples if sample["source"] is None]:

@@ -42,6 +42,7 @@ from omegaconf import OmegaConf  # noqa: E402
 
 import fairseq_plugins  # noqa: E402, F401
 from fairseq_plugins import stopping  # noqa: E402
+from fairseq_plugins.buckets import Buckets  # noqa: E402
 from fairseq_plugins.criterions.hubert_eff import HubertEffCriterion, perplexity  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -216,6 +217,60 @@ def test_batches_and_crops_depend_on_seed_epoch_and_utterances_only(data: Path) 
     assert order == again and torch.equal(first, second)
     assert not torch.equal(first, third)
     assert {tuple(crops(3, seed)[0]) for seed in range(6)} != {tuple(order)}
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    lengths = np.random.default_rng(1).uniform(0.4, 2.0, 40).round(3)
+    return make_data(tmp_path_factory.mktemp("many") / "data", {"train": [*lengths, 2.5], "valid": [1.0]})
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("rate", [50, 100])
+def test_buckets_leave_few_shapes(padded: bool, rate: int, many: Path, tmp_path: Path) -> None:
+    data = many
+    if rate == 50:  # every second label of the others
+        data = tmp_path
+        for name in ("train.tsv", "valid.tsv", "dict.km.txt"):
+            (data / name).write_text((many / name).read_text())
+        for name in ("train.km", "valid.km"):
+            halves = [" ".join(line.split()[::2]) for line in (many / name).read_text().splitlines()]
+            (data / name).write_text("\n".join(halves) + "\n")
+    keys = (f"task.pad_audio={str(padded).lower()}", f"task.label_rate={rate}", "task.min_sample_size=6000", "task.max_sample_size=33000")
+    task, cfg = make_task(data, "task.length_buckets=3", *keys)
+    task.load_dataset("train"), task.load_dataset("valid")
+    dataset, model = task.dataset("train"), task.build_model(cfg.model)
+    assert task.dataset("valid").buckets is None
+    lengths = dataset.buckets.lengths.tolist()
+    assert len(lengths) == 3 and all(length % 2560 == 320 for length in lengths) and lengths[-1] <= 33_000
+    epoch = task.get_batch_iterator(dataset, max_tokens=80_000, required_batch_size_multiple=1).next_epoch_itr(shuffle=False)
+    shapes, seen = set(), []
+    for batch in epoch:
+        source, padding, (labels,) = batch["net_input"]["source"], batch["net_input"]["padding_mask"], batch["target_list"]
+        features = torch.zeros(len(source), model.num_frames(source.size(1)), 1)
+        frames = None if padding is None else frame_padding_mask(padding, features.size(1), model.config)
+        features, frames, (targets,) = model._align(features, frames, [labels])
+        assert features.size(1) == source.size(1) // 320 - 1  # no frame is lost for want of labels, so the encoder's shape is fixed too
+        assert (frames is None) != padded
+        assert (targets[~frames] if padded else targets).min() >= 4  # the dictionary begins with four special symbols
+        assert source.numel() <= 80_000
+        shapes.add(tuple(source.shape))
+        seen += batch["id"].tolist()
+    assert sorted(seen) == list(range(len(dataset))) and {length for _, length in shapes} == set(lengths)
+    assert len(shapes) <= 6
+    for index, size in enumerate(dataset.sizes):
+        near = [n for n in lengths if (n >= size if padded else n <= size)]
+        assert dataset.size(index) == ((min(near) if near else lengths[-1]) if padded else max(near))
+    first, second = (dataset.collater([dataset[i] for i in (0, 1, 2)])["net_input"]["source"] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_utterances_too_short_for_a_bucket_are_named(data: Path) -> None:
+    make_task(data, "task.length_buckets=2")[0].load_dataset("train")
+    with pytest.raises(UserError, match="length_buckets=-1"):
+        make_task(data, "task.length_buckets=-1")
+    with pytest.raises(UserError, match="length_buckets=2: the shortest utterance has 2000 samples.*task.min_sample_size"):
+        Buckets([2000, 16_000], 2, 250_000, padded=False)
 
 
 @pytest.mark.parametrize(("seconds", "limit"), [(4.0, 48_080), (17.0, 250_000)])

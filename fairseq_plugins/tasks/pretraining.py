@@ -43,6 +43,11 @@ class HubertEffPretrainingConfig(SafeConfig, HubertPretrainingConfig):
         default=None,
         metadata={"help": "checkpoint whose weights a new run starts from; a binarised model may start from its float or w1a2 form"},
     )
+    length_buckets: int = field(
+        default=0,
+        metadata={"help": "lengths that training batches may have, at the quantiles of the utterances'; 0: any. For model.compile_blocks"},
+    )
+    train_subset: str = field(default=II("dataset.train_subset"), metadata={"help": "the split that length_buckets is for"})
     log_interval: int = field(default=II("common.log_interval"), metadata={"help": "updates between two looks at a binarised model"})
 
 
@@ -68,6 +73,8 @@ class HubertEffPretrainingTask(SafeTask, HubertPretrainingTask):
                 raise UserError("task.fine_tuning and task.single_target belong to fairseq's fine-tuning: leave them false to pre-train")
             if cfg.label_rate <= 0:
                 raise UserError(f"task.label_rate={cfg.label_rate:g}: labels come at a fixed rate, 100 (MFCC) or 50 (a layer) per second")
+            if cfg.length_buckets < 0:
+                raise UserError(f"task.length_buckets={cfg.length_buckets} must be 0 (batches of any length) or more")
             check_run(cfg)
         return cls(cfg)
 
@@ -121,7 +128,12 @@ class HubertEffPretrainingTask(SafeTask, HubertPretrainingTask):
             random_crop=cfg.random_crop,
             single_target=False,
             seed=cfg.seed,
+            length_buckets=cfg.length_buckets if split == cfg.train_subset else 0,
         )
+        buckets = self.datasets[split].buckets
+        if buckets is not None:
+            seconds = ", ".join(f"{length / cfg.sample_rate:.2f}" for length in buckets.lengths)
+            logger.info(f"{split}: batches of {seconds} s, {100 * buckets.kept(self.datasets[split].sizes):.1f} % of the audio")
 
     @one_line_errors()
     def train_step(self, sample: Any, model: Any, criterion: Any, optimizer: Any, update_num: int, ignore_grad: bool = False) -> Any:
