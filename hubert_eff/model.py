@@ -274,7 +274,8 @@ class HubertModel(nn.Module):
         for part, codewords in zip(parts, torch.split(self.label_embs_concat, list(self.num_classes)), strict=True):
             if self.target_glu is not None:
                 codewords = self.target_glu(codewords)
-            cosine = linear(F.normalize(part.float(), dim=-1), F.normalize(codewords.float(), dim=-1))
+            with torch.autocast(part.device.type, enabled=False):  # which would multiply in half precision
+                cosine = linear(F.normalize(part.float(), dim=-1), F.normalize(codewords.float(), dim=-1))
             logits.append(cosine / self.config.logit_temp)
         return logits
 
