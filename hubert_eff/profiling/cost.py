@@ -35,7 +35,8 @@ MIN_SAMPLES = 400  # the receptive field of one frame: 25 ms
 MAX_SECONDS = 3600.0
 MASK_EMBEDDING = "mask_emb"
 _DRAWS = (
-    Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.uniform_, nn.init.kaiming_normal_, nn.init.kaiming_uniform_, nn.init.xavier_uniform_,
+    Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.uniform_, nn.init.kaiming_normal_, nn.init.kaiming_uniform_,
+    nn.init.xavier_uniform_,
 )  # fmt: skip
 FLOAT_BITS = 16  # a product with an operand below is a quantised one
 

@@ -89,6 +89,6 @@ def kept_bytes(config: HubertConfig, samples: int) -> int:
             kept[key] = x  # held, so that no other tensor gets its address
         return x
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.enable_grad():
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.set_grad_enabled(True):
         model.hidden_states(wav)
     return sum(x.untyped_storage().nbytes() for x in kept.values())
