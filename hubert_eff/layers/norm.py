@@ -91,6 +91,11 @@ class MaskedBatchNorm(nn.BatchNorm1d):
         mean = total[:-1] / count
         square = ((wide - mean).square() * weight).sum((0, 1))
         variance = (_sum_over_processes(square) if joint else square) / count
+        if joint and not _counted:  # all processes may leave out theirs: then the running statistics serve, and stay
+            assert self.running_mean is not None and self.running_var is not None
+            seen = total[-1] > 0
+            mean = torch.where(seen, mean, self.running_mean.to(mean.dtype))
+            variance = torch.where(seen, variance, self.running_var.to(mean.dtype))
         if joint or _counted:
             self._track(mean.detach(), variance.detach() * count / (count - 1).clamp(min=1.0))
         y = (wide - mean) * torch.rsqrt(variance + self.eps) * self.weight + self.bias
