@@ -183,6 +183,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options.add_argument("--restated", action="store_true", help="hold ours against restated.py also where fairseq is installed")
     options.add_argument("--device", default="cuda", help="cuda, cuda:N, or cpu with --debug (default: cuda)")
     options.add_argument("--debug", action="store_true", help="tiny models and one round: whether it runs")
+    options.add_argument("--loader", action="store_true", help="measure one loading process instead, on the CPU (needs fairseq)")
+    options.add_argument("--data", type=Path, help="with --loader: a folder of train.tsv and labels at 100 per second (default: generated)")
     options.add_argument("--out", type=Path, help="write the figures to this JSON file, after each pair")
     return options.parse_args(arguments)
 
@@ -190,6 +192,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Check and time every pair; print a table. Returns the exit code."""
     args = parse(arguments)
+    if args.loader:
+        try:
+            from loading import measure as measure_loading
+        except ImportError as error:
+            print(f"not measured: --loader needs fairseq ({error})", file=sys.stderr)
+            return 2
+        loading = measure_loading(args.data, args.audio, args.debug)
+        if args.out:
+            write_json(args.out, loading)
+        return 0
     if args.device == "cpu" and not args.debug:
         print("--device cpu only goes with --debug: a CPU says nothing about a GPU", file=sys.stderr)
         return 2

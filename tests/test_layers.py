@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hubert_eff.frontend import TimeNorm
-from hubert_eff.layers.attention import attention
+from hubert_eff.layers.attention import _fused, attention
 from hubert_eff.layers.convolution import strided_conv
 from hubert_eff.layers.dropout import Dropout, keep_signs
 from hubert_eff.layers.linear import Linear
@@ -128,3 +128,18 @@ def test_attention_with_dropout_equals_its_definition(kind: str | None) -> None:
     weight = torch.randn_like(y)
     for a, b in zip(torch.autograd.grad(y, wanted, weight), torch.autograd.grad(expected, wanted, weight)):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_widened_heads_change_nothing() -> None:
+    """The form for a GPU, here on a CPU."""
+    q, k, v = (torch.randn(2, 3, 7, 36, requires_grad=True) for _ in range(3))
+    biases = torch.randn(2, 3, 7, 7, requires_grad=True), torch.rand(2, 1, 1, 7) < 0.7
+    biases[1][..., 0] = True
+    for bias in biases:
+        results = []
+        for function in (_fused, attention):
+            y = function(q, k, v, bias, 0.0)
+            inputs = [x for x in (q, k, v, bias) if x.requires_grad]
+            results.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
+        for a, b in zip(*results):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

@@ -109,11 +109,23 @@ def _unseen(attend: Tensor, like: Tensor) -> Tensor:
     return torch.zeros(attend.shape, dtype=like.dtype, device=like.device).masked_fill_(~attend, float("-inf"))
 
 
+FUSED_WIDTH = 8  # a GPU's fused kernel takes biases with heads of a multiple of so many channels
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: float) -> Tensor:
+    """torch's attention with heads widened by zeros, which change no product: 36 channels would run unfused, in float32."""
+    width = q.size(-1)
+    q, k, v = (F.pad(x, (0, -width % FUSED_WIDTH)) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=width**-0.5)[..., :width]
+
+
 @counted_as("attention")
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
     """`F.scaled_dot_product_attention` of q (B, H, T, d), k and v (B, H, T', d); bias: bool (False = never seen) or float, or None."""
     blockwise = dropout == 0.0 and _takes_blocks(q, k, v, bias)
     if not blockwise and (dropout == 0.0 or not takes_onednn(q, k)):
+        if bias is not None and q.is_cuda and q.size(-1) % FUSED_WIDTH:
+            return _fused(q, k, v, bias, dropout)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
     if bias is not None and bias.dtype == torch.bool:
         bias = _unseen(bias, q)
