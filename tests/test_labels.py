@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import sys
 from pathlib import Path
 from threading import Thread
 
@@ -19,7 +20,7 @@ from hubert_eff.errors import UserError
 from hubert_eff.exporting import export
 from hubert_eff.labels import features, kmeans, targets
 from hubert_eff.labels.features import FeatureSource, HiddenLayer, Mfcc
-from hubert_eff.labels.kmeans import KMeans, fit
+from hubert_eff.labels.kmeans import KMeans, fit, fit_faiss
 from hubert_eff.labels.manifest import Options, make_manifest
 from hubert_eff.labels.quality import label_quality, purities
 from hubert_eff.labels.targets import make_labels, read_manifest
@@ -155,6 +156,36 @@ def test_kmeans_finds_the_clusters_also_when_memory_holds_one_file(tmp_path, mon
     distance = np.linalg.norm(found[:, None] - centres[None], axis=-1)
     assert sorted(distance.argmin(1)) == [0, 1, 2, 3, 4] and distance.min(1).max() < 0.2
     assert np.array_equal(found, fit(paths, 5, seed=1))
+
+
+def test_faiss_finds_the_clusters(tmp_path) -> None:
+    pytest.importorskip("faiss")
+    paths, centres = blobs(tmp_path)
+    found = fit_faiss(paths, 5, seed=1)
+    assert found.shape == centres.shape and found.dtype == np.float32
+    rows = np.concatenate([np.load(p) for p in paths])
+    errors = [((rows - c[KMeans(c, {}).assign(rows)]) ** 2).sum() for c in (found, fit(paths, 5, seed=1))]
+    assert errors[0] < 2 * errors[1] and np.array_equal(found, fit_faiss(paths, 5, seed=1))
+    np.save(tmp_path / "a.npy", np.full((50, 8), np.nan, np.float32))
+    with pytest.raises(UserError, match="NaN"):
+        fit_faiss([*paths, tmp_path / "a.npy"], 2, seed=1)
+
+
+def test_faiss_is_named_where_it_is_missing(manifest, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    arguments = ["labels", str(manifest), "--out", str(tmp_path / "out"), "--features", "mfcc", "--clusters", "10", "--kmeans"]
+    assert main([*arguments, "faiss"]) == 2
+    assert main([*arguments, "exact"]) == 2
+    missing, wrong = capsys.readouterr().err.splitlines()
+    assert "needs the package 'faiss-cpu': pip install 'hubert-eff[faiss]'" in missing
+    assert "unknown value of --kmeans 'exact'" in wrong and not (tmp_path / "out").exists()
+
+
+def test_labels_by_faiss(manifest, tmp_path) -> None:
+    pytest.importorskip("faiss")
+    summary = make_labels(manifest, tmp_path, clusters=10, kmeans="faiss")
+    assert summary["kmeans"] == "faiss" and make_labels(manifest, tmp_path, clusters=10, kmeans="faiss")["reused"]
+    assert make_labels(manifest, tmp_path, clusters=10)["settings"] != summary["settings"]
 
 
 def test_every_row_is_seen_once_per_pass(tmp_path, monkeypatch) -> None:

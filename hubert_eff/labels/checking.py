@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ class Recording:
     def direct(self) -> bool:
         """Can be used where it lies: whole, 16 kHz mono, of a format and a name that fairseq can read from a TSV."""
         whole = self.frames == self.checked.frames
-        fits = (self.checked.rate, self.checked.channels) == (SAMPLE_RATE, 1) and Path(self.item.path).suffix in DIRECT_SUFFIXES
+        fits = (self.checked.rate, self.checked.channels) == (SAMPLE_RATE, 1) and os.path.splitext(self.item.path)[1] in DIRECT_SUFFIXES
         return whole and fits and plain(self.item.path)
 
 
@@ -65,30 +66,32 @@ def check_all(
     """
     index = _Index(store / "checked.jsonl")
 
-    def look(group: list[Item]) -> list[Recording | str]:
-        path = listing.root / group[0].path
+    def look(same: list[Item]) -> list[tuple[Item, Recording | str]]:
+        path = listing.root / same[0].path
         try:
             key = _key(path)
             checked = index.get(key)
             if checked is None:
                 checked = check(path)
                 index.add(key, checked)
-            return [_judge(item, key, checked, least, most) for item in group]
-        except Unusable as reason:
-            return [str(reason)] * len(group)
+            return [(item, _judge(item, key, checked, least, most)) for item in same]
+        except Unusable as error:
+            reason = str(error)
         except FileNotFoundError:
-            return [f"not there: {plain_line(str(path))}"] * len(group)
+            reason = f"not there: {plain_line(str(path))}"
         except OSError as error:
-            return [f"not readable ({error.strerror})"] * len(group)
+            reason = f"not readable ({error.strerror})"
+        return [(item, reason) for item in same]
 
     recordings: list[Recording] = []
     left_out = list(listing.left_out)
     seen: set[str] = set()
     items = sorted(listing.items, key=lambda i: (i.path, i.start, i.name))
-    groups = [list(g) for _, g in groupby(items, key=lambda i: i.path)]
+    files = (list(same) for _, same in groupby(items, key=lambda i: i.path))
+    count = len({i.path for i in items})
     try:
-        for results, group in zip(parallel(look, groups, workers, "checking recordings"), groups):
-            for item, result in zip(group, results):
+        for results in parallel(look, files, count, workers, "checking recordings"):
+            for item, result in results:
                 if isinstance(result, str):
                     left_out.append((item.name, result))
                 else:
@@ -106,9 +109,9 @@ def check_all(
     return recordings, left_out
 
 
-def parallel(function: Callable[[T], R], items: list[T], workers: int, what: str) -> Iterator[R]:
-    """Results in order, by threads (libsndfile and soxr run outside Python's lock)."""
-    with ThreadPoolExecutor(workers) as pool, progress(what, len(items)) as advance:
+def parallel(function: Callable[[T], R], items: Iterable[T], count: int, workers: int, what: str) -> Iterator[R]:
+    """Results of `count` items in order, by threads (libsndfile and soxr run outside Python's lock)."""
+    with ThreadPoolExecutor(workers) as pool, progress(what, count) as advance:
         for result in in_order(pool, function, items, 4 * workers):
             advance(1)
             yield result

@@ -4,6 +4,8 @@ The settings are HuBERT's: 20 k-means++ starts (fewer where one takes long), eac
 best one goes on; batches of `BATCH` frames, in an order shuffled in every pass, for at most `MAX_PASSES`; no reassignment of small
 clusters. It stops when `PATIENCE` batches together lower the (smoothed) error by less than `TOLERANCE`; in HuBERT this is 0, which only
 costs time.
+
+The alternative is faiss, where it is installed: Lloyd's iterations over all frames, which it holds in memory.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,8 @@ START_BUDGET = 2e10  # frames x clusters x dimensions of all starts together: a 
 INIT_FRAMES = 3 * BATCH
 MAX_PASSES = 100
 POOL_BYTES = 1 << 28  # features held in memory to shuffle
+KINDS = ("minibatch", "faiss")
+FAISS_ITERATIONS = 50
 
 Array = npt.NDArray[np.floating[Any]]
 Labels = npt.NDArray[np.int64]
@@ -72,6 +77,34 @@ class KMeans:
             raise UserError(f"{path} holds no k-means model of hubert-eff: delete it and make the labels again") from error
 
 
+def require(kind: str) -> None:
+    """Raise `UserError` if a package that fits this kind is not installed."""
+    needed = {"sklearn.cluster": ("scikit-learn", "data")} | ({"faiss": ("faiss-cpu", "faiss")} if kind == "faiss" else {})
+    for module, (package, extra) in needed.items():
+        try:
+            import_module(module)
+        except ImportError as error:
+            raise missing_extra(package, extra, f"k-means ({kind})") from error
+
+
+def fit_faiss(files: Sequence[Path], clusters: int, seed: int) -> Array:
+    """What `fit` does, by faiss, from the same start: all frames are held in memory."""
+    import faiss
+
+    start = _start(files, clusters, seed, sum(np.load(f, mmap_mode="r").shape[0] for f in files))
+
+    rows = _gathered([np.load(f, mmap_mode="r") for f in files])
+    _require_finite(rows)
+    with progress(f"k-means of {len(rows)} frames by faiss", 1) as advance:
+        # no sampling of frames, and no warning where there are few
+        model = faiss.Kmeans(
+            rows.shape[1], clusters, niter=FAISS_ITERATIONS, seed=seed, min_points_per_centroid=1, max_points_per_centroid=len(rows)
+        )
+        model.train(rows, init_centroids=start)
+        advance(1)
+    return np.asarray(model.centroids, dtype=np.float32)
+
+
 def fit(files: Sequence[Path], clusters: int, seed: int) -> Array:
     """Centroids (clusters, dim) of the frames in `files`, .npy arrays of float32 (frames, dim).
 
@@ -80,11 +113,10 @@ def fit(files: Sequence[Path], clusters: int, seed: int) -> Array:
     Raises:
         UserError: fewer frames than clusters, NaN or infinity in the features, missing package.
     """
-    try:
-        from sklearn.cluster import MiniBatchKMeans
-        from threadpoolctl import threadpool_limits
-    except ImportError as error:
-        raise missing_extra("scikit-learn", "data", "k-means") from error
+    require("minibatch")
+    from sklearn.cluster import MiniBatchKMeans
+    from threadpoolctl import threadpool_limits
+
     shapes = [np.load(f, mmap_mode="r").shape for f in files]
     frames = sum(s[0] for s in shapes)
     if frames < clusters:
@@ -130,8 +162,7 @@ def _start(files: Sequence[Path], clusters: int, seed: int, frames: int) -> Arra
         count = math.ceil(share * len(rows))
         picked.append(np.asarray(rows[np.sort(rng.choice(len(rows), count, replace=False))]))
     sample = np.concatenate(picked)
-    if not np.isfinite(sample).all():
-        raise UserError("NaN or infinity in the features: the checkpoint has diverged, or the audio is broken")
+    _require_finite(sample)
     sample = sample.astype(np.float64)  # scikit-learn is many times slower in float32 here
     starts = int(np.clip(START_BUDGET / (sample.size * clusters), 1, STARTS))
     best: tuple[float, Any] = (math.inf, None)
@@ -141,6 +172,11 @@ def _start(files: Sequence[Path], clusters: int, seed: int, frames: int) -> Arra
         if inertia < best[0]:
             best = (inertia, centroids)
     return np.asarray(best[1], dtype=np.float32)
+
+
+def _require_finite(rows: Array) -> None:
+    if not np.isfinite(rows).all():
+        raise UserError("NaN or infinity in the features: the checkpoint has diverged, or the audio is broken")
 
 
 def _batches(files: Sequence[Path], batch: int, seed: int) -> Iterator[Array]:

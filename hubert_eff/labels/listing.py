@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,4 +83,5 @@ def list_folder(root: Path, skip: set[Path], level: int) -> Listing:
 
 def _of_folder(name: str, level: int) -> Item:
     folders = name.split("/")[:-1]
-    return Item(name, name, "/".join(folders[:level]), "/".join(folders))
+    # interned: the names of a few folders, in hundreds of thousands of items
+    return Item(name, name, sys.intern("/".join(folders[:level])), sys.intern("/".join(folders)))

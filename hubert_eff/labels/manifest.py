@@ -77,11 +77,14 @@ class Options:
             raise UserError("--folder-level and --workers must be at least 1")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Utterance:
-    """A line of a manifest: a 16 kHz mono file, and the recordings it is made of, in order."""
+    """A line of a manifest: a 16 kHz mono file, and the recordings it is made of, in order.
 
-    path: Path
+    Paths of hundreds of thousands are strings here: `Path` takes ten times the memory.
+    """
+
+    path: str
     parts: tuple[Recording, ...]
 
     @property
@@ -122,7 +125,7 @@ def make_manifest(
     recordings, left_out = check_all(listing, store, options.min_seconds, options.max_seconds, speakers, options.workers)
     by_folder = _splits_by_folder(recordings, options, root)
     utterances = _join(recordings, store, options) if options.join else _alone(recordings, root, store)
-    top = Path(os.path.commonpath([u.path.parent for u in utterances]))
+    top = Path(os.path.commonpath({os.path.dirname(u.path) for u in utterances}))
     if not plain(str(top)):
         raise UserError(f"the folder {str(top)!r} cannot stand in a TSV: rename it, or name another --cache")
     _convert(utterances, root, options.workers)
@@ -134,7 +137,7 @@ def make_manifest(
     rows = [r for u in utterances for r in _part_rows(u, top, listing)]
     for name, lines in splits.items():
         if lines:
-            entries = [f"{u.path.relative_to(top)}\t{u.samples}\n" for u in lines]
+            entries = [f"{os.path.relpath(u.path, top)}\t{u.samples}\n" for u in lines]
             write_text(target / f"{name}.tsv", f"{top}\n" + "".join(entries))
         else:
             (target / f"{name}.tsv").unlink(missing_ok=True)
@@ -168,9 +171,10 @@ def _alone(recordings: list[Recording], root: Path, store: Path) -> list[Utteran
     for recording in recordings:
         if recording.direct and recording.item.path not in taken:
             taken.add(recording.item.path)
-            path = root / recording.item.path
+            path = os.path.join(root, recording.item.path)
         else:
-            path = store / _safe(recording.item.group) / f"{_safe(Path(recording.item.name).stem)[:100]}-{recording.key}.flac"
+            stem = _safe(Path(recording.item.name).stem)[:100]
+            path = os.path.join(store, _safe(recording.item.group), f"{stem}-{recording.key}.flac")
         utterances.append(Utterance(path, (recording,)))
     return utterances
 
@@ -200,7 +204,7 @@ def _join(recordings: list[Recording], store: Path, options: Options) -> list[Ut
             chains[-2:] = [chains[-2] + chains[-1]]
         for number, chain in enumerate(chains, start=1):
             key = digest("\n".join(r.key for r in chain))
-            utterances.append(Utterance(store / _safe(folder) / f"joined-{number:05d}-{key}.flac", tuple(chain)))
+            utterances.append(Utterance(os.path.join(store, _safe(folder), f"joined-{number:05d}-{key}.flac"), tuple(chain)))
     return utterances
 
 
@@ -212,10 +216,10 @@ def _convert(utterances: list[Utterance], root: Path, workers: int) -> None:
             for part in utterance.parts:
                 yield from read_mono(root / part.item.path, part.checked, part.first, part.frames)
 
-        write_flac(utterance.path, blocks())
+        write_flac(Path(utterance.path), blocks())
 
-    missing = [u for u in utterances if not u.path.exists()]
-    for _ in parallel(write, missing, workers, "converting to 16 kHz mono"):
+    missing = [u for u in utterances if not os.path.exists(u.path)]
+    for _ in parallel(write, missing, len(missing), workers, "converting to 16 kHz mono"):
         pass
 
 

@@ -28,10 +28,10 @@ from typing import Any
 import numpy as np
 
 from ..config import SAMPLE_RATE
-from ..errors import UserError
+from ..errors import UserError, unknown
 from ..files import replacing, writable, write_json, write_text
 from .features import Array, Extractor, FeatureSource
-from .kmeans import KMeans, fit
+from .kmeans import KINDS, KMeans, fit, fit_faiss, require
 from .pool import Entries, Pool, Task
 
 MODEL = "kmeans.safetensors"
@@ -82,6 +82,7 @@ def make_labels(
     seed: int = 1,
     workers: int = 1,
     share: tuple[int, int] | None = None,
+    kmeans: str = "minibatch",
 ) -> dict[str, Any]:
     """Cluster the frames of `fit_split` and label all splits.
 
@@ -97,6 +98,7 @@ def make_labels(
         workers: processes.
         share: (I, N) labels only every N-th shard from the I-th, counted from 0, for a call without `share` to collect. Share 0 also fits
             k-means; the others wait for it.
+        kmeans: "minibatch", or "faiss" where it is installed (holds all frames of `fit_hours` in memory).
 
     Returns:
         The content of labels.json, with `reused`: whether all of it was there already. With `share`: `rank`, `nshard`, the number of
@@ -109,6 +111,9 @@ def make_labels(
     source = source or FeatureSource()
     if clusters < 2 or workers < 1 or fit_hours <= 0 or source.batch_seconds <= 0:
         raise UserError("--clusters must be at least 2, --workers at least 1, --fit-hours and --batch-seconds above 0")
+    if kmeans not in KINDS:
+        raise unknown("value of --kmeans", kmeans, KINDS)
+    require(kmeans)
     if share and not 0 <= share[0] < share[1]:
         raise UserError(f"--rank {share[0]} must be from 0 to {share[1] - 1}: --nshard counts the jobs, --rank numbers them from 0")
     folder, target = Path(manifest), Path(out)
@@ -130,7 +135,7 @@ def make_labels(
         )
     settings = {
         **source.identity(), "k": clusters, "rate": extractor.rate, "seed": seed, "fit_split": fit_split,
-        "fit_hours": fit_hours,
+        "fit_hours": fit_hours, **({"kmeans": kmeans} if kmeans != "minibatch" else {}),
     }  # fmt: skip
     # the path of a checkpoint does not matter, its content does
     identity = {k: v for k, v in settings.items() if k != "checkpoint"} | {"fit_tsv": fitted.digest, "version": VERSION}
@@ -148,7 +153,7 @@ def make_labels(
     if share and share[0] > 0:
         model = _awaited(work, target, key)
     else:
-        model = _found(work, target, key) or _fitted(work, key, sample, fitted.root, clusters, seed, pool)
+        model = _found(work, target, key) or _fitted(work, key, sample, fitted.root, clusters, seed, pool, kmeans)
     shards = {n: shards_of(tables[n], work, n) for n in todo}
     tasks = [task for n in todo for task in shards[n]]
     mine = tasks[share[0] :: share[1]] if share else tasks
@@ -307,12 +312,13 @@ def _awaited(work: Path, target: Path, key: str) -> KMeans:
     return model
 
 
-def _fitted(work: Path, key: str, sample: Entries, root: Path, clusters: int, seed: int, pool: Pool) -> KMeans:
+def _fitted(work: Path, key: str, sample: Entries, root: Path, clusters: int, seed: int, pool: Pool, kmeans: str) -> KMeans:
     tasks = [(work / f"fit-{i:06d}.npy", root, entries) for i, entries in enumerate(cut(sample))]
     pool.run(_feature_shard, tasks, "features to cluster")
-    model = KMeans(fit([t[0] for t in tasks], clusters, seed), {"settings": key})
+    files = [t[0] for t in tasks]
+    model = KMeans(fit_faiss(files, clusters, seed) if kmeans == "faiss" else fit(files, clusters, seed), {"settings": key})
     model.save(work / MODEL)
-    for file, _, _ in tasks:
+    for file in files:
         file.unlink()
     return model
 
