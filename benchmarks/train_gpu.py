@@ -209,6 +209,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("not measured: no CUDA device (--device cpu --debug shows that the benchmark runs)", file=sys.stderr)
         return 2
     torch.manual_seed(0)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # the check compares in float32
     if args.debug:
         compiling.BACKEND = "eager"  # inductor would take minutes to show the same
         args.rounds = args.calls = 1

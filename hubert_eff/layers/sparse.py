@@ -375,8 +375,14 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None, pattern: Spars
 
 
 @lru_cache(maxsize=1)
-def _compiled_flex() -> Callable[..., Any]:
-    return torch.compile(flex_attention)
+def _compiled_flex() -> Callable[..., Tensor]:
+    """`_flex` around the compiled kernel. A compiled block calls it as it is, so that its mask is kept from call to call."""
+    kernel = torch.compile(flex_attention)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None, pattern: SparsePattern) -> Tensor:
+        return _flex(q, k, v, attend, pattern, kernel)
+
+    return torch.compiler.disable(run)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def _takes_flex(q: Tensor) -> bool:
@@ -392,16 +398,16 @@ def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
 @counted_as("attention")
 def sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, pattern: SparsePattern, attend: Tensor | None = None, dropout: Dropout | None = None,
-    flex: bool = False,
+    flex: Callable[..., Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """softmax(q k' / sqrt(d)) v of q, k, v (B, H, T, d) over the keys that `pattern` and `attend` (B, 1, 1, T) bool let through.
 
     Equal to dense attention under the pattern's mask; a query that sees no key has some finite output. `dropout` falls on the
-    probabilities. `flex`: FlexAttention on a GPU where nothing is dropped. No tensor has T squared elements.
+    probabilities. `flex`: FlexAttention, taken on a GPU where nothing is dropped. No tensor has T squared elements.
     """
     drops = dropout is not None and dropout.training and dropout.p > 0
-    if flex and not drops and _takes_flex(q):
-        return _flex(q, k, v, attend, pattern, _compiled_flex())
+    if flex is not None and not drops and _takes_flex(q):
+        return flex(q, k, v, attend, pattern)
     if is_tracing():
         place = torch.arange(q.size(2), device=q.device)
         seen = pattern.sees(place, place)
@@ -423,7 +429,8 @@ class SparseSelfAttention(SelfAttention):
 
     def __init__(self, dim: int, heads: int, dropout: float, pattern: SparsePattern, flex: bool = False) -> None:
         super().__init__(dim, heads, dropout)
-        self.pattern, self.flex = pattern, flex
+        self.pattern = pattern
+        self.flex = _compiled_flex() if flex and flex_attention is not None else None
         self.attention_dropout = Dropout(dropout)
 
     def kinds(self) -> Mapping[str, Kind]:

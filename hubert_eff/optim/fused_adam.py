@@ -21,7 +21,7 @@ class FusedAdam(torch.optim.AdamW):
         for group in self.param_groups:
             group["plain_eps"], group["updates"] = plain_eps, 0  # torch's own `eps` is made of these in every update
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update."""
         for group in self.param_groups:
             group["updates"] += 1
