@@ -34,3 +34,18 @@ def fsdd() -> Path:
     if not FSDD.is_dir():
         pytest.skip(f"real recordings (Free Spoken Digit Dataset) are not at {FSDD}; $FSDD names their folder")
     return FSDD
+
+
+@pytest.fixture(scope="session")
+def superb_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The generated data of all ten SUPERB tasks, as small as they are; made once for all workers. A test that changes them copies them."""
+    from filelock import FileLock
+
+    from superb_tasks.corpus import make_superb
+
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    with FileLock(folder / "superb.lock"):
+        make_superb(folder / "superb", minutes=0.2, seed=3)  # what is there is kept
+    return folder / "superb"

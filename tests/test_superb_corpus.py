@@ -26,7 +26,7 @@ from superb_tasks.corpora.speech_commands import KEYWORDS, OTHER_WORDS, check_ke
 from superb_tasks.tasks import TASKS
 
 pytest.importorskip("espeakng_loader")
-SMALL = 0.2  # minutes
+SMALL = 0.2  # minutes, of the shared data too
 
 
 # -- keywords --------------------------------------------------------------------------------------------------------
@@ -155,11 +155,9 @@ def test_another_layout_is_refused(copy, damage, message):
 # -- all ten tasks ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("superb")
-    corpus.make_superb(out, minutes=SMALL, seed=3)
-    return out
+@pytest.fixture
+def data(superb_data) -> Path:
+    return superb_data
 
 
 def files(root: Path) -> dict[str, bytes]:

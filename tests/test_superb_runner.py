@@ -31,13 +31,9 @@ pytest.importorskip("s3prl")
 pytest.importorskip("espeakng_loader")
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    from superb_tasks.corpus import make_superb
-
-    out = tmp_path_factory.mktemp("mini")
-    make_superb(out, minutes=1)
-    return out
+@pytest.fixture
+def data(superb_data) -> Path:
+    return superb_data
 
 
 def command(data: Path, out: Path, *arguments: object) -> list[str]:

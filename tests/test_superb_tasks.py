@@ -21,13 +21,9 @@ from superb_tasks.tasks import CONFIGS, LEARNING_RATES, TASKS, check, choose
 pytest.importorskip("espeakng_loader")
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    from superb_tasks.corpus import make_superb
-
-    out = tmp_path_factory.mktemp("mini")
-    make_superb(out, minutes=0.5)
-    return out
+@pytest.fixture
+def data(superb_data) -> Path:
+    return superb_data
 
 
 @pytest.fixture
