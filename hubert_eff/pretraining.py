@@ -181,7 +181,9 @@ class Pretraining:
         steps = Steps(self.out)
         phases = []
         for clusters, updates, rate in zip(self.clusters, self.updates, (100, 50), strict=True):
-            sections: dict[str, dict[str, Any]] = {"optimization": {"max_update": updates, "update_freq": [self._accumulated()]}, "task": {"label_rate": rate}}
+            sections: dict[str, dict[str, Any]] = {
+                "optimization": {"max_update": updates, "update_freq": [self._accumulated()]}, "task": {"label_rate": rate}
+            }  # fmt: skip
             phase = {name: {**values, **sections.get(name, {})} for name, values in self.written.items() if isinstance(values, Mapping)}
             phases.append(training_needs(phase, clusters, 1 if self.on_cpu else self.gpus, device, mfu))
         kept = 2 + int(self.written["checkpoint"]["keep_interval_updates"]), 2 + AVERAGED  # last, best
