@@ -7,7 +7,6 @@ import functools
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -33,9 +32,10 @@ from omegaconf import OmegaConf  # noqa: E402
 
 import fairseq_plugins  # noqa: E402, F401
 
+from .processes import Training  # noqa: E402
 from .test_distill import checkpoint  # noqa: E402
 from .test_fairseq_plugin import CLASSES, completed, make_data  # noqa: E402
-from .test_fairseq_training import environment, weights  # noqa: E402
+from .test_fairseq_training import update_made, weights  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
@@ -242,13 +242,13 @@ def test_a_student_starts_from_stock_hubert_and_learns_from_it(data: Path, tmp_p
 # -- as a user runs it ---------------------------------------------------------------------------------------------------
 
 
-def run(group: str, name: str, data: Path, save_dir: Path, *overrides: str) -> list[str]:
-    return [
-        sys.executable, "-m", "fairseq_cli.hydra_train", "--config-dir", str(CONFIGS / group), "--config-name", name,
+def start(group: str, name: str, data: Path, save_dir: Path, *overrides: str) -> Training:
+    return Training(
+        "--config-dir", str(CONFIGS / group), "--config-name", name,
         f"common.user_dir={ROOT / 'fairseq_plugins'}", f"task.data={data}", f"task.label_dir={data}", f"checkpoint.save_dir={save_dir}",
         "common.log_format=json", "common.log_interval=1", "dataset.max_tokens=64000", "optimization.max_update=6",
         "checkpoint.save_interval_updates=2", *overrides,
-    ]  # fmt: skip
+    )  # fmt: skip
 
 
 def logged(output: str) -> dict[int, dict[str, str]]:
@@ -258,9 +258,8 @@ def logged(output: str) -> dict[int, dict[str, str]]:
 
 @pytest.mark.long
 def test_quantised_pretraining_goes_on_as_if_nothing_had_happened(data: Path, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"text": True, "env": environment(), "timeout": 300}
     board = f"common.tensorboard_logdir={tmp_path / 'board'}"
-    whole = subprocess.run(run("quantize", "debug_w1a1", data, tmp_path / "whole", board), capture_output=True, **options)
+    whole = start("quantize", "debug_w1a1", data, tmp_path / "whole", board).end()
     assert whole.returncode == 0, whole.stderr
     expected = logged(whole.stdout)
     assert list(expected) == list(range(1, 7))
@@ -268,16 +267,12 @@ def test_quantised_pretraining_goes_on_as_if_nothing_had_happened(data: Path, tm
     assert all(f"{measure}_{block}" in expected[3] for measure in ("saturated", "dead", "flipped") for block in (0, 1))
     events = b"".join(path.read_bytes() for path in (tmp_path / "board").rglob("events*"))
     assert b"flipped_0" in events and b"saturated_1" in events and b"dead_0" in events
-    killed = run("quantize", "debug_w1a1", data, tmp_path / "killed")
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment()}
-    process = subprocess.Popen(killed, **pipes, start_new_session=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if "[train_inner]" in line and '"num_updates": "4"' in line:
-            break
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    resumed = subprocess.run(killed, capture_output=True, **options)
+    killed = ("quantize", "debug_w1a1", data, tmp_path / "killed")
+    process = start(*killed)
+    process.wait_for(update_made(4))
+    process.kill()
+    process.end()
+    resumed = start(*killed).end()
     assert resumed.returncode == 0, resumed.stderr
     found = logged(resumed.stdout)
     assert found and min(found) > 2 and {u: r["loss"] for u, r in found.items()} == {u: expected[u]["loss"] for u in found}
@@ -287,12 +282,12 @@ def test_quantised_pretraining_goes_on_as_if_nothing_had_happened(data: Path, tm
 
 @pytest.mark.long
 def test_binarize_recipe_stops_on_sigterm_and_goes_on(data: Path, tmp_path: Path) -> None:
-    program = Path(sys.executable).parent / "hubert-eff"
+    program, environment = Path(sys.executable).parent / "hubert-eff", {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [
-        str(program), "binarize-recipe", str(data), str(data), "--out", str(tmp_path / "out"), "--updates", "4", "60", "4", "--json",
+        str(program), "binarize-recipe", str(data), str(data), "--out", str(tmp_path / "out"), "--updates", "4", "20", "4", "--json",
         "--set", "dataset.max_tokens=64000", "common.log_interval=1",
     ]  # fmt: skip
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment()}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment}
     process = subprocess.Popen(command, **pipes)
     assert process.stdout is not None
     seen = ""
@@ -304,7 +299,7 @@ def test_binarize_recipe_stops_on_sigterm_and_goes_on(data: Path, tmp_path: Path
     rest, _ = process.communicate(timeout=200)
     assert process.returncode == 143, seen + rest
     assert "the stage w1a2 ended with exit code 143; the same command goes on there" in rest
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "== float (done before)" in done.stderr and "Loaded checkpoint" in done.stderr
     figures = json.loads(done.stdout)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +32,8 @@ from omegaconf import OmegaConf  # noqa: E402
 import fairseq_plugins  # noqa: E402, F401
 from fairseq_plugins.criterions.recognition import HubertEffAsrCriterion  # noqa: E402
 from fairseq_plugins.transcripts import at_speed  # noqa: E402
+
+from .processes import Training  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs" / "finetune"
@@ -231,12 +231,11 @@ def test_it_trains_goes_on_and_leaves_a_checkpoint_that_needs_nothing_else(data:
     hubert_eff.export(hubert_eff.build("fusionformer-debug"), start)
 
     def run(updates: int, *more: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "fairseq_cli.hydra_train", "--config-dir", str(CONFIGS), "--config-name", "debug_aed",
-             f"common.user_dir={ROOT / 'fairseq_plugins'}", f"task.data={data}", f"model.w2v_path={start}",
-             f"checkpoint.save_dir={tmp_path / 'run'}", f"optimization.max_update={updates}", "common.log_interval=1", *more],
-            capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+        return Training(
+            "--config-dir", str(CONFIGS), "--config-name", "debug_aed", f"common.user_dir={ROOT / 'fairseq_plugins'}", f"task.data={data}",
+            f"model.w2v_path={start}", f"checkpoint.save_dir={tmp_path / 'run'}", f"optimization.max_update={updates}",
+            "common.log_interval=1", *more,
+        ).end()  # fmt: skip
 
     done = run(2, "task.trends_interval=1")
     assert done.returncode == 0, done.stderr[-3000:]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -23,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf  # noqa: E402
 import fairseq_plugins  # noqa: E402, F401
 
 from .test_fairseq_plugin import make_data  # noqa: E402
-from .test_fairseq_training import logged, run, start, wait_for_update, weights  # noqa: E402
+from .test_fairseq_training import logged, run, start, update_made, weights  # noqa: E402
 from .test_optim import gradients, tensors, values  # noqa: E402
 
 SWAPPED = (
@@ -169,9 +167,9 @@ def test_training_with_them_goes_on_from_a_kill_as_if_nothing_had_happened(tmp_p
     assert epochs[1] == 1 and epochs[8] >= 2
     assert rates == {n: pytest.approx(eden(n, int(epochs[n]) - 1, 0.045, 20, 2, 2, 0.5), rel=1e-4) for n in range(1, 9)}
     process = start(data, tmp_path / "killed", *options)
-    wait_for_update(process, 5)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.wait_for(update_made(5))
+    process.kill()
+    process.end()
     assert not (tmp_path / "killed" / "checkpoint_1_8.pt").exists()
     resumed = run(data, tmp_path / "killed", *options)
     assert resumed.returncode == 0, resumed.stderr

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,6 +20,7 @@ from hubert_eff.streaming import StreamingModel
 
 pytest.importorskip("fairseq", reason="fairseq is not installed: pip install 'hubert-eff[fairseq]'")
 
+from .processes import Training  # noqa: E402
 from .test_fairseq_plugin import CLASSES, make_data  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,32 +32,22 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_data(tmp_path_factory.mktemp("training") / "data", {"train": lengths, "valid": [1.0, 0.9]})
 
 
-def command(data: Path, save_dir: Path, *overrides: str) -> list[str]:
+def start(data: Path, save_dir: Path, *overrides: str) -> Training:
     """A run of debug.yaml: three batches per epoch, crops, one loading process, every update logged as JSON."""
-    return [
-        sys.executable, "-m", "fairseq_cli.hydra_train", "--config-dir", str(ROOT / "configs" / "pretrain"), "--config-name", "debug",
+    return Training(
+        "--config-dir", str(ROOT / "configs" / "pretrain"), "--config-name", "debug",
         f"common.user_dir={ROOT / 'fairseq_plugins'}", f"task.data={data}", f"task.label_dir={data}",
         f"checkpoint.save_dir={save_dir}", "common.log_format=json", "common.log_interval=1", "task.pad_audio=false",
         "dataset.max_tokens=64000", "optimization.max_update=8", *overrides,
-    ]  # fmt: skip
+    )  # fmt: skip
 
 
-def run(*args: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*args), capture_output=True, text=True, timeout=300, env=environment())
+def run(data: Path, save_dir: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """The run to its end."""
+    return start(data, save_dir, *overrides).end()
 
 
-def start(*args: Any) -> subprocess.Popen[str]:
-    """The run in its own process group, stderr with stdout."""
-    return subprocess.Popen(
-        command(*args), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(), start_new_session=True
-    )
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-def two_ranks(data: Path, save_dir: Path, *overrides: str) -> list[subprocess.Popen[str]]:
+def two_ranks(data: Path, save_dir: Path, *overrides: str) -> list[Training]:
     """The run on two ranks that meet at a free port, one process each, without a GPU."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -80,15 +70,9 @@ def logged(output: str, key: str = "loss") -> dict[int, float]:
     return values
 
 
-def wait_for_update(process: subprocess.Popen[str], update: int) -> str:
-    """Read the log until `update` has been made."""
-    assert process.stdout is not None
-    seen = ""
-    for line in process.stdout:
-        seen += line
-        if "[train_inner]" in line and f'"num_updates": "{update}"' in line:
-            return seen
-    raise AssertionError(seen)
+def update_made(update: int) -> Callable[[str], bool]:
+    """Whether a line of the log says that `update` has been made."""
+    return lambda line: "[train_inner]" in line and f'"num_updates": "{update}"' in line
 
 
 def weights(save_dir: Path) -> dict[str, torch.Tensor]:
@@ -172,9 +156,9 @@ def test_a_run_that_was_killed_goes_on_as_if_nothing_had_happened(data: Path, tm
     assert whole.returncode == 0, whole.stderr
     args = (data, tmp_path / "killed", "checkpoint.save_interval_updates=2")
     process = start(*args)
-    wait_for_update(process, 5)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.wait_for(update_made(5))
+    process.kill()
+    process.end()
     assert not (tmp_path / "killed" / "checkpoint_1_8.pt").exists()
     resumed = run(*args)
     assert resumed.returncode == 0, resumed.stderr
@@ -191,12 +175,12 @@ def test_a_run_that_was_killed_goes_on_as_if_nothing_had_happened(data: Path, tm
 def test_sigterm_saves_and_exits_with_143(to_all: bool, data: Path, tmp_path: Path) -> None:
     args = (data, tmp_path / "run", "optimization.max_update=100000", "checkpoint.save_interval_updates=0")
     process = start(*args)
-    before = wait_for_update(process, 4)
-    (os.killpg if to_all else os.kill)(process.pid, signal.SIGTERM)
-    output = before + process.communicate(timeout=120)[0]
-    assert process.returncode == 143, output
-    (update,) = re.findall(r"SIGTERM at update (\d+): saved", output)
-    assert int(update) == max(logged(output)) >= 4
+    process.wait_for(update_made(4))
+    process.send(signal.SIGTERM, to_group=to_all)
+    done = process.end(timeout=120)
+    assert done.returncode == 143, done.stderr
+    (update,) = re.findall(r"SIGTERM at update (\d+): saved", done.stdout + done.stderr)
+    assert int(update) == max(logged(done.stdout)) >= 4
     resumed = run(*args[:2], f"optimization.max_update={int(update) + 2}", "checkpoint.save_interval_updates=0")
     assert resumed.returncode == 0, resumed.stderr
     assert list(logged(resumed.stdout)) == [int(update) + 1, int(update) + 2]
@@ -219,19 +203,18 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_one_line(data: Path, tmp_pa
 @pytest.mark.long
 @pytest.mark.parametrize("backend", ["legacy_ddp", "pytorch_ddp"])
 def test_two_ranks_on_the_cpu_train_save_on_sigterm_and_resume(backend: str, data: Path, tmp_path: Path) -> None:
-    def ranks(updates: int) -> list[subprocess.Popen[str]]:
+    def ranks(updates: int) -> list[Training]:
         return two_ranks(data, tmp_path / "run", f"optimization.max_update={updates}", f"distributed_training.ddp_backend={backend}")
 
     both = ranks(100_000)
-    outputs = [wait_for_update(both[0], 3)]
-    both[1].send_signal(signal.SIGTERM)  # one rank alone: the ranks agree on when to stop
-    outputs += [process.communicate(timeout=120)[0] for process in both]
-    assert [process.returncode for process in both] == [143, 143], outputs
-    (update,) = re.findall(r"SIGTERM at update (\d+): saved", "".join(outputs))
-    both = ranks(int(update) + 2)
-    outputs = [process.communicate(timeout=200)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], outputs
-    assert list(logged(outputs[0])) == [int(update) + 1, int(update) + 2]
+    both[0].wait_for(update_made(3))
+    both[1].send(signal.SIGTERM)  # one rank alone: the ranks agree on when to stop
+    done = [process.end(timeout=120) for process in both]
+    assert [one.returncode for one in done] == [143, 143], done
+    (update,) = re.findall(r"SIGTERM at update (\d+): saved", "".join(one.stdout + one.stderr for one in done))
+    done = [process.end() for process in ranks(int(update) + 2)]
+    assert [one.returncode for one in done] == [0, 0], done
+    assert list(logged(done[0].stdout)) == [int(update) + 1, int(update) + 2]
 
 
 @pytest.mark.long
@@ -243,12 +226,12 @@ def test_two_ranks_with_layerdrop_and_batches_of_other_shapes_do_not_wait_for_ea
         "model.encoder_layerdrop=0.5",
     )  # fmt: skip
     try:
-        outputs = [process.communicate(timeout=200)[0] for process in both]
+        done = [process.end() for process in both]
     finally:
         for process in both:
             process.kill()
-    assert [process.returncode for process in both] == [0, 0], outputs
-    assert list(logged(outputs[0])) == [1, 2, 3, 4]
+    assert [one.returncode for one in done] == [0, 0], done
+    assert list(logged(done[0].stdout)) == [1, 2, 3, 4]
 
 
 @pytest.mark.long
