@@ -418,8 +418,15 @@ def test_copies_states_and_exports_are_the_same_model(encoder: str, tmp_path: Pa
     "encoder", [e if e in ("transformer", "sparseformer") else pytest.param(e, marks=pytest.mark.long) for e in ENCODERS]
 )
 def test_compiles(encoder: str) -> None:
+    """Each kind of block once; that deeper float encoders compile is shown in test_encoders."""
     torch.compiler.reset()
-    model = debug(encoder, "w1a1").double()
+    keys: dict[str, object] = {"encoder_layers": 1}
+    if encoder == "squeezeformer":
+        keys = {"encoder_layers": 2, "time_reduce_idx": 0, "time_recover_idx": 1}
+    if encoder == "zipformer":
+        two = {"layers": "1,1", "dims": "48,64", "ffn_dims": "96,128", "heads": "2,4", "kernels": "15,7", "rates": "1,2"}
+        keys = {"encoder_layers": 2, **{f"zipformer_{key}": value for key, value in two.items()}}
+    model = debug(encoder, "w1a1", **keys).double()
     x = torch.randn(2, 30, model.config.input_dim, dtype=torch.float64)
     padding = torch.arange(30) >= torch.tensor([[30], [20]])
     model.train().encoder(x, padding)
