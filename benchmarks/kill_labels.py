@@ -99,7 +99,10 @@ def expected(data: Path, truth: Path) -> Callable[[Path], bool]:
     def complete(file: Path) -> bool:
         if file.suffix == ".km":
             return file.read_text() == text[file.name]
-        return np.load(file).shape == (frames[int(file.stem.rpartition("-")[2])], 39)
+        try:
+            return np.load(file).shape == (frames[int(file.stem.rpartition("-")[2])], 39)
+        except (ValueError, EOFError):
+            return False
 
     return complete
 
@@ -128,10 +131,13 @@ def kill_labels(kills: int, seed: int, minutes: float = 10.0, workers: int = 2, 
             out = Path(name) / f"run-{ended}"
             kept: dict[Path, tuple[int, int, int]] = {}
             while True:
+                fresh, began = not out.exists(), time.monotonic()
                 process = start(command(data, out, draw.randint(1, workers)))
                 try:
                     after = draw.uniform(first, last) if done < kills else None
                     process.wait(after)
+                    if fresh:  # the machine may be quicker than it was at the reference
+                        last = min(last, time.monotonic() - began)
                     break
                 except subprocess.TimeoutExpired:
                     os.killpg(process.pid, signal.SIGKILL)
