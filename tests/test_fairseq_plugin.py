@@ -342,6 +342,9 @@ class FixedOutput(torch.nn.Module):
         return next(self.outputs)
 
 
+NOISE = {"source": torch.zeros(2, 16_000), "padding_mask": torch.arange(16_000)[None] >= torch.tensor([[16_000], [8_000]])}  # 1.5 s
+
+
 def made_up(masked: int, unmasked: int, classes: int = 7) -> dict[str, Any]:
     return {
         "logits_m": [torch.randn(masked, classes)], "targets_m": [torch.randint(0, 3, (masked,))],
@@ -354,7 +357,7 @@ def made_up(masked: int, unmasked: int, classes: int = 7) -> dict[str, Any]:
 def test_criterion_values_are_exact_over_an_interval(ranks: int) -> None:
     outputs = [made_up(11, 5), made_up(3, 8), made_up(30, 2), made_up(6, 6)]
     criterion = HubertEffCriterion(None, 1.0, 0.5, [10.0], ["features_pen"])
-    model, sample = FixedOutput(outputs), {"target_list": None, "net_input": {}, "id": torch.arange(2)}
+    model, sample = FixedOutput(outputs), {"target_list": None, "net_input": NOISE, "id": torch.arange(2)}
     results = [criterion(model, sample) for _ in outputs]
     metrics.reset()
     with metrics.aggregate("interval") as interval:
@@ -365,6 +368,7 @@ def test_criterion_values_are_exact_over_an_interval(ranks: int) -> None:
         ce_m, ce_u = (F.cross_entropy(output[f"logits_{p}"][0], output[f"targets_{p}"][0], reduction="sum") for p in "mu")
         assert sample_size == output["targets_m"][0].numel() + output["targets_u"][0].numel()
         torch.testing.assert_close(loss, ce_m + 0.5 * ce_u + 10 * output["features_pen"] * sample_size)
+    assert all(float(log["audio_seconds"]) == 1.5 for _, _, log in results) and logged["audio_per_s"] > 0 and logged["mem_gb"] > 0
     frames = sum(size for _, size, _ in results)
     assert logged["loss"] == pytest.approx(float(sum(loss for loss, _, _ in results)) / frames / math.log(2), abs=1e-3)
     targets = torch.cat([o["targets_m"][0] for o in outputs])
@@ -380,7 +384,7 @@ def test_criterion_values_are_exact_over_an_interval(ranks: int) -> None:
 
 def test_meters_survive_a_checkpoint(tmp_path: Path) -> None:
     criterion = HubertEffCriterion(None, 1.0, 0.0)
-    _, _, log = criterion(FixedOutput([made_up(9, 4)]), {"target_list": None, "net_input": {}, "id": torch.arange(1)})
+    _, _, log = criterion(FixedOutput([made_up(9, 4)]), {"target_list": None, "net_input": NOISE, "id": torch.arange(1)})
     metrics.reset()
     with metrics.aggregate("interval"):
         criterion.reduce_metrics([log])

@@ -156,7 +156,12 @@ def test_points_carry_results_in_the_papers_unit(runs):
 
 
 @pytest.mark.parametrize(
-    "content, message", [(None, "no folder at"), ({}, "holds no result.json"), ({"bench.json": "{}"}, "is no result of")]
+    "content, message",
+    [
+        (None, "no folder at"),
+        ({}, "holds no hydra_train.log of training, no result.json"),
+        ({"bench.json": "{}"}, "is no result of"),
+    ],
 )
 def test_bad_input_is_one_line(content, message, tmp_path, capsys):
     folder = tmp_path / "runs"
