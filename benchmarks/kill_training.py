@@ -42,7 +42,7 @@ from hubert_eff.steps import plugin_dir
 KILLS_PER_RUN = 6
 INTERVAL = 2  # updates between two saves
 CLASSES = 5
-TIMES = {"train_wall", "wall", "ups", "wps"}  # what the log says of time is never the same twice
+TIMES = {"train_wall", "wall", "ups", "wps", "audio_per_s", "mem_gb"}  # what the log says of time and memory is never the same twice
 SMALL = (
     "model.conv_feature_layers='[(8,10,5)] + [(8,3,2)] * 4 + [(8,2,2)] * 2'", "model.encoder_layers=1", "model.encoder_embed_dim=16",
     "model.encoder_ffn_embed_dim=32", "model.encoder_attention_heads=2", "model.final_dim=8", "model.conv_pos=8",

@@ -19,7 +19,7 @@ class Buckets:
     """
 
     def __init__(self, sizes: Sequence[int], count: int, longest: int, padded: bool) -> None:
-        self.padded = padded
+        self.padded, self.longest = padded, longest
         limit = self._round(longest, up=False)
         clipped = np.minimum(sizes, limit)
         share = np.arange(1, count + 1) / count if padded else np.arange(count) / count
@@ -45,4 +45,4 @@ class Buckets:
     def kept(self, sizes: Sequence[int]) -> float:
         """Share of the audio that is used, of what `longest` leaves; above 1 where padding is added."""
         used = sum(map(self.length, sizes))
-        return used / max(1, int(np.minimum(sizes, self.lengths[-1]).sum()))
+        return used / max(1, int(np.minimum(sizes, self.longest).sum()))

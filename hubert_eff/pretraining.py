@@ -8,6 +8,7 @@ Every step is a command that a user could type. A step that has ended is not run
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,8 +21,10 @@ import yaml
 from .analysis.training import LOG, read_log
 from .config import SAMPLE_RATE
 from .errors import UserError, unknown
-from .files import config_dir, writable
-from .labels.audio import DIRECT_SUFFIXES, SUFFIXES
+from .files import config_dir, writable, write_json
+from .labels.audio import DIRECT_SUFFIXES
+from .labels.imports import read_import
+from .labels.listing import list_folder
 from .model import HubertModel
 from .profiling.needs import config_of, training_needs
 from .steps import Steps, command_line, plugin_dir, say
@@ -30,7 +33,10 @@ PAPER_GPUS = 32  # "Attention or Convolution", section 4.1: the batch is that of
 PAPER_UPDATES = (250_000, 600_000)  # of its two phases
 AVERAGED = 5  # checkpoints
 PROBED = 100  # recordings whose headers a dry run reads
-SET_HERE = {"common.user_dir", "task.data", "task.label_dir", "task.label_rate", "checkpoint.save_dir", "optimization.max_update"}
+SET_HERE = {
+    "common.user_dir", "task.data", "task.label_dir", "task.label_rate", "checkpoint.save_dir", "checkpoint.keep_interval_updates",
+    "optimization.max_update", "distributed_training.distributed_world_size",
+}  # fmt: skip
 Command = tuple[str, tuple[object, ...]]  # title, words
 
 
@@ -58,6 +64,8 @@ class Pretraining:
             raise unknown("configuration", self.config, known)
         if not self.speech.exists():
             raise UserError(f"{self.speech} is not there: name the folder of recordings, such as LibriSpeech as it was unpacked")
+        if not 0 < self.valid_percent < 100 or self.fit_hours <= 0 or self.folder_level < 1:
+            raise UserError("--valid-percent must be above 0 and below 100, --fit-hours above 0, --folder-level at least 1")
         if self.gpus < 1 or min(self.clusters) < 2 or any(n < 1 for n in self.updates) or len(self.updates) not in (0, 2):
             raise UserError("--gpus and both --updates must be at least 1, both --clusters at least 2")
         self.written = self._written()
@@ -69,6 +77,12 @@ class Pretraining:
         if not self.updates:
             first = int(self.written["optimization"]["max_update"])
             self.updates = (first, round(first * PAPER_UPDATES[1] / PAPER_UPDATES[0]))
+        every = int(self.written["checkpoint"]["save_interval_updates"])
+        if every < 1 or self.updates[1] // every < AVERAGED:
+            raise UserError(
+                f"phase 2 of {self.updates[1]} updates saves every {every}, and {AVERAGED} of these are averaged: add "
+                "--set checkpoint.save_interval_updates=N"
+            )
         self.speech, self.out = self.speech.resolve(), self.out.resolve()
         self.superb = self.superb.resolve() if self.superb else None
 
@@ -77,7 +91,7 @@ class Pretraining:
         written: dict[str, Any] = yaml.safe_load((config_dir() / "pretrain" / f"{self.config}.yaml").read_text(encoding="utf-8"))
         for override in self.overrides:
             name, equals, value = override.partition("=")
-            section, _, key = name.lstrip("+~").partition(".")
+            section, _, key = name.lstrip("+").partition(".")
             if not equals or not key:
                 raise UserError(f"--set {override}: expected SECTION.KEY=VALUE, such as dataset.max_tokens=1400000")
             if f"{section}.{key}" in SET_HERE:
@@ -91,6 +105,17 @@ class Pretraining:
     def on_cpu(self) -> bool:
         """Whether the configuration is one for a CPU, whose batch is that of one process."""
         return bool(self.written["common"].get("cpu"))
+
+    @property
+    def record(self) -> Path:
+        """Where it is written what `out` was made of."""
+        return self.out / "recipe.json"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the results: a folder holds those of one set of them. The number of GPUs and SUPERB's data may change."""
+        names = ("config", "updates", "clusters", "layer", "folder_level", "valid_percent", "fit_hours", "overrides")
+        return json.loads(json.dumps({"speech": str(self.speech), **{name: getattr(self, name) for name in names}}))  # type: ignore[no-any-return]
 
     # -- the commands ------------------------------------------------------------------------------------------------
 
@@ -138,6 +163,8 @@ class Pretraining:
         before, schedule = int(self.written["optimization"]["max_update"]), self.written["lr_scheduler"]
         if updates != before and "warmup_updates" in schedule:
             words.append(f"lr_scheduler.warmup_updates={round(schedule['warmup_updates'] * updates / before)}")  # the same share
+        if not self.on_cpu:
+            words.append(f"distributed_training.distributed_world_size={self.gpus}")
         if self._accumulated() != self.written["optimization"]["update_freq"][0]:
             words.append(f"optimization.update_freq=[{self._accumulated()}]")
         if phase == 2:
@@ -152,6 +179,12 @@ class Pretraining:
     def run(self) -> dict[str, Any]:
         """Run the steps that have not ended; the figures of both phases. Raises `StepFailed`."""
         self.check()
+        if not self.on_cpu and torch.cuda.device_count() < self.gpus:
+            raise UserError(
+                f"--gpus {self.gpus}: this machine has {torch.cuda.device_count()} GPUs that torch can use; `debug` and its siblings train "
+                "on a CPU, and --dry-run needs none"
+            )
+        write_json(self.record, {"settings": self.settings})
         steps = Steps(self.out)
         for title, words in self.commands():
             steps.step(title, *words)
@@ -162,6 +195,11 @@ class Pretraining:
 
     def check(self) -> None:
         """Raise `UserError` for what would only fail in a later step."""
+        if self.record.is_file():
+            before = json.loads(self.record.read_text(encoding="utf-8"))["settings"]
+            for key, value in self.settings.items():
+                if before.get(key) != value:
+                    raise UserError(f"{self.record} is of a recipe with {key}={before.get(key)}, not {value}: take another --out")
         for program in ("fairseq-hydra-train", "hubert-eff"):
             command_line(program)
         if self.superb:
@@ -218,19 +256,20 @@ def look_at(speech: Path) -> dict[str, Any]:
     """How many recordings, and how many hours about, of which how many are to be converted: by the headers of some, evenly spread."""
     import soundfile
 
-    files = sorted((p for p in speech.rglob("*") if p.suffix.lower() in SUFFIXES), key=str) if speech.is_dir() else []
-    if not files:
-        raise UserError(f"{speech} holds no recording ({', '.join(sorted(SUFFIXES))})")
-    seconds, foreign = 0.0, 0.0
-    probed = files[:: max(1, len(files) // PROBED)]
-    for file in probed:
+    listing = read_import(speech) or list_folder(speech, set(), 1)
+    seconds, converted = 0.0, 0.0
+    probed = listing.items[:: max(1, len(listing.items) // PROBED)]
+    for item in probed:
+        file = listing.root / item.path
         try:
             info = soundfile.info(str(file))
         except (soundfile.SoundFileError, OSError):
             continue  # `manifest` will name it
-        seconds += info.duration
-        if (info.samplerate, info.channels) != (SAMPLE_RATE, 1) or file.suffix not in DIRECT_SUFFIXES:
-            foreign += info.duration
-    scale = len(files) / len(probed) / 3600
-    say(f"{speech}: {len(files)} recordings, about {seconds * scale:.1f} h, by the headers of {len(probed)}")
-    return {"recordings": len(files), "hours": seconds * scale, "convert_hours": foreign * scale}
+        length = (info.duration if item.end is None else item.end) - item.start
+        seconds += length
+        whole = item.end is None and item.start == 0.0
+        if not whole or (info.samplerate, info.channels) != (SAMPLE_RATE, 1) or file.suffix not in DIRECT_SUFFIXES:
+            converted += length
+    scale = len(listing.items) / max(1, len(probed)) / 3600
+    say(f"{speech}: {len(listing.items)} recordings, about {seconds * scale:.1f} h, by the headers of {len(probed)}")
+    return {"recordings": len(listing.items), "hours": seconds * scale, "convert_hours": converted * scale}

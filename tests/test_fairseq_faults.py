@@ -30,7 +30,7 @@ from fairseq.trainer import Trainer  # noqa: E402
 
 import fairseq_plugins  # noqa: E402, F401
 from fairseq_plugins import patches, stopping  # noqa: E402
-from fairseq_plugins.tasks.safe import MAX_EMPTY  # noqa: E402
+from fairseq_plugins.tasks.safe import MAX_EMPTY, check_run  # noqa: E402
 
 from .test_fairseq_plugin import make_data, make_task  # noqa: E402
 
@@ -324,3 +324,11 @@ def test_a_checkpoint_that_does_not_say_its_number_of_ranks_is_taken_for_one_of_
     iterator: Any = epoch_iterator(2, 0)
     iterator.load_state_dict({"version": 2, "epoch": 1, "iterations_in_epoch": 2, "shuffle": True})
     assert iterator.iterations_in_epoch == 2
+
+
+@pytest.mark.parametrize("half", ["fp16", "amp"])
+def test_updates_are_left_out_by_one_side_only(half: str) -> None:
+    cfg = SimpleNamespace(trends_interval=0, trends_input="batch", bad_updates=2, bad_audio="stop", cpu=True, fp16=False, amp=False)
+    setattr(cfg, half, True)
+    with pytest.raises(UserError, match="task.bad_updates=2 is for float32 and bf16"):
+        check_run(cfg)

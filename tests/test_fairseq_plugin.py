@@ -267,6 +267,9 @@ def test_buckets_leave_few_shapes(padded: bool, rate: int, many: Path, tmp_path:
 
 def test_utterances_too_short_for_a_bucket_are_named(data: Path) -> None:
     make_task(data, "task.length_buckets=2")[0].load_dataset("train")
+    sizes = [32_000, 250_000]
+    (length,) = (one := Buckets(sizes, 1, 200_000, padded=False)).lengths
+    assert 29_000 < length <= 32_000 and one.kept(sizes) == pytest.approx(2 * length / 232_000)  # of what 200,000 samples leave
     with pytest.raises(UserError, match="length_buckets=-1"):
         make_task(data, "task.length_buckets=-1")
     with pytest.raises(UserError, match="length_buckets=2: the shortest utterance has 2000 samples.*task.min_sample_size"):

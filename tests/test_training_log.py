@@ -67,13 +67,14 @@ def test_report_of_a_run(tmp_path, capsys, monkeypatch):
     from hubert_eff.profiling import table1
 
     monkeypatch.setattr(table1, "PAPER_TABLE", table1.PAPER_TABLE[1:2])
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / LOG).write_text(SIMPLE)
-    assert main(["report", str(run), "--out", str(tmp_path / "out")]) == 0
+    run, refused = tmp_path / "runs" / "run", tmp_path / "runs" / "refused"
+    for folder, text in ((run, SIMPLE), (refused, "nothing yet\n")):
+        folder.mkdir(parents=True)
+        (folder / LOG).write_text(text)
+    assert main(["report", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
     assert "masked accuracy 12.5%" in capsys.readouterr().out
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "<h2>Training</h2>" in page and f"curves of {run}" in page
+    assert "<h2>Training</h2>" in page and f"curves of {run}" in page and f"Left out: {refused / LOG} holds no record" in page
     (found,) = json.loads((tmp_path / "out" / "report.json").read_text())["runs"]
     assert len(found["train"]) == 2 and len(found["valid"]) == 2
     for kind in ("svg", "png"):

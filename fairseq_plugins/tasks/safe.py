@@ -176,6 +176,10 @@ def check_run(cfg: Any) -> None:
         raise unknown("value of task.trends_input", cfg.trends_input, TREND_INPUTS)
     if cfg.bad_updates < 0:
         raise UserError(f"task.bad_updates={cfg.bad_updates} must be 0 (stop at the first) or more")
+    if cfg.bad_updates and (cfg.fp16 or cfg.amp):
+        raise UserError(
+            f"task.bad_updates={cfg.bad_updates} is for float32 and bf16: with fp16 and amp fairseq leaves such updates out by itself"
+        )
     if cfg.bad_audio not in BAD_AUDIO:
         raise unknown("value of task.bad_audio", cfg.bad_audio, BAD_AUDIO)
     if (cfg.fp16 or cfg.amp) and (cfg.cpu or not torch.cuda.is_available()):

@@ -61,7 +61,7 @@ class TrainingLog:
             return f"{self.name}: {self.train[-1]['num_updates']:.0f} updates, no validation yet"
         best, last = self.best, (self.train or self.valid)[-1]["num_updates"]
         text = f"{self.name}: {last:.0f} updates; best validation at {best['num_updates']:.0f}, loss {best['loss']:.3f}"
-        if "correct_m_0" in best:
+        if "correct_m_0" in best and "majority_m_0" in best:
             text += f", masked accuracy {best['correct_m_0']:.1%} (most frequent label: {best['majority_m_0']:.1%})"
         return text + (f", WER {best['wer']:.1f}%" if "wer" in best else "")
 

@@ -43,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--out FILE.safetensors is needed, or --onnx FILE.onnx")
     if args.out is None and (args.dtype != "fp32" or args.float or args.fuse or args.licence or args.trained_on):
         raise UserError("--dtype, --float, --fuse, --licence and --trained-on say how --out FILE.safetensors is written: it is missing")
+    if args.average is not None and args.policy != "default":
+        raise UserError("--policy is of a preset, --average of a run's checkpoints, which hold theirs: leave out one of the two")
     if args.policy != "default" and "+" not in args.model:
         raise UserError(f"--policy {args.policy} is of a preset's binarised form, such as conformer-s+w1a1: {args.model} has none")
     for option, path, suffix in (("--out", args.out, ".safetensors"), ("--onnx", args.onnx, ".onnx")):

@@ -37,7 +37,7 @@ class Findings:
     timings: list[Timing] = field(default_factory=list)
     shares: list[Shares] = field(default_factory=list)
     profiles: dict[str, Profile] = field(default_factory=dict)
-    left_out: list[str] = field(default_factory=list)  # models that cannot be profiled any more
+    left_out: list[str] = field(default_factory=list)  # logs without a record, models that cannot be profiled any more
 
 
 def collect(folders: Iterable[str | os.PathLike[str]]) -> Findings:
@@ -51,7 +51,12 @@ def collect(folders: Iterable[str | os.PathLike[str]]) -> Findings:
             raise UserError(f"no folder at {folder}")
         results = [values for values in map(_result, sorted(folder.rglob("result.json"))) if values]
         benches = [read(path) for path in sorted(folder.rglob("bench.json"))]
-        runs = [read_log(path, str(path.parent)) for path in sorted(folder.rglob(LOG))]
+        runs = []
+        for path in sorted(folder.rglob(LOG)):
+            try:
+                runs.append(read_log(path, str(path.parent)))
+            except UserError as error:  # of a run that was refused, or has just begun
+                found.left_out.append(str(error))
         if not results and not benches and not runs:
             raise UserError(
                 f"{folder} holds no {LOG} of training, no result.json of a SUPERB task and no bench.json of `hubert-eff bench --out`"
