@@ -89,16 +89,20 @@ def read_fairseq(file: Path) -> dict[str, Any]:
 
 
 def last_checkpoints(folder: str | os.PathLike[str], count: int) -> list[Path]:
-    """The last `count` checkpoints that a run saved at intervals, checkpoint_EPOCH_UPDATE.pt in its save_dir, the oldest first.
+    """The last `count` checkpoints that a run saved at intervals, the oldest first: checkpoint_EPOCH_UPDATE.pt in its save_dir, and
+    checkpoint_last.pt where it is of another update (fairseq gives no number to what it saves at the end of an epoch).
 
     Raises `UserError` where there are fewer.
     """
     if count < 1:
         raise UserError(f"{count} checkpoints cannot be averaged: give at least 1")
     found = {int(match[1]): file for file in Path(folder).glob("checkpoint_*_*.pt") if (match := re.search(r"_(\d+)\.pt$", file.name))}
+    newest = Path(folder) / "checkpoint_last.pt"
+    if newest.is_file():
+        found.setdefault(updates_of(newest), newest)
     if len(found) < count:
         raise UserError(
-            f"{folder} holds {len(found)} checkpoints named checkpoint_EPOCH_UPDATE.pt, not {count}: give a run's save_dir, trained with "
+            f"{folder} holds {len(found)} checkpoints of different updates, not {count}: give a run's save_dir, trained with "
             f"checkpoint.save_interval_updates=N checkpoint.keep_interval_updates={count}"
         )
     return [found[update] for update in sorted(found)[-count:]]

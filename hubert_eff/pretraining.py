@@ -78,9 +78,9 @@ class Pretraining:
             first = int(self.written["optimization"]["max_update"])
             self.updates = (first, round(first * PAPER_UPDATES[1] / PAPER_UPDATES[0]))
         every = int(self.written["checkpoint"]["save_interval_updates"])
-        if every < 1 or self.updates[1] // every < AVERAGED:
+        if every < 1 or self.updates[1] // every < AVERAGED + 2:  # those at the end of an epoch are not kept under a number
             raise UserError(
-                f"phase 2 of {self.updates[1]} updates saves every {every}, and {AVERAGED} of these are averaged: add "
+                f"phase 2 of {self.updates[1]} updates saves every {every}, and the last {AVERAGED} of these are averaged: add "
                 "--set checkpoint.save_interval_updates=N"
             )
         self.speech, self.out = self.speech.resolve(), self.out.resolve()

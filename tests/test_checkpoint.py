@@ -159,7 +159,8 @@ def test_the_mean_of_the_last_checkpoints(tmp_path: Path) -> None:
     for model, name in zip(models, ("checkpoint_2_900", "checkpoint_3_1000", "checkpoint_1_100")):
         values = {**model.config.to_dict(), "_name": "hubert_fusionformer"}
         torch.save({"cfg": {"model": values, "task": {}}, "model": model.state_dict()}, tmp_path / f"{name}.pt")
-    (tmp_path / "checkpoint_last.pt").write_bytes(b"not read")
+    content = torch.load(tmp_path / "checkpoint_3_1000.pt", weights_only=True)
+    torch.save({**content, "optimizer_history": [{"num_updates": 1000}]}, tmp_path / "checkpoint_last.pt")
     files = last_checkpoints(tmp_path, 2)
     assert [file.name for file in files] == ["checkpoint_2_900.pt", "checkpoint_3_1000.pt"]
     mean = average(files).state_dict()
@@ -169,8 +170,10 @@ def test_the_mean_of_the_last_checkpoints(tmp_path: Path) -> None:
     assert main(["export", str(tmp_path), "--average", "2", "--out", str(tmp_path / "mean.safetensors")]) == 0
     read = hubert_eff.load(tmp_path / "mean.safetensors").state_dict()
     assert all(torch.equal(read[key], mean[key]) for key in read)
-    with pytest.raises(UserError, match="holds 3 checkpoints named checkpoint_EPOCH_UPDATE.pt, not 4"):
+    with pytest.raises(UserError, match="holds 3 checkpoints of different updates, not 4"):
         last_checkpoints(tmp_path, 4)
+    torch.save({**content, "optimizer_history": [{"num_updates": 1001}]}, tmp_path / "checkpoint_last.pt")  # of the end of an epoch
+    assert [file.name for file in last_checkpoints(tmp_path, 2)] == ["checkpoint_3_1000.pt", "checkpoint_last.pt"]
     hubert_eff.export(hubert_eff.build("conformer-debug"), tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="are not of one run"):
         average([tmp_path / "other.safetensors", files[0]])
