@@ -15,8 +15,8 @@ from typing import Any
 import harness
 import torch
 import torchaudio
-from fairseq.modules.conformer_layer import ConformerWav2Vec2EncoderLayer
 from fairseq.modules.positional_encoding import RelPositionalEncoding
+from stock import conformer_layers
 from torch import Tensor, nn
 
 import hubert_eff
@@ -33,19 +33,7 @@ class FairseqStack(nn.Module):
     def __init__(self, config) -> None:
         super().__init__()
         self.positions = RelPositionalEncoding(2048, config.encoder_embed_dim)
-        self.layers = nn.ModuleList(
-            ConformerWav2Vec2EncoderLayer(
-                embed_dim=config.encoder_embed_dim,
-                ffn_embed_dim=config.encoder_ffn_embed_dim,
-                attention_heads=config.encoder_attention_heads,
-                dropout=config.dropout,
-                use_fp16=False,
-                depthwise_conv_kernel_size=config.depthwise_conv_kernel_size,
-                attn_type="espnet",
-                pos_enc_type="rel_pos",
-            )
-            for _ in range(config.encoder_layers)
-        )
+        self.layers = conformer_layers(config)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.transpose(0, 1)

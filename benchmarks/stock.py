@@ -26,23 +26,28 @@ def _run(block: nn.Module, x: Tensor, padding: Tensor | None, positions: Tensor)
     return block(x, self_attn_padding_mask=padding, position_emb=positions.transpose(0, 1))[0]
 
 
+def conformer_layers(config: Any) -> nn.ModuleList:
+    """fairseq's Conformer layers with relative positions, of the sizes of `config`."""
+    return nn.ModuleList(
+        ConformerWav2Vec2EncoderLayer(
+            embed_dim=config.encoder_embed_dim,
+            ffn_embed_dim=config.encoder_ffn_embed_dim,
+            attention_heads=config.encoder_attention_heads,
+            dropout=config.dropout,
+            use_fp16=False,
+            depthwise_conv_kernel_size=config.depthwise_conv_kernel_size,
+            attn_type="espnet",
+            pos_enc_type="rel_pos",
+        )
+        for _ in range(config.encoder_layers)
+    )
+
+
 def stock_model(config: Any, classes: int, conformer: bool) -> nn.Module:
     """fairseq's HubertModel. Its ConformerEncoder cannot run in this version: the real layers stand in restated.py's stack."""
     model = whole_model(config, classes)
     if conformer:
-        layers = nn.ModuleList(
-            ConformerWav2Vec2EncoderLayer(
-                embed_dim=config.encoder_embed_dim,
-                ffn_embed_dim=config.encoder_ffn_embed_dim,
-                attention_heads=config.encoder_attention_heads,
-                dropout=config.dropout,
-                use_fp16=False,
-                depthwise_conv_kernel_size=config.depthwise_conv_kernel_size,
-                attn_type="espnet",
-                pos_enc_type="rel_pos",
-            )
-            for _ in range(config.encoder_layers)
-        )
+        layers = conformer_layers(config)
         parts = {"pos_conv": model.encoder.pos_conv, "layers": layers, "layer_norm": model.encoder.layer_norm}
         model.encoder = Stack(parts, True, config.dropout, config.required_seq_len_multiple, _run)
     return model

@@ -22,7 +22,7 @@ from .files import config_dir, write_json, write_text
 from .model import HubertModel
 from .quant.distill import check_teacher, start_from
 from .quant.policy import POLICIES, read_policy
-from .registry import get_encoder
+from .registry import written_config
 from .steps import best_validation, plugin_dir, run_command, say
 
 STAGES = ("float", "w1a2", "w1a1")
@@ -101,10 +101,8 @@ class Recipe:
             (group, _, key), value = override.partition("=")[0].partition("."), override.partition("=")[2]
             if group in ("common", "model", "task"):
                 written[group][key] = yaml.safe_load(value)
-        task = written["task"]
-        values = {**written["model"], "label_rate": task["label_rate"], "normalize": task["normalize"], "seed": written["common"]["seed"]}
-        entry = get_encoder(values.pop("_name").removeprefix("hubert_"))
-        return entry.config.from_dict({**values, "quant": STAGES[-1], "quant_policy": self.policy})
+        written["model"].update(quant=STAGES[-1], quant_policy=self.policy)
+        return written_config(written)
 
     def command(self, stage: str) -> list[str]:
         """The words of a stage."""

@@ -26,7 +26,8 @@ from .labels.audio import DIRECT_SUFFIXES
 from .labels.imports import read_import
 from .labels.listing import list_folder
 from .model import HubertModel
-from .profiling.needs import config_of, training_needs
+from .profiling.needs import training_needs
+from .registry import written_config
 from .steps import Steps, command_line, plugin_dir, say
 
 PAPER_GPUS = 32  # "Attention or Convolution", section 4.1: the batch is that of 32 GPUs
@@ -70,7 +71,7 @@ class Pretraining:
             raise UserError("--gpus and both --updates must be at least 1, both --clusters at least 2")
         self.written = self._written()
         with torch.device("meta"):
-            depth = len(HubertModel(config_of(self.written)).encoder.layers)
+            depth = len(HubertModel(written_config(self.written)).encoder.layers)
         self.layer = depth // 2 if self.layer is None else self.layer
         if not 0 <= self.layer <= depth:
             raise UserError(f"--layer {self.layer} is not there: the encoder of {self.config} has blocks 1 to {depth}")

@@ -91,3 +91,10 @@ def preset_config(preset: str, **overrides: Any) -> HubertConfig:
             quant = {"quant": spec} if plus else {}
             return entry.config.from_dict({**entry.presets[name], **quant, **overrides})
     raise unknown("preset", preset, list_presets())
+
+
+def written_config(written: Mapping[str, Any]) -> HubertConfig:
+    """The model of a fairseq configuration (YAML) of configs/, with what its sections `task` and `common` decide."""
+    task = written["task"]
+    values = {**written["model"], "label_rate": task["label_rate"], "normalize": task["normalize"], "seed": written["common"]["seed"]}
+    return get_encoder(str(values.pop("_name")).removeprefix("hubert_")).config.from_dict(values)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..config import SAMPLE_RATE, HubertConfig
 from ..errors import UserError
 from ..model import HubertModel
-from ..registry import get_encoder
+from ..registry import written_config
 from .cost import profile
 from .device import read_device
 
@@ -40,13 +40,6 @@ class Needs:
 MFU = 0.05  # HuBERT-base's published 9.5 hours per 100k updates on 32 GPUs are 0.065 of a V100's peak at 16 bits
 
 
-def config_of(written: Mapping[str, Any]) -> HubertConfig:
-    """The model of a configuration of configs/pretrain, with what the sections `task` and `common` decide."""
-    task = written["task"]
-    values = {**written["model"], "label_rate": task["label_rate"], "normalize": task["normalize"], "seed": written["common"]["seed"]}
-    return get_encoder(str(values.pop("_name")).removeprefix("hubert_")).config.from_dict(values)
-
-
 def training_needs(written: Mapping[str, Any], clusters: int, gpus: int, device: str, mfu: float) -> Needs:
     """Needs of a run of the configuration `written` on `gpus` GPUs with the rates of `device`, of whose peak `mfu` (0 to 1) is reached.
 
@@ -56,7 +49,7 @@ def training_needs(written: Mapping[str, Any], clusters: int, gpus: int, device:
     """
     if not 0 < mfu <= 1:
         raise UserError(f"--mfu {mfu:g} must be above 0 and at most 1: the share of the device's peak that training reaches")
-    config, common = config_of(written), written["common"]
+    config, common = written_config(written), written["common"]
     bits = 16 if common["fp16"] or common.get("bf16") else 32
     crop = written["task"]["max_sample_size"] or written["dataset"]["max_tokens"]
     seconds = crop / SAMPLE_RATE
