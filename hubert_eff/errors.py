@@ -11,6 +11,13 @@ class UserError(ValueError):
     """Bad input. The command line prints its message as one line and exits with code 2."""
 
 
+class WriteError(OSError):
+    """A file that cannot be written, as on a full disk: errno, reason, name. The command line prints one line and exits with code 1."""
+
+    def __str__(self) -> str:
+        return f"{self.filename} cannot be written ({self.strerror}). What stood there before is whole: make room and run it again"
+
+
 class StepFailed(Exception):
     """A command of a longer job that ended with an exit code other than 0, which becomes the job's own."""
 
