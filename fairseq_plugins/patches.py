@@ -7,23 +7,16 @@ import errno
 import logging
 import os
 import pickle
-import shutil
-import sys
-import tempfile
 import typing
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from typing import Any, BinaryIO, NoReturn
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from fairseq import checkpoint_utils
 from fairseq.data import Dictionary
 from fairseq.data.iterators import EpochBatchIterator
 from fairseq.dataclass import utils as dataclass_utils
 from fairseq.distributed import utils as distributed_utils
-from fairseq.file_io import PathManager
 from fairseq.models import distributed_fairseq_model
 from fairseq.trainer import Trainer
 from omegaconf import DictConfig, ListConfig
@@ -32,9 +25,8 @@ from omegaconf.errors import OmegaConfBaseException
 from omegaconf.nodes import AnyNode
 
 from hubert_eff.errors import UserError, unknown
-from hubert_eff.files import writable
 
-from . import stopping
+from . import saving, stopping
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +36,8 @@ def apply() -> None:
     allow_checkpoint_classes()
     name_bad_keys()
     name_bad_checkpoints()
-    write_whole_checkpoints()
-    refuse_bad_save_dir()
+    saving.write_whole_checkpoints()
+    saving.refuse_bad_save_dir()
     save_no_paths()
     stop_on_infinite_gradient()
     wrap_models_on_cpu()
@@ -53,7 +45,10 @@ def apply() -> None:
     count_batches_over_ranks()
     leave_out_empty_batches()
     if stopping.in_training_run():
-        save_on_sigterm()
+        stopping.leave_on_interrupt()
+        saving.keep_save_dir()
+        saving.go_on_from_newest()
+        saving.save_on_signals()
         leave_finished_runs()
         logging.raiseExceptions = False  # a log file on a full disk is no reason for a traceback per line
 
@@ -117,76 +112,6 @@ def name_bad_checkpoints() -> None:
         )
 
     checkpoint_utils.load_checkpoint_to_cpu = load
-
-
-def write_whole_checkpoints() -> None:
-    """A checkpoint's name always stands for a whole file, also when the process is killed or the disk is full.
-
-    fairseq copies onto checkpoint_last.pt in place: a kill in between leaves it truncated. When writing fails it tries twice again, behind
-    the half that is written, and ends in a traceback; here one line says why, and the half is removed. A checkpoint under a second name,
-    such as checkpoint_last.pt, is the same file: it takes no room, and is there if the first is.
-    """
-    save_remote, copy_remote = checkpoint_utils.torch_persistent_save, PathManager.copy
-
-    def save(content: Any, path: str, async_write: bool = False) -> None:
-        if async_write or not PathManager.supports_rename(path):  # remote storage
-            return save_remote(content, path, async_write)
-        with _replacing(path) as file:
-            torch.save(content, file)
-
-    def copy(src_path: str, dst_path: str, overwrite: bool = False) -> Any:
-        if not PathManager.supports_rename(dst_path):
-            return copy_remote(src_path, dst_path, overwrite)
-        temporary = f"{dst_path}.tmp"
-        with suppress(FileNotFoundError):  # of a run that was killed
-            os.remove(temporary)
-        try:
-            os.link(src_path, temporary)
-        except OSError:  # not every file system can
-            with open(src_path, "rb") as source, _replacing(dst_path) as file:
-                shutil.copyfileobj(source, file, 1 << 20)
-        else:
-            os.replace(temporary, dst_path)
-        return True
-
-    checkpoint_utils.torch_persistent_save, PathManager.copy = save, staticmethod(copy)
-
-
-@contextmanager
-def _replacing(path: str) -> Iterator[BinaryIO]:
-    """A file to write to that becomes `path` when all is written, and on the disk."""
-    temporary = f"{path}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())  # else the name may reach the disk before the content, and a power failure leaves it empty
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch turns what the file says into a RuntimeError
-        with suppress(OSError):
-            os.remove(temporary)
-        if not stopping.in_training_run():
-            raise
-        cause = next((e for e in (error, error.__context__) if isinstance(e, OSError)), None)
-        reason = cause.strerror if cause else " ".join(str(error).split())[:200]
-        stopping.end_run(
-            f"stopped: {path} cannot be written ({reason}). What was saved before is whole: make room, and the same command goes on "
-            "from there", 1,
-        )  # fmt: skip
-
-
-def refuse_bad_save_dir() -> None:
-    """A folder for checkpoints that cannot be written to ends in a traceback; one line names it."""
-
-    @stopping.one_line_errors()
-    def verify(save_dir: str) -> None:
-        try:
-            with tempfile.TemporaryFile(dir=writable(save_dir)):
-                pass
-        except OSError as error:
-            raise UserError(f"checkpoint.save_dir={save_dir} cannot be written to ({error.strerror}): give another folder") from error
-
-    checkpoint_utils.verify_checkpoint_directory = verify
 
 
 def save_no_paths() -> None:
@@ -323,33 +248,3 @@ def leave_finished_runs() -> None:
         return original(cfg, trainer, *rest)
 
     training.train = train
-
-
-def save_on_sigterm() -> None:
-    """Clusters send SIGTERM before they kill; fairseq has no handler and loses all updates since the last save.
-
-    A stop is taken up after an update (or within a validation): checkpoint_last.pt is written, and the run exits with 143.
-    """
-    import fairseq_cli.train as training
-
-    original = training.validate_and_save
-
-    def validate_and_save(cfg: Any, trainer: Trainer, task: Any, epoch_itr: Any, *rest: Any, **options: Any) -> Any:
-        if stopping.requested():
-            _save_and_leave(cfg, trainer, epoch_itr)
-        try:
-            return original(cfg, trainer, task, epoch_itr, *rest, **options)
-        except stopping.StopRequested:
-            _save_and_leave(cfg, trainer, epoch_itr)
-
-    training.validate_and_save = validate_and_save
-
-
-def _save_and_leave(cfg: Any, trainer: Trainer, epoch_itr: Any) -> NoReturn:
-    path = checkpoint_utils.save_checkpoint(cfg.checkpoint, trainer, epoch_itr, None)
-    if dist.is_initialized():
-        dist.barrier()  # launchers kill all ranks as soon as one has left: the others wait for the one that writes
-    if trainer.is_data_parallel_master:
-        kept = f"saved {path}; the same command goes on from there" if path else "saved nothing, as the checkpoint section asks"
-        logger.info(f"SIGTERM at update {trainer.get_num_updates()}: {kept}")
-    sys.exit(stopping.SIGTERM_EXIT)

@@ -1,4 +1,4 @@
-"""How a run ends early: one line for bad input (exit 2) or a number that is not finite (exit 1), a checkpoint on SIGTERM (143)."""
+"""How a run ends: one line for bad input (exit 2) or a number that is not finite (exit 1), saved on SIGTERM (143) or SIGINT (130)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -16,8 +17,6 @@ import torch.distributed as dist
 from fairseq.distributed import utils as distributed_utils
 
 from hubert_eff.errors import UserError
-
-SIGTERM_EXIT = 128 + signal.SIGTERM
 
 
 def in_training_run() -> bool:
@@ -57,32 +56,69 @@ class StopRequested(BaseException):
     """Leaves a validation in which a stop was asked for."""
 
 
-_requested = False
+AGAIN = 0.2  # seconds after a SIGINT from which another is a second one: launchers pass on what the terminal has sent to all
+_requested = 0  # the signal that asked for a stop
+_requested_at = 0.0
+_training = False  # whether the loop runs that takes up a stop
 
 
-def _request(_signal: int, _frame: Any) -> None:
-    global _requested
-    _requested = True
+def _request(number: int, _frame: Any) -> None:
+    global _requested, _requested_at
+    # a worker of fairseq's multi-GPU spawn sees the death of its parent as SIGINT
+    spawned = multiprocessing.parent_process() is not None and dist.is_initialized()
+    if number == signal.SIGINT and not _training and not _requested:
+        _requested = number
+        if not spawned:
+            _say("interrupted before the first update: nothing new is saved, and what was saved before is whole")
+        raise SystemExit(128 + number)
+    if number == signal.SIGINT and not spawned:
+        if not _training or (_requested == number and time.monotonic() - _requested_at > AGAIN):
+            _say("interrupted twice: left at once. What was saved before is whole")
+            os._exit(128 + number)
+        _say("interrupted: the update that is being made is saved, then the run ends. Once more leaves at once")
+    _requested, _requested_at = max(_requested, number), time.monotonic()
+
+
+def _say(message: str) -> None:
+    """One line, also out of a signal's handler, where `print` may be in use."""
+    os.write(2, f"fairseq-hydra-train: {message}\n".encode())
+
+
+def leave_on_interrupt() -> None:
+    """From now on SIGINT ends the run in one line; once it trains, `listen` has it saved.
+
+    The workers that load data leave SIGINT to this process: a terminal sends it to all, and they are still needed.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, _request)
+
+
+def _leave_to_parent() -> None:
+    if signal.getsignal(signal.SIGINT) is _request:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # data loading workers are ended by SIGTERM: with this handler inherited they would stay, and the exit wait for them for ever
+    if signal.getsignal(signal.SIGTERM) is _request:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def listen() -> None:
-    """From now on SIGTERM only asks for a stop; the training loop then saves and leaves between two updates.
-
-    A worker of fairseq's multi-GPU spawn sees the death of its parent as SIGINT, so there SIGINT asks for a stop as well.
-    """
-    if threading.current_thread() is threading.main_thread():
+    """From now on SIGTERM only asks for a stop, and so does SIGINT; the training loop then saves and leaves between two updates."""
+    global _training
+    if not _training and threading.current_thread() is threading.main_thread():
+        _training = True
         signal.signal(signal.SIGTERM, _request)
-        # data loading workers are ended by SIGTERM: with this handler inherited they would stay, and the exit wait for them for ever
-        os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
-        if multiprocessing.parent_process() is not None:
-            signal.signal(signal.SIGINT, _request)
+        if not in_training_run() and multiprocessing.parent_process() is not None:
+            leave_on_interrupt()
 
 
-def requested() -> bool:
-    """Whether a stop was asked for on any rank. All ranks call this at the same points, or none does."""
+def requested() -> int:
+    """The signal by which a stop was asked for on any rank, or 0. All ranks call this at the same points, or none does."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return _requested
     group = distributed_utils.get_data_parallel_group()
     flag = torch.tensor([float(_requested)], device="cuda" if dist.get_backend(group) == "nccl" else "cpu")
     distributed_utils.all_reduce(flag, group=group, op="max")
-    return bool(flag.item())
+    return int(flag.item())

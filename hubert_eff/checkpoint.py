@@ -89,10 +89,10 @@ def read_fairseq(file: Path) -> dict[str, Any]:
 
 
 def last_checkpoints(folder: str | os.PathLike[str], count: int) -> list[Path]:
-    """The last `count` checkpoints that a run saved at intervals, the oldest first: checkpoint_EPOCH_UPDATE.pt in its save_dir, and
-    checkpoint_last.pt where it is of another update (fairseq gives no number to what it saves at the end of an epoch).
+    """At most `count` of the last checkpoints that a run saved at intervals, the oldest first: checkpoint_EPOCH_UPDATE.pt in its save_dir,
+    and checkpoint_last.pt where it is of another update (fairseq gives no number to what it saves at the end of an epoch).
 
-    Raises `UserError` where there are fewer.
+    Raises `UserError` where there is none.
     """
     if count < 1:
         raise UserError(f"{count} checkpoints cannot be averaged: give at least 1")
@@ -100,12 +100,30 @@ def last_checkpoints(folder: str | os.PathLike[str], count: int) -> list[Path]:
     newest = Path(folder) / "checkpoint_last.pt"
     if newest.is_file():
         found.setdefault(updates_of(newest), newest)
-    if len(found) < count:
+    if not found:
         raise UserError(
-            f"{folder} holds {len(found)} checkpoints of different updates, not {count}: give a run's save_dir, trained with "
-            f"checkpoint.save_interval_updates=N checkpoint.keep_interval_updates={count}"
+            f"{folder} holds no checkpoint of a run: give its save_dir, trained with checkpoint.save_interval_updates=N "
+            f"checkpoint.keep_interval_updates={count}"
         )
     return [found[update] for update in sorted(found)[-count:]]
+
+
+def newest_checkpoint(folder: str | os.PathLike[str]) -> tuple[int, Path] | None:
+    """The checkpoint in a save_dir, under whatever name, that was trained for the most updates of those that a run can go on from, and
+    their number. None where the folder holds no checkpoint. Raises `UserError` where none of them can be read.
+    """
+    found, broken = [], []
+    for file in sorted(Path(folder).glob("checkpoint*.pt")):
+        try:
+            content = read_fairseq(file)
+        except UserError:
+            broken.append(file.name)
+            continue
+        if content.get("optimizer_history") and content.get("extra_state"):
+            found.append((int(content["optimizer_history"][-1].get("num_updates", 0)), file))
+    if broken and not found:
+        raise UserError(f"{folder} holds {', '.join(broken)}, none of which can be read: move them away to start anew")
+    return max(found, default=None)
 
 
 def average(paths: Sequence[str | os.PathLike[str]]) -> HubertModel:

@@ -73,7 +73,8 @@ def test_a_checkpoint_under_a_second_name_is_whole_and_its_own(links: bool, tmp_
     if not links:
         monkeypatch.setattr(os, "link", refuse)
     first, last = str(tmp_path / "checkpoint_1_2.pt"), str(tmp_path / "checkpoint_last.pt")
-    (tmp_path / "checkpoint_last.pt.tmp").write_bytes(b"half")  # of a run that was killed
+    (tmp_path / "checkpoint_last.pt.tmp").write_bytes(b"half")  # of a run of an earlier version that was killed
+    checkpoint_utils.verify_checkpoint_directory(str(tmp_path))
     for value in (1.0, 2.0):
         checkpoint_utils.torch_persistent_save({"model": torch.tensor(value)}, first)
         assert PathManager.copy(first, last, overwrite=True)

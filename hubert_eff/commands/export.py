@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from ..errors import UserError
@@ -58,6 +59,9 @@ def run(args: argparse.Namespace) -> int:
         model, name = resolve(args.model, args.policy)
     else:
         files = last_checkpoints(args.model, args.average)
+        if len(files) < args.average:
+            names = ", ".join(file.name for file in files)
+            print(f"{args.model} holds {len(files)} of the {args.average} checkpoints asked for: the mean of {names}", file=sys.stderr)
         model, name = average(files), f"mean of {', '.join(file.name for file in files)}"
     if args.onnx is not None:
         require_onnx_form(model)  # before --out is written
