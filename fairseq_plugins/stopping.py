@@ -75,8 +75,10 @@ def _request(number: int, _frame: Any) -> None:
         if not _training or (_requested == number and time.monotonic() - _requested_at > AGAIN):
             _say("interrupted twice: left at once. What was saved before is whole")
             os._exit(128 + number)
-        _say("interrupted: the update that is being made is saved, then the run ends. Once more leaves at once")
-    _requested, _requested_at = max(_requested, number), time.monotonic()
+        if _requested != number:
+            _say("interrupted: the update that is being made is saved, then the run ends. Once more leaves at once")
+            _requested_at = time.monotonic()
+    _requested = max(_requested, number)
 
 
 def _say(message: str) -> None:

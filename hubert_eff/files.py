@@ -182,6 +182,8 @@ def host_id() -> str:
 
 def is_alive(pid: int) -> bool:
     """Whether a process of this host runs."""
+    if pid <= 0:  # would be a group of processes
+        return False
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):

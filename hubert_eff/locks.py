@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 from .errors import UserError
@@ -65,8 +66,8 @@ class Lock:
         self._end = threading.Event()
         self.content = json.dumps(
             {
-                "pid": os.getpid(), "host": socket.gethostname(), "host_id": host_id(), "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-                "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])[:300],
+                "id": token_hex(8), "pid": os.getpid(), "host": socket.gethostname(), "host_id": host_id(),
+                "since": time.strftime("%Y-%m-%d %H:%M:%S"), "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])[:150],
             }
         )  # fmt: skip
         with suppress(OSError):  # a full disk: the kernel's lock holds
@@ -104,7 +105,8 @@ class Lock:
 
     def _is_used(self, descriptor: int, holder: dict[str, Any]) -> bool:
         """Whether the process that a file names, and that the kernel says nothing about, is at work."""
-        if holder.get("host_id") == host_id() and not is_alive(int(holder.get("pid", 0))):
+        pid = holder.get("pid")
+        if holder.get("host_id") == host_id() and not (isinstance(pid, int) and is_alive(pid)):
             return False
         said = f"{self.folder} was last used by {_who(holder)}: waiting for {WATCH:.0f} s to see whether it still is"
         print(said, file=sys.stderr, flush=True)
@@ -132,9 +134,9 @@ class Lock:
         self._end.set()
         if self in _held:
             _held.discard(self)
-            if _same_file(self._descriptor, self.file):
-                with suppress(OSError):
-                    self.file.unlink()
+            with suppress(OSError):  # the folder may have been moved
+                if os.path.samestat(os.fstat(self._descriptor), os.stat(self.file.name, dir_fd=self._folder)):
+                    os.unlink(self.file.name, dir_fd=self._folder)
             os.close(self._descriptor)
             os.close(self._folder)
 

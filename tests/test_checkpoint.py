@@ -170,8 +170,9 @@ def test_the_mean_of_the_last_checkpoints(tmp_path: Path) -> None:
     assert main(["export", str(tmp_path), "--average", "2", "--out", str(tmp_path / "mean.safetensors")]) == 0
     read = hubert_eff.load(tmp_path / "mean.safetensors").state_dict()
     assert all(torch.equal(read[key], mean[key]) for key in read)
-    with pytest.raises(UserError, match="holds 3 checkpoints of different updates, not 4"):
-        last_checkpoints(tmp_path, 4)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UserError, match="none holds no checkpoint of a run: give its save_dir"):
+        last_checkpoints(tmp_path / "none", 4)
     torch.save({**content, "optimizer_history": [{"num_updates": 1001}]}, tmp_path / "checkpoint_last.pt")  # of the end of an epoch
     assert [file.name for file in last_checkpoints(tmp_path, 2)] == ["checkpoint_3_1000.pt", "checkpoint_last.pt"]
     hubert_eff.export(hubert_eff.build("conformer-debug"), tmp_path / "other.safetensors")

@@ -19,6 +19,7 @@ from hubert_eff.errors import UserError, unknown
 from hubert_eff.layers.norm import left_out
 
 from .. import stopping
+from ..saving import check_save_dir
 from ..stopping import one_line_errors
 
 logger = logging.getLogger(__name__)
@@ -118,6 +119,7 @@ class SafeTask:
         else:
             with LayerTrends(core).watching() as layers:
                 yield losses
+        check_save_dir(update_num)
         self.trends = self.trends or TrendLog(self.cfg.save_dir)
         self.trends.add(Record(update_num, layers, float(losses[0]), self.cfg.trends_input))
 
