@@ -19,11 +19,12 @@ from .checkpoint import load
 from .config import HubertConfig
 from .errors import StepFailed, UserError, unknown
 from .files import config_dir, write_json, write_text
+from .locks import locked
 from .model import HubertModel
 from .quant.distill import check_teacher, start_from
 from .quant.policy import POLICIES, read_policy
 from .registry import written_config
-from .steps import best_validation, plugin_dir, run_command, say
+from .steps import best_validation, check_overrides, parsed, path_overrides, plugin_dir, run_command, say
 
 STAGES = ("float", "w1a2", "w1a1")
 SET_HERE = (  # keys of the configurations that the recipe itself decides
@@ -84,6 +85,9 @@ class Recipe:
                 raise UserError(f"--set {override}: expected KEY=VALUE, such as optimization.lr=[0.001]")
             if key.lstrip("+~") in SET_HERE:
                 raise UserError(f"--set {override}: the recipe decides {key} itself")
+        check_overrides(self.overrides)
+        for stage in self.stages:
+            self.command(stage)  # raises for a path that training cannot be given
         # builds the model: the policy may name modules that are not there
         student = HubertModel(self.student_config(), () if self.source is None else self.source.num_classes)
         if self.source is not None:
@@ -98,9 +102,9 @@ class Recipe:
         folder, name = self.config_of(STAGES[-1])
         written = yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8"))
         for override in self.overrides:
-            (group, _, key), value = override.partition("=")[0].partition("."), override.partition("=")[2]
+            group, _, key = override.partition("=")[0].partition(".")
             if group in ("common", "model", "task"):
-                written[group][key] = yaml.safe_load(value)
+                written[group][key] = parsed(override)
         written["model"].update(quant=STAGES[-1], quant_policy=self.policy)
         return written_config(written)
 
@@ -108,14 +112,17 @@ class Recipe:
         """The words of a stage."""
         folder, name = self.config_of(stage)
         target = Path(self.out) / stage
+        paths: dict[str, str | Path] = {
+            "common.user_dir": plugin_dir(), "task.data": self.data, "task.label_dir": self.labels, "checkpoint.save_dir": target,
+            "common.log_file": target / "train.log",
+        }  # fmt: skip
         words = [
-            "fairseq-hydra-train", "--config-dir", str(folder), "--config-name", name, f"common.user_dir={plugin_dir()}",
-            f"task.data={self.data}", f"task.label_dir={self.labels}", f"checkpoint.save_dir={target}",
-            f"common.log_file={target / 'train.log'}", "common.log_format=simple",
+            "fairseq-hydra-train", "--config-dir", str(folder), "--config-name", name, *path_overrides(paths), "common.log_format=simple"
         ]  # fmt: skip
         if stage != "float":
             policy = self.policy if self.policy in POLICIES else Path(self.out) / "policy.yaml"
-            words += [f"criterion.teacher={self.teacher_of(stage)}", f"model.quant={stage}", f"model.quant_policy={policy}"]
+            words += path_overrides({"criterion.teacher": self.teacher_of(stage)})
+            words += [f"model.quant={stage}", *path_overrides({"model.quant_policy": policy})]
         if self.updates:
             words.append(f"optimization.max_update={self.updates[self.stages.index(stage)]}")
         return [*words, *self.overrides]
@@ -135,11 +142,14 @@ class Recipe:
     def run(self) -> dict[str, Any]:
         """Run the stages that have not ended; the figures of all.
 
-        Raises `UserError` for bad input, and if `out` holds a recipe with other settings, and `StepFailed`.
+        Raises `UserError` for bad input, and if `out` holds a recipe with other settings or is in use, and `StepFailed`.
         """
         self.policy = read_policy(self.policy).text
         self.check()
-        record = Path(self.out) / "recipe.json"
+        with locked(self.out):
+            return self._run(Path(self.out) / "recipe.json")
+
+    def _run(self, record: Path) -> dict[str, Any]:
         settings, done = asdict(self), {}
         if record.is_file():
             before = json.loads(record.read_text(encoding="utf-8"))

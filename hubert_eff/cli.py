@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -59,7 +61,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code: 0 done, 1 failed, 2 bad input (one line on stderr), 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = next((a for a in arguments if not a.startswith("-")), None)
-    parser = _parser(command)
+    try:
+        return _run(_parser(command), arguments)
+    except KeyboardInterrupt:
+        print(f"hubert-eff {command}: interrupted", file=sys.stderr)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one does not wait for what is still at work
+        return 130
+
+
+def _run(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
     try:
         args = parser.parse_args(arguments)
     except SystemExit as stop:  # argparse has printed its own line
@@ -87,9 +98,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # a full disk, a folder that is gone
         print(f"hubert-eff {args.command}: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print(f"hubert-eff {args.command}: interrupted", file=sys.stderr)
-        return 130
 
 
 if __name__ == "__main__":

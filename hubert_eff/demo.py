@@ -12,7 +12,8 @@ from typing import Any
 from rich.table import Table
 
 from .files import config_dir, write_json
-from .steps import Steps, best_validation, plugin_dir
+from .locks import locked
+from .steps import Steps, best_validation, path_overrides, plugin_dir
 
 CLUSTERS = 50
 UNTRAINED = "conformer-debug@0"
@@ -24,9 +25,18 @@ class Demo(Steps):
     def __init__(self, out: Path) -> None:
         super().__init__(out)
         self.checkpoint = self.out / "pretrain" / "checkpoint_best.pt"
+        paths: dict[str, str | Path] = {
+            "common.user_dir": plugin_dir(), "task.data": self.out / "data", "task.label_dir": self.out / "labels-mfcc",
+            "checkpoint.save_dir": self.checkpoint.parent, "common.log_file": self.out / "train.log",
+        }  # fmt: skip
+        self.training = path_overrides(paths)
 
     def run(self) -> dict[str, Any]:
-        """All steps; returns the figures."""
+        """All steps; returns the figures. Raises `UserError` where another process has the folder, and `StepFailed`."""
+        with locked(self.out):
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
         out, checkpoint = self.out, self.checkpoint
         corpus, data, keywords = out / "corpus", out / "data", out / "keywords"
         first, second = out / "labels-mfcc", out / "labels-layer"
@@ -40,8 +50,7 @@ class Demo(Steps):
             "pre-training": self.step(
                 "Pre-train a Conformer HuBERT",
                 "fairseq-hydra-train", "--config-dir", config_dir() / "pretrain", "--config-name", "debug",
-                f"common.user_dir={plugin_dir()}", f"task.data={data}", f"task.label_dir={first}",
-                f"checkpoint.save_dir={checkpoint.parent}", f"common.log_file={out / 'train.log'}",
+                *self.training,
             ),
             "second labels": self.step(
                 "Second labels: k-means on the model's last layer",

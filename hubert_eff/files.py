@@ -136,7 +136,11 @@ def temporary_beside(target: Path) -> Path:
 
 @contextmanager
 def temporary_folder(target: Path) -> Iterator[Path]:
-    """Yield a new folder beside `target`, whose content is to be moved once it is whole; what is left of it is removed."""
+    """Yield a new folder beside `target`, whose content is to be moved once it is whole; what is left of it is removed.
+
+    Raises `UserError` as `writable` does.
+    """
+    writable(target.parent)
     folder = temporary_beside(target)
     folder.mkdir()
     try:

@@ -25,10 +25,11 @@ from .files import config_dir, writable, write_json
 from .labels.audio import DIRECT_SUFFIXES
 from .labels.imports import read_import
 from .labels.listing import list_folder
+from .locks import locked
 from .model import HubertModel
 from .profiling.needs import training_needs
 from .registry import written_config
-from .steps import Steps, command_line, plugin_dir, say
+from .steps import Steps, check_overrides, command_line, parsed, path_overrides, plugin_dir, say
 
 PAPER_GPUS = 32  # "Attention or Convolution", section 4.1: the batch is that of 32 GPUs
 PAPER_UPDATES = (250_000, 600_000)  # of its two phases
@@ -36,7 +37,7 @@ AVERAGED = 5  # checkpoints
 PROBED = 100  # recordings whose headers a dry run reads
 SET_HERE = {
     "common.user_dir", "task.data", "task.label_dir", "task.label_rate", "checkpoint.save_dir", "checkpoint.keep_interval_updates",
-    "optimization.max_update", "distributed_training.distributed_world_size",
+    "checkpoint.no_save", "checkpoint.no_last_checkpoints", "optimization.max_update", "distributed_training.distributed_world_size",
 }  # fmt: skip
 Command = tuple[str, tuple[object, ...]]  # title, words
 
@@ -91,7 +92,7 @@ class Pretraining:
         """The configuration with the user's overrides."""
         written: dict[str, Any] = yaml.safe_load((config_dir() / "pretrain" / f"{self.config}.yaml").read_text(encoding="utf-8"))
         for override in self.overrides:
-            name, equals, value = override.partition("=")
+            name, equals, _ = override.partition("=")
             section, _, key = name.lstrip("+").partition(".")
             if not equals or not key:
                 raise UserError(f"--set {override}: expected SECTION.KEY=VALUE, such as dataset.max_tokens=1400000")
@@ -99,7 +100,7 @@ class Pretraining:
                 raise UserError(f"--set {override}: the recipe decides {section}.{key} itself")
             if section not in written or key not in written[section]:
                 raise unknown(f"key of {self.config}.yaml", f"{section}.{key}", (f"{s}.{k}" for s in written for k in written[s] or ()))
-            written[section][key] = yaml.safe_load(value)
+            written[section][key] = parsed(override)
         return written
 
     @property
@@ -157,8 +158,8 @@ class Pretraining:
         updates = self.updates[phase - 1]
         words = [
             "fairseq-hydra-train", "--config-dir", config_dir() / "pretrain", "--config-name", self.config,
-            f"common.user_dir={plugin_dir()}", f"task.data={self.out / 'data'}", f"task.label_dir={labels}",
-            f"task.label_rate={(100, 50)[phase - 1]}", f"checkpoint.save_dir={self.out / f'phase{phase}'}",
+            *path_overrides({"common.user_dir": plugin_dir(), "task.data": self.out / "data", "task.label_dir": labels}),
+            f"task.label_rate={(100, 50)[phase - 1]}", *path_overrides({"checkpoint.save_dir": self.out / f"phase{phase}"}),
             f"optimization.max_update={updates}",
         ]  # fmt: skip
         before, schedule = int(self.written["optimization"]["max_update"]), self.written["lr_scheduler"]
@@ -185,10 +186,11 @@ class Pretraining:
                 f"--gpus {self.gpus}: this machine has {torch.cuda.device_count()} GPUs that torch can use; `debug` and its siblings train "
                 "on a CPU, and --dry-run needs none"
             )
-        write_json(self.record, {"settings": self.settings})
-        steps = Steps(self.out)
-        for title, words in self.commands():
-            steps.step(title, *words)
+        with locked(self.out):
+            write_json(self.record, {"settings": self.settings})
+            steps = Steps(self.out)
+            for title, words in self.commands():
+                steps.step(title, *words)
         phases = {f"phase {n}": read_log(self.out / f"phase{n}" / LOG).best for n in (1, 2)}
         return {"phases": phases, "model": str(self.out / "model.safetensors")}
 
@@ -203,6 +205,8 @@ class Pretraining:
                     raise UserError(f"{self.record} is of a recipe with {key}={before.get(key)}, not {value}: take another --out")
         for program in ("fairseq-hydra-train", "hubert-eff"):
             command_line(program)
+        self.commands()  # raises for a path that training cannot be given
+        check_overrides(self.overrides)
         if self.superb:
             if not self.superb.is_dir():
                 raise UserError(f"--superb {self.superb} is no folder: give the one that holds SUPERB's data sets")

@@ -6,18 +6,25 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from .analysis.training import read_log
 from .errors import StepFailed, UserError
 from .files import write_json
+
+INTERRUPT_SECONDS = 2.0  # after which a command that was interrupted is asked to stop
 
 
 def plugin_dir() -> Path:
@@ -42,17 +49,60 @@ def command_line(*words: object) -> list[str]:
     return [str(program), *rest]
 
 
+def path_overrides(paths: Mapping[str, str | Path]) -> list[str]:
+    """KEY=PATH for fairseq-hydra-train, quoted where a path holds what means something to hydra.
+
+    Raises `UserError` for a path that hydra cannot be given: with control characters, not in UTF-8, or with `${`, which it would replace.
+    """
+    return [f"{key}={_quoted(str(path))}" for key, path in paths.items()]
+
+
+def _quoted(text: str) -> str:
+    if "${" in text or any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in text):
+        raise UserError(f"{text!r}: training cannot be given a path with control characters, with bytes that are not UTF-8, or with ${{")
+    if re.fullmatch(r"[\w/.-]+", text, re.ASCII):
+        return text
+    doubled = re.sub(r"\\+(?='|$)", lambda match: 2 * match[0], text)  # elsewhere a backslash stands for itself
+    return "'" + doubled.replace("'", "\\'") + "'"
+
+
+def parsed(override: str) -> Any:
+    """The value of a KEY=VALUE as YAML has it. Raises `UserError` where it has none."""
+    try:
+        return yaml.safe_load(override.partition("=")[2])
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override}: the value cannot be read: {' '.join(str(error).split())}") from error
+
+
+def check_overrides(words: Iterable[object]) -> None:
+    """Raise `UserError` for a KEY=VALUE that hydra does not read."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    for word in words:
+        try:
+            parser.parse_override(str(word))
+        except HydraException as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"hydra does not read {word} ({reason}): quote what is not plain, as in \"KEY='VALUE'\"") from error
+
+
 def quiet_environment() -> dict[str, str]:
     """For commands that train: models as small as the debug ones gain nothing from threads, which spin when other work shares the cores."""
     return {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
 
 
 def run_command(words: Sequence[object]) -> int:
-    """Run a command, its output on stderr; a SIGTERM is handed on to it, so that a training run saves. Its exit code."""
+    """Run a command, its output on stderr; a stop is handed on to it, so that a training run saves. Its exit code."""
     child = subprocess.Popen(command_line(*words), env=quiet_environment(), stdout=sys.stderr)
     before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
     try:
         code = child.wait()
+    except KeyboardInterrupt:  # a terminal has sent it to the command as well, which may be saving
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(INTERRUPT_SECONDS)
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
         if child.poll() is None:

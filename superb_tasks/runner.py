@@ -27,6 +27,7 @@ import yaml
 from hubert_eff.config import SAMPLE_RATE
 from hubert_eff.errors import UserError
 from hubert_eff.files import write_json, write_text
+from hubert_eff.locks import locked
 
 from . import layouts, records, register, require_s3prl
 from .launch import S3PRL, check_upstream, command_line, upstream_arguments
@@ -97,7 +98,11 @@ def run_tasks(names: str | Iterable[str], request: Request, out: Path) -> list[d
         hours, size = _cache_size(request, {name for task in tasks for name in task.source.folders})
         _say(f"states of {hours:.1f} h of speech: about {size / 1e9:.2f} GB in {request.cache}")
         check_space(request.cache, size)
-    return [run_task(task, request, out / task.name) for task in tasks]
+    results = []
+    for task in tasks:
+        with locked(out, task.name):
+            results.append(run_task(task, request, out / task.name))
+    return results
 
 
 def run_task(task: Task, request: Request, out: Path) -> dict[str, Any]:
@@ -201,7 +206,8 @@ def _s3prl(task: Task, request: Request, lists: Path) -> Iterator[None]:
         def add_scalar(self, tag: str, scalar_value: Any, global_step: int | None = None, **more: Any) -> None:
             super().add_scalar(tag, scalar_value, global_step, **more)
             with (Path(self.logdir) / SCALARS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"tag": tag, "value": float(scalar_value), "step": global_step}) + "\n")
+                # on a line of its own, even behind one that a kill has cut off
+                file.write("\n" + json.dumps({"tag": tag, "value": float(scalar_value), "step": global_step}) + "\n")
 
     upstream, writer = hub.hubert_eff, runner.SummaryWriter
     runner.SummaryWriter = Writer
@@ -310,7 +316,10 @@ def _trained(task: Task, request: Request, config: dict[str, Any], rates: Sequen
 
 def _best_validation(task: Task, folder: Path, sign: int) -> float:
     """The best figure on the validation set while training."""
-    lines = [json.loads(line) for line in (folder / SCALARS).read_text(encoding="utf-8").splitlines()]
+    lines = []
+    for line in (folder / SCALARS).read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):  # cut off by a kill: what it said is said again
+            lines.append(json.loads(line))
     values = [line["value"] * task.unit for line in lines if line["tag"].endswith(f"/{task.valid}-{task.scalar}")]
     return sign * max(sign * value for value in values)
 

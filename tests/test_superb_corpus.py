@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import random
 import re
 import shutil
@@ -19,6 +20,7 @@ import superb_tasks
 from hubert_eff.cli import main
 from hubert_eff.corpus.espeak import pronounce
 from hubert_eff.errors import UserError
+from hubert_eff.files import temporary_beside
 from superb_tasks import corpus
 from superb_tasks.corpora import common, diarization, fluent_commands, iemocap, librispeech, snips, speech_commands, voxceleb
 from superb_tasks.corpora.common import NOISES, sex, voices
@@ -208,7 +210,8 @@ def test_an_interrupted_call_goes_on_where_it_stopped(tmp_path, monkeypatch):
         patch.setattr(snips, "request", interrupt)
         corpus.make_superb(tmp_path, ["ic", "sf"], SMALL, 3)
     assert {path.name for path in tmp_path.iterdir()} == {"fluent_speech_commands_dataset", "corpus.json"}
-    (tmp_path / ".SNIPS.tmp" / "SNIPS").mkdir(parents=True)  # as a killed process leaves it
+    left = temporary_beside(tmp_path / "SNIPS").name.replace(f"-{os.getpid()}-", "-4194305-")  # no process has that number
+    (tmp_path / left / "SNIPS").mkdir(parents=True)  # as a killed process leaves it
     before = (tmp_path / "fluent_speech_commands_dataset").stat().st_mtime_ns
     made = corpus.make_superb(tmp_path, ["ic", "sf"], SMALL, 3)
     assert (tmp_path / "fluent_speech_commands_dataset").stat().st_mtime_ns == before

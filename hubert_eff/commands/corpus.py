@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from ..errors import missing_extra
+from ..locks import locked
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +38,9 @@ def run(args: argparse.Namespace) -> int:
     if args.kind == "demo":
         from ..corpus.demo import make_demo
 
-        summary = make_demo(args.out, args.minutes, args.speakers, args.seed)
+        whole = args.out.absolute()  # the folder appears as a whole: the lock stands beside it
+        with locked(whole.parent, hashlib.sha256(os.fsencode(whole.name)).hexdigest()[:8]):
+            summary = make_demo(args.out, args.minutes, args.speakers, args.seed)
         line = (
             f"{summary['utterances']} utterances, {summary['minutes']:.1f} min, {summary['speakers']} speakers, "
             f"{summary['phones']} phones -> {args.out}"
@@ -57,5 +62,6 @@ def _make_superb(args: argparse.Namespace) -> dict[str, Any]:
     except ModuleNotFoundError as error:
         raise missing_extra(error.name or "superb_tasks", "superb", "the corpus of a SUPERB task") from error
     tasks = [task.strip() for task in args.task.split(",") if task.strip()]
-    summary: dict[str, Any] = bridge.make_superb(args.out, tasks, args.minutes, args.seed)
+    with locked(args.out):
+        summary: dict[str, Any] = bridge.make_superb(args.out, tasks, args.minutes, args.seed)
     return summary

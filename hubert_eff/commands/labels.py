@@ -74,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
 def _make(args: argparse.Namespace) -> int:
     from ..labels.features import FeatureSource
     from ..labels.targets import make_labels
+    from ..locks import locked
 
     if args.out is None:
         raise UserError("--out LABELDIR is missing: the folder for the labels")
@@ -88,19 +89,21 @@ def _make(args: argparse.Namespace) -> int:
     kind = "checkpoint" if args.checkpoint else "mfcc"
     device = _device(args.device) if args.checkpoint else "cpu"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    summary = make_labels(
-        args.paths[0],
-        args.out,
-        FeatureSource(args.checkpoint, args.layer, device, args.batch_seconds),
-        clusters=DEFAULT_CLUSTERS[kind] if args.clusters is None else args.clusters,
-        splits=args.splits,
-        fit_split=args.fit_split,
-        fit_hours=args.fit_hours,
-        seed=args.seed,
-        workers=args.workers if args.workers is not None else (cores if device == "cpu" else 1),
-        kmeans=args.kmeans,
-        share=None if args.rank is None else (args.rank, args.nshard),
-    )
+    part = "" if args.rank is None else f"rank-{args.rank}-of-{args.nshard}"  # the others share the folder
+    with locked(args.out, part):
+        summary = make_labels(
+            args.paths[0],
+            args.out,
+            FeatureSource(args.checkpoint, args.layer, device, args.batch_seconds),
+            clusters=DEFAULT_CLUSTERS[kind] if args.clusters is None else args.clusters,
+            splits=args.splits,
+            fit_split=args.fit_split,
+            fit_hours=args.fit_hours,
+            seed=args.seed,
+            workers=args.workers if args.workers is not None else (cores if device == "cpu" else 1),
+            kmeans=args.kmeans,
+            share=None if args.rank is None else (args.rank, args.nshard),
+        )
     if args.json:
         print(json.dumps(summary, ensure_ascii=False))
         return 0

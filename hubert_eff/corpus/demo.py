@@ -15,7 +15,6 @@ import json
 import random
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +24,7 @@ import numpy as np
 
 from ..config import SAMPLE_RATE
 from ..errors import UserError
-from ..files import write_json, write_text
+from ..files import sync_to_disk, temporary_folder, write_json, write_text
 from .espeak import Segment, Speech, Voice, speak, version
 
 MIN_SECONDS, MAX_SECONDS = 2.0, 6.0
@@ -247,13 +246,9 @@ def _new_folder(target: Path) -> Iterator[Path]:
         for path in sorted(target.rglob("*")):
             if (name := path.relative_to(target).as_posix()) not in own:
                 raise UserError(f"{target} holds {name!r}, which is no part of its demo corpus: name a new folder")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    temporary.chmod(0o755)
-    try:
+    with temporary_folder(target) as temporary:
         yield temporary
+        sync_to_disk(temporary)
         if target.is_dir():
             shutil.rmtree(target)
         temporary.replace(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
-from multiprocessing import get_context, parent_process
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from threading import Thread
 from typing import TypeVar
@@ -30,7 +31,8 @@ def in_order(executor: Executor, function: Callable[[T], R], items: Iterable[T],
     pending: deque[Future[R]] = deque()
     try:
         for item in items:
-            pending.append(executor.submit(function, item))
+            with _without_interrupts():  # a process that this starts leaves a terminal's SIGINT to this one
+                pending.append(executor.submit(function, item))
             if len(pending) > ahead:
                 yield pending.popleft().result()
         while pending:
@@ -38,6 +40,18 @@ def in_order(executor: Executor, function: Callable[[T], R], items: Iterable[T],
     finally:
         for future in pending:
             future.cancel()
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Pool:
@@ -68,6 +82,10 @@ class Pool:
                 raise UserError(
                     f"a process died while {what}, perhaps for want of memory: finished shards are kept, run again with fewer --workers"
                 ) from error
+            except KeyboardInterrupt:  # shards that are not finished are made again
+                for process in active_children():
+                    process.terminate()
+                raise
             finally:
                 pool.shutdown(cancel_futures=True)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from hubert_eff.config import SAMPLE_RATE
 from hubert_eff.corpus import demo
 from hubert_eff.corpus.espeak import Speech, Voice
 from hubert_eff.errors import UserError
-from hubert_eff.files import write_json
+from hubert_eff.files import sync_to_disk, temporary_folder, write_json
 from hubert_eff.progress import progress
 
 Audio = NDArray[np.float32]
@@ -48,16 +47,14 @@ def keep_or_make(
         return dict(earlier)
     if present:
         raise UserError(f"{out} holds another {folders[0]}: choose another folder, or remove {' and '.join(present)}")
-    draft = out / f".{folders[0]}.tmp"
-    shutil.rmtree(draft, ignore_errors=True)
     began = next(folder for folder in (out, *out.parents) if folder.exists())  # of an interrupted corpus not even its folder is left
-    draft.mkdir(parents=True)
     try:
-        entry |= write(draft)
-        for name in folders:
-            (draft / name).rename(out / name)
+        with temporary_folder(out / folders[0]) as draft:
+            entry |= write(draft)
+            sync_to_disk(draft)
+            for name in folders:
+                (draft / name).rename(out / name)
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
         for folder in (out, *out.parents):
             if folder == began or any(folder.iterdir()):
                 break
