@@ -45,7 +45,7 @@ def check_audio(manifest: Manifest, sample_rate: int, skip: bool = False) -> Non
     missing = [i for i in chosen if not os.path.exists(manifest.root / manifest.names[i].split(".zip:")[0]) and not _in_zip(manifest, i)]
     if len(missing) > (len(chosen) - 1 if skip else 0):
         raise UserError(
-            f"{manifest.file}: {len(missing)} of {len(chosen)} audio files are missing under {manifest.root}, first "
+            f"{manifest.path}: {len(missing)} of {len(chosen)} audio files are missing under {manifest.root}, first "
             f"{manifest.names[missing[0]]}: correct the root in the first line, or make the manifest again"
         )
     for i in (i for i in spread(len(manifest.names), MAX_HEADERS) if not _in_zip(manifest, i)):
@@ -62,9 +62,9 @@ def check_audio(manifest: Manifest, sample_rate: int, skip: bool = False) -> Non
             )
         if info.frames != manifest.samples[i] and not skip:
             raise UserError(
-                f"{file} has {info.frames} samples, not {manifest.samples[i]} as {manifest.file} says: make the manifest again"
+                f"{file} has {info.frames} samples, not {manifest.samples[i]} as {manifest.path} says: make the manifest again"
             )
-    logger.info(f"{manifest.file}: {manifest.seconds / 3600:.2f} h; {len(chosen)} of {len(manifest.names)} audio files looked up")
+    logger.info(f"{manifest.path}: {manifest.seconds / 3600:.2f} h; {len(chosen)} of {len(manifest.names)} audio files looked up")
 
 
 def _in_zip(manifest: Manifest, index: int) -> bool:
@@ -87,7 +87,7 @@ def check_labels(manifest: Manifest, path: Path, label_rate: float, dictionary: 
     labels = classes.read_labels(path, dictionary.symbols[dictionary.nspecial :], str(dictionary_path))
     if len(labels) != len(manifest.entries):
         raise UserError(
-            f"{path} has {len(labels)} lines for the {len(manifest.entries)} utterances of {manifest.file}: make the labels again"
+            f"{path} has {len(labels)} lines for the {len(manifest.entries)} utterances of {manifest.path}: make the labels again"
         )
     count = int(labels.counts.sum())
     estimate = FRAME_RATE * round(count / max(manifest.seconds, 1e-9) / FRAME_RATE)
@@ -109,7 +109,7 @@ def check_lengths(manifest: Manifest, shortest: int | None, longest: int | None)
     """At least one utterance passes the limits on length."""
     if not any((shortest or 0) <= n <= (longest or n) for n in manifest.samples):
         raise UserError(
-            f"{manifest.file}: none of its {len(manifest.samples)} utterances ({min(manifest.samples)} to {max(manifest.samples)} samples) "
+            f"{manifest.path}: none of its {len(manifest.samples)} utterances ({min(manifest.samples)} to {max(manifest.samples)} samples) "
             f"lies between task.min_sample_size={shortest} and task.max_keep_size={longest}: change these, or join recordings "
             "(`hubert-eff manifest --join SECONDS`)"
         )

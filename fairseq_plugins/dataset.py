@@ -65,7 +65,8 @@ class SeededHubertDataset(HubertDataset):
     utterances the labels of others.
 
     Batches carry `net_input["sample_ids"]` (B,), the utterances' numbers, which seed their masks; and, where a file cannot be read, the
-    lines that say so as `unreadable`. The batch is then without it; if it was the last one, `unreadable` is all there is.
+    lines that say so as `unreadable`; where its labels are no longer those that were checked, as `changed`. The batch is then without it;
+    if it was the last one, these are all there is.
     """
 
     def __init__(
@@ -121,7 +122,7 @@ class SeededHubertDataset(HubertDataset):
         try:
             return {"id": index, "source": wav, "label_list": self.get_labels(index)}
         except UserError as error:
-            return {"id": index, "source": None, "unreadable": str(error)}
+            return {"id": index, "source": None, "changed": str(error)}
 
     def get_label(self, index: int, label_idx: int) -> Tensor:
         """Labels (T,) of an utterance, as numbers of the dictionary. Raises `UserError` if they are not those that were checked."""
@@ -163,8 +164,9 @@ class SeededHubertDataset(HubertDataset):
                 batch["net_input"]["padding_mask"] = None  # nothing is padded, and attention without a mask is faster on a GPU
             if self.pad_audio:
                 self._pad_unlabelled(batch["net_input"]["padding_mask"], batch["target_lengths_list"])
-        if faults := [sample["unreadable"] for sample in samples if sample["source"] is None]:
-            batch["unreadable"] = faults
+        for fault in ("unreadable", "changed"):
+            if lines := [sample[fault] for sample in samples if fault in sample]:
+                batch[fault] = lines
         return batch
 
     def _pad_unlabelled(self, padding_mask: Tensor, lengths: list[Tensor]) -> None:

@@ -32,13 +32,13 @@ def read_transcripts(manifest: Manifest, label_dir: Path, labels: str) -> tuple[
     `SPLIT.<labels>` in `label_dir`, a line per utterance of letters split by spaces with `|` between words, as fairseq has it, is taken as
     it stands; else the transcripts of `parts.tsv` beside the manifest, normalised. Raises `UserError` where one is missing.
     """
-    spelled = label_dir / f"{manifest.file.stem}.{labels}"
+    spelled = label_dir / f"{manifest.path.stem}.{labels}"
     if spelled.is_file():
         texts = [_spelled(line, f"{spelled}, line {number}") for number, line in read_lines(spelled, "make it again")]
         if len(texts) != len(manifest.names):
-            raise UserError(f"{spelled} has {len(texts)} lines for the {len(manifest.names)} utterances of {manifest.file}")
+            raise UserError(f"{spelled} has {len(texts)} lines for the {len(manifest.names)} utterances of {manifest.path}")
         return texts, spelled
-    table = manifest.file.with_name("parts.tsv")
+    table = manifest.path.with_name("parts.tsv")
     if not table.is_file():
         raise UserError(f"no transcripts: neither {spelled} nor {table}, which `hubert-eff manifest` writes")
     parts: dict[str, list[str]] = defaultdict(list)

@@ -69,7 +69,7 @@ def label_quality(labels: str | Path, alignments: str | Path, manifest: str | Pa
     phones = _read_alignments(Path(alignments))
     inventory = {label: i for i, label in enumerate(sorted({s[2] for spans in phones.values() for s in spans}))}
     if len(inventory) * clusters > MOST_CELLS:
-        raise UserError(f"{alignments} has {len(inventory)} different phones, too many for {clusters} clusters: is the last column the phone?")
+        raise UserError(f"{alignments} has {len(inventory)} different phones, too many for {clusters} clusters: is the last column one?")
     sources = _sources(tables)
     result: dict[str, Any] = {}
     total = np.zeros((len(inventory), clusters), dtype=np.int64)
@@ -154,7 +154,7 @@ def _count(
         raise UserError(f"{file} cannot be read, labels.json beside it lists that split: make the labels again")
     lines = [line for _, line in read_lines(file, HINT)]
     if len(lines) != len(table.entries):
-        raise UserError(f"{file} has {len(lines)} lines, {table.file} lists {len(table.entries)} utterances: make the labels again")
+        raise UserError(f"{file} has {len(lines)} lines, {table.path} lists {len(table.entries)} utterances: make the labels again")
     frames = 0
     for number, (line, (path, samples)) in enumerate(zip(lines, table.entries), start=1):
         labels = [_label(v, clusters, file, number) for v in line.split()]

@@ -29,21 +29,21 @@ class Record:
 
     def check_manifest(self, table: Manifest) -> None:
         """Raise `UserError` if the labels of a split are of another manifest, or of recordings that have changed since."""
-        figures = self.splits.get(table.file.stem, {})
+        figures = self.splits.get(table.path.stem, {})
         if figures.get("tsv_sha256", table.digest) == table.digest:
             return
         # another root, as of a corpus that was moved, or other line ends
         if "content_sha256" not in figures or figures["content_sha256"] != table.content_digest():
             raise UserError(
-                f"the labels of {table.file.stem} in {self.file.parent} are not of {table.file}: {self.file.name} holds the digest of "
-                f"another. Make them again (hubert-eff labels {table.file.parent} --out {self.file.parent}); if you cut both files "
+                f"the labels of {table.path.stem} in {self.file.parent} are not of {table.path}: {self.file.name} holds the digest of "
+                f"another. Make them again (hubert-eff labels {table.path.parent} --out {self.file.parent}); if you cut both files "
                 f"yourself, remove {self.file}"
             )
 
     def check_labels(self, split: str, labels: Labels, classes: int) -> None:
         """Raise `UserError` if a file of labels, or a dictionary of so many classes, is not the one that was made."""
         if self.splits.get(split, {}).get("km_sha256", labels.digest) != labels.digest:
-            raise UserError(f"{labels.file} is not what {self.file} was written for: {HINT}; if you changed it yourself, remove {self.file}")
+            raise UserError(f"{labels.file} is not what {self.file} is about: {HINT}; if you changed it yourself, remove {self.file}")
         if self.clusters not in (None, classes):
             raise UserError(f"{self.file} is of {self.clusters} clusters, the dictionary beside it has {classes} classes: {HINT}")
 

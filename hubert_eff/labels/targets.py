@@ -103,7 +103,7 @@ def make_labels(
     frames = sum(extractor.frames(samples) for _, samples in sample)
     if frames < clusters:
         raise UserError(
-            f"--clusters {clusters} needs as many frames, {fitted.file} has {frames}: ask for fewer clusters or give more audio"
+            f"--clusters {clusters} needs as many frames, {fitted.path} has {frames}: ask for fewer clusters or give more audio"
         )
     settings = {
         **source.identity(), "k": clusters, "rate": extractor.rate, "seed": seed, "fit_split": fit_split,
@@ -170,7 +170,7 @@ def _check_lengths(table: Manifest, extractor: Extractor) -> None:
     for number, (path, samples) in enumerate(table.entries, start=2):
         if extractor.frames(samples) < 1:
             raise UserError(
-                f"{table.file}, line {number}: {path} has {samples} samples, shorter than one label frame (25 ms): "
+                f"{table.path}, line {number}: {path} has {samples} samples, shorter than one label frame (25 ms): "
                 "make the manifest again with `hubert-eff manifest`"
             )
 

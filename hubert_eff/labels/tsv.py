@@ -23,7 +23,7 @@ SAMPLED_BYTES = 1 << 16  # of each of them
 class Manifest:
     """A fairseq TSV: root folder and (path, samples) of each utterance; `digest` is the SHA-256 of the file."""
 
-    file: Path
+    path: Path
     root: Path
     entries: tuple[tuple[str, int], ...]
     digest: str
@@ -50,12 +50,12 @@ class Manifest:
         """
         digest = hashlib.sha256("".join(f"{name}\t{samples}\n" for name, samples in self.entries).encode())
         for i in spread(len(self.entries), SAMPLED_FILES):
-            path = self.root / self.names[i]
+            audio = self.root / self.names[i]
             try:
-                with path.open("rb") as file:
+                with audio.open("rb") as file:
                     digest.update(hashlib.sha256(file.read(SAMPLED_BYTES)).digest())
             except OSError as error:
-                raise UserError(f"{path} of {self.file} cannot be read ({error.strerror}): make the manifest again") from error
+                raise UserError(f"{audio} of {self.path} cannot be read ({error.strerror}): make the manifest again") from error
         return digest.hexdigest()
 
 
