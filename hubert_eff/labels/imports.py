@@ -80,7 +80,7 @@ def _items(files: list[Path], kind: str, read: Callable[[str, dict[str, Any]], I
             raise UserError(f"{where}: expected a {kind} of lhotse, found {_kind(entry) or value_shown(entry)}")
         item = read(where, entry)
         if item.name in found:
-            raise UserError(f"{where}: a {kind} {shown(item.name)!r} was there before ({found[item.name].path}): ids must be unique")
+            raise UserError(f"{where}: a {kind} {shown(item.name)!r} was there before: ids must be unique")
         found[item.name] = item
     return found
 

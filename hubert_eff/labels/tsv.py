@@ -73,7 +73,7 @@ def read_manifest(file: Path) -> Manifest:
             if samples.strip():
                 raise UserError(f"{file}, line 1: expected the folder that all paths start from, found {shown(name)!r} and a tab")
             continue
-        samples = samples.strip()
+        samples = samples.rstrip().lstrip(" ")
         if not tab or not name.strip() or not SAMPLES.fullmatch(samples):
             raise UserError(f"{file}, line {line.number}: expected a path, a tab and a number of samples, found {shown(text)!r}")
         entries.append((name, int(samples)))
