@@ -36,7 +36,7 @@ class Record:
         if "content_sha256" not in figures or figures["content_sha256"] != table.content_digest():
             raise UserError(
                 f"the labels of {table.path.stem} in {self.file.parent} are not of {table.path}: {self.file.name} holds the digest of "
-                f"another. Make them again (hubert-eff labels {table.path.parent} --out {self.file.parent}); if you cut both files "
+                f"another. Make them again (hubert-eff labels {table.path.parent} --out {self.file.parent} ...); if you cut both files "
                 f"yourself, remove {self.file}"
             )
 
