@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from fairseq.data import HubertDataset, data_utils
+from fairseq.data import FairseqDataset, HubertDataset, data_utils
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import get_worker_info
 
 from hubert_eff.config import FRAME_STRIDE
+from hubert_eff.errors import UserError
+from hubert_eff.labels.classes import Labels
+from hubert_eff.labels.tsv import Manifest
 
 from .buckets import Buckets
 
@@ -57,12 +61,45 @@ def read_checked(read: Callable[[], Tensor], file: str, samples: int) -> Tensor 
 class SeededHubertDataset(HubertDataset):
     """`HubertDataset` whose batches and crops depend only on (seed, epoch, utterances), so that a resumed run repeats them.
 
+    It reads what was checked, in place of fairseq's own reading of a manifest and labels: other rules for the ends of lines would give
+    utterances the labels of others.
+
     Batches carry `net_input["sample_ids"]` (B,), the utterances' numbers, which seed their masks; and, where a file cannot be read, the
-    lines that say so as `unreadable`. The batch is then without it; if it was the last one, `unreadable` is all there is.
+    lines that say so as `unreadable`; where its labels are no longer those that were checked, as `changed`. The batch is then without it;
+    if it was the last one, these are all there is.
     """
 
-    def __init__(self, *args: Any, seed: int, length_buckets: int = 0, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        manifest: Manifest,
+        labels: Sequence[Labels],
+        sample_rate: float,
+        label_rate: float,
+        pad_list: list[int],
+        eos_list: list[int],
+        label_processors: list[Any],
+        seed: int,
+        max_keep_sample_size: int | None = None,
+        min_keep_sample_size: int | None = None,
+        max_sample_size: int | None = None,
+        shuffle: bool = True,
+        pad_audio: bool = False,
+        normalize: bool = False,
+        random_crop: bool = False,
+        length_buckets: int = 0,
+    ) -> None:
+        FairseqDataset.__init__(self)  # that of HubertDataset would read the files
+        least, most = min_keep_sample_size or 0, max_keep_sample_size or sys.maxsize
+        self.kept = [i for i, samples in enumerate(manifest.samples) if least <= samples <= most]
+        self.audio_root = str(manifest.root)
+        self.audio_names = [manifest.names[i] for i in self.kept]
+        self.sizes = [manifest.samples[i] for i in self.kept]
+        self.labels, self.num_labels = list(labels), len(labels)
+        self.sample_rate, self.label_rates = sample_rate, [label_rate] * len(labels)
+        self.pad_list, self.eos_list, self.label_processors = pad_list, eos_list, label_processors
+        self.max_sample_size = sys.maxsize if max_sample_size is None else max_sample_size
+        self.shuffle, self.random_crop, self.single_target = shuffle, random_crop, False
+        self.pad_audio, self.normalize = pad_audio, normalize
         self.seed = seed
         self.buckets = Buckets(self.sizes, length_buckets, self.max_sample_size, self.pad_audio) if length_buckets else None
         # shared, because fairseq keeps the loading processes, and thereby their copies of this object, over all epochs
@@ -82,7 +119,14 @@ class SeededHubertDataset(HubertDataset):
         wav = read_checked(lambda: self.get_audio(index), file, self.sizes[index])
         if isinstance(wav, str):
             return {"id": index, "source": None, "unreadable": wav}
-        return {"id": index, "source": wav, "label_list": self.get_labels(index)}
+        try:
+            return {"id": index, "source": wav, "label_list": self.get_labels(index)}
+        except UserError as error:
+            return {"id": index, "source": None, "changed": str(error)}
+
+    def get_label(self, index: int, label_idx: int) -> Tensor:
+        """Labels (T,) of an utterance, as numbers of the dictionary. Raises `UserError` if they are not those that were checked."""
+        return self.label_processors[label_idx](self.labels[label_idx].line(self.kept[index]))
 
     def ordered_indices(self) -> np.ndarray:
         """Longest first, ties in random order; the same in all epochs, so that a run resumed in a later one forms the same batches."""
@@ -120,8 +164,9 @@ class SeededHubertDataset(HubertDataset):
                 batch["net_input"]["padding_mask"] = None  # nothing is padded, and attention without a mask is faster on a GPU
             if self.pad_audio:
                 self._pad_unlabelled(batch["net_input"]["padding_mask"], batch["target_lengths_list"])
-        if faults := [sample["unreadable"] for sample in samples if sample["source"] is None]:
-            batch["unreadable"] = faults
+        for fault in ("unreadable", "changed"):
+            if lines := [sample[fault] for sample in samples if fault in sample]:
+                batch[fault] = lines
         return batch
 
     def _pad_unlabelled(self, padding_mask: Tensor, lengths: list[Tensor]) -> None:

@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,10 +18,11 @@ from torch.utils.data import get_worker_info
 
 from hubert_eff.config import SAMPLE_RATE
 from hubert_eff.errors import UserError
+from hubert_eff.labels.lines import read_lines, shown
+from hubert_eff.labels.tsv import Manifest, read_parts
 from hubert_eff.recognition.alphabet import BLANK, BOUNDARY, Alphabet, frames_needed, normalize_text
 from hubert_eff.recognition.model import too_long
 
-from .checks import Manifest
 from .dataset import obey_parent_only, read_checked
 
 
@@ -35,30 +34,31 @@ def read_transcripts(manifest: Manifest, label_dir: Path, labels: str) -> tuple[
     """
     spelled = label_dir / f"{manifest.path.stem}.{labels}"
     if spelled.is_file():
-        lines = _text(spelled).splitlines()
-        if len(lines) != len(manifest.names):
-            raise UserError(f"{spelled} has {len(lines)} lines for the {len(manifest.names)} utterances of {manifest.path}")
-        return ["".join(line.split()).replace(BOUNDARY, " ").strip() for line in lines], spelled
+        texts = [_spelled(line, f"{spelled}, line {number}") for number, line in read_lines(spelled, "make it again")]
+        if len(texts) != len(manifest.names):
+            raise UserError(f"{spelled} has {len(texts)} lines for the {len(manifest.names)} utterances of {manifest.path}")
+        return texts, spelled
     table = manifest.path.with_name("parts.tsv")
     if not table.is_file():
         raise UserError(f"no transcripts: neither {spelled} nor {table}, which `hubert-eff manifest` writes")
     parts: dict[str, list[str]] = defaultdict(list)
-    rows = csv.DictReader(io.StringIO(_text(table), newline=""), delimiter="\t", quoting=csv.QUOTE_NONE)
-    if not {"utterance", "transcript"} <= set(rows.fieldnames or ()):
-        raise UserError(f"{table} lacks a column 'utterance' or 'transcript' in its first line: make it with `hubert-eff manifest`")
-    for row in rows:
-        parts[row["utterance"]].append(row["transcript"] or "")
+    for _, row in read_parts(table, ("utterance", "transcript")):
+        parts[row["utterance"]].append(row["transcript"])
     for name in manifest.names:
         if not all(part.strip() for part in parts.get(name, [""])):
-            raise UserError(f"{table} has no transcript of {name}: give one beside the recording (transcripts.tsv), or leave it out")
+            raise UserError(
+                f"{table} has no transcript of {name}: give one, in UTF-8, beside the recording (transcripts.tsv), or leave it out"
+            )
     return [normalize_text(" ".join(parts[name])) for name in manifest.names], table
 
 
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is no UTF-8 text ({error.reason} at byte {error.start}): convert it") from error
+def _spelled(line: str, where: str) -> str:
+    """The words of a line of letters."""
+    letters = line.split()
+    if any(len(letter) > 1 for letter in letters):
+        longest = max(letters, key=len)
+        raise UserError(f"{where}: expected letters with spaces between them, and {BOUNDARY} between words, found {shown(longest, 20)!r}")
+    return "".join(letters).replace(BOUNDARY, " ").strip()
 
 
 def check_transcripts(

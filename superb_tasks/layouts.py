@@ -16,6 +16,7 @@ import soundfile as sf
 
 from hubert_eff.config import SAMPLE_RATE
 from hubert_eff.errors import UserError
+from hubert_eff.labels.lines import decimal, shown
 
 LIBRISPEECH, SNIPS, VOXCELEB = "LibriSpeech", "SNIPS", "VoxCeleb1"
 QUESST, FLUENT, IEMOCAP, DIARIZATION = "quesst14Database", "fluent_speech_commands_dataset", "IEMOCAP", "diarization"
@@ -91,8 +92,11 @@ def segments(folder: Path) -> Iterator[tuple[str, str, float, float]]:
     """Recording, speaker, start and end in s of each utterance of a Kaldi folder."""
     speaker = kaldi(folder / "utt2spk")
     for utterance, rest in kaldi(folder / "segments").items():
-        recording, start, end = rest.split()
-        yield recording, speaker[utterance], float(start), float(end)
+        recording, *times = rest.split()
+        start, end = map(decimal, times) if len(times) == 2 else (None, None)
+        if start is None or end is None or not 0 <= start < end:
+            raise UserError(f"{folder / 'segments'}: {shown(utterance)!r} is not followed by a recording, a start and an end in seconds")
+        yield recording, speaker[utterance], start, end
 
 
 def digest(roots: Iterable[Path]) -> str:
@@ -230,9 +234,15 @@ def check_commands(data: Path) -> None:
     trained: dict[str, set[str]] = {}
     for split in ("train", "valid", "test"):
         table = root / "data" / f"{split}_data.csv"
-        rows = list(csv.DictReader(_lines(table)))
+        try:
+            rows = list(csv.DictReader(_lines(table)))
+        except csv.Error as error:
+            raise UserError(f"{table} cannot be read as a table: {error}") from error
         if not rows:
             raise UserError(f"{table} is empty")
+        short = next((number for number, row in enumerate(rows, start=2) if None in row.values() or None in row), None)
+        if short:
+            raise UserError(f"{table}: row {short} has fewer or more columns than the first")
         missing = [name for name in ("path", *SLOTS) if name not in rows[0]]
         if missing:
             raise UserError(f"{table} has no column {', '.join(missing)}")

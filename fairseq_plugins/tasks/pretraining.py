@@ -107,15 +107,15 @@ class HubertEffPretrainingTask(SafeTask, HubertPretrainingTask):
     def load_dataset(self, split: str, **kwargs: Any) -> None:
         """Check and open one split."""
         cfg, label_dir = self.cfg, Path(self.get_label_dir())
-        checks.check_split(
+        manifest, labels = checks.check_split(
             Path(cfg.data), label_dir, split, cfg.labels, cfg.label_rate, cfg.sample_rate, self.dictionaries,
             cfg.min_sample_size, cfg.max_keep_size, cfg.bad_audio == "skip",
         )  # fmt: skip
         self.datasets[split] = SeededHubertDataset(
-            str(Path(cfg.data) / f"{split}.tsv"),
+            manifest,
+            labels,
             sample_rate=cfg.sample_rate,
-            label_paths=[str(label_dir / f"{split}.{name}") for name in cfg.labels],
-            label_rates=cfg.label_rate,
+            label_rate=cfg.label_rate,
             pad_list=[dictionary.pad() for dictionary in self.dictionaries],
             eos_list=[dictionary.eos() for dictionary in self.dictionaries],
             label_processors=[LabelEncoder(dictionary) for dictionary in self.dictionaries],
@@ -124,9 +124,7 @@ class HubertEffPretrainingTask(SafeTask, HubertPretrainingTask):
             max_sample_size=cfg.max_sample_size,
             pad_audio=cfg.pad_audio,
             normalize=cfg.normalize,
-            store_labels=False,
             random_crop=cfg.random_crop,
-            single_target=False,
             seed=cfg.seed,
             length_buckets=cfg.length_buckets if split == cfg.train_subset else 0,
         )

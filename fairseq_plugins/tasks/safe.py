@@ -135,7 +135,9 @@ class SafeTask:
 
     @one_line_errors()
     def note_unreadable(self, sample: dict[str, Any]) -> None:
-        """Of what a batch says it lacks: end the run, or name each file once, as task.bad_audio says."""
+        """Of what a batch says it lacks: end the run, or name each file once, as task.bad_audio says. Other labels always end it."""
+        for line in sample.get("changed", ()):
+            raise UserError(f"{line}; leave the labels alone while training runs, and run the same command again to go on")
         for line in sample.get("unreadable", ()):
             if self.cfg.bad_audio == "stop":
                 raise UserError(f"{line}: make the manifest again, or leave out such files with task.bad_audio=skip")

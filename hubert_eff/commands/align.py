@@ -81,11 +81,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _text(given: str) -> str:
+    from ..labels.lines import read_lines
+
     try:
-        path = Path(given)
-        return path.read_text(encoding="utf-8") if path.is_file() else given
-    except (OSError, ValueError):  # a text too long to be a name, or a file that is no text
+        is_file = Path(given).is_file()
+    except (OSError, ValueError):  # a text too long to be a name
+        is_file = False
+    if not is_file:
         return given
+    return " ".join(line for _, line in read_lines(Path(given), "give the text itself, or a text file in UTF-8"))
 
 
 def _write(

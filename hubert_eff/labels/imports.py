@@ -12,24 +12,21 @@ Relative paths start at the current folder, as they do for lhotse and Kaldi.
 
 from __future__ import annotations
 
-import gzip
-import json
-import math
 import os
 import re
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from .lines import decimal, one_line, read_json_lines, read_lines, shown, value_shown
 from .listing import Item, Listing
 
 LHOTSE_SUFFIXES = (".jsonl", ".jsonl.gz")
+BLANKS = re.compile("[ \t]+")
 ARCHIVE = re.compile(r"(^|\s)(ark|scp)(,\w+)*:|\.ark:\d+(\[.*\])?$")  # a place inside a Kaldi archive, or a specifier of one
-
-Entry = tuple[str, dict[str, Any]]  # where it stands, what it says
 
 
 def read_import(source: Path) -> Listing | None:
@@ -37,8 +34,10 @@ def read_import(source: Path) -> Listing | None:
     if source.is_dir():
         if (source / "wav.scp").is_file():
             return _kaldi(source)
-        files = sorted(f for f in source.iterdir() if f.name.endswith(LHOTSE_SUFFIXES))
+        files = sorted(f for f in source.iterdir() if f.name.endswith(LHOTSE_SUFFIXES) and f.is_file())
         kinds = {f: kind for f in files if (kind := _first_kind(f, lenient=True)) in ("cut", "recording", "supervision")}
+        for file in files if kinds else []:  # one that cannot be read may be the other half of a pair
+            _first_kind(file)
         return _lhotse(source, kinds) if kinds else None
     if source.is_file() and source.name == "wav.scp":
         return _kaldi(source.parent)
@@ -63,40 +62,33 @@ def _lhotse(root: Path, kinds: dict[Path, str]) -> Listing:
     if not cuts and not recordings:
         raise UserError(f"{supervisions[0]} lists supervisions only: name the file of the recordings, or the folder that holds both")
     if cuts:
-        return Listing(root, "lhotse cuts", _unique(_cut(*entry) for file in cuts for entry in _entries(file, "cut")))
-    known: dict[str, Item] = {}
-    for where, entry in (e for file in recordings for e in _entries(file, "recording")):
-        item = _recording(where, entry)
-        if item.name in known:
-            raise UserError(f"{where}: a recording {item.name!r} was there before: ids must be unique")
-        known[item.name] = item
+        return Listing(root, "lhotse cuts", list(_items(cuts, "cut", _cut).values()))
+    known = _items(recordings, "recording", _recording)
     if not supervisions:
         return Listing(root, "lhotse recordings", list(known.values()))
-    items = _unique(_supervision(*entry, known) for file in supervisions for entry in _entries(file, "supervision"))
+    items = list(_items(supervisions, "supervision", partial(_supervision, known=known)).values())
     paths = {i.path for i in items}
     unused = [(name, "no supervision") for name, item in known.items() if item.path not in paths]
     return Listing(root, "lhotse recordings and supervisions", items, left_out=unused)
 
 
-def _entries(file: Path, kind: str | None = None) -> Iterator[Entry]:
-    """The lines of a file of JSON lines; with `kind`, all must be such."""
-    try:
-        with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                entry = json.loads(line)
-                if kind and _kind(entry) != kind:
-                    raise UserError(f"{file}, line {number}: expected a {kind} of lhotse, found {line.strip()[:60]!r}")
-                yield f"{file}, line {number}", entry
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{file} cannot be read as JSON lines: {str(error).splitlines()[0]}") from error
+def _items(files: list[Path], kind: str, read: Callable[[str, dict[str, Any]], Item]) -> dict[str, Item]:
+    """What `read` makes of the lines of some files, by id; all lines must be of a kind."""
+    found: dict[str, Item] = {}
+    for where, entry in (line for file in files for line in read_json_lines(file)):
+        if _kind(entry) != kind:
+            raise UserError(f"{where}: expected a {kind} of lhotse, found {_kind(entry) or value_shown(entry)}")
+        item = read(where, entry)
+        if item.name in found:
+            raise UserError(f"{where}: a {kind} {shown(item.name)!r} was there before: ids must be unique")
+        found[item.name] = item
+    return found
 
 
 def _first_kind(file: Path, lenient: bool = False) -> str:
     """The kind of a file's first line; "" if it is nothing of lhotse's; `lenient`: also if it is no JSON."""
     try:
-        return next((_kind(entry) for _, entry in _entries(file)), "")
+        return next((_kind(entry) for _, entry in read_json_lines(file)), "")
     except UserError:
         if lenient:
             return ""
@@ -106,7 +98,7 @@ def _first_kind(file: Path, lenient: bool = False) -> str:
 def _kind(entry: Any) -> str:
     if not isinstance(entry, dict):
         return ""
-    if str(entry.get("type", "")).endswith("Cut"):
+    if isinstance(entry.get("type"), str) and entry["type"].endswith("Cut"):
         return "cut"
     if "storage_type" in entry:
         return "features"
@@ -116,41 +108,41 @@ def _kind(entry: Any) -> str:
 
 
 def _recording(where: str, entry: dict[str, Any]) -> Item:
-    name, sources, channels = str(entry.get("id", "")), entry.get("sources"), entry.get("channel_ids")
-    what = f"{where}: recording {name[:60]!r}"
+    name = _id(where, "recording", entry)
+    what, sources, channels = f"{where}: recording {shown(name)!r}", entry.get("sources"), entry.get("channel_ids")
     if not isinstance(sources, list) or not all(isinstance(s, dict) for s in sources):
         raise UserError(f"{what} has no list of sources")
-    heard = channels if isinstance(channels, list) else [c for s in sources for c in s.get("channels", [])]
+    heard = channels if isinstance(channels, list) else [c for s in sources for c in _list(what, s, "channels")]
     if len(heard) != 1 or len(sources) != 1:
         raise UserError(f"{what} has {len(heard)} channels in {len(sources)} files, one can be used: write each to a file of its own")
     kind, path = sources[0].get("type"), sources[0].get("source")
     if kind != "file" or not isinstance(path, str):
         raise UserError(
-            f"{what} is a {str(kind)[:20]!r}, which is neither run nor fetched: save its audio to files (lhotse: CutSet.save_audios)"
+            f"{what} is a {value_shown(kind)}, which is neither run nor fetched: save its audio to files (lhotse: CutSet.save_audios)"
         )
     if entry.get("transforms"):
         raise UserError(f"{what} is transformed when lhotse reads it, which is not done here: save its audio (lhotse: CutSet.save_audios)")
-    return Item(name, os.path.abspath(path), "", "", seconds=_number(what, entry, "duration"))
+    return Item(name, _absolute(what, path), "", "", seconds=_number(what, entry, "duration"))
 
 
 def _supervision(where: str, entry: dict[str, Any], known: dict[str, Item]) -> Item:
-    name, of = str(entry.get("id", "")), str(entry.get("recording_id", ""))
-    what = f"{where}: supervision {name[:60]!r}"
+    name, of = _id(where, "supervision", entry), _string(where, entry, "recording_id")
+    what = f"{where}: supervision {shown(name)!r}"
     recording = known.get(of)
     if recording is None:
-        raise UserError(f"{what} is of recording {of[:60]!r}, which is not among the recordings")
+        raise UserError(f"{what} is of recording {shown(of)!r}, which is not among the recordings")
     return _segment(what, entry, name, recording, [entry])
 
 
 def _cut(where: str, entry: dict[str, Any]) -> Item:
-    name, kind = str(entry.get("id", "")), str(entry["type"])
-    what = f"{where}: cut {name[:60]!r}"
+    name, kind = _id(where, "cut", entry), entry["type"]
+    what = f"{where}: cut {shown(name)!r}"
     if kind != "MonoCut":
-        raise UserError(f"{what} is a {kind[:20]}, only a MonoCut can be used: save its audio to a file (lhotse: CutSet.save_audios)")
+        raise UserError(f"{what} is a {shown(kind, 20)}, only a MonoCut can be used: save its audio to a file (lhotse: CutSet.save_audios)")
     if not isinstance(entry.get("recording"), dict):
         raise UserError(f"{what} has no recording, only features perhaps: make cuts from recordings")
-    said = entry.get("supervisions") or []
-    if not isinstance(said, list) or not all(isinstance(s, dict) for s in said):
+    said = _list(what, entry, "supervisions")
+    if not all(isinstance(s, dict) for s in said):
         raise UserError(f"{what} has no list of supervisions")
     return _segment(what, entry, name, _recording(where, entry["recording"]), said)
 
@@ -162,39 +154,78 @@ def _segment(what: str, entry: dict[str, Any], name: str, recording: Item, said:
     start, duration = _number(what, entry, "start"), _number(what, entry, "duration")
     if duration == 0:
         raise UserError(f"{what} has a duration of 0")
-    texts = (str(s.get("text") or "") for s in sorted(said, key=lambda s: _number(what, s, "start", signed=True)))
-    speaker = next((str(s["speaker"]) for s in said if s.get("speaker")), "")
-    text = " ".join(" ".join(texts).split())
+    texts = [_string(what, s, "text") for s in sorted(said, key=lambda s: _number(what, s, "start", signed=True))]
+    speakers = [speaker for s in said if (speaker := one_line(_string(what, s, "speaker")))]
+    speaker = speakers[0] if speakers else ""
+    text = one_line(" ".join(texts))
     return replace(recording, name=name, speaker=speaker, group=speaker, start=start, end=start + duration, text=text)
+
+
+def _id(where: str, kind: str, entry: dict[str, Any]) -> str:
+    name = _string(f"{where}: {kind}", entry, "id")
+    if not name:
+        raise UserError(f"{where}: {kind} has no id")
+    return name
+
+
+def _string(what: str, entry: dict[str, Any], key: str) -> str:
+    """A name or a text, "" where there is none; names may be whole numbers."""
+    value = entry.get(key)
+    text = "" if value is None else str(value) if isinstance(value, str | int) and not isinstance(value, bool) else None
+    if text is None or not _is_unicode(text):
+        raise UserError(f"{what}: {key} is no text but {value_shown(value)}")
+    return text
+
+
+def _list(what: str, entry: dict[str, Any], key: str) -> list[Any]:
+    value = entry.get(key) or []
+    if not isinstance(value, list):
+        raise UserError(f"{what} has no list of {key} but {value_shown(value)}")
+    return value
 
 
 def _number(what: str, entry: dict[str, Any], key: str, signed: bool = False) -> float:
     value = entry.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or (value < 0 and not signed):
-        raise UserError(f"{what}: {key} must be a number of seconds, found {str(value)[:40]!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (-1e9 if signed else 0) <= value < 1e9:
+        raise UserError(f"{what}: {key} must be a number of seconds, found {value_shown(value)}")
     return float(value)
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text holds no half of a surrogate pair, which JSON can escape and no file can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _absolute(what: str, path: str) -> str:
+    if "\0" in path or not path.strip() or not _is_unicode(path):
+        raise UserError(f"{what}: {shown(ascii(path))} can be no path of a file")
+    return os.path.abspath(path)
 
 
 # ---- Kaldi
 
 
 def _kaldi(root: Path) -> Listing:
-    recordings = {name: (os.path.abspath(_kaldi_path(where, name, rest)), where) for name, rest, where in _table(root / "wav.scp")}
+    recordings = {name: os.path.abspath(_kaldi_path(where, name, rest)) for name, rest, where in _table(root / "wav.scp")}
     if not recordings:
         raise UserError(f"{root / 'wav.scp'} lists no recording")
     texts, speakers = (
         {name: rest for name, rest, _ in _table(root / file)} if (root / file).is_file() else {} for file in ("text", "utt2spk")
     )
     if (root / "segments").is_file():
-        items = [_kaldi_segment(where, name, rest.split(), recordings) for name, rest, where in _table(root / "segments")]
+        items = [_kaldi_segment(where, name, BLANKS.split(rest), recordings) for name, rest, where in _table(root / "segments")]
         used = {i.path for i in items}
-        unused = [(name, "no segment") for name, (path, _) in recordings.items() if path not in used]
+        unused = [(name, "no segment") for name, path in recordings.items() if path not in used]
     else:
         lengths = {name: _float(where, rest) for name, rest, where in _table(root / "utt2dur")} if (root / "utt2dur").is_file() else {}
-        items = [Item(name, path, "", "", seconds=lengths.get(name)) for name, (path, _) in recordings.items()]
+        items = [Item(name, path, "", "", seconds=lengths.get(name)) for name, path in recordings.items()]
         unused = []
     items = [
-        replace(i, speaker=speakers.get(i.name, ""), group=speakers.get(i.name, ""), text=" ".join(texts.get(i.name, "").split()))
+        replace(i, speaker=speakers.get(i.name, ""), group=speakers.get(i.name, ""), text=one_line(texts.get(i.name, "")))
         for i in items
     ]
     return Listing(root, "Kaldi", items, left_out=unused)
@@ -203,61 +234,45 @@ def _kaldi(root: Path) -> Listing:
 def _table(file: Path) -> Iterator[tuple[str, str, str]]:
     """(key, rest of the line, where it stands) of each line. Raises `UserError` for a key that is there twice or has nothing behind it."""
     seen: set[str] = set()
-    try:
-        with file.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                key, *rest = line.strip().split(maxsplit=1)
-                where = f"{file}, line {number}"
-                if not rest and file.name != "text":
-                    raise UserError(f"{where}: expected a name and what belongs to it, found {line.strip()[:60]!r}")
-                if key in seen:
-                    raise UserError(f"{where}: {key[:60]!r} was there before: names must be unique")
-                seen.add(key)
-                yield key, rest[0] if rest else "", where
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read as UTF-8 text: {error}") from error
+    for number, line in read_lines(file, "Kaldi's tables are UTF-8 text, a line for each name"):
+        key, *rest = BLANKS.split(line.strip(" \t"), maxsplit=1)
+        where = f"{file}, line {number}"
+        if not key:
+            continue
+        if not rest and file.name != "text":
+            raise UserError(f"{where}: expected a name and what belongs to it, found {shown(line)!r}")
+        if key in seen:
+            raise UserError(f"{where}: {shown(key)!r} was there before: names must be unique")
+        seen.add(key)
+        yield key, rest[0] if rest else "", where
 
 
 def _kaldi_path(where: str, name: str, rest: str) -> str:
-    what = f"{where}: recording {name[:60]!r}"
+    what = f"{where}: recording {shown(name)!r}"
     if rest.endswith("|") or rest.startswith("|") or rest == "-":
         raise UserError(
-            f"{what} is a command ({rest[:60]!r}), which is never run: write what it gives to a wav file (Kaldi: wav-copy), and name that"
+            f"{what} is a command ({shown(rest)!r}), which is never run: write what it gives to a wav file (Kaldi: wav-copy), and name that"
         )
     if ARCHIVE.search(rest):
-        raise UserError(f"{what} lies in an archive ({rest[:60]!r}), which is not read: copy it to a wav file (Kaldi: wav-copy)")
+        raise UserError(f"{what} lies in an archive ({shown(rest)!r}), which is not read: copy it to a wav file (Kaldi: wav-copy)")
     return rest
 
 
-def _kaldi_segment(where: str, name: str, fields: list[str], recordings: dict[str, tuple[str, str]]) -> Item:
-    what = f"{where}: segment {name[:60]!r}"
+def _kaldi_segment(where: str, name: str, fields: list[str], recordings: dict[str, str]) -> Item:
+    what = f"{where}: segment {shown(name)!r}"
     if len(fields) != 3:
         chosen = "names a channel, which cannot be chosen: write the channel to a file of its own"
         raise UserError(f"{what} {chosen if len(fields) == 4 else 'is not of the form: segment recording start end'}")
     if fields[0] not in recordings:
-        raise UserError(f"{what} is of recording {fields[0][:60]!r}, which wav.scp does not list")
+        raise UserError(f"{what} is of recording {shown(fields[0])!r}, which wav.scp does not list")
     start, end = _float(where, fields[1]), _float(where, fields[2], signed=True)
     if 0 <= end <= start:
         raise UserError(f"{what} ends at {end:g} s, before it begins at {start:g} s")
-    return Item(name, recordings[fields[0]][0], "", "", start, None if end < 0 else end)  # -1 is the file's end
+    return Item(name, recordings[fields[0]], "", "", start, None if end < 0 else end)  # -1 is the file's end
 
 
 def _float(where: str, text: str, signed: bool = False) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value) or (value < 0 and not signed):
-        raise UserError(f"{where}: {text[:40]!r} is no number of seconds")
+    value = decimal(text)
+    if value is None or (value < 0 and not signed):
+        raise UserError(f"{where}: {shown(text, 40)!r} is no number of seconds")
     return value
-
-
-def _unique(items: Iterator[Item]) -> list[Item]:
-    found: dict[str, Item] = {}
-    for item in items:
-        if item.name in found:
-            raise UserError(f"two utterances have the id {item.name[:60]!r}, which must be unique: {found[item.name].path}, {item.path}")
-        found[item.name] = item
-    return list(found.values())

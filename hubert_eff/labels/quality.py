@@ -11,8 +11,6 @@ A frame belongs to the phone at its centre; frames in no phone interval are left
 
 from __future__ import annotations
 
-import csv
-import json
 import os
 from bisect import bisect_right
 from collections import defaultdict
@@ -24,10 +22,14 @@ import numpy.typing as npt
 
 from ..errors import UserError
 from .features import CENTRE
-from .targets import Manifest, read_manifest
+from .lines import decimal, read_json, read_lines, shown
+from .record import HINT, read_record
+from .tsv import Manifest, read_manifest, read_parts
 
 Intervals = list[tuple[float, float, str]]  # start s, end s, label; in order of time
 Parts = list[tuple[float, float, str, float]]  # start s, end s, real path of the recording, second of it that is heard at the start
+
+MOST_CELLS = 20_000_000  # of the table of phones and clusters
 
 
 def purities(joint: npt.NDArray[np.floating[Any] | np.integer[Any]]) -> dict[str, float]:
@@ -60,20 +62,22 @@ def label_quality(labels: str | Path, alignments: str | Path, manifest: str | Pa
         UserError: a file that is missing or malformed, labels that do not belong to the manifest, no recording with phones.
     """
     folder = Path(labels)
-    try:
-        info = json.loads((folder / "labels.json").read_text(encoding="utf-8"))
-        rate, clusters, splits = float(info["rate"]), int(info["k"]), list(info["splits"])
-        tables = Path(manifest or info["manifest"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"no labels in {folder}: it needs the labels.json of `hubert-eff labels`") from error
+    record = read_record(folder)
+    if record is None or record.rate is None or record.clusters is None or not record.splits or not (manifest or record.manifest):
+        raise UserError(f"no labels in {folder}: it needs the labels.json of `hubert-eff labels`")
+    rate, clusters, tables = record.rate, record.clusters, Path(manifest or record.manifest or "")
     phones = _read_alignments(Path(alignments))
     inventory = {label: i for i, label in enumerate(sorted({s[2] for spans in phones.values() for s in spans}))}
+    if len(inventory) * clusters > MOST_CELLS:
+        raise UserError(f"{alignments} has {len(inventory)} different phones, too many for {clusters} clusters: is the last column one?")
     sources = _sources(tables)
     result: dict[str, Any] = {}
     total = np.zeros((len(inventory), clusters), dtype=np.int64)
     total_frames = 0
-    for name in splits:
-        joint, frames = _count(folder / f"{name}.km", read_manifest(tables / f"{name}.tsv"), sources, phones, inventory, rate, clusters)
+    for name in record.splits:
+        table = read_manifest(tables / f"{name}.tsv")
+        record.check_manifest(table)
+        joint, frames = _count(folder / f"{name}.km", table, sources, phones, inventory, rate, clusters)
         total += joint
         total_frames += frames
         if joint.any():
@@ -101,19 +105,18 @@ def _read_alignments(file: Path) -> dict[str, Intervals]:
         raise UserError(f"no alignments at {file}")
     phones: dict[str, Intervals] = defaultdict(list)
     real: dict[str, str] = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in read_lines(file, "alignments are lines of path, tier, start, end and label, with tabs between them"):
         fields = line.split("\t")
-        try:
-            path, tier, start, end, label = fields
-            span = (float(start), float(end), label)
-        except ValueError as error:
-            if number == 1 and len(fields) == 5:  # names of the columns
+        start, end = (decimal(field.strip()) for field in fields[2:4]) if len(fields) == 5 else (None, None)
+        if start is None or end is None:
+            if number == 1 and len(fields) == 5 and start is end is None:  # names of the columns
                 continue
-            raise UserError(f"{file}, line {number}: expected path, tier, start, end, label, found {line[:80]!r}") from error
+            raise UserError(f"{file}, line {number}: expected path, tier, start, end, label, found {shown(line, 80)!r}")
+        path, tier, _, _, label = fields
         if tier == "phone":
             if path not in real:
                 real[path] = os.path.realpath(file.parent / path)
-            phones[real[path]].append(span)
+            phones[real[path]].append((start, end, label))
     if not phones:
         raise UserError(f"{file} has no interval in a tier 'phone'")
     return {path: sorted(spans) for path, spans in phones.items()}
@@ -124,12 +127,15 @@ def _sources(tables: Path) -> dict[str, Parts]:
     file, summary = tables / "parts.tsv", tables / "manifest.json"
     if not (file.is_file() and summary.is_file()):
         return {}
-    root = Path(json.loads(summary.read_text(encoding="utf-8"))["source"])
+    source = read_json(summary, "make the manifest again").get("source")
+    if not isinstance(source, str):
+        raise UserError(f"{summary} names no folder of the recordings, 'source': make the manifest again")
     parts: dict[str, Parts] = defaultdict(list)
-    with file.open(encoding="utf-8", newline="") as lines:
-        for row in csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE):
-            begins = float(row.get("source_start") or 0)
-            parts[row["utterance"]].append((float(row["start"]), float(row["end"]), os.path.realpath(root / row["source"]), begins))
+    for number, row in read_parts(file, ("utterance", "start", "end", "source")):
+        start, end, begins = (decimal(row.get(name) or "0") for name in ("start", "end", "source_start"))
+        if start is None or end is None or begins is None:
+            raise UserError(f"{file}, line {number}: start, end and source_start are no numbers of seconds: make the manifest again")
+        parts[row["utterance"]].append((start, end, os.path.realpath(os.path.join(source, row["source"])), begins))
     return parts
 
 
@@ -144,12 +150,11 @@ def _count(
 ) -> tuple[npt.NDArray[np.int64], int]:
     """(frames of each phone and cluster, frames in all)."""
     joint = np.zeros((len(inventory), clusters), dtype=np.int64)
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read, labels.json beside it lists that split: make the labels again") from error
+    if not file.is_file():
+        raise UserError(f"{file} cannot be read, labels.json beside it lists that split: make the labels again")
+    lines = [line for _, line in read_lines(file, HINT)]
     if len(lines) != len(table.entries):
-        raise UserError(f"{file} has {len(lines)} lines, {table.file} lists {len(table.entries)} utterances: make the labels again")
+        raise UserError(f"{file} has {len(lines)} lines, {table.path} lists {len(table.entries)} utterances: make the labels again")
     frames = 0
     for number, (line, (path, samples)) in enumerate(zip(lines, table.entries), start=1):
         labels = [_label(v, clusters, file, number) for v in line.split()]
@@ -171,10 +176,7 @@ def _count(
 
 
 def _label(text: str, clusters: int, file: Path, number: int) -> int:
-    try:
-        label = int(text)
-    except ValueError:
-        label = -1
+    label = int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else -1
     if not 0 <= label < clusters:
-        raise UserError(f"{file}, line {number}: {text[:20]!r} is no label from 0 to {clusters - 1}: make the labels again")
+        raise UserError(f"{file}, line {number}: {shown(text, 20)!r} is no label from 0 to {clusters - 1}: make the labels again")
     return label

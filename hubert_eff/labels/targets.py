@@ -20,7 +20,6 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,45 +29,18 @@ import numpy as np
 from ..config import SAMPLE_RATE
 from ..errors import UserError, unknown
 from ..files import replacing, writable, write_json, write_text
+from .classes import file_digest, read_dictionary
 from .features import Array, Extractor, FeatureSource
 from .kmeans import KINDS, KMeans, fit, fit_faiss, require
+from .lines import read_json
 from .pool import Entries, Pool, Task
+from .record import HINT, RECORD
+from .tsv import Manifest, read_manifest
 
 MODEL = "kmeans.safetensors"
 SHARD_SECONDS = 120
 WAIT_SECONDS = 5.0  # between two looks for the k-means model of another job
 VERSION = 1  # of what the digest of the settings stands for
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """A fairseq TSV: root folder and (path, samples) of each utterance; `digest` identifies its content."""
-
-    file: Path
-    root: Path
-    entries: tuple[tuple[str, int], ...]
-    digest: str
-
-
-def read_manifest(file: Path) -> Manifest:
-    """Read a TSV. Raises `UserError` naming the line that is not `path <tab> samples`."""
-    digest = hashlib.sha256()
-    entries: list[tuple[str, int]] = []
-    try:
-        with file.open(encoding="utf-8") as lines:
-            root = lines.readline()
-            digest.update(root.encode())
-            for number, line in enumerate(lines, start=2):
-                digest.update(line.encode())
-                path, tab, samples = line.rstrip("\n").partition("\t")
-                if not tab or not samples.strip().isdigit():
-                    raise UserError(f"{file}, line {number}: expected 'path<TAB>samples', found {line.rstrip()[:80]!r}")
-                entries.append((path, int(samples)))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read: make it with `hubert-eff manifest`") from error
-    if not entries:
-        raise UserError(f"{file} lists no utterance: make it with `hubert-eff manifest`")
-    return Manifest(file, Path(root.strip()), tuple(entries), digest.hexdigest())
 
 
 def make_labels(
@@ -131,7 +103,7 @@ def make_labels(
     frames = sum(extractor.frames(samples) for _, samples in sample)
     if frames < clusters:
         raise UserError(
-            f"--clusters {clusters} needs as many frames, {fitted.file} has {frames}: ask for fewer clusters or give more audio"
+            f"--clusters {clusters} needs as many frames, {fitted.path} has {frames}: ask for fewer clusters or give more audio"
         )
     settings = {
         **source.identity(), "k": clusters, "rate": extractor.rate, "seed": seed, "fit_split": fit_split,
@@ -142,11 +114,11 @@ def make_labels(
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     work = target / f".labels-{key}"
     earlier = _earlier(target, key, names)
-    done = {n: earlier[n] for n in names if n in earlier and earlier[n]["tsv_sha256"] == tables[n].digest}
+    done = {n: earlier[n] for n in names if n in earlier and earlier[n].get("tsv_sha256") == tables[n].digest}
     todo = [n for n in names if n not in done]
     if not todo:
         shutil.rmtree(work, ignore_errors=True)  # a run that was killed at its very end leaves it
-        return {**json.loads((target / "labels.json").read_text(encoding="utf-8")), "reused": True}
+        return {**read_json(target / RECORD, HINT), "reused": True}
 
     writable(work)
     pool = Pool(source, workers, extractor)
@@ -163,13 +135,13 @@ def make_labels(
         return {"rank": share[0], "nshard": share[1], "shards": len(tasks), "finished": finished, "reused": False}
 
     # everything is put together inside `work`, then moved: a killed run leaves nothing half-done elsewhere
-    counts = {n: _collect(work / f"{n}.km", [task[0] for task in shards[n]], clusters) for n in todo}
+    counts = {n: _collect(work / f"{n}.km", shards[n], clusters) for n in todo}
     made = [MODEL, *(f"{n}.km" for n in todo)]
     if fit_split in counts or not (target / "dict.km.txt").exists() or not earlier:
         tally = counts.get(fit_split, sum(counts.values()))
         write_text(work / "dict.km.txt", "".join(f"{i} {c}\n" for i, c in enumerate(tally)))
         made.append("dict.km.txt")
-    figures = {n: _figures(tables[n], counts[n]) for n in todo}
+    figures = {n: _figures(tables[n], counts[n], work / f"{n}.km") for n in todo}
     summary = {
         **settings,
         "fit_frames": frames,
@@ -177,9 +149,9 @@ def make_labels(
         "manifest": str(folder.absolute()),
         "splits": {**earlier, **figures},
     }
-    write_json(work / "labels.json", summary)
-    (target / "labels.json").unlink(missing_ok=True)  # from here to its return the folder is incomplete
-    for name in (*made, "labels.json"):
+    write_json(work / RECORD, summary)
+    (target / RECORD).unlink(missing_ok=True)  # from here to its return the folder is incomplete
+    for name in (*made, RECORD):
         if (work / name).exists():  # the model may be in its place already
             os.replace(work / name, target / name)
     shutil.rmtree(work)
@@ -188,15 +160,17 @@ def make_labels(
 
 def _is_manifest(file: Path) -> bool:
     """Its first line is a folder; other tables (parts.tsv, transcripts.tsv) start with several columns."""
-    with file.open(encoding="utf-8", errors="replace") as lines:
-        return "\t" not in lines.readline()
+    if not file.is_file():
+        return False
+    with file.open("rb") as lines:
+        return b"\t" not in lines.readline(1 << 16).rstrip()
 
 
 def _check_lengths(table: Manifest, extractor: Extractor) -> None:
     for number, (path, samples) in enumerate(table.entries, start=2):
         if extractor.frames(samples) < 1:
             raise UserError(
-                f"{table.file}, line {number}: {path} has {samples} samples, shorter than one label frame (25 ms): "
+                f"{table.path}, line {number}: {path} has {samples} samples, shorter than one label frame (25 ms): "
                 "make the manifest again with `hubert-eff manifest`"
             )
 
@@ -234,16 +208,15 @@ def shards_of(table: Manifest, work: Path, name: str) -> list[Task]:
 
 
 def _earlier(target: Path, key: str, names: list[str]) -> dict[str, Any]:
-    """Figures of the splits in `target` that were made with the same settings and are complete."""
+    """Figures of the splits in `target` that were made with the same settings and are what was made."""
     try:
-        found = json.loads((target / "labels.json").read_text(encoding="utf-8"))
-        settings, splits = found["settings"], dict(found["splits"])
-    except (OSError, ValueError, KeyError, TypeError):
+        found = read_json(target / RECORD, HINT)
+    except UserError:
         return {}
-    present = {n: s for n, s in splits.items() if (target / f"{n}.km").is_file()}
-    if settings == key:
-        complete = (target / "dict.km.txt").is_file() and (target / MODEL).is_file()
-        return present if complete else {}
+    splits = found.get("splits")
+    present = {n: s for n, s in splits.items() if (target / f"{n}.km").is_file()} if isinstance(splits, dict) else {}
+    if found.get("settings") == key:
+        return {n: s for n, s in present.items() if _is_whole(target / f"{n}.km", s)} if _has_dictionary(target, found.get("k")) else {}
     foreign = sorted(set(present) - set(names))
     if foreign:
         raise UserError(
@@ -251,6 +224,19 @@ def _earlier(target: Path, key: str, names: list[str]) -> dict[str, Any]:
             f"source {found.get('source')}): name another --out, or label all splits again"
         )
     return {}
+
+
+def _is_whole(labels: Path, figures: Any) -> bool:
+    """Whether labels are those that were made: older records do not say."""
+    return isinstance(figures, dict) and figures.get("km_sha256") in (None, file_digest(labels))
+
+
+def _has_dictionary(target: Path, clusters: object) -> bool:
+    """Whether the dictionary and the model of labels that were made before are there."""
+    try:
+        return len(read_dictionary(target / "dict.km.txt")) == clusters and (target / MODEL).is_file()
+    except UserError:
+        return False
 
 
 # ---- a shard
@@ -326,18 +312,23 @@ def _fitted(work: Path, key: str, sample: Entries, root: Path, clusters: int, se
 # ---- results
 
 
-def _collect(target: Path, files: list[Path], clusters: int) -> Any:
+def _collect(target: Path, shards: list[Task], clusters: int) -> Any:
     """Put the shards together; returns the number of frames of each cluster."""
     counts = np.zeros(clusters, dtype=np.int64)
-    with replacing(target) as temporary, temporary.open("w", encoding="utf-8") as out:
-        for file in files:
-            text = file.read_text(encoding="utf-8")
-            out.write(text)
-            counts += np.bincount(np.fromstring(text, dtype=np.int64, sep=" "), minlength=clusters)
+    with replacing(target) as temporary, temporary.open("wb") as out:
+        for file, _, entries in shards:
+            raw = file.read_bytes()
+            odd = raw.translate(None, b"0123456789 \n") or raw.count(b"\n") != len(entries) or not raw.endswith(b"\n")
+            labels = np.fromstring(b"" if odd else raw, dtype=np.int64, sep=" ")
+            if not labels.size or labels.max() >= clusters:
+                file.unlink()
+                raise UserError(f"{file} is damaged and was removed: run the same `hubert-eff labels` again, which makes it anew")
+            out.write(raw)
+            counts += np.bincount(labels, minlength=clusters)
     return counts
 
 
-def _figures(table: Manifest, counts: Any) -> dict[str, Any]:
+def _figures(table: Manifest, counts: Any, labels: Path) -> dict[str, Any]:
     frames = int(counts.sum())
     return {
         "utterances": len(table.entries),
@@ -345,4 +336,6 @@ def _figures(table: Manifest, counts: Any) -> dict[str, Any]:
         "majority_share": round(float(counts.max()) / frames, 6),
         "used_clusters": int((counts > 0).sum()),
         "tsv_sha256": table.digest,
+        "content_sha256": table.content_digest(),
+        "km_sha256": file_digest(labels),
     }

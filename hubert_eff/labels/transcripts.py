@@ -7,6 +7,8 @@ import re
 from functools import lru_cache
 from pathlib import Path
 
+from .lines import one_line
+
 _DIGITS = "zero one two three four five six seven eight nine".split()
 
 
@@ -15,7 +17,8 @@ class Transcripts:
 
     In this order: DIR/transcripts.tsv (`relative path <tab> text`), a `.txt` or `.lab` file of the same name beside the audio,
     LibriSpeech's `*.trans.txt` (`name text`) in its folder, the digit in a name of the Free Spoken Digit Dataset
-    (`SPEAKER/DIGIT_SPEAKER_INDEX`).
+    (`SPEAKER/DIGIT_SPEAKER_INDEX`). They are read as UTF-8: what is not, or cannot be read, is no transcript, for part of one would be
+    another; and so are two different ones of a name in one table.
     """
 
     def __init__(self, root: Path) -> None:
@@ -32,7 +35,7 @@ class Transcripts:
         for suffix in (".txt", ".lab"):
             beside = path.with_suffix(suffix)
             if beside.name in self._names(path.parent):
-                return " ".join(beside.read_text(encoding="utf-8", errors="replace").split())
+                return one_line(_text(beside))
         of_folder = self._of_folder(path.parent)
         if path.stem in of_folder:
             return of_folder[path.stem]
@@ -46,10 +49,26 @@ def _names(folder: Path) -> frozenset[str]:
 
 
 def _librispeech(folder: Path) -> dict[str, str]:
-    return {name: text for path in sorted(folder.glob("*.trans.txt")) for name, text in _pairs(path, " ").items()}
+    return {name: text for path in sorted(folder.glob("*.trans.txt")) if path.is_file() for name, text in _pairs(path, " ").items()}
 
 
 def _pairs(path: Path, separator: str) -> dict[str, str]:
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    split = (line.partition(separator) for line in lines)
-    return {name.strip(): " ".join(text.split()) for name, found, text in split if found}
+    found: dict[str, str] = {}
+    for line in _text(path, errors="surrogateescape").split("\n"):
+        name, separated, text = line.partition(separator)
+        if separated:
+            name, text = name.strip(), one_line(text) if _is_utf8(text) else ""
+            found[name] = text if found.get(name, text) == text else ""
+    return found
+
+
+def _text(path: Path, errors: str = "strict") -> str:
+    """The content of a file, its lines ended by line feeds, whatever ends them there."""
+    try:
+        return path.read_text(encoding="utf-8-sig", errors=errors)
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _is_utf8(text: str) -> bool:
+    return not any("\ud800" <= c <= "\udfff" for c in text)
