@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .convolution import DepthwiseConv, GroupedConv2d
+from .precision import wide
 
 
 @runtime_checkable
@@ -60,7 +61,7 @@ class GridNorm(nn.Module):
         if self.norm is not None:
             return self.norm(x.transpose(1, 3), self.weight, self.bias, self.eps).transpose(1, 3)
         y = x - x.mean(1, keepdim=True)
-        y = y * torch.rsqrt(y.square().mean(1, keepdim=True) + self.eps)
+        y = y * torch.rsqrt(wide(y).square().mean(1, keepdim=True) + self.eps).to(y.dtype)
         return y * self.weight.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
 
 
