@@ -1,4 +1,4 @@
-"""Versions of everything hubert-eff works with, and the breakages that are known between them, each with its fix.
+"""Versions of everything hubert-eff works with, and the breakages that are known between them and of the CPU, each with its fix.
 
 Versions are read from the installed packages' metadata: nothing heavy is imported except torch, for threads and GPUs.
 """
@@ -46,6 +46,7 @@ PURPOSE = {
     "fairseq": "pre-training with fairseq-hydra-train",
     "superb": "SUPERB evaluation with S3PRL",
 }
+NOISE = 0.05  # relative error of a product in bfloat16 that is not rounding, which gives 0.003
 FOR_S3PRL = "pip install torch==2.8.0 torchaudio==2.8.0"
 
 
@@ -61,6 +62,7 @@ class Environment:
     torch_threads: int | None = None
     torch_error: str | None = None  # why `import torch` fails
     gpus: tuple[str, ...] = ()
+    bfloat16_errors: tuple[float, float] | None = None  # of grouped convolutions on this CPU: torch's, and this package's
 
     def version(self, package: str) -> tuple[int, ...] | None:
         """The release of an installed package as numbers, without local or pre-release part; None if absent."""
@@ -93,10 +95,12 @@ def read_environment() -> Environment:
     threads: int | None = None
     error: str | None = None
     gpus: tuple[str, ...] = ()
+    errors: tuple[float, float] | None = None
     if "torch" in packages:
         try:
             import torch
 
+            errors = convolution_errors()
             threads = torch.get_num_threads()
             gpus = tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
         except Exception as reason:  # a broken installation raises anything, OSError for a missing library above all
@@ -110,7 +114,27 @@ def read_environment() -> Environment:
         torch_threads=threads,
         torch_error=error,
         gpus=gpus,
+        bfloat16_errors=errors,
     )
+
+
+def convolution_errors() -> tuple[float, float]:
+    """Relative error (L2) of grouped convolutions in bfloat16 on this CPU, torch's and this package's, in shapes that AMX gets wrong."""
+    import torch
+    from torch.nn import functional as F
+
+    from .layers.convolution import with_zero_tap
+
+    errors = [(0.0, 0.0)]
+    for channels, kernel in ((2, 32), (12, 128), (14, 128)):
+        generator = torch.Generator().manual_seed(0)
+        shapes = ((1, 4 * channels, kernel + 20), (4 * channels, channels, kernel))
+        x, weight = (torch.randn(shape, generator=generator).bfloat16() for shape in shapes)
+        right = F.conv1d(x.float(), weight.float(), groups=4)
+        found = [F.conv1d(*operands, groups=4).float() for operands in ((x, weight), with_zero_tap(x, weight))]
+        torchs, ours = (float((y - right).norm() / right.norm()) for y in found)
+        errors.append((torchs, ours))
+    return max(torchs for torchs, _ in errors), max(ours for _, ours in errors)
 
 
 def diagnose(environment: Environment) -> list[Finding]:
@@ -162,6 +186,21 @@ def check_core(env: Environment) -> Iterator[Finding]:
             "warning",
             f"OMP_NUM_THREADS={threads} is more than the {env.cpus} CPUs of this process: threads wait for each other",
             f"export OMP_NUM_THREADS={env.cpus}",
+        )
+
+
+def check_machine(env: Environment) -> Iterator[Finding]:
+    """Whether this CPU computes in bfloat16 what it should."""
+    if env.bfloat16_errors is None:
+        return
+    torchs, ours = env.bfloat16_errors
+    if not ours <= NOISE:
+        yield Finding("broken", f"grouped convolutions in bfloat16 are off by {ours:.0%} on this CPU", "compute in float32 on it")
+    elif not torchs <= NOISE:
+        yield Finding(
+            "warning",
+            f"torch's grouped convolutions in bfloat16 are off by {torchs:.0%} on this CPU; those of hubert-eff are right ({ours:.1%})",
+            "none is needed for hubert-eff; in other code compute them in float32, or make the kernel one zero tap longer",
         )
 
 
@@ -274,6 +313,7 @@ def check_extras(env: Environment) -> Iterator[Finding]:
 
 CHECKS: tuple[Callable[[Environment], Iterator[Finding]], ...] = (
     check_core,
+    check_machine,
     check_audio,
     check_fairseq,
     check_superb,
@@ -292,6 +332,7 @@ def report(environment: Environment, findings: list[Finding]) -> dict[str, Any]:
         "cpus": environment.cpus,
         "threads": environment.torch_threads,
         "gpus": list(environment.gpus),
+        "bfloat16_errors": environment.bfloat16_errors and dict(zip(("torch", "hubert_eff"), environment.bfloat16_errors, strict=True)),
         "compiler": environment.compiler,
         "variables": dict(environment.variables),
         "findings": [dataclasses.asdict(f) for f in findings],

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from .config import MEL_FRONTS, RECEPTIVE_FIELD, SAMPLE_RATE, HubertConfig
 from .layers.activation import swoosh_l, swoosh_r
+from .layers.convolution import GroupedConv2d
 from .layers.linear import Linear
 
 BINS, WINDOW, HOP, FFT = 80, 400, 160, 512
@@ -64,7 +65,7 @@ class Subsampling(nn.Module):
         super().__init__()
         first, second = ((rate, 2) for rate in rates)
         self.conv1 = nn.Conv2d(1, dim, 3, first, padding=(0, 1))
-        self.depthwise = nn.Conv2d(dim, dim, 3, second, padding=(0, 1), groups=dim) if separable else None
+        self.depthwise = GroupedConv2d(dim, dim, 3, second, padding=(0, 1), groups=dim) if separable else None
         self.conv2 = nn.Conv2d(dim, dim, 1) if separable else nn.Conv2d(dim, dim, 3, second, padding=(0, 1))
         self.linear = Linear(dim * BINS // 4, dim)
 
@@ -84,7 +85,7 @@ class ConvEmbed(nn.Module):
         super().__init__()
         widths = ((1, 8, (1, 2)), (8, 32, (2, 2)), (32, 128, (1, 2)))
         self.convs = nn.ModuleList([nn.Conv2d(c, n, 3, stride, padding=(0, 1)) for c, n, stride in widths])
-        self.depthwise = nn.Conv2d(128, 128, 7, padding=(0, 3), groups=128)
+        self.depthwise = GroupedConv2d(128, 128, 7, padding=(0, 3), groups=128)
         self.pointwise1 = nn.Conv2d(128, 384, 1)
         self.pointwise2 = nn.Conv2d(384, 128, 1)
         self.linear = Linear(128 * BINS // 8, dim)

@@ -19,6 +19,7 @@ from .layers.chunks import Chunks
 from .layers.dropout import Dropout
 from .layers.kinds import CODEBOOK_HEAD, EXTRACTOR, INPUT_PROJECTION, Kind
 from .layers.linear import Linear, linear
+from .layers.precision import wide
 from .layers.tracing import is_tracing
 from .masking import batch_mask
 from .registry import encoder_of, preset_config
@@ -315,12 +316,13 @@ def normalize_waveform(wav: Tensor, padding_mask: Tensor | None = None) -> Tenso
         padding_mask = torch.zeros_like(wav, dtype=torch.bool)
     if padding_mask is None:
         return F.layer_norm(wav, wav.shape[-1:])
-    valid = (~padding_mask).to(wav.dtype)
+    samples = wide(wav)
+    valid = (~padding_mask).to(samples.dtype)
     count = valid.sum(1, keepdim=True).clamp(min=1)
-    mean = (wav * valid).sum(1, keepdim=True) / count
-    centred = (wav - mean) * valid
+    mean = (samples * valid).sum(1, keepdim=True) / count
+    centred = (samples - mean) * valid
     variance = centred.square().sum(1, keepdim=True) / count
-    return centred * torch.rsqrt(variance + 1e-5)
+    return (centred * torch.rsqrt(variance + 1e-5)).to(wav.dtype)
 
 
 def build(preset: str, num_classes: Sequence[int] = (), **overrides: Any) -> HubertModel:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
+import torch
 
 from hubert_eff import doctor
 from hubert_eff.cli import main
@@ -120,6 +122,34 @@ def test_threads_and_broken_torch():
     assert finding.status == "broken" and "libcudnn" in finding.what
 
 
+@pytest.mark.parametrize(
+    "errors, status, what",
+    [
+        ((0.31, 0.002), "warning", "off by 31% on this CPU; those of hubert-eff are right (0.2%)"),
+        ((0.31, 0.3), "broken", "off by 30% on this CPU"),
+        ((float("nan"), 0.002), "warning", "nan%"),
+    ],
+)
+def test_noise_of_a_cpu_in_bfloat16(errors, status, what):
+    (finding,) = diagnose(dataclasses.replace(environment(), bfloat16_errors=errors))
+    assert finding.status == status and what in finding.what
+    assert diagnose(dataclasses.replace(environment(), bfloat16_errors=(0.003, 0.003))) == []
+
+
+def test_noise_is_measured(monkeypatch):
+    torchs, ours = doctor.convolution_errors()
+    assert 0.0 < ours < 0.01 and torchs > 0.0  # torch's own is noise on some CPUs
+    exact = torch.nn.functional.conv1d
+
+    def noisy(x, weight, groups):
+        y = exact(x, weight, groups=groups)
+        return y if x.dtype == torch.float32 or weight.size(2) % 32 else torch.randn_like(y)
+
+    monkeypatch.setattr(torch.nn.functional, "conv1d", noisy)
+    torchs, ours = doctor.convolution_errors()
+    assert torchs > 0.5 and ours < 0.01
+
+
 @pytest.mark.parametrize("changes, code", [({}, 0), ({"s3prl": "0.4.17"}, 0), ({"transformers": "5.0.0"}, 1)])
 def test_command(changes, code, monkeypatch, capsys):
     monkeypatch.setattr(doctor, "read_environment", lambda: environment(**changes))
@@ -133,9 +163,10 @@ def test_command(changes, code, monkeypatch, capsys):
 
 
 def test_this_environment(capsys):
-    import torch
-
     assert main(["doctor", "--json"]) in (0, 1)
     values = json.loads(capsys.readouterr().out)
     assert values["packages"]["torch"].startswith(torch.__version__.split("+")[0])
     assert values["threads"] == torch.get_num_threads()
+    assert values["bfloat16_errors"]["hubert_eff"] < doctor.NOISE
+    main(["doctor"])
+    assert "grouped convolutions off by" in capsys.readouterr().out

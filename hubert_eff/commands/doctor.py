@@ -30,6 +30,8 @@ def run(args: argparse.Namespace) -> int:
     rows |= {name: version or "-" for name, version in values["packages"].items()}
     rows["threads"] = f"{values['threads'] or '-'} of {values['cpus']} CPUs"
     rows["GPU"] = ", ".join(values["gpus"]) or "none"
+    if errors := values["bfloat16_errors"]:
+        rows["bfloat16"] = f"grouped convolutions off by {errors['torch']:.1%} in torch, {errors['hubert_eff']:.1%} here"
     rows["C++ compiler"] = values["compiler"] or "none"
     rows |= values["variables"]
     for name, value in rows.items():

@@ -13,6 +13,7 @@ from ..encoders.base import Encoder
 from ..errors import UserError
 from ..fusing import fuse
 from ..layers.chunks import Chunks
+from ..layers.convolution import GroupedConv2d
 from ..layers.grid import ChannelsFirst, GridAttention, GridNorm, grid_norm
 from ..layers.position import PositionalConv1d
 from .numerics import conditional_softmax, mad_layer_norm
@@ -38,7 +39,7 @@ class GridEncoder(nn.Module):
         assert isinstance(embedding, PositionalConv1d)
         weight = embedding.plain_weight().detach().unsqueeze(2)  # (D, D / groups, 1, k)
         self.reach = (weight.size(3) - 1, 0) if embedding.causal else (weight.size(3) // 2, (weight.size(3) - 1) // 2)
-        self.pos_conv = nn.Conv2d(weight.size(0), weight.size(0), (1, weight.size(3)), groups=embedding.groups, device="meta")
+        self.pos_conv = GroupedConv2d(weight.size(0), weight.size(0), (1, weight.size(3)), groups=embedding.groups, device="meta")
         self.pos_conv.weight, self.pos_conv.bias = nn.Parameter(weight.clone()), nn.Parameter(embedding.bias.detach().clone())
         self.layers = nn.ModuleList(blocks)
         self.layer_norm = grid_norm(source.layer_norm)

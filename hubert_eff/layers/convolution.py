@@ -14,11 +14,43 @@ from torch.nn import functional as F
 from .chunks import Chunks
 from .linear import linear, product, takes_onednn
 
+NARROW, KERNELS = range(2, 16, 2), 32  # channels per group, and of what the kernel is a multiple, where bfloat16 needs a zero tap
+
+
+def _computes_in(x: Tensor) -> torch.dtype:
+    """The dtype that a convolution of x runs in, autocast or not."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def with_zero_tap(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """x (B, C, ..., T) and weight (N, C / groups, ..., k) of a convolution over time, both one zero longer where only then it is right.
+
+    On CPUs with AMX oneDNN (3.7, as in torch 2.8) returns noise for bfloat16, an even number of channels per group below 16 and a kernel
+    that is a multiple of 32. A zero tap changes no result. Shape and dtype decide, not the machine, so that all compute alike; in
+    other dtypes, on other devices and for other shapes nothing changes. Every grouped convolution of this package passes through here.
+    """
+    if x.device.type != "cpu" or _computes_in(x) != torch.bfloat16 or weight.size(1) not in NARROW or weight.size(-1) % KERNELS:
+        return x, weight
+    return F.pad(x, (0, 1)), F.pad(weight, (0, 1))
+
+
+class GroupedConv2d(nn.Conv2d):
+    """`nn.Conv2d` that is right in bfloat16, too."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C, F, T) -> (B, N, F', T')."""
+        x, weight = with_zero_tap(input, self.weight)
+        y: Tensor = self._conv_forward(x, weight, self.bias)
+        return y
+
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int = 0, groups: int = 1) -> Tensor:
     """x (B, T, C), weight (N, C / groups, k) -> (B, T', N)."""
-    grid = x.transpose(1, 2).unsqueeze(2)  # (B, C, 1, T)
-    y = F.conv2d(grid, weight.unsqueeze(2), bias, stride=(1, stride), padding=(0, padding), groups=groups)
+    grid, kernels = with_zero_tap(x.transpose(1, 2).unsqueeze(2), weight.unsqueeze(2))  # (B, C, 1, T), (N, C / groups, 1, k)
+    y = F.conv2d(grid, kernels, bias, stride=(1, stride), padding=(0, padding), groups=groups)
     return y.squeeze(2).transpose(1, 2)
 
 

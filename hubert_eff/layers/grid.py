@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .convolution import DepthwiseConv
+from .convolution import DepthwiseConv, GroupedConv2d
+from .precision import wide
 
 
 @runtime_checkable
@@ -39,7 +40,7 @@ def depthwise(layer: DepthwiseConv) -> nn.Module:
     """A depthwise convolution over time, stride 1."""
     channels, _, kernel = layer.weight.shape
     padding = (0, 0 if layer.causal else kernel // 2)
-    conv = nn.Conv2d(channels, channels, (1, kernel), padding=padding, groups=channels, bias=layer.bias is not None, device="meta")
+    conv = GroupedConv2d(channels, channels, (1, kernel), padding=padding, groups=channels, bias=layer.bias is not None, device="meta")
     conv.weight = nn.Parameter(layer.weight.detach().unsqueeze(2).clone())
     conv.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone())
     return nn.Sequential(nn.ZeroPad2d((kernel - 1, 0, 0, 0)), conv) if layer.causal else conv
@@ -60,7 +61,7 @@ class GridNorm(nn.Module):
         if self.norm is not None:
             return self.norm(x.transpose(1, 3), self.weight, self.bias, self.eps).transpose(1, 3)
         y = x - x.mean(1, keepdim=True)
-        y = y * torch.rsqrt(y.square().mean(1, keepdim=True) + self.eps)
+        y = y * torch.rsqrt(wide(y).square().mean(1, keepdim=True) + self.eps).to(y.dtype)
         return y * self.weight.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
 
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from .precision import wide
+
 _counted = True
 
 
@@ -81,15 +83,15 @@ class MaskedBatchNorm(nn.BatchNorm1d):
             if len(index) > 1:
                 packed = super().forward(rows.index_select(0, index))
                 return packed.new_zeros(rows.shape).index_copy(0, index, packed).view_as(x)
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        weight = (wide.new_ones(x.shape[:2]) if valid is None else valid.to(wide.dtype)).unsqueeze(-1)
+        values = wide(x)
+        weight = (values.new_ones(x.shape[:2]) if valid is None else valid.to(values.dtype)).unsqueeze(-1)
         if joint and not _counted:
             weight = torch.zeros_like(weight)
-        total = torch.cat(((wide * weight).sum((0, 1)), weight.sum().view(1)))
+        total = torch.cat(((values * weight).sum((0, 1)), weight.sum().view(1)))
         total = _sum_over_processes(total) if joint else total
         count = total[-1].detach().clamp(min=1.0)
         mean = total[:-1] / count
-        square = ((wide - mean).square() * weight).sum((0, 1))
+        square = ((values - mean).square() * weight).sum((0, 1))
         variance = (_sum_over_processes(square) if joint else square) / count
         if joint and not _counted:  # all processes may leave out theirs: then the running statistics serve, and stay
             assert self.running_mean is not None and self.running_var is not None
@@ -98,7 +100,7 @@ class MaskedBatchNorm(nn.BatchNorm1d):
             variance = torch.where(seen, variance, self.running_var.to(mean.dtype))
         if joint or _counted:
             self._track(mean.detach(), variance.detach() * count / (count - 1).clamp(min=1.0))
-        y = (wide - mean) * torch.rsqrt(variance + self.eps) * self.weight + self.bias
+        y = (values - mean) * torch.rsqrt(variance + self.eps) * self.weight + self.bias
         return y.to(x.dtype)
 
     def _track(self, mean: Tensor, variance: Tensor) -> None:

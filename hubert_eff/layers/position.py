@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .chunks import Chunks
+from .convolution import with_zero_tap
 from .tracing import is_tracing
 
 
@@ -57,9 +58,12 @@ class PositionalConv1d(nn.Module):
         kernel = weight.size(-1)
         before, after = (kernel - 1, 0) if self.causal else (kernel // 2, (kernel - 1) // 2)
         if chunks is None:
-            return F.conv1d(F.pad(x.transpose(1, 2), (before, after)), weight, self.bias, groups=self.groups).transpose(1, 2)
-        windows = chunks.windows(self, x, before, after)
-        return chunks.joined(F.conv1d(windows.mT, weight, self.bias, groups=self.groups).mT, *x.shape[:2])
+            return self._convolve(F.pad(x.transpose(1, 2), (before, after)), weight).mT
+        return chunks.joined(self._convolve(chunks.windows(self, x, before, after).mT, weight).mT, *x.shape[:2])
+
+    def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:  # (B, D, T + k - 1) -> (B, D, T)
+        x, weight = with_zero_tap(x, weight)
+        return F.conv1d(x, weight, self.bias, groups=self.groups)
 
 
 class PositionalEmbedding(nn.Sequential):

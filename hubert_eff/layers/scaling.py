@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .precision import wide
+
 TINY = 1e-20
 
 
@@ -85,19 +87,14 @@ def limit_parameter(x: Tensor, low: float, high: float) -> Tensor:
 LIMIT_RATE = 0.6  # share of the batches in which a parameter's limits act
 
 
-def _wide(x: Tensor) -> Tensor:
-    """x in float32, or in float64 if it is."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
 # -- BiasNorm -----------------------------------------------------------------------------------------------------------------
 
 
 def _bias_norm(x: Tensor, bias: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
     """The normalised x, and 1 / RMS(x - b) of each frame."""
-    wide = _wide(x)
-    rate = (wide - bias).square_().mean(-1, keepdim=True).clamp_min_(1e-30).rsqrt_()  # a frame equal to the bias stays finite
-    return (wide * (rate * log_scale.to(wide.dtype).exp())).to(x.dtype), rate
+    values = wide(x)
+    rate = (values - bias).square_().mean(-1, keepdim=True).clamp_min_(1e-30).rsqrt_()  # a frame equal to the bias stays finite
+    return (values * (rate * log_scale.to(values.dtype).exp())).to(x.dtype), rate
 
 
 class _BiasNorm(torch.autograd.Function):
@@ -113,10 +110,10 @@ class _BiasNorm(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, bias, log_scale, rate = ctx.saved_tensors
-        wide, grad = x.to(rate.dtype), grad.to(rate.dtype)
+        values, grad = x.to(rate.dtype), grad.to(rate.dtype)
         scale = rate * log_scale.to(rate.dtype).exp()
-        along = (grad * wide).sum(-1, keepdim=True) * scale  # per frame: sum of gradient times output
-        pull = (wide - bias).mul_(along * rate.square() / x.size(-1))
+        along = (grad * values).sum(-1, keepdim=True) * scale  # per frame: sum of gradient times output
+        pull = (values - bias).mul_(along * rate.square() / x.size(-1))
         grad_x = (grad * scale).sub_(pull).to(x.dtype)
         return grad_x, pull.flatten(0, -2).sum(0).to(bias.dtype), along.sum().to(log_scale.dtype)
 
@@ -146,7 +143,7 @@ class BiasNorm(nn.Module):
 
 def _rows(x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     """x (..., C) as wide rows (M, C), zero on padding, and what each row weighs in a mean, (M,)."""
-    rows = _wide(x.reshape(-1, x.size(-1)))
+    rows = wide(x.reshape(-1, x.size(-1)))
     if valid is None:
         return rows, rows.new_full((rows.size(0),), 1.0 / max(rows.size(0), 1))
     kept = valid.reshape(-1)
@@ -166,7 +163,8 @@ class _Balance(torch.autograd.Function):
         x, valid = ctx.saved_tensors
         means, rmss, scale = ctx.bounds
         rows, weight = _rows(x, valid)
-        mean, square = weight @ rows, weight @ rows.square()
+        with torch.autocast(x.device.type, enabled=False):  # which would multiply in half precision
+            mean, square = weight @ rows, weight @ rows.square()
         variance = square - mean.square()
         spread = variance > TINY
         square, std = square.clamp(min=TINY), variance.clamp(min=TINY).sqrt()
@@ -229,11 +227,12 @@ def _mean_of_share(share: float, eps: float = 1e-10) -> float:
 def _covariance(x: Tensor, valid: Tensor | None, groups: int) -> tuple[Tensor, Tensor]:
     """Centred rows (G, M, C / G), zero on padding, and their products (G, C / G, C / G)."""
     rows, weight = _rows(x, valid)
-    centred = rows - weight @ rows
-    if valid is not None:
-        centred = centred.masked_fill(~valid.reshape(-1, 1), 0.0)
-    centred = centred.view(rows.size(0), groups, -1).transpose(0, 1)
-    return centred, centred.mT @ centred
+    with torch.autocast(x.device.type, enabled=False):  # which would multiply in half precision
+        centred = rows - weight @ rows
+        if valid is not None:
+            centred = centred.masked_fill(~valid.reshape(-1, 1), 0.0)
+        centred = centred.view(rows.size(0), groups, -1).transpose(0, 1)
+        return centred, centred.mT @ centred
 
 
 def _moments(covariance: Tensor) -> tuple[Tensor, Tensor]:
@@ -266,8 +265,9 @@ class _Whiten(torch.autograd.Function):
             return grad, None, None
         ctx.whitener.rate = ctx.whitener.RATES[1]
         # direction of the metric's derivative: its length is given by the gradient's
-        push = (centred @ covariance).sub_(centred * (square / mean.clamp(min=TINY)))
-        flat = _wide(grad)
+        with torch.autocast(x.device.type, enabled=False):
+            push = (centred @ covariance).sub_(centred * (square / mean.clamp(min=TINY)))
+        flat = wide(grad)
         factor = ctx.whitener.scale * flat.norm() / push.norm().clamp(min=TINY)
         return (flat + push.transpose(0, 1).reshape(grad.shape) * factor).to(grad.dtype), None, None
 

@@ -18,6 +18,7 @@ from .dropout import Dropout
 from .kinds import DEPTHWISE, FEED_FORWARD, POINTWISE, POSITION_PROJECTION, PRODUCT, PROJECTION, Kind, head_shapes
 from .linear import Linear
 from .position import repeated
+from .precision import wide
 from .scaling import LIMIT_RATE, Balancer, Schedule, Scheduled, Whitener, chance, limit_parameter
 from .tracing import is_tracing
 from .weights import RelativeWeights
@@ -173,8 +174,9 @@ class NonlinearAttention(nn.Module):
         elif seen is None:
             mixed = v.mean(1, keepdim=True)
         else:
-            share = seen.to(v.dtype)  # (B, 1 or T, T)
-            mixed = (share / share.sum(-1, keepdim=True).clamp(min=1.0)) @ v
+            values = wide(v)
+            share = seen.to(values.dtype)  # (B, 1 or T, T)
+            mixed = ((share / share.sum(-1, keepdim=True).clamp(min=1.0)) @ values).to(v.dtype)
         return self.whiten2(self.out_proj(mixed * y), valid)  # type: ignore[no-any-return]
 
 

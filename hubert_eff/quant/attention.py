@@ -18,9 +18,10 @@ from torch.nn import functional as F
 
 from ..layers.bits import counted_as
 from ..layers.position import by_key
+from ..layers.precision import wide
 from ..layers.sparse import Segment, SparsePattern, chunks, gather_summaries, split_blocks
 from ..layers.tracing import is_tracing
-from .functional import initial_scale, unsigned_codes
+from .functional import initial_scale, scaled, unsigned_codes
 from .modules import Codes, Quantizer
 
 CHUNK = 128  # queries that are worked on at a time
@@ -80,7 +81,7 @@ class Probabilities(nn.Module):
         if seen is not None:
             scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min / 2)  # finite: a query may see nothing
         probs = F.dropout(torch.softmax(scores, -1), dropout, dropout > 0.0)
-        x = probs * visible
+        x = (wide(probs) * visible).to(probs.dtype)
         offset = None
         if self.quantizer.bits > 1:
             least = (x.detach() if seen is None else x.detach().masked_fill(~seen, torch.inf)).amin(-1, keepdim=True)
@@ -120,7 +121,7 @@ class BinaryAttention(nn.Module):
 
         def scores(start: int, stop: int) -> Tensor:
             sums: Tensor = query.values[:, :, start:stop] @ key.values.transpose(-1, -2)
-            return sums * scale
+            return scaled(sums, scale, self.query.dtype)
 
         return self._mixed(scores, q, self.value(v), attend, dropout)
 
@@ -136,7 +137,7 @@ class BinaryAttention(nn.Module):
         for start in range(0, frames, step):
             codes = self.probabilities(scores(start, min(start + step, frames)), attend, visible, scale, dropout)
             mixed.append(codes.to(value.values.dtype) @ value.values)
-        return torch.cat(mixed, 2) * (scale * value.scale / visible)
+        return scaled(torch.cat(mixed, 2), scale * value.scale / visible, self.value.dtype)
 
 
 class BinaryRelativeAttention(BinaryAttention):
@@ -159,7 +160,8 @@ class BinaryRelativeAttention(BinaryAttention):
 
         def scores(start: int, stop: int) -> Tensor:
             sums: Tensor = contents.values[:, :, start:stop] @ key.values.transpose(-1, -2)
-            return sums * scale + at_keys(positions.values[:, :, start:stop], offset.values, start) * position_scale
+            places = at_keys(positions.values[:, :, start:stop], offset.values, start)
+            return scaled(sums, scale, self.key.dtype) + scaled(places, position_scale, self.key.dtype)
 
         return self._mixed(scores, k, self.value(v), attend, dropout)
 
@@ -183,8 +185,8 @@ class BinarySparseAttention(BinaryAttention):
         mixed = []
         for scores, product, seen, keys in rows(query.values, key.values, value.values, attend, pattern):
             visible = keys if seen is None else seen.sum(-1, keepdim=True).clamp(min=1)
-            codes = self.probabilities(scores * scale, seen, visible, own_scale, dropout)
-            mixed.append(product(codes.to(value.values.dtype)) * (own_scale * value.scale / visible))
+            codes = self.probabilities(scaled(scores, scale, self.query.dtype), seen, visible, own_scale, dropout)
+            mixed.append(scaled(product(codes.to(value.values.dtype)), own_scale * value.scale / visible, self.value.dtype))
         return torch.cat(mixed, 2)
 
     @staticmethod
@@ -261,18 +263,21 @@ class BinaryWeights(nn.Module):
         def codes(start: int, heads: int) -> Tensor:
             part = slice(start, min(start + _chunk(frames), frames))
             sums: Tensor = query.values[:, :heads, part] @ key.values[:, :heads].transpose(-1, -2)
-            scores = sums * scale + at_keys(position.values[:, :heads, part], offset.values[:heads], start) * position_scale
+            places = at_keys(position.values[:, :heads, part], offset.values[:heads], start)
+            scores = scaled(sums, scale, self.query.dtype) + scaled(places, position_scale, self.query.dtype)
             return self.probabilities(scores, attend, visible, own_scale, dropout)  # type: ignore[no-any-return]
 
         kept = torch.is_grad_enabled() or dropout > 0.0 or q.size(0) * q.size(1) * frames**2 <= KEPT
-        return SharedProbabilities(codes, frames, q.size(1), own_scale / visible, kept)
+        return SharedProbabilities(codes, frames, q.size(1), own_scale / visible, kept, self.query.dtype)
 
 
 class SharedProbabilities:
     """Quantised attention weights for several users; without gradient those of long input are computed anew for each."""
 
-    def __init__(self, codes: Callable[[int, int], Tensor], frames: int, heads: int, scale: Tensor, kept: bool) -> None:
-        self.codes, self.scale, self.starts = codes, scale, range(0, frames, _chunk(frames))
+    def __init__(
+        self, codes: Callable[[int, int], Tensor], frames: int, heads: int, scale: Tensor, kept: bool, dtype: torch.dtype
+    ) -> None:
+        self.codes, self.scale, self.starts, self.dtype = codes, scale, range(0, frames, _chunk(frames)), dtype
         self.parts = [codes(start, heads) for start in self.starts] if kept else None
 
     def mix(self, value: Codes) -> Tensor:
@@ -282,7 +287,7 @@ class SharedProbabilities:
         for index, start in enumerate(self.starts):
             codes = self.codes(start, heads) if self.parts is None else self.parts[index][:, :heads]
             mixed.append(codes.to(value.values.dtype) @ value.values)
-        return torch.cat(mixed, 2) * (self.scale * value.scale)
+        return scaled(torch.cat(mixed, 2), self.scale * value.scale, self.dtype)
 
 
 class BinaryMix(nn.Module):

@@ -11,7 +11,8 @@ y = a * codes, g = dL/dy, once the caller's product has multiplied by a:
                       clamp(round(q), 0, Q) + z / a
                                                 dL/dx = g 1[0 <= q <= Q]       dL/da = sum g {0 below, Q above, round(q) - q} / (n Q)^0.5
 
-n counts the elements that are no padding. Every bit is a `>`: nothing has the sign 0.
+n counts the elements that are no padding. Every bit is a `>`: nothing has the sign 0. Whatever the dtype of x, scales and the sums of their
+gradients are float32 at least: float16 holds neither n nor a sum over n elements.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..layers.precision import wide
 from ..layers.tracing import is_tracing
 
 FLOOR = 1e-5  # the least scale
@@ -33,17 +35,17 @@ class _Signed(torch.autograd.Function):
         ctx.bits = bits
         if bits == 1:
             return (x > 0).to(x.dtype).mul_(2).sub_(1)
-        return (x / scale).round_().clamp_(-2, 1)
+        return (x / scale).round_().clamp_(-2, 1).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, scale = ctx.saved_tensors
         grad = grad / scale  # dL/dy
-        if ctx.bits == 1:
-            return grad.masked_fill(x.abs() > scale, 0.0), None, None  # the product's gradient of a is all there is
+        if ctx.bits == 1:  # the product's gradient of a is all there is
+            return grad.masked_fill(x.abs() > scale, 0.0).to(x.dtype), None, None
         q = x / scale
         grad = grad.masked_fill((q < -2) | (q > 1), 0.0)
-        return grad, -(grad * q).sum().view_as(scale), None
+        return grad.to(x.dtype), -(grad * q).sum().view_as(scale), None
 
 
 class _Unsigned(torch.autograd.Function):
@@ -54,7 +56,7 @@ class _Unsigned(torch.autograd.Function):
         if bits == 1:
             return (x > scale / 2).to(x.dtype)
         assert offset is not None
-        return ((x - offset) / scale).round_().clamp_(0, 2**bits - 1) + offset / scale
+        return (((x - offset) / scale).round_().clamp_(0, 2**bits - 1) + offset / scale).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
@@ -65,7 +67,7 @@ class _Unsigned(torch.autograd.Function):
         of_scale = (inside * q).sum()
         if offset is not None:
             of_scale = of_scale + (grad * (offset / scale)).sum()  # z is constant, so its share of the product's gradient is taken back
-        return inside, -of_scale.view_as(scale), None, None
+        return inside.to(x.dtype), -of_scale.view_as(scale), None, None
 
 
 def signed_codes(x: Tensor, scale: Tensor, bits: int) -> Tensor:
@@ -96,12 +98,35 @@ class _Scale(torch.autograd.Function):
 
 def effective_scale(scale: Tensor, count: Tensor | int, levels: int) -> Tensor:
     """The scale, at least `FLOOR`; its gradient is divided by sqrt(count * levels) (and passes the floor, so that it can recover)."""
+    scale = wide(scale)
     if not torch.is_grad_enabled():
         return scale.clamp(min=FLOOR)
     if isinstance(count, int):  # a kernel that fills: a copy to a GPU would be waited for
         count = torch.full((), count, device=scale.device)
     factor = count.to(scale.dtype).clamp(min=1).mul(levels).rsqrt()
     return _Scale.apply(scale, factor)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, sums: Tensor, factor: Tensor) -> Tensor:
+        ctx.save_for_backward(sums, factor)
+        return (sums * factor).to(sums.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        sums, factor = ctx.saved_tensors
+        return (grad * factor).to(sums.dtype), (wide(grad) * sums).sum_to_size(factor.shape)
+
+
+def scaled(sums: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """sums * factor, in a model whose parameters have `dtype`: in half precision the factor, and the sum that is its gradient, are float32.
+
+    `factor` broadcasts to `sums`.
+    """
+    if dtype in (torch.float16, torch.bfloat16):
+        return _Scaled.apply(sums, factor)  # type: ignore[no-any-return,no-untyped-call]
+    return sums * factor
 
 
 def initial_scale(mean: Tensor | float, signed: bool, levels: int) -> Tensor | float:
@@ -118,17 +143,18 @@ class _Signs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (size,) = ctx.saved_tensors
-        return grad / size, None, None
+        return (grad / size).to(grad.dtype), None, None
 
 
 def weight_signs(weight: Tensor, per_channel: bool, groups: int = 1) -> tuple[Tensor, Tensor]:
     """Signs of a weight (N, ...) and the size m that multiplies them, (N,) or (1,): m sign(W - e), whose gradient is handed to W as it is.
+    The size is float32 at least.
 
     m = mean |W|, e = mean(W) over the whole tensor; `per_channel`: m of each output channel. With groups e too, except that the
     channels of a depthwise convolution (one input channel per group) are not centred: that would delete the DC of a smoothing filter.
     """
     with torch.no_grad():
-        rows = weight.flatten(1)
+        rows = wide(weight.flatten(1))
         size = rows.abs().mean(1) if per_channel else rows.abs().mean().view(1)
         size = size.clamp(min=FLOOR)
         shape = (-1, *(1,) * (weight.dim() - 1))

@@ -18,14 +18,14 @@ from torch.nn import functional as F
 from ..errors import UserError
 from ..layers.convolution import convolve
 from ..layers.linear import linear
-from .functional import FLOOR, effective_scale, initial_scale, signed_codes, unsigned_codes, weight_signs
+from .functional import FLOOR, effective_scale, initial_scale, scaled, signed_codes, unsigned_codes, weight_signs
 
 
 class Codes(NamedTuple):
     """A quantised tensor scale * values, values being integers (at 2 unsigned bits, integers and a common offset)."""
 
     values: Tensor
-    scale: Tensor  # (1,)
+    scale: Tensor  # (1,), float32 at least
 
 
 class FrameMask:
@@ -81,6 +81,11 @@ class Quantizer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, {'signed' if self.signed else 'unsigned'}, move={self.move is not None}"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters of the model."""
+        return self.scale.dtype
 
     def effective(self, count: Tensor | int) -> Tensor:
         """The scale for a tensor of `count` elements that are no padding."""
@@ -156,7 +161,7 @@ class BinaryLinear(nn.Linear):
         else:
             codes = input
         signs, size = weight_signs(self.weight, self.per_channel)
-        y = linear(codes.values, signs) * (codes.scale * size)
+        y = scaled(linear(codes.values, signs), codes.scale * size, self.weight.dtype)
         return y if self.bias is None else y + self.bias
 
 
@@ -201,5 +206,5 @@ class BinaryConv1d(nn.Module):
             before = kernel // 2 if self.stride == 1 else 0
             after = before if self.stride == 1 else max(0, kernel - self.stride + -x.size(1) % self.stride)
             y = convolve(F.pad(values, (0, 0, before, after)), signs, None, self.stride, 0, self.groups)
-        y = y * (scale * size)
+        y = scaled(y, scale * size, self.weight.dtype)
         return y if self.bias is None else y + self.bias

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import UserError
+from ...layers.precision import wide
 from ..functional import FLOOR, weight_signs
 from ..modules import BinaryConv1d, BinaryLinear, FrameMask, Quantizer
 from . import ops
@@ -58,7 +59,7 @@ class PackedQuantizer(nn.Module):
         super().__init__()
         _one_bit(source.bits)
         self.signed = source.signed
-        self.scale = constant(source.scale.clamp(min=FLOOR))
+        self.scale = constant(wide(source.scale).clamp(min=FLOOR))
         self.move = None if source.move is None else constant(source.move)
         self.initialized: Tensor
         self.register_buffer("initialized", source.initialized.clone())
