@@ -10,7 +10,7 @@ from pathlib import Path
 import soundfile
 from fairseq.data import Dictionary
 
-from hubert_eff.config import FRAME_STRIDE, SAMPLE_RATE
+from hubert_eff.config import FRAME_STRIDE, RECEPTIVE_FIELD, SAMPLE_RATE
 from hubert_eff.errors import UserError
 from hubert_eff.labels import classes
 from hubert_eff.labels.classes import Labels
@@ -24,6 +24,7 @@ MAX_FILES = 20_000  # audio files whose presence is checked, evenly spread over 
 MAX_HEADERS = 20  # audio files whose header is read, evenly spread
 RECORDED = "km"  # the labels that labels.json is about
 FRAME_RATE = SAMPLE_RATE // FRAME_STRIDE
+TELLING = SAMPLE_RATE // 5  # samples of an utterance whose number of labels tells their rate: 0.2 s
 
 
 def read_dictionary(path: Path) -> Dictionary:
@@ -90,7 +91,7 @@ def check_labels(manifest: Manifest, path: Path, label_rate: float, dictionary: 
             f"{path} has {len(labels)} lines for the {len(manifest.entries)} utterances of {manifest.path}: make the labels again"
         )
     count = int(labels.counts.sum())
-    estimate = FRAME_RATE * round(count / max(manifest.seconds, 1e-9) / FRAME_RATE)
+    estimate = estimated_rate(labels.counts.tolist(), manifest.samples)
     if estimate > 0 and estimate != label_rate:
         raise UserError(
             f"task.label_rate={label_rate:g}, but {path} has {count} labels for {manifest.seconds:.1f} s of audio, about {estimate} "
@@ -103,6 +104,16 @@ def check_labels(manifest: Manifest, path: Path, label_rate: float, dictionary: 
                 f"{samples / SAMPLE_RATE:.2f} s of audio ({name}): the labels are another manifest's, make them again"
             )
     return labels
+
+
+def estimated_rate(labels: Sequence[int], samples: Sequence[int]) -> int:
+    """Labels per second, a multiple of 50, of utterances of so many labels and samples; 0 where all are too short to tell.
+
+    The first label of an utterance comes with 25 ms of audio, whatever the rate, and the others in steps of it.
+    """
+    long = [(n - 1, size - RECEPTIVE_FIELD) for n, size in zip(labels, samples) if size >= TELLING]
+    seconds = sum(size for _, size in long) / SAMPLE_RATE
+    return FRAME_RATE * round(sum(n for n, _ in long) / seconds / FRAME_RATE) if seconds else 0
 
 
 def check_lengths(manifest: Manifest, shortest: int | None, longest: int | None) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from fairseq.data import FairseqDataset, HubertDataset, data_utils
+from fairseq.data import FairseqDataset, HubertDataset
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import get_worker_info
@@ -58,8 +58,37 @@ def read_checked(read: Callable[[], Tensor], file: str, samples: int) -> Tensor 
     return wav if bool(torch.isfinite(wav).all()) else f"{file} holds samples that are not finite"
 
 
-class SeededHubertDataset(HubertDataset):
-    """`HubertDataset` whose batches and crops depend only on (seed, epoch, utterances), so that a resumed run repeats them.
+def crop_start(seed: int, epoch: int, utterance: int, spare: int) -> int:
+    """The first sample of an utterance's crop, which leaves out `spare` samples, in an epoch: from 0 to `spare`."""
+    return int(np.random.default_rng((seed, epoch, utterance)).integers(spare + 1))
+
+
+class EqualLengths:
+    """Mixed in before a fairseq dataset: with `equal_lengths`, only utterances of one length share a batch, and none is padded.
+
+    For the validation of a model whose extractor takes statistics over a row's padding too: its figures are then those of any batch.
+    """
+
+    equal_lengths = False
+
+    def batch_by_size(self, indices: np.ndarray, **limits: Any) -> list[Sequence[int]]:
+        """Batches of `indices` within fairseq's limits on them."""
+        cut = super().batch_by_size  # type: ignore[misc]
+        if not self.equal_lengths:
+            return list(cut(indices, **limits))
+        changes = np.flatnonzero(np.diff([self.used(i) for i in indices])) + 1
+        return [batch for part in np.split(indices, changes) for batch in cut(part, **limits)]
+
+    def used(self, index: int) -> int:
+        """Samples of an utterance that a batch of it alone has."""
+        raise NotImplementedError
+
+
+class SeededHubertDataset(EqualLengths, HubertDataset):
+    """`HubertDataset` whose batches depend only on (seed, epoch, utterances), and crops on (seed, epoch, utterance) each.
+
+    A resumed run repeats them. How long a crop is depends on the batch where nothing is padded, as its shortest utterance. An utterance
+    longer than `max_tokens`, which no batch can hold, is cropped to it.
 
     It reads what was checked, in place of fairseq's own reading of a manifest and labels: other rules for the ends of lines would give
     utterances the labels of others.
@@ -87,6 +116,8 @@ class SeededHubertDataset(HubertDataset):
         normalize: bool = False,
         random_crop: bool = False,
         length_buckets: int = 0,
+        max_tokens: int | None = None,
+        equal_lengths: bool = False,
     ) -> None:
         FairseqDataset.__init__(self)  # that of HubertDataset would read the files
         least, most = min_keep_sample_size or 0, max_keep_sample_size or sys.maxsize
@@ -97,10 +128,11 @@ class SeededHubertDataset(HubertDataset):
         self.labels, self.num_labels = list(labels), len(labels)
         self.sample_rate, self.label_rates = sample_rate, [label_rate] * len(labels)
         self.pad_list, self.eos_list, self.label_processors = pad_list, eos_list, label_processors
-        self.max_sample_size = sys.maxsize if max_sample_size is None else max_sample_size
+        self.max_tokens = sys.maxsize if max_tokens is None else max_tokens
+        self.max_sample_size = self.max_tokens if max_sample_size is None else min(max_sample_size, self.max_tokens)
         self.shuffle, self.random_crop, self.single_target = shuffle, random_crop, False
         self.pad_audio, self.normalize = pad_audio, normalize
-        self.seed = seed
+        self.seed, self.equal_lengths = seed, equal_lengths
         self.buckets = Buckets(self.sizes, length_buckets, self.max_sample_size, self.pad_audio) if length_buckets else None
         # shared, because fairseq keeps the loading processes, and thereby their copies of this object, over all epochs
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
@@ -136,8 +168,12 @@ class SeededHubertDataset(HubertDataset):
         return np.lexsort([ties, self.sizes])[::-1]
 
     def size(self, index: int) -> int:
-        """Samples of an utterance in a batch, which `dataset.max_tokens` counts."""
-        return super().size(index) if self.buckets is None else self.buckets.length(self.sizes[index])
+        """Samples of an utterance in a batch, which `dataset.max_tokens` counts; of one that is cropped in a padded batch, all."""
+        return min(super().size(index), self.max_tokens) if self.buckets is None else self.buckets.length(self.sizes[index])
+
+    def used(self, index: int) -> int:
+        """See `EqualLengths`."""
+        return min(self.sizes[index], self.max_sample_size)
 
     def collater_audio(self, audios: list[Tensor], audio_size: int) -> tuple[Tensor, Tensor, list[int]]:
         """Audio (B, S), padding (B, S) and where crops start; S is the length of a bucket, if there are any."""
@@ -154,10 +190,23 @@ class SeededHubertDataset(HubertDataset):
         missing = round(length * label_rate / self.sample_rate) - labels.size(1) if self.pad_audio else 0
         return F.pad(labels, (0, missing), value=pad), lengths, count
 
+    def _cropped(self, sample: dict[str, Any], size: int) -> dict[str, Any]:
+        """An utterance with at most `size` samples, and without the labels before them."""
+        spare = len(sample["source"]) - size
+        if spare <= 0:
+            return sample
+        start = crop_start(self.seed, int(self._epoch), sample["id"], spare) if self.random_crop else 0
+        labels = [of_one[round(start * rate / self.sample_rate) :] for of_one, rate in zip(sample["label_list"], self.label_rates)]
+        return {**sample, "source": sample["source"][start : start + size], "label_list": labels}
+
     def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Batch of audio (B, S), padding (B, S) and labels; crops are drawn from (seed, epoch, utterances)."""
-        with data_utils.numpy_seed(self.seed, int(self._epoch), *(sample["id"] for sample in samples)):
-            batch = super().collater(samples)
+        """Batch of audio (B, S), padding (B, S) and labels, cropped to its shortest utterance or, if it is padded, to `max_sample_size`."""
+        read = [sample for sample in samples if sample["source"] is not None]
+        if read:
+            size = min((max if self.pad_audio else min)(len(sample["source"]) for sample in read), self.max_sample_size)
+            size = size if self.buckets is None else self.buckets.length(size)
+            read = [self._cropped(sample, size) for sample in read]
+        batch = super().collater(read)
         if batch:
             batch["net_input"]["sample_ids"] = batch["id"]
             if self.buckets is not None and not self.pad_audio:

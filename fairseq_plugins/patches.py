@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import errno
 import logging
-import os
 import pickle
 import typing
 from collections import defaultdict
@@ -14,7 +13,6 @@ from typing import Any
 import torch
 from fairseq import checkpoint_utils
 from fairseq.data import Dictionary
-from fairseq.data.iterators import EpochBatchIterator
 from fairseq.dataclass import utils as dataclass_utils
 from fairseq.distributed import utils as distributed_utils
 from fairseq.models import distributed_fairseq_model
@@ -26,7 +24,7 @@ from omegaconf.nodes import AnyNode
 
 from hubert_eff.errors import UserError, unknown
 
-from . import saving, stopping
+from . import epochs, resuming, saving, stopping
 
 logger = logging.getLogger(__name__)
 
@@ -42,14 +40,14 @@ def apply() -> None:
     stop_on_infinite_gradient()
     wrap_models_on_cpu()
     gather_on_cpu()
-    count_batches_over_ranks()
     leave_out_empty_batches()
+    epochs.apply()
+    resuming.apply()
     if stopping.in_training_run():
         stopping.leave_on_interrupt()
         saving.keep_save_dir()
         saving.go_on_from_newest()
         saving.save_on_signals()
-        leave_finished_runs()
         logging.raiseExceptions = False  # a log file on a full disk is no reason for a traceback per line
 
 
@@ -123,17 +121,9 @@ def save_no_paths() -> None:
 
     def state_dict(self: Trainer) -> dict[str, Any]:
         state = original(self)
-        return {**state, "cfg": _without_folders(state["cfg"])}
+        return {**state, "cfg": resuming.without_folders(state["cfg"])}
 
     Trainer.state_dict = state_dict
-
-
-def _without_folders(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_folders(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_folders(item) for item in value]
-    return os.path.basename(value.rstrip(os.sep)) if isinstance(value, str) and os.path.isabs(value) else value
 
 
 def stop_on_infinite_gradient() -> None:
@@ -179,34 +169,6 @@ def gather_on_cpu() -> None:
     distributed_utils.all_gather_list = gather
 
 
-def count_batches_over_ranks() -> None:
-    """A checkpoint holds how many batches each rank has had of the epoch; on another number of ranks that is another place in it.
-
-    Left as it is, 2 ranks -> 1 trains on half of the epoch's batches again, and 1 -> 2 leaves as many out, or fails past the end.
-    """
-    save, load = EpochBatchIterator.state_dict, EpochBatchIterator.load_state_dict
-
-    def state_dict(self: EpochBatchIterator) -> dict[str, Any]:
-        return {**save(self), "num_shards": self.num_shards}
-
-    def load_state_dict(self: EpochBatchIterator, state: dict[str, Any]) -> None:
-        before, now = state.get("num_shards", self.num_shards), self.num_shards
-        if before != now:
-            seen = state["iterations_in_epoch"] * before
-            state = {**state, "iterations_in_epoch": seen // now}
-            if self.shard_id == 0:
-                again = f", the last {seen % now} once more" if seen % now else ""
-                order = "; dataset.grouped_shuffling puts them in another order now" if self.grouped_shuffling and seen else ""
-                logger.warning(
-                    f"{now} rank(s) go on from a checkpoint of {before}: in epoch {state['epoch']}, {seen} of {len(self.frozen_batches)} "
-                    f"batches are done, the others follow{again}{order}. optimization.update_freq times {before}/{now} keeps the number of "
-                    "batches per update"
-                )
-        load(self, state)
-
-    EpochBatchIterator.state_dict, EpochBatchIterator.load_state_dict = state_dict, load_state_dict
-
-
 def leave_out_empty_batches() -> None:
     """A rank that has no batch while others have takes a stand-in, whose loss is multiplied by 0. Let it count for nothing at all.
 
@@ -234,17 +196,3 @@ def leave_out_empty_batches() -> None:
     Trainer._prepare_sample, Trainer.reset_dummy_batch = _prepare_sample, reset_dummy_batch
 
 
-def leave_finished_runs() -> None:
-    """fairseq looks whether a run is done after an update only: one that was finished, started again, makes one more."""
-    import fairseq_cli.train as training
-
-    original = training.train
-
-    def train(cfg: Any, trainer: Trainer, *rest: Any) -> Any:
-        done, wanted = trainer.get_num_updates(), cfg.optimization.max_update or 0
-        if 0 < wanted <= done:
-            logger.info(f"nothing left to do: {done} updates are made, optimization.max_update={wanted}")
-            return [None], True
-        return original(cfg, trainer, *rest)
-
-    training.train = train

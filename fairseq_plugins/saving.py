@@ -112,6 +112,12 @@ def keep_save_dir() -> None:
     checkpoint_utils.save_checkpoint = save_checkpoint
 
 
+def forget() -> None:
+    """Begin another run in this process."""
+    global _saved
+    _saved = -1, None
+
+
 def check_save_dir(update: int) -> None:
     """End the run if the folder of its checkpoints is not in its place any more."""
     if _lock is None or _lock.in_place:

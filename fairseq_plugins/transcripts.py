@@ -23,7 +23,7 @@ from hubert_eff.labels.tsv import Manifest, read_parts
 from hubert_eff.recognition.alphabet import BLANK, BOUNDARY, Alphabet, frames_needed, normalize_text
 from hubert_eff.recognition.model import too_long
 
-from .dataset import obey_parent_only, read_checked
+from .dataset import EqualLengths, obey_parent_only, read_checked
 
 
 def read_transcripts(manifest: Manifest, label_dir: Path, labels: str) -> tuple[list[str], Path]:
@@ -85,7 +85,7 @@ def at_speed(wav: Tensor, factor: float) -> Tensor:
     return resample(wav, round(SAMPLE_RATE * factor), SAMPLE_RATE)
 
 
-class TranscribedDataset(FairseqDataset):
+class TranscribedDataset(EqualLengths, FairseqDataset):
     """Utterances of `shortest` to `longest` samples, each epoch at a speed drawn from `speeds` by (seed, epoch, utterance).
 
     Batches: `id` (B,), `net_input` of `source` (B, S), `padding_mask` (B, S), `sample_ids`, `targets` (B, U) and `target_lengths` (B,);
@@ -114,7 +114,7 @@ class TranscribedDataset(FairseqDataset):
         """Samples of an utterance."""
         return int(self.sizes[index])
 
-    num_tokens = size
+    num_tokens = used = size
 
     def num_tokens_vec(self, indices: np.ndarray) -> np.ndarray:
         """Samples of utterances."""

@@ -216,9 +216,10 @@ class HubertModel(nn.Module):
         (default: the row's number); masks: the `masks` of another model's output, to see the same frames.
 
         Returns `x` (B, T, D), `padding_mask` (B, T) or None, `mask_indices` (B, T) or None, `features` (B, T, D) and
-        `features_pen`, the mean square of the extractor's output, and `masks`. With `return_states` also `states`, the hidden states
-        0 ... L (B, T, D), for which LayerDrop is off. With targets also, for masked (`_m`) and unmasked (`_u`)
-        frames and per codebook, `logits_*` (N, C) and `targets_*` (N,); None where the config skips them.
+        `features_pen`, the mean square of the extractor's output, in evaluation also of each frame, `features_square` (B, T), and
+        `masks`. With `return_states` also `states`, the hidden states 0 ... L (B, T, D), for which LayerDrop is off. With targets also,
+        for masked (`_m`) and unmasked (`_u`) frames and per codebook, `logits_*` (N, C) and `targets_*` (N,); None where the config
+        skips them.
         """
         features, frames = self._extract(source, padding_mask)
         if target_list is not None:
@@ -247,6 +248,8 @@ class HubertModel(nn.Module):
             "features": projected,
             "features_pen": features_pen,
         }
+        if not self.training:
+            result["features_square"] = features.float().square().mean(-1)
         if states is not None:
             result["states"] = states
         if features_only or target_list is None:

@@ -29,7 +29,7 @@ from fairseq.logging import metrics  # noqa: E402
 from fairseq.trainer import Trainer  # noqa: E402
 
 import fairseq_plugins  # noqa: E402, F401
-from fairseq_plugins import patches, stopping  # noqa: E402
+from fairseq_plugins import resuming, stopping  # noqa: E402
 from fairseq_plugins.tasks.safe import MAX_EMPTY, check_run  # noqa: E402
 
 from .test_fairseq_plugin import make_data, make_task  # noqa: E402
@@ -107,7 +107,7 @@ def test_a_finished_run_makes_no_update_more(monkeypatch: pytest.MonkeyPatch) ->
     training = ModuleType("fairseq_cli.train")  # the real one would make this process a training run
     training.train = lambda cfg, trainer, *rest: "trained"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "fairseq_cli.train", training)
-    patches.leave_finished_runs()
+    resuming.leave_finished_runs()
     trainer = SimpleNamespace(get_num_updates=lambda: 5)
     for wanted, outcome in ((5, ([None], True)), (4, ([None], True)), (6, "trained"), (0, "trained")):
         cfg = SimpleNamespace(optimization=SimpleNamespace(max_update=wanted))

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,6 +56,7 @@ class HubertDistillCriterion(HubertEffCriterion):
             if not teacher:
                 raise UserError("criterion.teacher is not set: give the checkpoint to learn from, criterion.teacher=FILE")
             model = hubert_eff.load(teacher).requires_grad_(False)
+            task.note_file("criterion.teacher", Path(teacher))
             try:
                 check_teacher(model, task.model)
             except UserError as error:

@@ -67,7 +67,7 @@ class HubertEffCriterion(FairseqCriterion):
         output = model(target_list=sample["target_list"], **sample["net_input"])
         loss, sample_size, log = self.label_losses(output)
         if self.penalty_weight:
-            penalty = self.penalty_weight * output["features_pen"].float() * sample_size
+            penalty = self.penalty_weight * (output["features_pen"].float() * sample_size if model.training else self._penalty(output))
             loss = loss + penalty
             log["loss_features_pen"] = penalty.detach()
         for key in self.log_keys:
@@ -78,6 +78,16 @@ class HubertEffCriterion(FairseqCriterion):
             audio_seconds=audio_seconds(sample),
         )  # fmt: skip
         return loss, sample_size, log
+
+    def _penalty(self, output: dict[str, Any]) -> Tensor:
+        """The feature penalty of a validation, a sum over the frames that count: of each utterance by itself, whatever its batch."""
+        square, masked, padding = output["features_square"], output["mask_indices"], output["padding_mask"]  # (B, T)
+        valid = torch.ones_like(square, dtype=torch.bool) if padding is None else ~padding
+        masked = torch.zeros_like(valid) if masked is None else masked
+        chosen = {"m": valid & masked, "u": valid & ~masked}
+        frames = torch.stack([chosen[part].sum(1) for part, weight in self.weights.items() if weight > 0]).sum(0)  # (B,)
+        means = (square * valid).sum(1) / valid.sum(1).clamp(min=1)
+        return (means * frames).sum()
 
     def label_losses(self, output: dict[str, Any]) -> tuple[Tensor, int, dict[str, Any]]:
         """The weighted cross entropy of a model's output with the labels, the number of frames it counts, what to log of both kinds."""

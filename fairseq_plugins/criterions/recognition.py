@@ -22,7 +22,8 @@ class HubertEffAsrCriterion(FairseqCriterion):
     """CTC, or its weighted sum with the attention decoder's cross entropy, per letter; the weights are the model's.
 
     Logged: `loss`, `loss_ctc`, `loss_attention` (bits per letter), `accuracy`, the share of letters that the decoder predicts right after
-    the true ones before; in validation `wer` and `uer`, word and letter errors in %, of the CTC layer alone.
+    the true ones before; in validation `wer` and `uer`, word and letter errors in %, of the CTC layer alone. With `ctc_weight` 0 that layer
+    learns nothing, and nothing of it is logged.
     """
 
     def forward(self, model: Any, sample: dict[str, Any]) -> tuple[Tensor, int, dict[str, Any]]:
@@ -34,7 +35,7 @@ class HubertEffAsrCriterion(FairseqCriterion):
             loss=output["loss"].detach(), ntokens=letters, nsentences=sample["id"].numel(), sample_size=letters,
             audio_seconds=audio_seconds(sample),
         )  # fmt: skip
-        if not model.training:
+        if not model.training and "log_probs" in output:
             log.update(_errors(model, sample, output))
         return output["loss"], letters, log
 

@@ -74,6 +74,7 @@ class FairseqRecognizer(Recognizer, BaseFairseqModel):
             # a codebook head may have another number of projections; all else is the same by its configuration
             model.hubert.load_state_dict({**{key: value for key, value in own.items() if key.startswith("final_proj")}, **weights})
         model.hubert.final_proj.requires_grad_(False)  # not used here
+        model.ctc_proj.requires_grad_(model.learns_ctc)
         return model
 
 

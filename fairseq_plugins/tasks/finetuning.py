@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, List, Optional  # noqa: UP035  (fairseq reads the types of a dataclass by these names)
@@ -18,7 +19,9 @@ from hubert_eff.recognition.checkpoint import NAMES
 from .. import checks
 from ..stopping import one_line_errors
 from ..transcripts import TranscribedDataset, check_transcripts, read_transcripts
-from .safe import SafeConfig, SafeTask, check_run
+from .safe import SafeConfig, SafeTask, check_run, entries
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -37,7 +40,10 @@ class HubertEffFinetuningConfig(SafeConfig):
     speed_perturb: List[float] = field(  # noqa: UP006
         default_factory=lambda: [1.0], metadata={"help": "speeds that each utterance of a training epoch is played at, one drawn at random"}
     )
-    train_subset: str = field(default=II("dataset.train_subset"), metadata={"help": "the split that speeds are drawn for"})
+    train_subset: str = field(default=II("dataset.train_subset"), metadata={"help": "the split that is trained on"})
+    best_checkpoint_metric: str = field(
+        default=II("checkpoint.best_checkpoint_metric"), metadata={"help": "what checkpoint_best.pt is the best in"}
+    )
     seed: int = field(default=II("common.seed"), metadata={"help": "seed of batches and speeds"})
     fp16: bool = field(default=II("common.fp16"), metadata={"help": "half precision, which needs a GPU"})
     amp: bool = field(default=II("common.amp"), metadata={"help": "automatic mixed precision, which needs a GPU"})
@@ -86,7 +92,15 @@ class HubertEffFinetuningTask(SafeTask, FairseqTask):
         """Build the model. What its encoder is and its letters go into `cfg`, which is saved with it, and the path goes out of it."""
         if cfg._name not in MODEL_REGISTRY or cfg._name not in NAMES:
             raise unknown("model for fine-tuning", cfg._name, NAMES)
+        if cfg.w2v_path:
+            self.note_file("model.w2v_path", Path(cfg.w2v_path))
         self.model = super().build_model(cfg, from_checkpoint)
+        metric = self.cfg.best_checkpoint_metric
+        if not from_checkpoint and metric in ("wer", "uer") and not self.model.learns_ctc:
+            raise UserError(
+                f"checkpoint.best_checkpoint_metric={metric} is of the CTC layer, which learns nothing at model.ctc_weight=0: set "
+                "checkpoint.best_checkpoint_metric=loss, or a larger ctc_weight"
+            )
         for key in ("encoder", "encoder_config", "letters"):
             cfg[key] = getattr(self.model.config, key)
         cfg.w2v_path = cfg.preset = None
@@ -95,14 +109,38 @@ class HubertEffFinetuningTask(SafeTask, FairseqTask):
     @one_line_errors()
     def load_dataset(self, split: str, **kwargs: Any) -> None:
         """Check and open one split."""
-        cfg = self.cfg
+        cfg, training = self.cfg, split == self.cfg.train_subset
         manifest = checks.read_manifest(Path(cfg.data) / f"{split}.tsv")
         checks.check_lengths(manifest, cfg.min_sample_size, cfg.max_sample_size)
         texts, source = read_transcripts(manifest, Path(cfg.label_dir or cfg.data), cfg.labels)
-        training = split == cfg.train_subset
         speeds = list(cfg.speed_perturb) if training else [1.0]
         limits = cfg.min_sample_size or 0, cfg.max_sample_size or max(manifest.samples)
+        limits = limits[0], self._longest(manifest, split, *limits)
+        self.note_files(split)
         assert self.alphabet is not None
         spelled = check_transcripts(texts, source, manifest, self.alphabet, self.model.hubert.num_frames, max(speeds), *limits)
         checks.check_audio(manifest, cfg.sample_rate, cfg.bad_audio == "skip")
         self.datasets[split] = TranscribedDataset(manifest, spelled, speeds, *limits, cfg.seed, training)
+        self.datasets[split].equal_lengths = not training and self.sees_padding
+
+    def _longest(self, manifest: checks.Manifest, split: str, shortest: int, longest: int) -> int:
+        """`longest`, or the samples that a batch may have: utterances beyond are left out, and named. Raises `UserError` if all are."""
+        most = self.max_tokens(split) or longest
+        kept = [i for i, samples in enumerate(manifest.samples) if shortest <= samples <= longest]
+        beyond = [i for i in kept if manifest.samples[i] > most]
+        if not beyond:
+            return longest
+        said = (
+            f"{manifest.path}: {len(beyond)} of {len(kept)} utterances are longer than a batch may be (dataset.max_tokens={most} samples), "
+            f"the first is {manifest.names[beyond[0]]!r} of {manifest.samples[beyond[0]]}"
+        )
+        if len(beyond) == len(kept):
+            raise UserError(f"{said}: raise dataset.max_tokens")
+        logger.warning(f"{said}: left out")
+        return most
+
+    def files(self, split: str) -> dict[str, Path | bytes]:
+        """See `SafeTask`."""
+        manifest = checks.read_manifest(Path(self.cfg.data) / f"{split}.tsv")
+        texts, _ = read_transcripts(manifest, Path(self.cfg.label_dir or self.cfg.data), self.cfg.labels)
+        return {manifest.path.name: entries(manifest), f"transcripts of {split}": "\n".join(texts).encode()}

@@ -17,7 +17,9 @@ from fairseq.tasks.hubert_pretraining import HubertPretrainingConfig, HubertPret
 from omegaconf import II, OmegaConf
 
 import hubert_eff
+from hubert_eff.config import RECEPTIVE_FIELD
 from hubert_eff.errors import UserError, unknown
+from hubert_eff.frontend import receptive_field
 from hubert_eff.quant.distill import start_from
 from hubert_eff.quant.functional import FLOOR
 from hubert_eff.quant.monitor import Monitor, scales
@@ -26,7 +28,7 @@ from hubert_eff.registry import list_encoders
 from .. import checks
 from ..dataset import SeededHubertDataset
 from ..stopping import one_line_errors
-from .safe import SafeConfig, SafeTask, check_run
+from .safe import SafeConfig, SafeTask, check_run, entries
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +49,7 @@ class HubertEffPretrainingConfig(SafeConfig, HubertPretrainingConfig):
         default=0,
         metadata={"help": "lengths that training batches may have, at the quantiles of the utterances'; 0: any. For model.compile_blocks"},
     )
-    train_subset: str = field(default=II("dataset.train_subset"), metadata={"help": "the split that length_buckets is for"})
+    train_subset: str = field(default=II("dataset.train_subset"), metadata={"help": "the split that is trained on"})
     log_interval: int = field(default=II("common.log_interval"), metadata={"help": "updates between two looks at a binarised model"})
 
 
@@ -92,6 +94,7 @@ class HubertEffPretrainingTask(SafeTask, HubertPretrainingTask):
         cfg.quant_policy = model.config.quant_policy  # what a policy file says goes into the checkpoints
         if not from_checkpoint:
             if self.cfg.init_from:
+                self.note_file("task.init_from", Path(self.cfg.init_from))
                 try:
                     start_from(model, hubert_eff.load(self.cfg.init_from))
                 except UserError as error:
@@ -105,12 +108,18 @@ class HubertEffPretrainingTask(SafeTask, HubertPretrainingTask):
 
     @one_line_errors()
     def load_dataset(self, split: str, **kwargs: Any) -> None:
-        """Check and open one split."""
-        cfg, label_dir = self.cfg, Path(self.get_label_dir())
+        """Check and open one split. All but the one that is trained on is padded, so that its figures do not depend on the batch."""
+        cfg, label_dir, training = self.cfg, Path(self.get_label_dir()), split == self.cfg.train_subset
+        frame = RECEPTIVE_FIELD if self.model is None else receptive_field(self.model.config.conv_layers)
+        for key, limit in (("task.max_sample_size", cfg.max_sample_size), ("dataset.max_tokens", self.max_tokens(split))):
+            if limit is not None and limit < frame:
+                raise UserError(f"{key}={limit} samples are too few for one frame, which needs {frame}")
+        shortest = max(cfg.min_sample_size or 0, frame)
         manifest, labels = checks.check_split(
             Path(cfg.data), label_dir, split, cfg.labels, cfg.label_rate, cfg.sample_rate, self.dictionaries,
-            cfg.min_sample_size, cfg.max_keep_size, cfg.bad_audio == "skip",
+            shortest, cfg.max_keep_size, cfg.bad_audio == "skip",
         )  # fmt: skip
+        self.note_files(split)
         self.datasets[split] = SeededHubertDataset(
             manifest,
             labels,
@@ -120,18 +129,38 @@ class HubertEffPretrainingTask(SafeTask, HubertPretrainingTask):
             eos_list=[dictionary.eos() for dictionary in self.dictionaries],
             label_processors=[LabelEncoder(dictionary) for dictionary in self.dictionaries],
             max_keep_sample_size=cfg.max_keep_size,
-            min_keep_sample_size=cfg.min_sample_size,
+            min_keep_sample_size=shortest,
             max_sample_size=cfg.max_sample_size,
-            pad_audio=cfg.pad_audio,
+            pad_audio=cfg.pad_audio or not training,
             normalize=cfg.normalize,
             random_crop=cfg.random_crop,
             seed=cfg.seed,
-            length_buckets=cfg.length_buckets if split == cfg.train_subset else 0,
+            length_buckets=cfg.length_buckets if training else 0,
+            max_tokens=self.max_tokens(split),
+            equal_lengths=not training and self.sees_padding,
         )
+        self._name_cropped(split)
         buckets = self.datasets[split].buckets
         if buckets is not None:
             seconds = ", ".join(f"{length / cfg.sample_rate:.2f}" for length in buckets.lengths)
             logger.info(f"{split}: batches of {seconds} s, {100 * buckets.kept(self.datasets[split].sizes):.1f} % of the audio")
+
+    def _name_cropped(self, split: str) -> None:
+        """Say which utterances are longer than a batch."""
+        dataset, limit = self.datasets[split], self.max_tokens(split)
+        longer = [i for i, size in enumerate(dataset.sizes) if limit and min(size, self.cfg.max_sample_size or size) > limit]
+        if longer:
+            logger.warning(
+                f"{split}: {len(longer)} of {len(dataset)} utterances are longer than a batch (dataset.max_tokens={limit}) and cropped to "
+                f"it, the first is {dataset.audio_names[longer[0]]!r} of {dataset.sizes[longer[0]]} samples"
+            )
+
+    def files(self, split: str) -> dict[str, Path | bytes]:
+        """See `SafeTask`."""
+        labels = Path(self.get_label_dir())
+        names = [name for label in self.cfg.labels for name in (f"{split}.{label}", f"dict.{label}.txt")]
+        manifest = checks.read_manifest(Path(self.cfg.data) / f"{split}.tsv")
+        return {manifest.path.name: entries(manifest), **{name: labels / name for name in names}}
 
     @one_line_errors()
     def train_step(self, sample: Any, model: Any, criterion: Any, optimizer: Any, update_num: int, ignore_grad: bool = False) -> Any:

@@ -1,12 +1,16 @@
-"""What all tasks of the plug-in share: files that cannot be read, a loss that is not finite, a checkpoint on SIGTERM, layer trends."""
+"""What all tasks of the plug-in share: files that cannot be read, a loss that is not finite, a checkpoint on SIGTERM, layer trends; what a
+training is of, and its batches."""
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Optional  # (fairseq reads the types of a dataclass by these names)
 
 import torch
 from fairseq.dataclass import FairseqDataclass
@@ -15,7 +19,9 @@ from torch import Tensor
 from torch import distributed as dist
 
 from hubert_eff.analysis.layer_trends import LayerTrends, Record, TrendLog, look
+from hubert_eff.config import MEL_FRONTS
 from hubert_eff.errors import UserError, unknown
+from hubert_eff.labels.tsv import Manifest
 from hubert_eff.layers.norm import left_out
 
 from .. import stopping
@@ -43,13 +49,23 @@ class SafeConfig(FairseqDataclass):
     trends_input: str = field(
         default="gaussian", metadata={"help": "measured on gaussian input, through the encoder in eval mode, or on the training batch"}
     )
+    resume_changed: bool = field(
+        default=False, metadata={"help": "go on from a checkpoint also with settings or data that make another training of it"}
+    )
     save_dir: str = field(default=II("checkpoint.save_dir"), metadata={"help": "where trends.jsonl is written"})
+    max_tokens: Optional[int] = field(  # noqa: UP045
+        default=II("dataset.max_tokens"), metadata={"help": "samples that a training batch may have"}
+    )
+    max_tokens_valid: Optional[int] = field(  # noqa: UP045
+        default=II("dataset.max_tokens_valid"), metadata={"help": "samples that another batch may have"}
+    )
 
 
 class SafeTask:
     """Mixed in before a fairseq task whose configuration includes `SafeConfig`."""
 
     cfg: Any
+    model: Any = None  # the one that is trained
     last_batch: Tensor
     trends: TrendLog | None = None
     looked_at = -1  # the update of the last record
@@ -59,6 +75,54 @@ class SafeTask:
         self.unreadable: set[str] = set()  # what is wrong with each file that was left out
         self.empty = 0  # batches in a row of which no file could be read
         self.skipped = 0  # updates in a row whose gradient was not finite
+        self.state.merge_state_dict({"files": {}})  # type: ignore[attr-defined]  # digests, which checkpoints keep
+
+    # -- data --------------------------------------------------------------------------------------------------------
+
+    def max_tokens(self, split: str) -> int | None:
+        """Samples that a batch of a split may have."""
+        limit: int | None = self.cfg.max_tokens if split == self.cfg.train_subset else self.cfg.max_tokens_valid
+        return limit
+
+    @property
+    def sees_padding(self) -> bool:
+        """Whether padding changes what the model computes: GroupNorm over time, in the extractor, takes it into its statistics."""
+        config = getattr(getattr(self.model, "hubert", self.model), "config", None)
+        return config is not None and config.extractor_mode == "default" and config.conv_feature_layers not in MEL_FRONTS
+
+    def get_batch_iterator(self, dataset: Any, max_tokens: int | None = None, max_sentences: int | None = None, **options: Any) -> Any:
+        """fairseq's iterator; `pack` makes batches of some utterances (`resuming.finish_epochs`)."""
+        found = super().get_batch_iterator(dataset, max_tokens, max_sentences, **options)  # type: ignore[misc]
+        found.pack = functools.partial(
+            dataset.batch_by_size, max_tokens=max_tokens, max_sentences=max_sentences,
+            required_batch_size_multiple=options.get("required_batch_size_multiple", 1),
+        )  # fmt: skip
+        return found
+
+    def files(self, split: str) -> dict[str, Path | bytes]:
+        """What a split is: by a name for messages, files or their content, without folders of this machine."""
+        raise NotImplementedError
+
+    def note_files(self, split: str) -> None:
+        """Keep the digests of what a split is."""
+        if f"{split}.tsv" not in self.state.files:  # type: ignore[attr-defined]
+            for name, content in self.files(split).items():
+                self.note_file(name, content)
+
+    def note_file(self, name: str, content: Path | bytes) -> None:
+        """Keep the digest of a file that the training depends on, so that one that goes on finds it changed."""
+        digest = hashlib.sha256()
+        if isinstance(content, bytes):
+            digest.update(content)
+        elif content.is_file():
+            with content.open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        else:
+            return  # what reads it says so
+        self.state.files[name] = digest.hexdigest()  # type: ignore[attr-defined]
+
+    # -- updates -----------------------------------------------------------------------------------------------------
 
     def begin_epoch(self, epoch: int, model: Any) -> None:
         """From the first update on SIGTERM saves; before it there is nothing to save."""
@@ -164,6 +228,11 @@ class SafeTask:
     def _last_ids(self) -> str:
         ids = self.last_batch.tolist()
         return ", ".join(map(str, ids[:8])) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
+
+
+def entries(manifest: Manifest) -> bytes:
+    """What a manifest lists, without the folder of the audio, which may be moved."""
+    return "".join(f"{name}\t{samples}\n" for name, samples in manifest.entries).encode()
 
 
 def _emptied(sample_size: Any, log: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
     from ..recognition.recordings import read_recording
 
     model = load_recognizer(args.checkpoint)
+    model.check_ctc()
     for path in args.audio:
         if not path.is_file():
             raise UserError(f"no recording at {path}")

@@ -126,6 +126,19 @@ class Recognizer(nn.Module):
             raise UserError("this model has a CTC layer, but no attention decoder: search greedy or beam, or train model hubert_eff_aed")
         return self.decoder
 
+    @property
+    def learns_ctc(self) -> bool:
+        """Whether training has the CTC layer learn: not with ctc_weight=0, where the attention decoder alone does."""
+        return self.decoder is None or self.config.ctc_weight > 0
+
+    def check_ctc(self) -> None:
+        """Raise `UserError` if the CTC layer has learned nothing."""
+        if not self.learns_ctc:
+            raise UserError(
+                "this model was trained with ctc_weight=0: its CTC layer has learned nothing, and there is no search by the attention "
+                "decoder alone; fine-tune with a ctc_weight above 0"
+            )
+
     def set_num_updates(self, num_updates: int) -> None:
         """Tell the model how many updates have been made."""
         self.num_updates = num_updates
@@ -139,7 +152,8 @@ class Recognizer(nn.Module):
         return states[-1], padding
 
     def ctc_log_probs(self, encoded: Tensor) -> Tensor:
-        """(B, T, D) -> log-probabilities of blank and letters (B, T, V)."""
+        """(B, T, D) -> log-probabilities of blank and letters (B, T, V). Raises `UserError` if the layer has learned nothing."""
+        self.check_ctc()
         scores: Tensor = self.ctc_proj(self.final_dropout(encoded)).float()
         return scores.log_softmax(-1)
 
@@ -150,8 +164,8 @@ class Recognizer(nn.Module):
     ) -> dict[str, Tensor]:
         """source (B, S), targets (B, U) of target_lengths (B,), padding_mask (B, S), sample_ids (B,): what seeds the masks.
 
-        Returns `loss_ctc` and, with a decoder, `loss_attention` (nats, summed over letters), `correct` and `count` (letters that
-        the decoder has right), `loss`, their weighted sum; `log_probs` (B, T, V) and `lengths` (B,), frames.
+        Returns `loss_ctc`, `log_probs` (B, T, V) and `lengths` (B,), frames, if the CTC layer learns; with a decoder `loss_attention`
+        (nats, summed over letters), `correct` and `count` (letters that the decoder has right); `loss`, the weighted sum.
         """
         if self.hubert.config.normalize:
             source = normalize_waveform(source, padding_mask)
@@ -160,10 +174,12 @@ class Recognizer(nn.Module):
             masked = self.config.apply_mask and self.training
             output = self.hubert(source, padding_mask=padding_mask, mask=masked, features_only=True, sample_ids=sample_ids)
         encoded, padding = output["x"], output["padding_mask"]
-        lengths = torch.full_like(target_lengths, encoded.size(1)) if padding is None else (~padding).sum(1)
-        log_probs = self.ctc_log_probs(encoded)
-        loss = F.ctc_loss(log_probs.transpose(0, 1), targets, lengths, target_lengths, blank=BLANK, reduction="sum")
-        result = {"loss": loss, "loss_ctc": loss.detach(), "log_probs": log_probs.detach(), "lengths": lengths}
+        loss, result = encoded.new_zeros((), dtype=torch.float32), {}
+        if self.learns_ctc:
+            lengths = torch.full_like(target_lengths, encoded.size(1)) if padding is None else (~padding).sum(1)
+            log_probs = self.ctc_log_probs(encoded)
+            loss = F.ctc_loss(log_probs.transpose(0, 1), targets, lengths, target_lengths, blank=BLANK, reduction="sum")
+            result = {"loss": loss, "loss_ctc": loss.detach(), "log_probs": log_probs.detach(), "lengths": lengths}
         if self.decoder is None:
             return result
         letters, wanted, valid = shifted(targets, target_lengths, self.alphabet.end)

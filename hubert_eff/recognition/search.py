@@ -96,14 +96,15 @@ def transcribe(
 
     search: "greedy"; "beam", CTC prefix beam search; "rescore", the second pass: its texts ranked by the decoder's log-probability plus
     `ctc_weight` times CTC's (U2, Zhang et al. 2020, section 2.3). chunks: `chunk_size` and `left_chunks` of the encoder.
-    Raises `UserError` for an unknown search, or "rescore" without a decoder.
+    Raises `UserError` for an unknown search, "rescore" without a decoder, or a model whose CTC layer has learned nothing.
     """
     if search not in SEARCHES:
         raise unknown("search", search, SEARCHES)
     if beam < 1:
         raise UserError(f"--beam {beam} must be at least 1")
+    model.check_ctc()  # refused before any work
     if search == "rescore":
-        _ = model.head  # refused before any work
+        _ = model.head
     encoded, padding = model.encode(wav, **chunks)
     log_probs = model.ctc_log_probs(encoded)[0]
     if search == "greedy":
