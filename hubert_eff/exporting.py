@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,7 @@ def export(
         raise UserError(f"an export is a .safetensors file, not {path}")
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
+    from .quant.modules import unstarted
     from .quant.storage import is_packed, tensors
 
     was_packed = is_packed(model)
@@ -69,6 +71,8 @@ def export(
     if was_packed and not packed:
         raise UserError("this model holds one bit per weight: its float weights are in the checkpoint that it was made from")
     if packed and model.config.quant == "w1a1":
+        if said := unstarted(model):
+            warnings.warn(said, stacklevel=2)
         model = pack_for_file(model, was_packed)
     metadata = {
         "format": FORMAT,
@@ -94,10 +98,10 @@ def export(
 
 def pack_for_file(model: HubertModel, was_packed: bool) -> HubertModel:
     """The packed copy of a w1a1 model of which a file is made."""
-    from .quant.packing import pack
+    from .quant.packing import packed_copy
     from .quant.storage import fold_moves
 
-    model = copy.deepcopy(model) if was_packed else pack(model)
+    model = copy.deepcopy(model) if was_packed else packed_copy(model)
     fold_moves(model)
     return model
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import warnings
 from pathlib import Path
 
 from ..errors import UserError
@@ -71,7 +72,11 @@ def run(args: argparse.Namespace) -> int:
         held = read_metadata(source) if source.is_file() and is_export(source) else {}  # what was said of an export stays said
         said_here = {"licence": args.licence, "trained_on": args.trained_on}
         notes = {key: text or held[key] for key, text in said_here.items() if text or key in held}
-        export(model, args.out, dtype=args.dtype, packed=not args.float, fuse=args.fuse, source=Path(name).name, notes=notes)
+        with warnings.catch_warnings(record=True) as said_of_it:
+            warnings.simplefilter("always")
+            export(model, args.out, dtype=args.dtype, packed=not args.float, fuse=args.fuse, source=Path(name).name, notes=notes)
+        for warning in said_of_it:
+            print(f"hubert-eff export: {warning.message}", file=sys.stderr)
         card, figures = write_card(args.out)
         said = {"file": str(args.out), "card": str(card), **figures}
         if not args.json:
