@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 from pathlib import Path
@@ -53,7 +54,7 @@ def _text(name: str, metadata: dict[str, str], config: dict[str, Any], figures: 
     }
     origin = {
         "made from": metadata["source"] or "not stated",
-        "written by": f"hubert-eff {metadata['package_version']}, {metadata['created']}, format {metadata['format_version']}",
+        "written by": f"hubert-eff {metadata['package_version']}, format {metadata['format_version']}; this card: {datetime.date.today()}",
         "trained on": metadata.get("trained_on", "not stated"),
         "licence of the weights": metadata.get("licence", "not stated: ask whoever gave you this file"),
     }

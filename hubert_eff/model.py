@@ -50,6 +50,7 @@ class HubertModel(nn.Module):
     """
 
     fused = False  # whether this is a copy for inference that `hubert_eff.fuse` made
+    heads = ""  # of the encoder of a fine-tuned model: what is not part of it
     stored_dtype: torch.dtype | None = None  # of a model read from an export: what its float tensors are kept in there
 
     def __init__(self, config: HubertConfig, num_classes: Sequence[int] = ()) -> None:

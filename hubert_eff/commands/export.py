@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import warnings
 from pathlib import Path
 
 from ..errors import UserError
@@ -25,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--float", action="store_true", help="float weights of a one-bit model, which can be trained on, in place of bits")
     parser.add_argument("--fuse", action="store_true", help="fold BatchNorms and scales into weights first (not of one-bit models)")
+    parser.add_argument("--encoder-only", action="store_true", help="of a fine-tuned checkpoint, without its CTC layer and decoder")
     parser.add_argument("--policy", default="default", help="policy of a preset's binarised form, PRESET+w1a1 (default: %(default)s)")
     parser.add_argument("--licence", default="", metavar="TEXT", help="licence of the weights, for the model card")
     parser.add_argument("--trained-on", default="", metavar="TEXT", help="training data, for the model card")
@@ -35,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     """Write the file and its card, and say how large it is."""
     from ..card import write_card
     from ..checkpoint import average, last_checkpoints
-    from ..exporting import export, is_export, read_metadata
+    from ..exporting import export, is_export, read_metadata, require_no_heads
     from ..files import writable
     from ..onnx_export import export_onnx, require_onnx, require_onnx_form
     from ..profiling.cost import resolve
@@ -63,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
             names = ", ".join(file.name for file in files)
             print(f"{args.model} holds {len(files)} of the {args.average} checkpoints asked for: the mean of {names}", file=sys.stderr)
         model, name = average(files), f"mean of {', '.join(file.name for file in files)}"
+    if not args.encoder_only:
+        require_no_heads(model)
     if args.onnx is not None:
         require_onnx_form(model)  # before --out is written
     said = {}
@@ -71,7 +75,14 @@ def run(args: argparse.Namespace) -> int:
         held = read_metadata(source) if source.is_file() and is_export(source) else {}  # what was said of an export stays said
         said_here = {"licence": args.licence, "trained_on": args.trained_on}
         notes = {key: text or held[key] for key, text in said_here.items() if text or key in held}
-        export(model, args.out, dtype=args.dtype, packed=not args.float, fuse=args.fuse, source=Path(name).name, notes=notes)
+        with warnings.catch_warnings(record=True) as said_of_it:
+            warnings.simplefilter("always")
+            export(
+                model, args.out, dtype=args.dtype, packed=not args.float, fuse=args.fuse, encoder_only=args.encoder_only,
+                source=Path(name).name, notes=notes,
+            )  # fmt: skip
+        for warning in said_of_it:
+            print(f"hubert-eff export: {warning.message}", file=sys.stderr)
         card, figures = write_card(args.out)
         said = {"file": str(args.out), "card": str(card), **figures}
         if not args.json:

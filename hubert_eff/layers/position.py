@@ -58,7 +58,7 @@ class PositionalConv1d(nn.Module):
         kernel = weight.size(-1)
         before, after = (kernel - 1, 0) if self.causal else (kernel // 2, (kernel - 1) // 2)
         if chunks is None:
-            return self._convolve(F.pad(x.transpose(1, 2), (before, after)), weight).mT
+            return self._convolve(F.pad(x.transpose(1, 2), (before, after)), weight).transpose(1, 2)  # .mT has no ONNX form
         return chunks.joined(self._convolve(chunks.windows(self, x, before, after).mT, weight).mT, *x.shape[:2])
 
     def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:  # (B, D, T + k - 1) -> (B, D, T)
@@ -80,9 +80,9 @@ def by_key(by_offset: Tensor) -> Tensor:
     """(B, H, n, T + n - 1), of which row i holds n - 1 - i columns before those of keys 0 ... T - 1: a view (B, H, n, T) of these."""
     batch, heads, n, span = by_offset.shape
     frames = span - n + 1
-    if is_tracing():  # no strides there: the same as slices and reshapes
-        flat = by_offset.flatten(2)[:, :, n - 1 : n - 1 + n * (span - 1)]
-        return flat.view(batch, heads, n, span - 1)[..., :frames]
+    if is_tracing():  # no strides there: the same as slices and reshapes, of rows one longer, so that a single frame leaves none empty
+        flat = F.pad(by_offset, (0, 1)).flatten(2)[:, :, n - 1 : n - 1 + n * span]
+        return flat.view(batch, heads, n, span)[..., :frames]
     return by_offset.contiguous().as_strided((batch, heads, n, frames), (heads * n * span, n * span, span - 1, 1), n - 1)
 
 

@@ -129,6 +129,18 @@ class Quantizer(nn.Module):
         self._ready = True
 
 
+def unstarted(model: nn.Module) -> str:
+    """What to say of a model with scales that no batch has started, and that therefore mean nothing; "" if there are none."""
+    scales = {name: m.initialized for name, m in model.named_modules() if isinstance(m, Quantizer) and not m.initialized.is_meta}
+    found = [name for name, started in scales.items() if not started]
+    if not found:
+        return ""
+    return (
+        f"{len(found)} of {len(scales)} scales never saw data (the first: {found[0] or 'its own'}); train the model, or run a batch of "
+        "speech through it in train mode"
+    )
+
+
 def _stored(weight: Tensor, per_channel: bool) -> dict[str, tuple[int, float]]:
     """One bit per weight, and the weight sizes as float32."""
     return {"weight": (weight.numel(), 1 + 32 * (weight.size(0) if per_channel else 1) / weight.numel())}

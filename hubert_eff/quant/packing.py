@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -14,7 +15,7 @@ from ..layers.attention import SelfAttention
 from ..layers.kinds import FEED_FORWARD, Declared
 from ..layers.position import PositionalConv1d
 from .attention import BinaryAttention, BinaryMix, BinaryRelativeAttention, BinarySparseAttention, BinaryWeights
-from .modules import BinaryConv1d, BinaryLinear, Quantizer
+from .modules import BinaryConv1d, BinaryLinear, Quantizer, unstarted
 from .runtime.attention import PackedAttention, PackedMix, PackedRelativeAttention, PackedSparseAttention, PackedWeights
 from .runtime.modules import PackedConv1d, PackedLinear, PackedQuantizer
 from .runtime.ops import WORD
@@ -43,8 +44,15 @@ def pack(model: M, fused: bool = True, rest: torch.dtype = torch.float32) -> M:
     the outputs; scales and biases of binary layers are float32 at either. In float32 outputs are equal to the last bit. fused: a
     packed layer whose output only a quantiser reads (a ReLU and the next feed-forward layer, or the attention's products) returns that
     one's bits, and changes none of them. The source is not changed; the copy cannot be trained.
-    Raises `UserError` for a model that has no binary layer, activations of two bits, or another dtype.
+    Warns of scales that never saw data. Raises `UserError` for a model that has no binary layer, activations of two bits, or another dtype.
     """
+    if said := unstarted(model):
+        warnings.warn(said, stacklevel=2)
+    return packed_copy(model, fused, rest)
+
+
+def packed_copy(model: M, fused: bool = True, rest: torch.dtype = torch.float32) -> M:
+    """`pack`, of a model whose scales may be yet to come."""
     if rest not in REST:
         raise UserError(f"rest={rest}: what is not binary computes in one of {', '.join(map(str, REST))}")
     if not any(type(module) in PACKED for module in model.modules()):

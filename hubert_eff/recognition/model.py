@@ -106,6 +106,7 @@ class Recognizer(nn.Module):
         self.config = config
         self.alphabet = Alphabet(config.letters)
         self.hubert = HubertModel(config.hubert())
+        self.hubert.heads = "CTC layer and attention decoder" if config.decoder_layers else "CTC layer"
         dim = self.hubert.config.encoder_embed_dim
         self.final_dropout = Dropout(config.final_dropout)
         self.ctc_proj = Linear(dim, len(self.alphabet))
