@@ -58,7 +58,7 @@ class Checked:
     @property
     def bits(self) -> int:
         """What a copy needs: more than 16 for whispers, and where single samples beyond full scale press down the rest."""
-        return 16 if 2.0**-9 <= self.peak <= 1.0 else 24
+        return 16 if 2.0**-9 <= self.peak <= 2.0**9 else 24
 
 
 def check(path: Path, silent: bool = False) -> Checked:
