@@ -12,7 +12,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from ..config import SAMPLE_RATE
+from ..config import LOUDEST, SAMPLE_RATE
 from ..errors import UserError, missing_extra
 from ..files import replacing
 from .containers import PADDING, check_container
@@ -27,7 +27,6 @@ DIRECT_SUFFIXES = frozenset((".wav", ".flac", ".ogg"))  # what fairseq opens by 
 FORMATS = frozenset(("WAV", "WAVEX", "RF64", "FLAC", "OGG", "MP3"))  # whose containers are checked, whatever a file's name says
 BLOCK = 1 << 18  # samples decoded at a time
 WINDOW = 1 << 12  # frames in which channels are compared
-LOUDEST = 2.0**31  # of float samples that are meant as integers; what is beyond is no audio
 QUIETEST = 2.0**-24  # half a step of 24 bits
 CANCELLED = 1e-4  # share of the power of the channels, 40 dB, that the mono mix must keep
 FEW = 0.05  # share of the sounding windows that may lose more
