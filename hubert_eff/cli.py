@@ -13,7 +13,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from .errors import StepFailed, UserError
+from .errors import StepFailed, UserError, printable
 
 COMMANDS = {
     "doctor": "versions, known breakages of this environment and the fix for each",
@@ -43,7 +43,7 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong on one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
+        self.exit(2, f"{self.prog}: {printable(message)} (--help lists the options)\n")
 
 
 def _parser(command: str | None) -> argparse.ArgumentParser:
@@ -90,13 +90,13 @@ def _run(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
         print(f"hubert-eff {args.command}: {error}", file=sys.stderr)
         return 2
     except StepFailed as failure:
-        print(f"hubert-eff {args.command}: {failure}", file=sys.stderr)
+        print(f"hubert-eff {args.command}: {printable(failure)}", file=sys.stderr)
         return failure.code
     except BrokenPipeError:
         sys.stderr.close()
         return 0
     except OSError as error:  # a full disk, a folder that is gone
-        print(f"hubert-eff {args.command}: {error}", file=sys.stderr)
+        print(f"hubert-eff {args.command}: {printable(error)}", file=sys.stderr)
         return 1
 
 

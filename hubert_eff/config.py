@@ -19,6 +19,7 @@ from .errors import UserError, unknown
 SAMPLE_RATE = 16_000
 FRAME_STRIDE = 320  # samples per frame: 20 ms at 16 kHz
 RECEPTIVE_FIELD = 400  # samples that a frame of the named extractors hears: 25 ms
+LOUDEST = 2.0**31  # of float samples that are meant as integers; what is beyond is no audio, and overflows in sums of squares
 
 # (channels, kernel, stride) of each convolution of the waveform extractor
 CONV_FEATURE_LAYERS: dict[str, tuple[tuple[int, int, int], ...]] = {

@@ -7,15 +7,25 @@ import importlib.util
 from collections.abc import Iterable
 
 
+def printable(text: object) -> str:
+    """`text` on one line, safe for a terminal: control codes, line ends and bytes that are no UTF-8 as \\n, \\x1b, \\udce9 and the like."""
+    line = str(text)
+    return line if line.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+
+
 class UserError(ValueError):
-    """Bad input. The command line prints its message as one line and exits with code 2."""
+    """Bad input. The command line prints its message as one line and exits with code 2. Names from files may stand in it as they are."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class WriteError(OSError):
     """A file that cannot be written, as on a full disk: errno, reason, name. The command line prints one line and exits with code 1."""
 
     def __str__(self) -> str:
-        return f"{self.filename} cannot be written ({self.strerror}). What stood there before is whole: make room and run it again"
+        reason = f"{self.filename} cannot be written ({self.strerror})"
+        return printable(f"{reason}. What stood there before is whole: make room and run it again")
 
 
 class StepFailed(Exception):

@@ -7,15 +7,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .config import MEL_FRONTS, HubertConfig
+from .config import LOUDEST, MEL_FRONTS, HubertConfig
+from .errors import UserError
 from .layers.activation import gelu
 from .layers.convolution import strided_conv
 from .layers.linear import takes_onednn
+from .layers.tracing import is_tracing
 from .logmel import LogMelExtractor
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # dtypes of audio; a model computes in that of its weights
 
 
 class ChannelNorm(nn.Sequential):
@@ -126,6 +131,51 @@ def receptive_field(conv_layers: Sequence[tuple[int, int, int]]) -> int:
     for _, kernel, stride in reversed(conv_layers):
         need = (need - 1) * stride + kernel
     return need
+
+
+def check_audio(wav: Tensor, padding_mask: Tensor | None = None) -> None:
+    """Raise `UserError` unless audio is (B, S) of a float dtype, and its padding (B, S) bool."""
+    if not isinstance(wav, Tensor):
+        raise UserError(f"audio must be a tensor (batch, samples), not a {type(wav).__name__}: convert it, e.g. by torch.from_numpy")
+    if wav.dim() != 2 or wav.size(0) < 1:
+        raise UserError(f"audio must be (batch, samples), not {tuple(wav.shape)}")
+    if wav.layout is not torch.strided:
+        raise UserError(f"audio must be a dense tensor, not {wav.layout}: convert it by wav.to_dense()")
+    if wav.dtype not in FLOATS:
+        raise UserError(f"audio must be float samples in [-1, 1], not {wav.dtype}: scale it, samples of 16 bits by wav.float() / 32768")
+    if padding_mask is None:
+        return
+    if not isinstance(padding_mask, Tensor) or padding_mask.dtype != torch.bool:
+        found = padding_mask.dtype if isinstance(padding_mask, Tensor) else f"a {type(padding_mask).__name__}"
+        raise UserError(f"padding_mask must be a bool tensor, True for padding, not {found}")
+    if padding_mask.shape != wav.shape:
+        raise UserError(f"padding_mask {tuple(padding_mask.shape)} must have the shape of the audio {tuple(wav.shape)}")
+
+
+def check_samples(wav: Tensor, padding_mask: Tensor | None = None, where: str = "row {row}") -> None:
+    """Raise `UserError` for samples (B, S) outside the padding that are not finite, or beyond `LOUDEST`; for padding before a sample.
+
+    Nothing is looked at where there are no values yet: while a graph is traced or compiled, and on the meta device.
+    """
+    if type(wav) is not Tensor or wav.is_meta or is_tracing() or torch.compiler.is_compiling() or _is_capturing(wav):
+        return
+    values = wav.detach().float().cpu().numpy() if wav.requires_grad else wav.float().cpu().numpy()
+    mask = None if padding_mask is None else padding_mask.cpu().numpy()
+    if mask is not None and bool((mask[:, :-1] > mask[:, 1:]).any()):
+        row = int((mask[:, :-1] > mask[:, 1:]).any(1).argmax())
+        raise UserError(f"padding must stand at the end of a row, but row {row} has samples behind it: move them to its start")
+    if values.size and max(float(values.max()), -float(values.min())) <= LOUDEST:  # not so for NaN
+        return
+    for wrong, bad in (("not finite", ~np.isfinite(values)), ("no audio", np.abs(values) > LOUDEST)):
+        bad = bad if mask is None else bad & ~mask
+        if bad.any():
+            row, place = (int(i) for i in np.argwhere(bad)[0])
+            first = f"the first (sample {place} of {where.format(row=row)}) is {values[row, place]:g}"
+            raise UserError(f"{int(bad.sum())} samples are {wrong}, {first}: they must be within -1 and 1")
+
+
+def _is_capturing(wav: Tensor) -> bool:
+    return wav.is_cuda and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
 
 
 def frame_padding_mask(padding_mask: Tensor, frames: int, config: HubertConfig) -> Tensor:

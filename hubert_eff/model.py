@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from .config import FRAME_STRIDE, MEL_FRONTS, SAMPLE_RATE, HubertConfig, read_numbers
 from .errors import UserError
-from .frontend import extractor_of, frame_padding_mask, num_frames, receptive_field
+from .frontend import check_audio, check_samples, extractor_of, frame_padding_mask, num_frames, receptive_field
 from .layers.chunks import Chunks
 from .layers.dropout import Dropout
 from .layers.kinds import CODEBOOK_HEAD, EXTRACTOR, INPUT_PROJECTION, Kind
@@ -110,11 +110,10 @@ class HubertModel(nn.Module):
 
     def _extract(self, source: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Waveform (B, S) -> extractor output (B, T, C) and padding of frames (B, T)."""
+        check_audio(source, padding_mask)
         if source.size(-1) < 1 or self.num_frames(source.size(-1)) < 1:
             raise UserError(f"{source.size(-1)} samples are too few: one frame needs {receptive_field(self.config.conv_layers)}")
         if padding_mask is not None:
-            if padding_mask.shape != source.shape:
-                raise UserError(f"padding_mask {tuple(padding_mask.shape)} must have the shape of the audio {tuple(source.shape)}")
             source = source.masked_fill(padding_mask, 0.0)
         if self.config.feature_grad_mult > 0:
             features = self.feature_extractor(source)
@@ -162,15 +161,16 @@ class HubertModel(nn.Module):
     ) -> tuple[list[Tensor], Tensor]:
         """All hidden states of 16 kHz audio.
 
-        wav: (B, S) float; padding_mask: (B, S) bool, True = padding (at the end). Returns L + 1 tensors (B, T, D) at 20 ms
-        per frame, zero on padding, and the padding of frames (B, T). State 0 enters block 1, state i leaves block i.
+        wav: (B, S) float of any width, within [-1, 1]; padding_mask: (B, S) bool, True = padding (at the end). Returns L + 1 tensors
+        (B, T, D) at 20 ms per frame, zero on padding, and the padding of frames (B, T). State 0 enters block 1, state i leaves block i.
         `config.normalize` is applied here, over valid samples. Train or eval mode and gradients are the caller's; masks and
         LayerDrop are off. With `chunk_size` and `left_chunks` (see `chunks`) no frame sees beyond its chunk: what a stream gives.
 
-        Raises `UserError` for audio shorter than one frame or a mask of another shape.
+        Raises `UserError` for audio of another shape or dtype, shorter than one frame, or with samples that are not finite, and for a mask
+        of another shape or dtype.
         """
-        if wav.dim() != 2:
-            raise UserError(f"audio must be (batch, samples), not {tuple(wav.shape)}")
+        check_audio(wav, padding_mask)
+        check_samples(wav, padding_mask)
         chunks = self.chunks(chunk_size, left_chunks)
         if self.config.normalize:
             wav = normalize_waveform(wav, padding_mask)
@@ -323,7 +323,8 @@ def normalize_waveform(wav: Tensor, padding_mask: Tensor | None = None) -> Tenso
     samples = wide(wav)
     valid = (~padding_mask).to(samples.dtype)
     count = valid.sum(1, keepdim=True).clamp(min=1)
-    mean = (samples * valid).sum(1, keepdim=True) / count
+    samples = samples.masked_fill(padding_mask, 0.0)  # whatever stands there, even NaN
+    mean = samples.sum(1, keepdim=True) / count
     centred = (samples - mean) * valid
     variance = centred.square().sum(1, keepdim=True) / count
     return (centred * torch.rsqrt(variance + 1e-5)).to(wav.dtype)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from .config import FRAME_STRIDE, SAMPLE_RATE
 from .errors import UserError, unknown
+from .frontend import check_audio, check_samples
 from .layers.chunks import Chunks
 from .model import HubertModel
 
@@ -83,16 +84,12 @@ class StreamingModel:
     def feed(self, wav: Tensor) -> Tensor | None:
         """The next samples (1, S), any number of them -> the frames (1, T, D) of the chunks that are now complete, or None.
 
-        Raises `UserError` for audio of another shape, and for samples that are not finite; the stream can go on after either.
+        Raises `UserError` for audio of another shape or dtype, and for samples that are not finite; the stream can go on after either.
         """
-        if wav.dim() != 2 or wav.size(0) != 1:
+        if isinstance(wav, Tensor) and (wav.dim() != 2 or wav.size(0) != 1):
             raise UserError(f"a stream takes audio (1, samples), not {tuple(wav.shape)}")
-        if not torch.is_floating_point(wav):
-            raise UserError(f"a stream takes float samples in [-1, 1], not {wav.dtype}")
-        bad = ~torch.isfinite(wav)
-        if bad.any():
-            place = int(bad.nonzero()[0, 1])
-            raise UserError(f"{int(bad.sum())} samples are not finite, the first (sample {place} of this piece) is {float(wav[0, place])}")
+        check_audio(wav)
+        check_samples(wav, where="this piece")
         self._samples = torch.cat((self._samples, wav.to(self._samples)), 1)
         outputs = self._whole_chunks()
         return torch.cat(outputs, 1) if outputs else None

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 from itertools import groupby
 from pathlib import Path
-from threading import Lock
-from typing import IO, TypeVar
+from typing import TypeVar
 
 from ..config import SAMPLE_RATE
 from ..errors import UserError
 from ..progress import progress
 from .audio import DIRECT_SUFFIXES, Checked, Unusable, check
+from .index import Index
 from .listing import Item, Listing
 from .pool import in_order
 
@@ -45,8 +44,8 @@ class Recording:
 
     @property
     def direct(self) -> bool:
-        """Can be used where it lies: whole, 16 kHz mono, of a format and a name that fairseq can read from a TSV."""
-        whole = self.frames == self.checked.frames
+        """Can be used where it lies: whole, 16 kHz mono within full scale, of a format and a name that fairseq can read from a TSV."""
+        whole = self.frames == self.checked.frames and self.checked.peak <= 1.0
         fits = (self.checked.rate, self.checked.channels) == (SAMPLE_RATE, 1) and os.path.splitext(self.item.path)[1] in DIRECT_SUFFIXES
         return whole and fits and plain(self.item.path)
 
@@ -64,24 +63,22 @@ def check_all(
     Raises:
         UserError: nothing is usable.
     """
-    index = _Index(store / "checked.jsonl")
+    index = Index(store / "checked.jsonl", len(fields(Checked)))
 
     def look(same: list[Item]) -> list[tuple[Item, Recording | str]]:
         path = listing.root / same[0].path
-        try:
-            key = _key(path)
-            checked = index.get(key)
-            if checked is None:
+        key = _key(path)
+        known = index.get(key)
+        if known is not None:
+            checked = Checked(int(known[0]), int(known[1]), int(known[2]), *known[3:])
+        else:
+            try:
                 checked = check(path)
-                index.add(key, checked)
-            return [(item, _judge(item, key, checked, least, most)) for item in same]
-        except Unusable as error:
-            reason = str(error)
-        except FileNotFoundError:
-            reason = f"not there: {plain_line(str(path))}"
-        except OSError as error:
-            reason = f"not readable ({error.strerror})"
-        return [(item, reason) for item in same]
+            except Unusable as error:
+                reason = f"{error}: {plain_line(str(path))}" if str(error) == "not there" else str(error)
+                return [(item, reason) for item in same]
+            index.add(key, *astuple(checked))
+        return [(item, _judge(item, key, checked, least, most)) for item in same]
 
     recordings: list[Recording] = []
     left_out = list(listing.left_out)
@@ -103,10 +100,15 @@ def check_all(
         index.close()
     left_out.sort()
     if not recordings:
-        name, reason = left_out[0]
-        more = f", and {len(left_out) - 1} more" if len(left_out) > 1 else ""
-        raise UserError(f"no usable recording in {listing.root}: {plain_line(name)} ({reason}){more}")
+        raise nothing_usable(listing, left_out)
     return recordings, left_out
+
+
+def nothing_usable(listing: Listing, left_out: list[tuple[str, str]]) -> UserError:
+    """What to say where everything is left out."""
+    name, reason = left_out[0]
+    more = f", and {len(left_out) - 1} more" if len(left_out) > 1 else ""
+    return UserError(f"no usable recording in {listing.root}: {plain_line(name)} ({reason}){more}")
 
 
 def parallel(function: Callable[[T], R], items: Iterable[T], count: int, workers: int, what: str) -> Iterator[R]:
@@ -119,7 +121,7 @@ def parallel(function: Callable[[T], R], items: Iterable[T], count: int, workers
 
 def digest(text: str) -> str:
     """16 hexadecimal digits."""
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def plain(text: str) -> bool:
@@ -132,7 +134,7 @@ def plain(text: str) -> bool:
 
 
 def plain_line(text: str) -> str:
-    """`text` on one line, without tabs."""
+    """`text` as it may stand in a TSV or on a terminal."""
     return text if plain(text) else ascii(text)[1:-1]
 
 
@@ -156,60 +158,8 @@ def _judge(item: Item, key: str, checked: Checked, least: float, most: float | N
 
 
 def _key(path: Path) -> str:
-    state = path.stat()
+    try:
+        state = path.stat()
+    except (OSError, ValueError):  # `check` says why
+        return ""
     return digest(f"{path}\n{state.st_size}\n{state.st_mtime_ns}")
-
-
-class _Index:
-    """What earlier runs found out about files, one JSON line each; appended as the work goes on, so that a restart reuses it.
-
-    Lines wait in memory until `keep` says that the recordings make a manifest: a run that must fail leaves nothing behind.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.lock = Lock()
-        self.waiting: list[str] = []
-        self.file: IO[str] | None = None
-        self.known: dict[str, Checked] = {}
-        if path.is_file():
-            with path.open(encoding="utf-8") as lines:
-                self.known.update(_entries(lines))
-
-    def get(self, key: str) -> Checked | None:
-        return self.known.get(key)
-
-    def add(self, key: str, checked: Checked) -> None:
-        with self.lock:
-            self.waiting.append(json.dumps([key, checked.rate, checked.channels, checked.frames, checked.peak]))
-            if self.file:
-                self._write()
-
-    def keep(self) -> None:
-        """Write what waits, and from now on each line at once."""
-        with self.lock:
-            if self.waiting:
-                self._write()
-
-    def close(self) -> None:
-        with self.lock:
-            if self.file:
-                self.file.close()
-                self.file = None
-
-    def _write(self) -> None:
-        if self.file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = self.path.open("a", encoding="utf-8")
-        self.file.write("".join(f"\n{line}\n" for line in self.waiting))
-        self.file.flush()
-        self.waiting.clear()
-
-
-def _entries(lines: Iterable[str]) -> Iterator[tuple[str, Checked]]:
-    for line in lines:
-        try:
-            key, *fields = json.loads(line)
-            yield key, Checked(*fields)
-        except (ValueError, TypeError):  # a line cut off by a crash
-            continue

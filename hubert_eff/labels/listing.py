@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,30 +55,57 @@ def list_folder(root: Path, skip: set[Path], level: int) -> Listing:
     Raises `UserError` where there is no audio.
     """
     names: list[str] = []
-    foreign: list[str] = []
-    seen: set[str] = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and Path(folder, f) not in skip)
-        inside = os.path.relpath(folder, root)
-        for file in files:
-            suffix = os.path.splitext(file)[1].lower()
-            if not file.startswith(".") and suffix in SUFFIXES | FOREIGN_SUFFIXES:
-                (names if suffix in SUFFIXES else foreign).append(file if inside == "." else f"{inside}/{file}")
-    if not names and not foreign:
+    left_out: list[tuple[str, str]] = []
+    for name, problem in _audio_below(root, {os.fspath(path) for path in skip}):
+        if problem:
+            left_out.append((name, problem))
+        else:
+            names.append(name)
+    if not names and not left_out:
         raise UserError(f"no recording in {root}: it must hold {', '.join(sorted(SUFFIXES))} files, in it or its sub-folders")
     texts = Transcripts(root)
     return Listing(
-        root,
-        "folder",
-        [_of_folder(name, level) for name in sorted(names)],
-        lambda item: texts.find(item.path),
-        [(n, f"format {Path(n).suffix} is not read: convert it to wav or flac") for n in sorted(foreign)],
+        root, "folder", [_of_folder(name, level) for name in sorted(names)], lambda item: texts.find(item.path), sorted(left_out)
     )
+
+
+def _audio_below(root: Path, skip: set[str]) -> Iterator[tuple[str, str]]:
+    """Relative path of each audio file, by its name, and why it cannot be one, or ""; also of each folder that cannot be read."""
+    seen: set[tuple[int, int]] = set()
+    folders = [""]  # those to be read; the next one is the last
+    while folders:
+        inside = folders.pop()
+        try:
+            with os.scandir(root / inside) as found:
+                state = os.stat(root / inside)
+                entries = sorted((e for e in found if not e.name.startswith(".")), key=lambda e: e.name)
+        except OSError as error:
+            if not inside:
+                raise UserError(f"{root} cannot be read: {error.strerror}") from error
+            yield inside, f"folder not readable ({error.strerror})"
+            continue
+        if (state.st_dev, state.st_ino) in seen:
+            continue
+        seen.add((state.st_dev, state.st_ino))
+        below = []
+        for entry in entries:
+            name = f"{inside}/{entry.name}" if inside else entry.name
+            suffix = os.path.splitext(entry.name)[1].lower()
+            try:
+                is_folder, problem = entry.is_dir(), "" if entry.is_file() else "no regular file"
+                lost = bool(problem) and not is_folder and not os.path.exists(entry.path)
+            except OSError:  # a link that leads back to itself
+                is_folder, lost = False, True
+            if is_folder:
+                if entry.path not in skip:
+                    below.append(name)
+            elif lost and suffix in {"", *SUFFIXES, *FOREIGN_SUFFIXES}:  # of folders, too
+                yield name, "a link to nothing"
+            elif suffix in FOREIGN_SUFFIXES:
+                yield name, f"format {suffix} is not read: convert it to wav or flac"
+            elif suffix in SUFFIXES:
+                yield name, problem
+        folders += reversed(below)
 
 
 def _of_folder(name: str, level: int) -> Item:

@@ -1,7 +1,8 @@
 """From a folder of recordings, or a lhotse or Kaldi manifest, to fairseq manifests of 16 kHz mono audio.
 
 A recording that is 16 kHz mono already (wav, flac or ogg) is used where it lies; every other one, and every segment of a longer one, is
-converted once to 16-bit FLAC in a cache, under a name that depends on its path, size and time of change, so that the next run finds it.
+converted once to FLAC in a cache, under a name that depends on its path, size and time of change, so that the next run finds it. It has
+16 bits, or 24 where 16 would lose what is quiet.
 
     OUT/train.tsv, OUT/valid.tsv   root folder, then `path <tab> samples` per utterance
     OUT/parts.tsv                  what each utterance is made of: utterance, start s, end s, source, transcript, and the second of its
@@ -28,8 +29,8 @@ from typing import Any
 from ..config import SAMPLE_RATE
 from ..errors import UserError, unknown
 from ..files import write_json, write_text
-from .audio import Array, read_mono, write_flac
-from .checking import Recording, check_all, digest, parallel, plain, plain_line
+from .checking import Recording, check_all, digest, nothing_usable, plain, plain_line
+from .conversion import Utterance, convert
 from .imports import read_import
 from .listing import Listing, list_folder
 
@@ -77,22 +78,6 @@ class Options:
             raise UserError("--folder-level and --workers must be at least 1")
 
 
-@dataclass(frozen=True, slots=True)
-class Utterance:
-    """A line of a manifest: a 16 kHz mono file, and the recordings it is made of, in order.
-
-    Paths of hundreds of thousands are strings here: `Path` takes ten times the memory.
-    """
-
-    path: str
-    parts: tuple[Recording, ...]
-
-    @property
-    def samples(self) -> int:
-        """Length at 16 kHz."""
-        return sum(p.samples for p in self.parts)
-
-
 def make_manifest(
     source: str | Path, out: str | Path, cache: str | Path | None = None, options: Options | None = None
 ) -> dict[str, Any]:
@@ -123,12 +108,20 @@ def make_manifest(
     listing = read_import(place) or list_folder(place, {target, store}, options.folder_level)
     root, speakers = listing.root, _speakers_needed(options)
     recordings, left_out = check_all(listing, store, options.min_seconds, options.max_seconds, speakers, options.workers)
-    by_folder = _splits_by_folder(recordings, options, root)
-    utterances = _join(recordings, store, options) if options.join else _alone(recordings, root, store)
-    top = Path(os.path.commonpath({os.path.dirname(u.path) for u in utterances}))
-    if not plain(str(top)):
-        raise UserError(f"the folder {str(top)!r} cannot stand in a TSV: rename it, or name another --cache")
-    _convert(utterances, root, options.workers)
+    while True:
+        by_folder = _splits_by_folder(recordings, options, root)
+        utterances = _join(recordings, store, options) if options.join else _alone(recordings, root, store)
+        top = Path(os.path.commonpath({os.path.dirname(u.path) for u in utterances}))
+        if not plain(str(top)):
+            raise UserError(f"the folder {str(top)!r} cannot stand in a TSV: rename it, or name another --cache")
+        lost = convert(utterances, root, store, options.workers)
+        if not lost:
+            break
+        left_out = sorted([*left_out, *((recording.item.name, reason) for recording, reason in lost)])
+        dropped = {id(recording) for recording, _ in lost}
+        recordings = [r for r in recordings if id(r) not in dropped]
+        if not recordings:
+            raise nothing_usable(listing, left_out)
     train, valid, held_out = _split(utterances, by_folder, options)
 
     repeated = options.valid_percent > 0 and not valid
@@ -142,19 +135,19 @@ def make_manifest(
         else:
             (target / f"{name}.tsv").unlink(missing_ok=True)
     write_text(target / "parts.tsv", "utterance\tstart\tend\tsource\ttranscript\tsource_start\n" + "".join(rows))
-    write_text(target / "left_out.tsv", "source\treason\n" + "".join(f"{plain_line(p)}\t{r}\n" for p, r in left_out))
+    write_text(target / "left_out.tsv", "source\treason\n" + "".join(f"{plain_line(p)}\t{plain_line(r)}\n" for p, r in left_out))
     summary = {
-        "source": str(root),
+        "source": plain_line(str(root)),
         "layout": listing.layout,
         "root": str(top),
         "options": asdict(options),
         "recordings": len(recordings),
         "left_out": len(left_out),
         "left_out_reasons": dict(Counter(r.split(":")[0] for _, r in left_out).most_common()),
-        "converted": sum(not r.direct for r in recordings),
+        "converted": sum(len(u.parts) for u in utterances if u.bits) if not options.join else sum(not r.direct for r in recordings),
         "transcribed": sum(bool(row.rstrip("\n").split("\t")[4]) for row in rows),
         "split_by": "folder" if by_folder else "file",
-        "valid_folders": held_out,
+        "valid_folders": [plain_line(name) for name in held_out],
         "valid_repeats_train": repeated,
         "splits": {n: {"utterances": len(s), "minutes": round(_minutes(s), 3)} for n, s in splits.items() if s},
     }
@@ -169,14 +162,23 @@ def _alone(recordings: list[Recording], root: Path, store: Path) -> list[Utteran
     utterances: list[Utterance] = []
     taken: set[str] = set()  # a manifest may list a file twice, a TSV's lines are known by their paths
     for recording in recordings:
-        if recording.direct and recording.item.path not in taken:
-            taken.add(recording.item.path)
-            path = os.path.join(root, recording.item.path)
+        path = os.path.join(root, recording.item.path)
+        if recording.direct and path not in taken and plain(path):
+            taken.add(path)
+            utterances.append(Utterance(path, (recording,)))
         else:
-            stem = _safe(Path(recording.item.name).stem)[:100]
-            path = os.path.join(store, _safe(recording.item.group), f"{stem}-{recording.key}.flac")
-        utterances.append(Utterance(path, (recording,)))
+            stem = _safe(os.path.splitext(os.path.basename(recording.item.name))[0], 100)
+            utterances.append(_copy(store, recording.item.group, f"{stem}-{recording.key}", (recording,)))
     return utterances
+
+
+def _copy(store: Path, group: str, name: str, parts: tuple[Recording, ...]) -> Utterance:
+    """An utterance that is to be in the cache."""
+    bits = max(p.checked.bits for p in parts)
+    folder = "/".join(_safe(part, 200) for part in group.split("/") if part)
+    if len(os.fsencode(folder)) > 1000:
+        folder = digest(group)
+    return Utterance(os.path.join(store, folder, f"{name}{'-24' if bits > 16 else ''}.flac"), parts, bits)
 
 
 def _join(recordings: list[Recording], store: Path, options: Options) -> list[Utterance]:
@@ -191,7 +193,7 @@ def _join(recordings: list[Recording], store: Path, options: Options) -> list[Ut
         folders[recording.item.group].append(recording)
     utterances: list[Utterance] = []
     for folder, members in sorted(folders.items()):
-        random.Random(f"join {options.seed} {folder or '.'}").shuffle(members)
+        random.Random(f"join {options.seed} {plain_line(folder) or '.'}").shuffle(members)
         chains: list[list[Recording]] = [[]]
         length = 0
         for member in members:
@@ -204,23 +206,8 @@ def _join(recordings: list[Recording], store: Path, options: Options) -> list[Ut
             chains[-2:] = [chains[-2] + chains[-1]]
         for number, chain in enumerate(chains, start=1):
             key = digest("\n".join(r.key for r in chain))
-            utterances.append(Utterance(os.path.join(store, _safe(folder), f"joined-{number:05d}-{key}.flac"), tuple(chain)))
+            utterances.append(_copy(store, folder, f"joined-{number:05d}-{key}", tuple(chain)))
     return utterances
-
-
-def _convert(utterances: list[Utterance], root: Path, workers: int) -> None:
-    """Write the audio that is not there yet."""
-
-    def write(utterance: Utterance) -> None:
-        def blocks() -> Iterator[Array]:
-            for part in utterance.parts:
-                yield from read_mono(root / part.item.path, part.checked, part.first, part.frames)
-
-        write_flac(Path(utterance.path), blocks())
-
-    missing = [u for u in utterances if not os.path.exists(u.path)]
-    for _ in parallel(write, missing, len(missing), workers, "converting to 16 kHz mono"):
-        pass
 
 
 # ---- splits
@@ -284,6 +271,7 @@ def _minutes(utterances: list[Utterance]) -> float:
     return math.fsum(u.samples for u in utterances) / SAMPLE_RATE / 60
 
 
-def _safe(path: Path | str) -> str:
-    """A relative path of word characters, dots and dashes, that leads nowhere else."""
-    return "/".join(re.sub(r"[^\w.-]|^\.\.$", "_", p) for p in Path(path).parts)
+def _safe(name: str, most: int) -> str:
+    """Word characters, dots and dashes, at most so many bytes of them: a name that leads nowhere else."""
+    text = re.sub(r"[^\w.-]|^\.\.?$", "_", name)
+    return os.fsencode(text)[:most].decode("utf-8", "ignore")

@@ -1,0 +1,75 @@
+"""What earlier runs found out about files: one JSON line each, appended as the work goes on, so that a restart reuses it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from threading import Lock
+from typing import IO
+
+from ..errors import WriteError
+
+Values = tuple[float, ...]
+
+
+class Index:
+    """Numbers by key. Of the lines of a file those count that are a key and `length` numbers; the last one of a key wins.
+
+    Lines wait in memory until `keep`: a run that must fail leaves nothing behind. Raises `WriteError` on a full disk.
+    """
+
+    def __init__(self, path: Path, length: int) -> None:
+        self.path = path
+        self.lock = Lock()
+        self.waiting: list[str] = []
+        self.file: IO[str] | None = None
+        self.known: dict[str, Values] = {}
+        if path.is_file():
+            with path.open(encoding="utf-8", errors="replace") as lines:
+                self.known.update(_entries(lines, length))
+
+    def get(self, key: str) -> Values | None:
+        """The numbers of a key, or None."""
+        return self.known.get(key)
+
+    def add(self, key: str, *values: float) -> None:
+        """Remember numbers for the next run."""
+        with self.lock:
+            self.waiting.append(json.dumps([key, *values]))
+            if self.file:
+                self._write()
+
+    def keep(self) -> None:
+        """Write what waits, and from now on each line at once."""
+        with self.lock:
+            if self.waiting:
+                self._write()
+
+    def close(self) -> None:
+        """Close the file; what waits is dropped."""
+        with self.lock:
+            if self.file:
+                self.file.close()
+                self.file = None
+
+    def _write(self) -> None:
+        try:
+            if self.file is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self.file = self.path.open("a", encoding="utf-8")
+            self.file.write("".join(f"\n{line}\n" for line in self.waiting))
+            self.file.flush()
+        except OSError as error:
+            raise WriteError(error.errno, error.strerror, str(self.path)) from error
+        self.waiting.clear()
+
+
+def _entries(lines: Iterable[str], length: int) -> Iterator[tuple[str, Values]]:
+    for line in lines:
+        try:
+            key, *values = json.loads(line)
+        except (ValueError, TypeError, RecursionError):  # cut off by a crash, or damaged
+            continue
+        if isinstance(key, str) and len(values) == length and all(type(v) in (int, float) for v in values):
+            yield key, tuple(values)
