@@ -179,5 +179,5 @@ def test_a_damaged_lock_file_stops_nobody(content: bytes, tmp_path: Path, monkey
 def test_a_folder_that_cannot_be_used_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(UserError, match="cannot be"), locked(folder):
+        with pytest.raises(UserError, match="cannot be|is a file"), locked(folder):
             raise AssertionError
