@@ -57,6 +57,8 @@ class Lock:
     def __init__(self, folder: Path, part: str = "") -> None:
         self.folder = folder = folder.absolute()
         self.file = folder / f".hubert-eff{'-' * bool(part)}{part}.lock"
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is a file: name a folder")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._descriptor = self._take()

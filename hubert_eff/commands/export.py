@@ -62,8 +62,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         files = last_checkpoints(args.model, args.average)
         if len(files) < args.average:
-            names = ", ".join(file.name for file in files)
-            print(f"{args.model} holds {len(files)} of the {args.average} checkpoints asked for: the mean of {names}", file=sys.stderr)
+            there = f"{args.model} holds {len(files)} checkpoints of different updates, not {args.average}"
+            print(f"{there}: the mean of {', '.join(file.name for file in files)}", file=sys.stderr)
         model, name = average(files), f"mean of {', '.join(file.name for file in files)}"
     if not args.encoder_only:
         require_no_heads(model)
