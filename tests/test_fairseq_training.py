@@ -191,7 +191,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_one_line(data: Path, tmp_pa
     args = (data, tmp_path / "run", "checkpoint.save_interval_updates=2", "optimization.clip_norm=0", "lr_scheduler.warmup_updates=0")
     healthy = run(*args, "optimization.max_update=2")
     assert healthy.returncode == 0, healthy.stderr
-    broken = run(*args, "optimization.max_update=50", "criterion.loss_weights=[1e38]")
+    broken = run(*args, "optimization.max_update=50", "criterion.loss_weights=[1e38]", "task.resume_changed=true")
     assert broken.returncode == 1, broken.stdout
     (line,) = [line for line in broken.stderr.splitlines() if line.startswith("fairseq-hydra-train:")]
     assert re.search(r"stopped at update \d+: the (loss|gradient norm) is (nan|inf) \(utterances \d", line)

@@ -86,9 +86,12 @@ class SafeTask:
 
     @property
     def sees_padding(self) -> bool:
-        """Whether padding changes what the model computes: GroupNorm over time, in the extractor, takes it into its statistics."""
+        """Whether padding changes what the model computes: by the extractor's GroupNorm over time, or fairseq's rule of valid frames."""
         config = getattr(getattr(self.model, "hubert", self.model), "config", None)
-        return config is not None and config.extractor_mode == "default" and config.conv_feature_layers not in MEL_FRONTS
+        if config is None:
+            return False
+        over_time = config.extractor_mode == "default" and config.conv_feature_layers not in MEL_FRONTS
+        return over_time or config.valid_frames != "receptive_field"
 
     def get_batch_iterator(self, dataset: Any, max_tokens: int | None = None, max_sentences: int | None = None, **options: Any) -> Any:
         """fairseq's iterator; `pack` makes batches of some utterances (`resuming.finish_epochs`)."""
