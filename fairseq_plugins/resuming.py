@@ -157,8 +157,8 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _rank(key: str) -> int:
-    section = key.partition(".")[0]
-    return OWNERS.index(section) if section in OWNERS else len(OWNERS)
+    section, _, name = key.partition(".")
+    return OWNERS.index(section) if section in OWNERS and "." not in name else len(OWNERS)
 
 
 def is_binding(key: str) -> bool:

@@ -143,4 +143,4 @@ class HubertEffFinetuningTask(SafeTask, FairseqTask):
         """See `SafeTask`."""
         manifest = checks.read_manifest(Path(self.cfg.data) / f"{split}.tsv")
         texts, _ = read_transcripts(manifest, Path(self.cfg.label_dir or self.cfg.data), self.cfg.labels)
-        return {manifest.path.name: entries(manifest), f"transcripts of {split}": "\n".join(texts).encode()}
+        return {manifest.path.name: entries(manifest), f"text of {split}": "\n".join(texts).encode()}

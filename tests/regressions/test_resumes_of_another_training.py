@@ -121,14 +121,14 @@ def test_settings_of_groups_and_of_encoders_in_text_count() -> None:
     }  # fmt: skip
     now = {
         "optimizer": {"groups": {"scales": {"optimizer": {"lr": [2]}, "lr_scheduler": {"total_num_update": 6}}}},
-        "model": {"encoder_config": '{"dropout": 0.2, "compile_blocks": true}', "dropout": 0.1}, "optimization": {"max_update": 6},
+        "model": {"encoder_config": '{"dropout": 0.2, "compile_blocks": true}', "dropout": 0.2}, "optimization": {"max_update": 6},
     }  # fmt: skip
     found = resuming.differences(before, now)
     assert found == {
-        "optimizer.groups.scales.optimizer.lr": ([1], [2]), "model.encoder_config.dropout": (0.1, 0.2),
+        "optimizer.groups.scales.optimizer.lr": ([1], [2]), "model.dropout": (0.1, 0.2),
         "model.encoder_config.compile_blocks": (False, True), "optimization.max_update": (5, 6),
     }  # fmt: skip
-    assert [key for key in found if resuming.is_binding(key)] == ["optimizer.groups.scales.optimizer.lr", "model.encoder_config.dropout"]
+    assert [key for key in found if resuming.is_binding(key)] == ["optimizer.groups.scales.optimizer.lr", "model.dropout"]
 
 
 # -- batches -------------------------------------------------------------------------------------------------------------
