@@ -90,6 +90,8 @@ def refuse_bad_save_dir() -> None:
         global _lock
         folder = writable(save_dir)
         if stopping.in_training_run():
+            if _lock is not None:
+                _lock.release()  # of an earlier job of a sweep, in this process
             _lock = Lock(folder)
             Finalize(None, _lock.release, exitpriority=0)  # also in a process that fairseq has spawned
         for file in folder.glob("checkpoint*.pt.tmp"):  # of a run of an earlier version that was killed
@@ -137,6 +139,8 @@ def go_on_from_newest() -> None:
 
     @stopping.one_line_errors()
     def load_checkpoint(cfg: Any, trainer: Trainer, **options: Any) -> Any:
+        global _saved
+        _saved = -1, None  # a sweep trains one model after the other
         if cfg.restore_file != LAST:
             if not trainer.checkpoint_suffix and not PathManager.exists(cfg.restore_file):
                 raise UserError(f"checkpoint.restore_file={cfg.restore_file} is not there")

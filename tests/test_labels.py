@@ -311,6 +311,10 @@ def test_an_interrupted_run_goes_on_where_it_stopped(manifest, tmp_path, monkeyp
         patch.setattr(targets, "_label_shard", lambda task, **rest: calls_of_one.append(task[0]) or real(task, **rest))
         make_labels(manifest, out, clusters=10)
     assert calls_of_one and not set(finished) & set(calls_of_one)
+    (out / ".labels-0123456789abcdef").mkdir()  # of a run with other settings, which was given up
+    make_labels(manifest, out, clusters=11)
+    assert not list(out.glob(".labels-*"))
+    make_labels(manifest, out, clusters=10)
     for name in ("train.km", "valid.km"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 

@@ -28,7 +28,7 @@ import numpy as np
 
 from ..config import SAMPLE_RATE
 from ..errors import UserError, unknown
-from ..files import replacing, writable, write_json, write_text
+from ..files import replacing, sync_folder, writable, write_json, write_text
 from .classes import file_digest, read_dictionary
 from .features import Array, Extractor, FeatureSource
 from .kmeans import KINDS, KMeans, fit, fit_faiss, require
@@ -154,7 +154,11 @@ def make_labels(
     for name in (*made, RECORD):
         if (work / name).exists():  # the model may be in its place already
             os.replace(work / name, target / name)
+    sync_folder(target)
     shutil.rmtree(work)
+    if not any(target.glob(".hubert-eff-rank-*.lock")):  # other machines may be at work
+        for left in target.glob(".labels-*"):  # begun with other settings, and given up: the folder is of these now
+            shutil.rmtree(left, ignore_errors=True)
     return {**summary, "reused": False}
 
 

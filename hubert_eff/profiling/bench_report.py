@@ -10,6 +10,7 @@ from rich.console import Group
 from rich.text import Text
 
 from ..errors import missing_extra
+from ..files import replacing
 from .latency import Share, Shares, Timing
 from .report import plain_table
 
@@ -83,7 +84,8 @@ def draw(timings: Sequence[Timing], shares: Sequence[Shares], folder: Path) -> l
     right.legend(handles.values(), handles.keys(), frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     paths = [folder / "bench.svg", folder / "bench.png"]
     for path in paths:
-        figure.savefig(path, dpi=130)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, dpi=130)
     return paths
 
 
