@@ -54,8 +54,8 @@ def apply() -> None:
 
 
 def allow_checkpoint_classes() -> None:
-    """Resuming on several ranks, the first sends what it has read to the others. torch >= 2.6 loads weights only: the harmless classes in it
-    need to be named, of the task's state, placeholders for tensors and omegaconf's containers."""
+    """Resuming on several ranks, the first sends what it has read to the others. torch >= 2.6 loads weights only, so that the harmless
+    classes in it need to be named: of the task's state, placeholders for tensors and omegaconf's containers."""
     torch.serialization.add_safe_globals(
         [
             Dictionary, distributed_utils._TensorPlaceholder, DictConfig, ListConfig, ContainerMetadata, Metadata, AnyNode,
