@@ -25,6 +25,7 @@ import time
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ import torch
 
 import hubert_eff
 from hubert_eff.errors import UserError
+from hubert_eff.model import HubertModel
 from hubert_eff.quant.runtime.modules import PackedConv1d, PackedLinear
 from hubert_eff.quant.storage import bytes_of
 from hubert_eff.recognition import load_recognizer
@@ -71,9 +73,11 @@ def foreign(model: torch.nn.Module, content: bytes) -> list[str]:
     if any(bytes_of(module).numpy().tobytes() not in content for module in packed):
         return ["bits"]
     tensors = [t for n, t in model.state_dict().items() if isinstance(t, torch.Tensor) and not n.endswith((".bits", ".initialized"))]
+    tensors = [t for t in tensors if t.dtype == torch.bfloat16 or t.numpy().tobytes() not in content]  # the others are there as they are
+    floats = [t.double().flatten() for t in tensors if t.is_floating_point()]
     wanted = {
-        "f": np.unique(torch.cat([t.double().flatten() for t in tensors if t.is_floating_point()]).numpy()),
-        "i": np.unique([int(t) for t in tensors if not t.is_floating_point() for t in t.flatten()]).astype("i8"),
+        "f": np.unique(torch.cat(floats).numpy()) if floats else np.zeros(0),
+        "i": np.unique([int(n) for t in tensors if not t.is_floating_point() for n in t.flatten()]).astype("i8"),
     }
     wanted["f"] = wanted["f"][~np.isnan(wanted["f"])]
     for found in numbers(content):
@@ -87,29 +91,26 @@ def foreign(model: torch.nn.Module, content: bytes) -> list[str]:
     return [str(value) for values in wanted.values() for value in values]
 
 
-def read(path: Path, content: bytes, run: bool) -> str:
-    """What becomes of one file."""
-    outcome = "refused"
+def read(path: Path) -> tuple[str, list[torch.nn.Module]]:
+    """What becomes of one file, and the models that are loaded from it."""
+    models: list[torch.nn.Module] = []
     for load in (hubert_eff.load, load_recognizer) if path.suffix == ".pt" else (hubert_eff.load,):
         try:
-            model = load(path)
+            models.append(load(path))
         except UserError as error:
             if "\n" in str(error) or len(str(error)) > LINE:
-                return f"failed: a message of {len(str(error))} characters: {str(error)[:300]!r}"
-            continue
+                return f"failed: a message of {len(str(error))} characters: {str(error)[:300]!r}", []
         except Exception as error:
-            return f"failed: {type(error).__name__}: {error}"[:300]
-        outcome = "loaded"
-        if lost := foreign(model, content):
-            return f"foreign: {lost[:3]}"
-        if run and isinstance(model, hubert_eff.HubertModel):
-            with torch.inference_mode():
-                dtype = model.mask_emb.dtype
-                try:
-                    model.hidden_states(torch.randn(1, 2_000).to(dtype if dtype == torch.bfloat16 else torch.float32))
-                except UserError:  # too few samples, for an extractor of long kernels
-                    pass
-    return outcome
+            return f"failed: {type(error).__name__}: {error}"[:300], []
+    return "loaded" if models else "refused", models
+
+
+def run(model: torch.nn.Module) -> None:
+    """Let a loaded model hear something."""
+    if isinstance(model, HubertModel):
+        dtype = torch.bfloat16 if model.mask_emb.dtype == torch.bfloat16 else torch.float32
+        with torch.inference_mode(), suppress(UserError):  # of too few samples, for an extractor of long kernels
+            model.hidden_states(torch.randn(1, 2_000).to(dtype))
 
 
 def _work(tried: list[Case], bases: dict[str, list[bytes]], seed: int, folder: Path, results: Any) -> None:
@@ -117,7 +118,6 @@ def _work(tried: list[Case], bases: dict[str, list[bytes]], seed: int, folder: P
     with open("/proc/self/statm") as sizes:
         taken = int(sizes.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY, taken + MEMORY))
-    warnings.simplefilter("ignore")
     for kind, name, index in tried:
         r = random.Random(f"{seed} {kind} {index}")
         base = r.choice(bases[kind])
@@ -126,8 +126,13 @@ def _work(tried: list[Case], bases: dict[str, list[bytes]], seed: int, folder: P
         path.write_bytes(content)
         results.send("started")
         start = time.perf_counter()
-        outcome = read(path, content, run=index % 10 == 0)
-        results.send((outcome, time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+        outcome, models = read(path)
+        if index % 10 == 0:
+            for model in models:
+                run(model)
+        results.send((time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+        lost = [number for model in models for number in foreign(model, content)]
+        results.send(f"foreign: {lost[:3]}" if lost else outcome)
 
 
 def outcomes(tried: list[Case], bases: dict[str, list[bytes]], seed: int, folder: Path) -> Iterator[tuple[Case, str, float, int]]:
@@ -146,7 +151,8 @@ def outcomes(tried: list[Case], bases: dict[str, list[bytes]], seed: int, folder
                     process.kill()
                     yield left.pop(0), "hung", SECONDS, 0
                     break
-                yield (left.pop(0), *receiver.recv())
+                seconds, memory = receiver.recv()
+                yield left.pop(0), receiver.recv(), seconds, memory
         except EOFError:
             process.join()
             yield left.pop(0), f"crashed: exit code {process.exitcode}", 0.0, 0
@@ -160,7 +166,13 @@ def fuzz(
     """Counts by kind and mutation, with the slowest file (`ms`) and the most memory of its process (`mb`)."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
+    warnings.simplefilter("ignore")
     bases = {"pt": file_mutations.checkpoints(), "safetensors": file_mutations.exports(folder)}
+    for kind, contents in bases.items():  # each is sound; what torch imports for its first model is there when processes begin
+        for content in contents:
+            (folder / f"sound.{kind}").write_bytes(content)
+            outcome, models = read(folder / f"sound.{kind}")
+            assert outcome == "loaded" and not any(foreign(model, content) for model in models)
     found: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     running = []
     for worker in range(workers):

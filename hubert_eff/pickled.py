@@ -20,6 +20,7 @@ from .errors import short
 MOST_INSTRUCTIONS = 1 << 22
 DEEPEST = 100  # containers in containers
 MOST_DIMS = 16
+EXTENT = "holds more values, or deeper ones, than any checkpoint"
 NOT_ONE = "is no checkpoint, or is truncated"
 
 DTYPES = {
@@ -181,7 +182,7 @@ class Reader:
             elif name not in ("PROTO", "FRAME", "STOP"):
                 self._other(name, argument)
             if count > MOST_INSTRUCTIONS:
-                raise Bad("holds more values than any checkpoint")
+                raise Bad(EXTENT)
         if len(stack) != 1:
             raise Bad(NOT_ONE)
         return stack[0]
@@ -264,7 +265,7 @@ def check_extent(content: Any, objects: Mapping[str, type], most: int) -> None:
     the same list of ten times the same list ..."""
     containers = (dict, list, tuple, set, OrderedDict, *objects.values())
     leaves = (*SCALARS, Stored, torch.dtype)
-    known: dict[int, tuple[int, int]] = {}  # container -> (depth, size) when all below is known
+    known: dict[int, int] = {}  # container -> size, when all below is known
     begun: set[int] = set()
     work = [(content,)]  # what is looked at is held by a container, so that no other has its id
     while work:
@@ -277,21 +278,23 @@ def check_extent(content: Any, objects: Mapping[str, type], most: int) -> None:
         if waiting:
             if id(value) in begun:
                 raise Bad("is damaged: it holds a container that holds itself")
-            begun.add(id(value))
+            begun.add(id(value))  # what the value on top is in
+            if len(begun) > DEEPEST:
+                raise Bad(EXTENT)
             work += waiting
             continue
-        depth, size = 0, 1
+        begun.discard(id(value))
+        size = 1
         for part in parts:
             if type(part) in containers:
-                below = known[id(part)]
-                depth, size = max(depth, below[0]), size + below[1]
+                size += known[id(part)]
             elif type(part) in leaves:
                 size += 1 + (len(part) if isinstance(part, (str, bytes)) else 8)
             else:
                 raise Bad("is damaged: it holds a value of an unknown kind")
-        known[id(value)] = depth + 1, size
-        if depth >= DEEPEST or size > most:
-            raise Bad("holds more values, or deeper ones, than any checkpoint")
+        known[id(value)] = size
+        if size > most:
+            raise Bad(EXTENT)
 
 
 def _parts(value: Any) -> list[Any]:
