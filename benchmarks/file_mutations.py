@@ -51,7 +51,9 @@ def joined(header: Header, data: bytes) -> bytes:
 
 
 ABSURD: list[Any] = [
-    -1, 0, 1, 2, 3, 7, 2**20, 10**6, 10**9, 2**31, 2**63, 2**80, 1e308, -0.5, True, None, "", "x" * 300, [], {}, [[[]]], "default", "paper", "w1a1"]
+    -1, 0, 1, 2, 3, 7, 2**20, 10**6, 10**9, 2**31, 2**63, 2**80, 1e308, -0.5, True, None, "", "x" * 300, [], {}, [[[]]], "default",
+    "paper", "w1a1",
+]  # fmt: skip
 
 
 def flip_data(content: bytes, r: random.Random) -> bytes:
@@ -159,7 +161,8 @@ def checkpoint(preset: str, **keys: Any) -> Content:
     encoder = preset.partition("-")[0]
     moments = {name: torch.rand_like(weight) for name, weight in list(model.named_parameters())[:3]}
     return {
-        "args": argparse.Namespace(no_save=False), "cfg": {"model": {"_name": f"hubert_{encoder}", **model.config.to_dict()}, "task": {}},
+        "args": None, "more": argparse.Namespace(no_save=False),
+        "cfg": {"model": {"_name": f"hubert_{encoder}", **model.config.to_dict()}, "task": {}},
         "model": model.state_dict(), "optimizer_history": [{"num_updates": 7, "lr_scheduler_state": {"best": None}}],
         "task_state": {}, "extra_state": {"train_iterator": {"epoch": 1, "shuffle": True}, "val_loss": 1.5},
         "last_optimizer_state": {"state": {0: moments}, "param_groups": [{"betas": (0.9, 0.98)}]},
@@ -206,9 +209,10 @@ def with_pickle(content: bytes, change: Callable[[bytes], bytes]) -> bytes:
 
 def flip_any(content: bytes, r: random.Random) -> bytes:
     changed = bytearray(content)
-    places = (lambda: r.randrange(len(changed)), lambda: r.randrange(min(3_000, len(changed))), lambda: len(changed) - r.randrange(1, 1_500))
+    size = len(changed)
     for _ in range(r.randint(1, 6)):
-        changed[r.choice(places)() % len(changed)] = r.randrange(256)
+        places = r.randrange(size), r.randrange(min(3_000, size)), size - r.randrange(1, 1_500)  # anywhere, the pickle, the list of records
+        changed[r.choice(places) % size] = r.randrange(256)
     return bytes(changed)
 
 
@@ -241,7 +245,8 @@ def claim(content: bytes, r: random.Random) -> bytes:
 
 def retype(content: bytes, r: random.Random) -> bytes:
     """Storages of another dtype than was written."""
-    other = r.choice((b"DoubleStorage", b"HalfStorage", b"BoolStorage", b"LongStorage", b"BFloat16Storage", b"ComplexFloatStorage", b"Tensor"))
+    names = (b"DoubleStorage", b"HalfStorage", b"BoolStorage", b"LongStorage", b"BFloat16Storage", b"ComplexFloatStorage", b"Tensor")
+    other = r.choice(names)
     return with_pickle(content, lambda part: part.replace(b"FloatStorage", other, r.choice((1, -1))))
 
 
@@ -299,6 +304,17 @@ def reconfigure(content: bytes, r: random.Random) -> bytes:
     return saved(loaded, r.random() < 0.3)
 
 
+def _others(tensor: torch.Tensor, another: torch.Tensor) -> tuple[Callable[[], Any], ...]:
+    return (
+        tensor.double, tensor.half, lambda: tensor.to(torch.int32), lambda: tensor.to(torch.complex64), lambda: tensor[..., None],
+        lambda: torch.zeros(1).expand(tensor.shape), lambda: torch.zeros(1).expand(2**20, 2**20), lambda: tensor.flatten().flip(0),
+        lambda: tensor.to("meta"), lambda: torch.sparse_coo_tensor(size=tensor.shape), lambda: torch.nn.Parameter(tensor.float()),
+        lambda: torch.quantize_per_tensor(tensor.float(), 0.1, 0, torch.quint8), lambda: another, lambda: "text", lambda: None,
+        lambda: torch.full_like(tensor, 1), lambda: torch.empty(0), lambda: {"a": tensor}, lambda: torch.rand(50, 50)[3:30:2, 5:9],
+        lambda: tensor.mT.contiguous().mT if tensor.dim() > 1 else tensor, lambda: torch.zeros(tensor.shape, dtype=torch.bool),
+    )  # fmt: skip
+
+
 def reweigh(content: bytes, r: random.Random) -> bytes:
     """Other tensors than the configuration describes, as torch.save writes them."""
     loaded = torch.load(io.BytesIO(content), weights_only=False)
@@ -306,15 +322,7 @@ def reweigh(content: bytes, r: random.Random) -> bytes:
     for _ in range(r.randint(1, 3)):
         name, other = r.sample(sorted(key for key in state if torch.is_tensor(state[key])), 2)
         tensor = state[name]
-        changes: tuple[Callable[[], Any], ...] = (
-            tensor.double, tensor.half, lambda: tensor.to(torch.int32), lambda: tensor.to(torch.complex64), lambda: tensor[..., None],
-            lambda: torch.zeros(1).expand(tensor.shape), lambda: torch.zeros(1).expand(2**20, 2**20), lambda: tensor.flatten().flip(0),
-            lambda: tensor.to("meta"), lambda: torch.sparse_coo_tensor(size=tensor.shape), lambda: torch.nn.Parameter(tensor.float()),
-            lambda: torch.quantize_per_tensor(tensor.float(), 0.1, 0, torch.quint8), lambda: state[other], lambda: "text", lambda: None,
-            lambda: torch.full_like(tensor, 1), lambda: torch.empty(0), lambda: {"a": tensor}, lambda: torch.rand(50, 50)[3:30:2, 5:9],
-            lambda: tensor.mT.contiguous().mT if tensor.dim() > 1 else tensor, lambda: torch.zeros(tensor.shape, dtype=torch.bool),
-        )  # fmt: skip
-        state[r.choice((name, name, name, name + "x", "\x1b[31m"))] = r.choice(changes)()
+        state[r.choice((name, name, name, name + "x", "\x1b[31m"))] = r.choice(_others(tensor, state[other]))()
         if r.random() < 0.1:
             del state[other]
     return saved(loaded, r.random() < 0.3)
@@ -340,8 +348,8 @@ def handmade(content: bytes, r: random.Random) -> bytes:
         b"]" * deep + b"a" * (deep - 1),
         b")" + b"\x85" * deep,  # a tuple in a tuple in ...
         b"})" + b"\x85" * deep + b"Ns",  # as a key
-        b"]q\x00" + b"".join(b"](" + b"h" + bytes([i]) + (b"h" + bytes([i])) * 9 + b"eq" + bytes([i + 1]) for i in range(60)),  # 10^60 lists
-        _text("A" * 10_000) + b"q\x01" + b"](" + b"h\x01" * 20_000 + b"e",
+        b"](]q\x00" + b"".join(b"](" + (b"h" + bytes([i])) * 10 + b"eq" + bytes([i + 1]) for i in range(60)) + b"e",  # 10^60 lists
+        b"](" + _text("A" * 10_000) + b"q\x01" + b"h\x01" * 20_000 + b"e",
         b"Nr\xff\xff\xff\xff",  # a memo of 2^32 places
         b"X\xff\xff\xff\x7fabc", b"\x8e" + b"\xff" * 7 + b"\x7f", b"\x8b\xff\xff\xff\x7f", b"\x8a\xff" + b"\x7f" * 255, b"(" * deep,
         called + number + b"\x85R", called + b")R", called + b")\x81", called + b")\x81}" + _text("__class__") + number + b"sb",

@@ -61,10 +61,10 @@ def numbers(content: bytes) -> Iterator[Any]:
     for kind, size in (("<f4", 4), ("<f2", 2), ("bf16", 2), ("<f8", 8), ("<i8", 8), ("<i4", 4)):
         for start in range(size):
             raw = content[start : start + (len(content) - start) // size * size]
-            if kind == "bf16":
-                yield (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4").astype("f8")
-            else:
-                yield np.frombuffer(raw, kind).astype("f8" if kind[1] == "f" else "i8")
+            found = (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4") if kind == "bf16" else np.frombuffer(raw, kind)
+            with np.errstate(all="ignore"):
+                found = found.astype("f8" if found.dtype.kind == "f" else "i8")
+            yield found
 
 
 def foreign(model: torch.nn.Module, content: bytes) -> list[str]:

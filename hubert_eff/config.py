@@ -39,7 +39,7 @@ MEL_FRONTS = ("logmel-conv", "logmel-dws", "conv-embed")  # on a log-mel spectro
 # beyond these a value is no size that is built or trained; they hold before anything is made of it
 LARGEST = 2**32 - 1  # of whole numbers
 LONGEST = 1 << 16  # characters of a text, the longest being a policy
-MOST_LAYERS = 256
+MOST_LAYERS = 100
 WIDEST = 1 << 16  # channels, kernel and stride of a convolution of the extractor
 
 _TYPES = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}

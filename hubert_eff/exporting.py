@@ -13,6 +13,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from .fusing import fuse as fused_copy
 from .layers.linear import Linear
 from .model import LABEL_EMBEDDINGS, HubertModel
 from .registry import encoder_of, stored_config
+from .torchfile import structure_only
 
 FORMAT, FORMAT_VERSION = "hubert-eff", "1"
 FLOAT, PACKED = "float", "packed"
@@ -230,7 +232,7 @@ def _blueprint(encoder: str, text: str, weights: str, fused: str, copies: str) -
 
 def _built(encoder: str, text: str, weights: str, fused: str, copies: str, *, device: str) -> HubertModel:
     config = stored_config(encoder, text)
-    with torch.device(device):
+    with structure_only() if device == "meta" else nullcontext():
         model = HubertModel(config)
         if copies != "1":
             model.final_proj = Linear(config.encoder_embed_dim, config.codebook_dim * int(copies))

@@ -12,12 +12,14 @@ import struct
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .errors import BUILD_ERRORS, UserError, short
 from .pickled import NOT_ONE, Bad, Reader, Storage, Stored, check_extent, size_of
@@ -37,6 +39,23 @@ class Unreadable(UserError):
     def __init__(self, file: Path, reason: str) -> None:
         super().__init__(f"{file} {reason}")
         self.reason = reason
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves out the random start of weights, which torch works out in Python on the meta device, after a second of imports."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        if func in (Tensor.uniform_, Tensor.normal_) or getattr(func, "__module__", "") == nn.init.__name__:
+            return args[0] if args else named["tensor"]
+        return func(*args, **named)
+
+
+@contextmanager
+def structure_only() -> Iterator[None]:
+    """Models that are built in here have names and shapes, and no storage."""
+    with torch.device("meta"), _Unfilled():
+        yield
 
 
 class TorchFile:
@@ -248,7 +267,7 @@ class TorchFile:
             raise UserError("its weights are not tensors by name")
         if sum(stored.numel * stored.dtype.itemsize for stored in weights.values()) > self.file.stat().st_size:
             raise UserError("its weights are larger than the file: tensors share their bytes")
-        with torch.device("meta"):
+        with structure_only():
             try:
                 model = build()
             except UserError:
