@@ -269,6 +269,7 @@ def test_fairseq_reads_checkpoints_by_the_same_reader(tmp_path: Path) -> None:
         checkpoint_utils.load_checkpoint_to_cpu(str(path))
 
 
+@pytest.mark.long
 def test_changed_files_are_refused_or_sound(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few of those of benchmarks/fuzz_files.py, each read in a process that may die."""
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
