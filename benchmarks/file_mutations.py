@@ -307,7 +307,7 @@ def reconfigure(content: bytes, r: random.Random) -> bytes:
 def _others(tensor: torch.Tensor, another: torch.Tensor) -> tuple[Callable[[], Any], ...]:
     return (
         tensor.double, tensor.half, lambda: tensor.to(torch.int32), lambda: tensor.to(torch.complex64), lambda: tensor[..., None],
-        lambda: torch.zeros(1).expand(tensor.shape), lambda: torch.zeros(1).expand(2**20, 2**20), lambda: tensor.flatten().flip(0),
+        lambda: torch.zeros(()).expand(tensor.shape), lambda: torch.zeros(()).expand(2**20, 2**20), lambda: tensor.flatten().flip(0),
         lambda: tensor.to("meta"), lambda: torch.sparse_coo_tensor(size=tensor.shape), lambda: torch.nn.Parameter(tensor.float()),
         lambda: torch.quantize_per_tensor(tensor.float(), 0.1, 0, torch.quint8), lambda: another, lambda: "text", lambda: None,
         lambda: torch.full_like(tensor, 1), lambda: torch.empty(0), lambda: {"a": tensor}, lambda: torch.rand(50, 50)[3:30:2, 5:9],

@@ -8,7 +8,7 @@ another when it dies. A file counts as
 
 - refused: `UserError`, one line of at most 1,000 characters,
 - loaded: a model; every tenth one also hears 2,000 samples,
-- crashed, hung (more than 10 s), failed (another exception, or no such line), or foreign: loaded with numbers that the file does not hold.
+- crashed, hung (more than 10 s of processor time, or 60 s), failed (another exception, or no such line), or foreign: loaded with numbers that the file does not hold.
 
 The last four are counted as lost; the exit code is 1 if there is any. `--count` gives the number of checkpoints and of exports.
 """
@@ -40,7 +40,7 @@ from hubert_eff.quant.runtime.modules import PackedConv1d, PackedLinear
 from hubert_eff.quant.storage import bytes_of
 from hubert_eff.recognition import load_recognizer
 
-SECONDS = 10.0  # that a file may take
+SECONDS, PATIENCE = 10.0, 60.0  # processor time that a file may take, and time, on a busy machine
 MEMORY = 3 << 30  # bytes that a process may take beyond what it starts with
 LINE = 1_000
 Case = tuple[str, str, int]  # kind of file, mutation, number
@@ -125,18 +125,18 @@ def _work(tried: list[Case], bases: dict[str, list[bytes]], seed: int, folder: P
         path = folder / f"model.{kind}"
         path.write_bytes(content)
         results.send("started")
-        start = time.perf_counter()
+        start = time.process_time()
         outcome, models = read(path)
         if index % 10 == 0:
             for model in models:
                 run(model)
-        results.send((time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+        results.send((time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
         lost = [number for model in models for number in foreign(model, content)]
         results.send(f"foreign: {lost[:3]}" if lost else outcome)
 
 
 def outcomes(tried: list[Case], bases: dict[str, list[bytes]], seed: int, folder: Path) -> Iterator[tuple[Case, str, float, int]]:
-    """(case, what became of it, seconds, peak memory of the process) of each, in order; a process that dies or hangs is replaced."""
+    """(case, what became of it, seconds of processor time, peak memory of the process) of each, in order; a process that dies or hangs is replaced."""
     context = multiprocessing.get_context("fork")
     left = list(tried)
     while left:
@@ -147,12 +147,13 @@ def outcomes(tried: list[Case], bases: dict[str, list[bytes]], seed: int, folder
         try:
             while left:
                 receiver.recv()  # started; making the file takes its time
-                if not receiver.poll(SECONDS):
+                if not receiver.poll(PATIENCE):
                     process.kill()
-                    yield left.pop(0), "hung", SECONDS, 0
+                    yield left.pop(0), "hung", PATIENCE, 0
                     break
                 seconds, memory = receiver.recv()
-                yield left.pop(0), receiver.recv(), seconds, memory
+                outcome = receiver.recv()
+                yield left.pop(0), "hung" if seconds > SECONDS else outcome, seconds, memory
         except EOFError:
             process.join()
             yield left.pop(0), f"crashed: exit code {process.exitcode}", 0.0, 0

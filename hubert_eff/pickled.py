@@ -17,7 +17,7 @@ import torch
 from .errors import short
 
 # what a file may ask for; checkpoints of a billion parameters, with their optimizer, stay far below
-MOST_INSTRUCTIONS = 1 << 22
+MOST_INSTRUCTIONS = 1 << 21
 DEEPEST = 100  # containers in containers
 MOST_DIMS = 16
 EXTENT = "holds more values, or deeper ones, than any checkpoint"
