@@ -8,7 +8,8 @@ another when it dies. A file counts as
 
 - refused: `UserError`, one line of at most 1,000 characters,
 - loaded: a model; every tenth one also hears 2,000 samples,
-- crashed, hung (more than 10 s of processor time, or 60 s), failed (another exception, or no such line), or foreign: loaded with numbers that the file does not hold.
+- crashed, hung (more than 10 s of processor time, or 60 s), failed (another exception, or no such line), or foreign: loaded with numbers
+  that the file does not hold.
 
 The last four are counted as lost; the exit code is 1 if there is any. `--count` gives the number of checkpoints and of exports.
 """
@@ -136,7 +137,8 @@ def _work(tried: list[Case], bases: dict[str, list[bytes]], seed: int, folder: P
 
 
 def outcomes(tried: list[Case], bases: dict[str, list[bytes]], seed: int, folder: Path) -> Iterator[tuple[Case, str, float, int]]:
-    """(case, what became of it, seconds of processor time, peak memory of the process) of each, in order; a process that dies or hangs is replaced."""
+    """(case, what became of it, seconds of processor time, peak memory of the process) of each, in order. A process that dies or hangs is
+    replaced."""
     context = multiprocessing.get_context("fork")
     left = list(tried)
     while left:
