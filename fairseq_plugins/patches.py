@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import logging
-import pickle
+import types
 import typing
 from collections import defaultdict
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 from fairseq import checkpoint_utils
@@ -22,7 +22,9 @@ from omegaconf.base import ContainerMetadata, Metadata
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.nodes import AnyNode
 
+from hubert_eff.checkpoint import DICTIONARY
 from hubert_eff.errors import UserError, unknown
+from hubert_eff.torchfile import TorchFile, Unreadable
 
 from . import epochs, resuming, saving, stopping
 
@@ -33,7 +35,7 @@ def apply() -> None:
     """Make all patches; fairseq imports the plug-in once per process."""
     allow_checkpoint_classes()
     name_bad_keys()
-    name_bad_checkpoints()
+    read_checkpoints_safely()
     saving.write_whole_checkpoints()
     saving.refuse_bad_save_dir()
     save_no_paths()
@@ -52,10 +54,8 @@ def apply() -> None:
 
 
 def allow_checkpoint_classes() -> None:
-    """torch >= 2.6 loads weights only, so resuming needs the harmless classes that checkpoints hold to be named.
-
-    The task state holds dictionaries; resuming on several ranks sends placeholders for tensors and omegaconf's containers.
-    """
+    """Resuming on several ranks, the first sends what it has read to the others. torch >= 2.6 loads weights only, so that the harmless
+    classes in it need to be named: of the task's state, placeholders for tensors and omegaconf's containers."""
     torch.serialization.add_safe_globals(
         [
             Dictionary, distributed_utils._TensorPlaceholder, DictConfig, ListConfig, ContainerMetadata, Metadata, AnyNode,
@@ -82,34 +82,48 @@ def name_bad_keys() -> None:
     dataclass_utils.merge_with_parent = merge
 
 
-def name_bad_checkpoints() -> None:
-    """A file that is no checkpoint ends in a traceback out of the reader; one line names the file and says what to do."""
-    original = checkpoint_utils.load_checkpoint_to_cpu
+def read_checkpoints_safely() -> None:
+    """torch.load takes a file at its word where a tensor is longer than what the file holds of it, and a file that is no checkpoint ends in
+    a traceback. Files are read by `hubert_eff.torchfile`; one line names a bad one and says what to do."""
+    original, reader = checkpoint_utils.load_checkpoint_to_cpu, _Torch("torch")
+    reader.load = _read  # type: ignore[attr-defined]
+    checkpoint_utils.torch = reader
 
     @stopping.one_line_errors()
     def load(path: str, *args: Any, **options: Any) -> dict[str, Any]:
         try:
-            state = original(path, *args, **options)
-            if "model" in state:
-                return state
-            reason = "holds no model"
+            return original(path, *args, **options)
         except MemoryError:
             raise
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # the reader seeks to before the start of a truncated file
-                raise
-            reason = "is truncated"
-        except pickle.UnpicklingError as error:
-            # torch's wording for a class that is not allowed; junk fails with another message
-            reason = "holds pickled code, not only weights" if "GLOBAL" in str(error) else "is no checkpoint, or is truncated"
-        except Exception:  # bytes that are no checkpoint can fail anywhere in the reader
-            reason = "is no checkpoint, or is truncated"
+        except Unreadable as error:
+            reason = error.reason
+        except OSError:
+            raise
+        except Exception:  # what fairseq expects of a checkpoint's content
+            reason = "is no checkpoint"
         raise UserError(
             f"{path} {reason}: go on from another with checkpoint.restore_file=FILE, or move it away (or set another "
             "checkpoint.save_dir) to start anew"
         )
 
     checkpoint_utils.load_checkpoint_to_cpu = load
+
+
+class _Torch(types.ModuleType):
+    """torch, for a module that calls one function of it that is to be another."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+def _read(file: BinaryIO, map_location: Any = None) -> dict[str, Any]:
+    """The content of a checkpoint, in place of torch.load."""
+    path = Path(file.name)
+    with TorchFile(path, {DICTIONARY: Dictionary}) as opened:
+        if not isinstance(opened.content, dict) or not isinstance(opened.content.get("model"), dict):
+            raise Unreadable(path, "is no checkpoint of a model")
+        content: dict[str, Any] = opened.whole()
+        return content
 
 
 def save_no_paths() -> None:

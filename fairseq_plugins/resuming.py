@@ -13,14 +13,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from fairseq import checkpoint_utils
+from fairseq.data import Dictionary
 from fairseq.optim.composite import FairseqCompositeOptimizer
 from fairseq.trainer import Trainer
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from hubert_eff.checkpoint import DICTIONARY
 from hubert_eff.errors import UserError
+from hubert_eff.torchfile import TorchFile, Unreadable
 
 from . import saving, stopping
 
@@ -107,8 +109,9 @@ def _compare(trainer: Trainer, filename: str) -> list[str]:
     Raises `UserError` where there are any and `task.resume_changed` is not set.
     """
     try:
-        state = torch.load(filename, map_location="cpu", weights_only=True, mmap=True)  # tensors are not read
-    except Exception:  # bytes that are no checkpoint can fail anywhere in the reader; what loads it says so
+        with TorchFile(Path(filename), {DICTIONARY: Dictionary}) as opened:  # tensors are not read
+            state = opened.content
+    except Unreadable:  # what loads it says so
         return []
     before = state.get("cfg") if isinstance(state, dict) else None
     if not isinstance(before, Mapping):

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
+import functools
 import os
-import pickle
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .config import SAMPLE_RATE, HubertConfig
-from .errors import UserError
+from .errors import UserError, about, short
 from .exporting import is_export, read_export
 from .model import LABEL_EMBEDDINGS, HubertModel
-from .recognition.checkpoint import is_recognizer, read_recognizer
-from .registry import get_encoder, list_encoders
+from .pickled import NOT_ONE, Stored
+from .recognition.checkpoint import is_recognizer, recognizer_in
+from .registry import list_encoders, stored_config
+from .torchfile import TorchFile, Unreadable
 
 # keys of fairseq's HubertConfig that we have no use for: they do not change what the encoder computes
 STOCK_UNUSED = {
@@ -29,11 +27,11 @@ STOCK_UNUSED = {
 STOCK_FIXED = {"activation_fn": "gelu", "layer_type": "transformer", "conv_pos_batch_norm": False, "pos_conv_depth": 1}
 
 
-class _Dictionary:
-    """Stands in for fairseq's Dictionary, which stock checkpoints hold, where fairseq is not installed."""
+DICTIONARY = "fairseq.data.dictionary.Dictionary"
 
 
-_Dictionary.__module__, _Dictionary.__name__, _Dictionary.__qualname__ = "fairseq.data.dictionary", "Dictionary", "Dictionary"
+class Dictionary:
+    """Stands in for fairseq's Dictionary, which checkpoints hold, where fairseq is not installed."""
 
 
 def load(path: str | os.PathLike[str]) -> HubertModel:
@@ -48,44 +46,37 @@ def load(path: str | os.PathLike[str]) -> HubertModel:
         raise UserError(f"no checkpoint at {file}")
     if is_export(file):
         return read_export(file)
-    content = read_fairseq(file)
-    if is_recognizer(content):
-        return read_recognizer(content, file).hubert
-    config, state = config_of(content, file), dict(content["model"])
-    embeddings = state.get(LABEL_EMBEDDINGS)
-    model = HubertModel(config, _codebooks(content, 0 if embeddings is None else embeddings.size(0)))
+    with open_fairseq(file) as opened, about(file):
+        return recognizer_in(opened).hubert if is_recognizer(opened.content) else _model_in(opened)
+
+
+def _model_in(opened: TorchFile) -> HubertModel:
+    """The pre-trained model of a fairseq checkpoint."""
+    content = opened.content
+    config, weights = config_of(content, opened.file), content["model"]
+    embeddings = weights.get(LABEL_EMBEDDINGS)
+    rows = embeddings.shape[0] if isinstance(embeddings, Stored) and embeddings.shape else 0
+    return opened.fill(functools.partial(HubertModel, config, _codebooks(content, rows)), weights)
+
+
+def open_fairseq(file: Path) -> TorchFile:
+    """A fairseq checkpoint, whose tensors are still in the file. Raises `UserError` for a file that is none; unpickles nothing."""
+    hint = "expected a fairseq checkpoint (.pt) or an export of hubert-eff (.safetensors)"
     try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{file}: the weights do not fit the model that its configuration describes: {reason}") from error
-    return model.eval()
+        opened = TorchFile(file, {DICTIONARY: Dictionary})
+    except Unreadable as error:
+        raise UserError(f"{error}: {hint}" if error.reason == NOT_ONE else str(error)) from error
+    if not isinstance(opened.content, dict) or not isinstance(opened.content.get("model"), Mapping):
+        opened.close()
+        raise UserError(f"{file} is no checkpoint of a model: {hint}")
+    return opened
 
 
 def read_fairseq(file: Path) -> dict[str, Any]:
-    """The content of a fairseq checkpoint, unpickled with tensors and plain values only. Raises `UserError` if that is not possible."""
-    hint = "expected a fairseq checkpoint (.pt) or an export of hubert-eff (.safetensors)"
-    safe: list[Any] = [_Dictionary, argparse.Namespace]
-    if hasattr(torch.serialization, "safe_globals"):  # torch >= 2.5
-        # on its way out it takes away what others had allowed before
-        known = torch.serialization.get_safe_globals()
-        allowed: Any = torch.serialization.safe_globals([entry for entry in safe if entry not in known])
-    else:
-        torch.serialization.add_safe_globals(safe)
-        allowed = nullcontext()
-    try:
-        with allowed:
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line or "global" in line), "")
-        if reason:
-            raise UserError(f"{file} is refused: it holds pickled code, not only weights ({' '.join(reason.split())[:160]})") from error
-        raise UserError(f"{file} is no checkpoint: {hint}") from error
-    except Exception as error:  # bytes that are no checkpoint can fail anywhere in the reader
-        raise UserError(f"{file} is no checkpoint, or is truncated: {hint}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("model"), Mapping):
-        raise UserError(f"{file} is no checkpoint of a model: {hint}")
-    return content
+    """The whole content of a fairseq checkpoint, with its tensors. Raises `UserError` as `open_fairseq` does."""
+    with open_fairseq(file) as opened:
+        content: dict[str, Any] = opened.whole()
+        return content
 
 
 def last_checkpoints(folder: str | os.PathLike[str], count: int) -> list[Path]:
@@ -153,8 +144,11 @@ def updates_of(path: str | os.PathLike[str]) -> int:
         raise UserError(f"no checkpoint at {file}")
     if is_export(file):
         return 0
-    history = read_fairseq(file).get("optimizer_history") or [{}]
-    return int(history[-1].get("num_updates", 0))
+    with open_fairseq(file) as opened:
+        history = opened.content.get("optimizer_history")
+    last = history[-1] if isinstance(history, list) and history else {}
+    updates = last.get("num_updates", 0) if isinstance(last, Mapping) else 0
+    return updates if isinstance(updates, int) else 0
 
 
 def config_of(content: Mapping[str, Any], file: Path) -> HubertConfig:
@@ -163,28 +157,37 @@ def config_of(content: Mapping[str, Any], file: Path) -> HubertConfig:
     if not isinstance(cfg, Mapping) or not isinstance(cfg.get("model"), Mapping):
         raise UserError(f"{file} has no fairseq configuration (cfg.model): it was not written by fairseq-hydra-train")
     values, task = dict(cfg["model"]), cfg.get("task") or {}
+    if not isinstance(task, Mapping):
+        raise UserError(f"{file} has no fairseq configuration (cfg.task)")
     if task.get("sample_rate", SAMPLE_RATE) != SAMPLE_RATE:
-        raise UserError(f"{file} was trained on audio of {task['sample_rate']} Hz: models here take {SAMPLE_RATE} Hz")
-    name = str(values.pop("_name", ""))
-    encoder = name.removeprefix("hubert_")
+        raise UserError(f"{file} was trained on audio of {_said(task['sample_rate'])} Hz: models here take {SAMPLE_RATE} Hz")
+    name = values.pop("_name", "")
+    encoder = name.removeprefix("hubert_") if isinstance(name, str) else ""
     if name != "hubert":
-        if not name.startswith("hubert_") or encoder not in list_encoders():
+        if encoder == name or encoder not in list_encoders():
             known = ", ".join(["hubert", *(f"hubert_{e}" for e in list_encoders())])
-            raise UserError(f"{file} holds the fairseq model '{name}', which is none of {known}")
-        return get_encoder(encoder).config.from_dict(values)
+            raise UserError(f"{file} holds the fairseq model '{_said(name)}', which is none of {known}")
+        return stored_config(encoder, values)
     for key, value in STOCK_FIXED.items():
         if values.pop(key, value) != value:
-            raise UserError(f"{file}: stock HuBERT with {key}={cfg['model'][key]} cannot be rebuilt here (only {value})")
+            raise UserError(f"{file}: stock HuBERT with {key}={_said(cfg['model'][key])} cannot be rebuilt here (only {value})")
     values = {k: v for k, v in values.items() if k not in STOCK_UNUSED}
     values["valid_frames"] = "fairseq"
     values["normalize"] = bool(task.get("normalize", False))
-    return get_encoder("transformer").config.from_dict(values)
+    return stored_config("transformer", values)
+
+
+def _said(value: object) -> str:
+    """A value of a file as it is shown; of what holds others only the kind."""
+    return short(value) if isinstance(value, (str, int, float)) else f"a {type(value).__name__}"
 
 
 def _codebooks(content: Mapping[str, Any], rows: int) -> tuple[int, ...]:
     """Sizes of the codebooks: those of the task's dictionaries if they add up, else all codewords are one codebook."""
-    dictionaries = (content.get("task_state") or {}).get("dictionaries") or []
-    sizes = tuple(len(getattr(d, "symbols", ())) for d in dictionaries)
-    if rows and sum(sizes) == rows:
+    state = content.get("task_state")
+    dictionaries = state.get("dictionaries") if isinstance(state, Mapping) else None
+    symbols = [getattr(d, "symbols", ()) for d in dictionaries] if isinstance(dictionaries, (list, tuple)) else []
+    sizes = tuple(len(s) for s in symbols if isinstance(s, (list, tuple)))
+    if rows and sum(sizes) == rows and all(sizes):
         return sizes
     return (rows,) if rows else ()

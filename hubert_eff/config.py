@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from .errors import UserError, unknown
+from .errors import UserError, short, unknown
 
 SAMPLE_RATE = 16_000
 FRAME_STRIDE = 320  # samples per frame: 20 ms at 16 kHz
@@ -35,6 +35,12 @@ CONV_FEATURE_LAYERS: dict[str, tuple[tuple[int, int, int], ...]] = {
 }
 
 MEL_FRONTS = ("logmel-conv", "logmel-dws", "conv-embed")  # on a log-mel spectrogram (logmel.py)
+
+# beyond these a value is no size that is built or trained; they hold before anything is made of it
+LARGEST = 2**32 - 1  # of whole numbers
+LONGEST = 1 << 16  # characters of a text, the longest being a policy
+MOST_LAYERS = 100
+WIDEST = 1 << 16  # channels, kernel and stride of a convolution of the extractor
 
 _TYPES = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
 
@@ -133,7 +139,7 @@ class HubertConfig:
     quant_policy: str = option("default", "what is binarised: default | paper | a YAML file, or its content as {...}")
 
     def __post_init__(self) -> None:
-        self._check_types()
+        check_types(self)
         if self.streaming:
             self.extractor_mode = "layer_norm"
         self.validate()
@@ -141,18 +147,6 @@ class HubertConfig:
             from .quant.policy import read_policy
 
             self.quant_policy = read_policy(self.quant_policy).text  # a file's content, so that it is saved with the model
-
-    def _check_types(self) -> None:
-        """Raise `UserError` for a value that is not of its key's type, or is not finite."""
-        kinds = typing.get_type_hints(type(self))
-        for entry in dataclasses.fields(self):
-            key, kind = entry.name, kinds[entry.name]
-            if kind not in _TYPES:
-                continue  # an encoder's own kind of key, which its validate() checks
-            value, accepted = getattr(self, key), (int, float) if kind is float else kind
-            fits = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
-            if not fits or (kind is float and not math.isfinite(value)):
-                raise UserError(f"{key}={value!r} must be {_TYPES[kind]}")
 
     def validate(self) -> None:
         """Raise `UserError` for a value that cannot be built or trained. Encoders extend it."""
@@ -164,6 +158,8 @@ class HubertConfig:
                      "conv_pos", "conv_pos_groups", "mask_length", "mask_channel_length", "required_seq_len_multiple"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.encoder_layers > MOST_LAYERS:
+            raise UserError(f"encoder_layers={self.encoder_layers}: at most {MOST_LAYERS} blocks are built")
         if self.required_seq_len_multiple > 1000:
             raise UserError(f"required_seq_len_multiple={self.required_seq_len_multiple} pads every input beyond 20 s: at most 1000")
         for name in ("dropout", "attention_dropout", "activation_dropout", "encoder_layerdrop", "dropout_input", "mask_prob",
@@ -257,12 +253,32 @@ class HubertConfig:
         return dataclasses.asdict(self)
 
 
+def check_types(config: Any) -> None:
+    """Raise `UserError` where a value of a dataclass of `option`s is not of its key's type, is not finite, or is absurdly large."""
+    kinds = typing.get_type_hints(type(config))
+    for entry in dataclasses.fields(config):
+        key, kind = entry.name, kinds[entry.name]
+        if kind not in _TYPES:
+            continue  # an encoder's own kind of key, which its validate() checks
+        value, accepted = getattr(config, key), (int, float) if kind is float else kind
+        fits = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
+        if not fits or (kind is float and not -LARGEST <= value <= LARGEST):
+            raise UserError(f"{key}={short(repr(value))} must be {_TYPES[kind]}")
+        if kind is int and abs(value) > LARGEST:
+            raise UserError(f"{key}={short(hex(value))} is too large: at most {LARGEST}")
+        if kind is str and len(value) > LONGEST:
+            raise UserError(f"{key} has {len(value)} characters: at most {LONGEST}")
+
+
 def read_numbers(key: str, text: str) -> tuple[int, ...]:
     """Read whole numbers joined by commas; an empty text has none. Raises `UserError`."""
     try:
-        return tuple(int(part) for part in text.split(",")) if text.strip() else ()
+        numbers = tuple(int(part) for part in text.split(",")) if text.strip() else ()
+        if len(numbers) > MOST_LAYERS or any(abs(number) > LARGEST for number in numbers):
+            raise ValueError(text)
     except ValueError as error:
-        raise UserError(f"{key}={text!r} must be whole numbers joined by commas") from error
+        raise UserError(f"{key}={short(repr(text))} must be whole numbers joined by commas") from error
+    return numbers
 
 
 def parse_conv_layers(spec: str) -> tuple[tuple[int, int, int], ...]:
@@ -292,8 +308,8 @@ def parse_conv_layers(spec: str) -> tuple[tuple[int, int, int], ...]:
 
     try:
         layers = read(ast.parse(spec.strip(), mode="eval").body)
-        if not layers or not isinstance(layers, list) or any(len(t) != 3 or min(t) < 1 for t in layers):
+        if not layers or not isinstance(layers, list) or any(len(t) != 3 or not 1 <= min(t) <= max(t) <= WIDEST for t in layers):
             raise ValueError(spec)
-    except (ValueError, TypeError, SyntaxError, RecursionError) as error:
-        raise UserError(f"conv_feature_layers={spec!r} cannot be read: {hint}") from error
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:  # the last two: of nested brackets
+        raise UserError(f"conv_feature_layers={short(repr(spec))} cannot be read: {hint}") from error
     return tuple((c, k, s) for c, k, s in layers)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 def printable(text: object) -> str:
@@ -28,6 +30,10 @@ class WriteError(OSError):
         return printable(f"{reason}. What stood there before is whole: make room and run it again")
 
 
+# what building a model of absurd sizes may raise
+BUILD_ERRORS = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
+
+
 class StepFailed(Exception):
     """A command of a longer job that ended with an exit code other than 0, which becomes the job's own."""
 
@@ -36,12 +42,29 @@ class StepFailed(Exception):
         self.code = code
 
 
+def short(text: object, most: int = 200) -> str:
+    """What a file says, on one line of at most `most` characters."""
+    line = printable(" ".join(str(text)[: 5 * most].split()))
+    return line if len(line) <= most else line[:most] + "..."
+
+
+@contextmanager
+def about(file: str | os.PathLike[str]) -> Iterator[None]:
+    """Put the name of a file before a `UserError` that does not begin with it."""
+    try:
+        yield
+    except UserError as error:
+        if str(error).startswith(printable(file)):
+            raise
+        raise UserError(f"{file}: {error}") from error
+
+
 def unknown(kind: str, name: object, known: Iterable[str]) -> UserError:
     """A `UserError` for a name that is not registered; it offers the nearest one and lists all."""
-    names = sorted(known)
-    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    names, said = sorted(known), short(name)
+    close = difflib.get_close_matches(said, names, n=1, cutoff=0.5)
     hint = f" - did you mean '{close[0]}'?" if close else "."
-    return UserError(f"unknown {kind} '{name}'{hint} Known: {', '.join(names) or 'none'}")
+    return UserError(f"unknown {kind} '{said}'{hint} Known: {', '.join(names) or 'none'}")
 
 
 def missing_extra(package: str, extra: str, purpose: str) -> UserError:

@@ -13,6 +13,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,13 @@ from torch import Tensor
 
 from . import __version__
 from .config import HubertConfig
-from .errors import UserError, unknown
+from .errors import BUILD_ERRORS, UserError, about, short, unknown
 from .files import replacing
 from .fusing import fuse as fused_copy
 from .layers.linear import Linear
 from .model import LABEL_EMBEDDINGS, HubertModel
-from .registry import encoder_of, get_encoder
+from .registry import encoder_of, stored_config
+from .torchfile import structure_only
 
 FORMAT, FORMAT_VERSION = "hubert-eff", "1"
 FLOAT, PACKED = "float", "packed"
@@ -36,8 +38,6 @@ FLOAT, PACKED = "float", "packed"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 COMPUTED = {"fp32": torch.float32, "fp16": torch.float32, "bf16": torch.bfloat16}
 BLUEPRINT = ("encoder", "config", "weights", "fused", "final_projections")  # metadata that say how a model is built
-LONGEST = 1 << 16  # characters of a configuration that is read
-DEEPEST = 1000  # blocks of a model that is read
 NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.uint8: "U8", torch.bool: "BOOL"}
 
 
@@ -172,7 +172,7 @@ def _checked(metadata: dict[str, str], file: Path) -> dict[str, str]:
     if version != FORMAT_VERSION:
         by = metadata.get("package_version", metadata.get("version", "?"))
         raise UserError(
-            f"{file} is an export of format version {_short(version)}, written by hubert-eff {_short(by)}: this is hubert-eff "
+            f"{file} is an export of format version {short(version)}, written by hubert-eff {short(by)}: this is hubert-eff "
             f"{__version__}, which reads version {FORMAT_VERSION}; export the model again"
         )
     missing = {*BLUEPRINT, "dtype"} - set(metadata)
@@ -188,45 +188,41 @@ def read_export(file: Path) -> HubertModel:
     Raises `UserError` for a file that does not hold what it says, and for numbers that no model has: NaN, infinity, scales of zero or
     less.
     """
-    try:
-        with safe_open(file, framework="pt") as stream:
-            metadata = _checked(stream.metadata() or {}, file)
-            held = {name: stream.get_slice(name) for name in stream.keys()}  # noqa: SIM118 (not a mapping)
-            found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in held.items()}
-            try:
+    with about(file):
+        try:
+            with safe_open(file, framework="pt") as stream:
+                metadata = _checked(stream.metadata() or {}, file)
+                held = {name: stream.get_slice(name) for name in stream.keys()}  # noqa: SIM118 (not a mapping)
+                found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in held.items()}
                 model = _structure(metadata, found)
-            except UserError:
-                raise
-            except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
-                raise UserError(f"its configuration describes no model that can be built ({_short(error)})") from error
-            _compare(model, metadata, found)
-            stored = {name: stream.get_tensor(name) for name in found}
-    except SafetensorError as error:
-        raise UserError(f"{file} is truncated or damaged: {_short(error)}") from error
-    except UserError as error:
-        raise error if str(error).startswith(str(file)) else UserError(f"{file}: {error}") from error
-    try:
+                _compare(model, metadata, found)
+                stored = {name: stream.get_tensor(name) for name in found}
+        except SafetensorError as error:
+            raise UserError(f"{file} is truncated or damaged: {short(error)}") from error
         _check_numbers(stored)
         return _filled(model, stored, metadata)
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from error
 
 
 def _structure(metadata: Mapping[str, str], found: Mapping[str, Any]) -> HubertModel:
     """The model that metadata describe, without storage."""
     if metadata["weights"] not in (FLOAT, PACKED):
-        raise unknown("kind of weights", _short(metadata["weights"]), (FLOAT, PACKED))
+        raise unknown("kind of weights", short(metadata["weights"]), (FLOAT, PACKED))
     if metadata["dtype"] not in DTYPES:
-        raise unknown("dtype", _short(metadata["dtype"]), DTYPES)
-    config = _config(metadata)
+        raise unknown("dtype", short(metadata["dtype"]), DTYPES)
+    config = stored_config(metadata["encoder"], metadata["config"])
     blocks = {name.split(".", 3)[2] for name in found if name.startswith("encoder.layers.")}
-    if config.encoder_layers != len(blocks) or config.encoder_layers > DEEPEST:
-        raise UserError(f"its configuration has {config.encoder_layers} blocks, its weights have {len(blocks)} (at most {DEEPEST})")
+    if config.encoder_layers != len(blocks):
+        raise UserError(f"its configuration has {config.encoder_layers} blocks, its weights have {len(blocks)}")
     if not re.fullmatch("[1-9][0-9]{0,3}", metadata["final_projections"]):
-        raise UserError(f"final_projections={_short(metadata['final_projections'])} must be a number of codebooks")
+        raise UserError(f"final_projections={short(metadata['final_projections'])} must be a number of codebooks")
     if metadata["weights"] == PACKED and config.quant != "w1a1":
         raise UserError(f"its weights are packed bits, but its configuration says quant={config.quant}, not w1a1")
-    return copy.deepcopy(_blueprint(*(metadata[name] for name in BLUEPRINT)))
+    try:
+        return copy.deepcopy(_blueprint(*(metadata[name] for name in BLUEPRINT)))
+    except UserError:
+        raise
+    except BUILD_ERRORS as error:
+        raise UserError(f"its configuration describes no model that can be built ({short(error)})") from error
 
 
 @functools.lru_cache(maxsize=4)  # a second file of the same configuration is read several times as fast
@@ -235,8 +231,8 @@ def _blueprint(encoder: str, text: str, weights: str, fused: str, copies: str) -
 
 
 def _built(encoder: str, text: str, weights: str, fused: str, copies: str, *, device: str) -> HubertModel:
-    config = _config({"encoder": encoder, "config": text})
-    with torch.device(device):
+    config = stored_config(encoder, text)
+    with structure_only() if device == "meta" else nullcontext():
         model = HubertModel(config)
         if copies != "1":
             model.final_proj = Linear(config.encoder_embed_dim, config.codebook_dim * int(copies))
@@ -247,27 +243,6 @@ def _built(encoder: str, text: str, weights: str, fused: str, copies: str, *, de
     return model
 
 
-def _config(metadata: Mapping[str, str]) -> HubertConfig:
-    text = metadata["config"]
-    if len(text) > LONGEST:
-        raise UserError(f"its configuration has {len(text)} characters: more than {LONGEST} is no configuration")
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"its configuration is no JSON ({_short(error)})") from error
-    if not isinstance(values, dict):
-        raise UserError("its configuration is no JSON object")
-    policy = values.get("quant_policy", "default")
-    if isinstance(policy, str) and policy.lstrip().startswith("{"):  # what was written is JSON: no YAML with aliases, no path
-        try:
-            json.loads(policy)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"its quant_policy is no JSON ({_short(error)})") from error
-    elif policy not in ("default", "paper"):
-        raise UserError(f"its quant_policy {_short(repr(policy))} is neither default nor paper, nor a policy's text")
-    return get_encoder(metadata["encoder"]).config.from_dict(values)
-
-
 def _compare(model: HubertModel, metadata: Mapping[str, str], found: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
     """Raise `UserError` unless the file holds exactly the tensors of the model."""
     from .quant.storage import layout
@@ -275,7 +250,7 @@ def _compare(model: HubertModel, metadata: Mapping[str, str], found: Mapping[str
     expected = layout(model, DTYPES[metadata["dtype"]], LABEL_EMBEDDINGS)
     for kind, names in (("lacks", expected.keys() - found.keys()), ("has more than its configuration describes,", found.keys() - expected)):
         if names:
-            raise UserError(f"the weights do not fit its configuration: it {kind} {_short(min(names))} and {len(names) - 1} others")
+            raise UserError(f"the weights do not fit its configuration: it {kind} {short(min(names))} and {len(names) - 1} others")
     for name, (dtype, shape) in expected.items():
         if found[name] != (NAMES[dtype], shape):
             raise UserError(f"the weights do not fit its configuration: {name} is {found[name]}, not {(NAMES[dtype], shape)}")
@@ -308,9 +283,3 @@ def _filled(model: HubertModel, stored: dict[str, Tensor], metadata: Mapping[str
         model = fused_copy(model)  # folds nothing more, but lays weights out as they are read
     model.stored_dtype = DTYPES[metadata["dtype"]]
     return model.eval()
-
-
-def _short(text: object) -> str:
-    """One line of at most 200 characters."""
-    line = " ".join(str(text)[:1000].split())
-    return line if len(line) <= 200 else line[:200] + "..."

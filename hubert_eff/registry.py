@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import NoneType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .config import HubertConfig
-from .errors import UserError, unknown
+from .config import LONGEST, HubertConfig
+from .errors import UserError, short, unknown
 
 if TYPE_CHECKING:
     from .encoders.base import Encoder
@@ -91,6 +93,43 @@ def preset_config(preset: str, **overrides: Any) -> HubertConfig:
             quant = {"quant": spec} if plus else {}
             return entry.config.from_dict({**entry.presets[name], **quant, **overrides})
     raise unknown("preset", preset, list_presets())
+
+
+def stored_config(encoder: str, written: str | Mapping[str, Any]) -> HubertConfig:
+    """The configuration that comes with weights in a file, as JSON or as values. Raises `UserError` for one that cannot be.
+
+    The file is not trusted: no other is opened for a policy that it names, and none of its texts is large.
+    """
+    if isinstance(written, str):
+        if len(written) > LONGEST:
+            raise UserError(f"its configuration has {len(written)} characters: more than {LONGEST} is no configuration")
+        try:
+            written = json.loads(written)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"its configuration is no JSON ({short(error)})") from error
+        if not isinstance(written, dict):
+            raise UserError("its configuration is no JSON object")
+    for key, value in written.items():
+        if not isinstance(key, str) or not _is_plain(value):
+            raise UserError(f"its configuration has {short(repr(key))} as a {type(value).__name__}, which is no value of a configuration")
+    policy = written.get("quant_policy", "default")
+    if isinstance(policy, str) and policy.lstrip().startswith("{"):  # what was written is JSON: no YAML with aliases, no path
+        try:
+            json.loads(policy)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"its quant_policy is no JSON ({short(error)})") from error
+    elif policy not in ("default", "paper"):
+        raise UserError(f"its quant_policy {short(repr(policy))} is neither default nor paper, nor a policy's text")
+    try:
+        return get_encoder(encoder).config.from_dict(written)
+    except UserError as error:
+        raise UserError(short(error, 600)) from error
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a value is short to write out: a scalar or a list of these."""
+    scalars = (str, int, float, NoneType)
+    return isinstance(value, scalars) or (isinstance(value, (list, tuple)) and all(isinstance(part, scalars) for part in value))
 
 
 def written_config(written: Mapping[str, Any]) -> HubertConfig:

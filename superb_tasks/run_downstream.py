@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hubert_eff.errors import UserError, unknown
+from hubert_eff.errors import UserError, short, unknown
 
 from . import layouts, register, require_s3prl
 from .launch import check_upstream, command_line, device_arguments, exit_code, folder, lookup, read_config
@@ -47,9 +47,9 @@ def _check(arguments: Sequence[str]) -> tuple[list[str], str, Path]:
     """Check config, data and upstream before the work starts; the arguments to add, the downstream and a folder for its cache."""
     # the arguments of S3PRL's parser that matter here; all others, and mistakes, are left to it
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for short, long in (("-c", "--config"), ("-d", "--downstream"), ("-u", "--upstream"), ("-k", "--upstream_ckpt"),
+    for letter, long in (("-c", "--config"), ("-d", "--downstream"), ("-u", "--upstream"), ("-k", "--upstream_ckpt"),
                         ("-e", "--past_exp"), ("-o", "--override"), ("-p", "--expdir"), ("-n", "--expname")):  # fmt: skip
-        parser.add_argument(short, long)
+        parser.add_argument(letter, long)
     parser.add_argument("--device")
     given, _ = parser.parse_known_args(list(arguments))
 
@@ -89,15 +89,16 @@ def _experiment(path: Path) -> tuple[str, str, str, str, Mapping[str, Any]]:
         raise UserError(f"{path} holds no states-*.ckpt: name the folder of an experiment, or one of its checkpoints, with -e")
     if not files[-1].is_file():
         raise UserError(f"-e {path}: no such experiment")
-    import torch
+    from hubert_eff.torchfile import TorchFile, Unreadable  # and with it torch
 
     try:
-        torch.serialization.add_safe_globals([argparse.Namespace])  # for good, as S3PRL needs it too (see patches)
-        states = torch.load(files[-1], map_location="cpu", weights_only=True)
-        args, config = states["Args"], states["Config"]
+        with TorchFile(files[-1]) as opened:
+            args, config = opened.content["Args"], opened.content["Config"]
         return args.downstream, args.upstream, args.upstream_ckpt, args.expdir, config
-    except Exception as error:  # torch names no common class for a file it cannot read
-        raise UserError(f"{files[-1]} is no checkpoint of run_downstream: {str(error).splitlines()[0]}") from error
+    except Unreadable as error:
+        raise UserError(f"{files[-1]} is no checkpoint of run_downstream: it {error.reason}") from error
+    except (AttributeError, LookupError, TypeError) as error:
+        raise UserError(f"{files[-1]} is no checkpoint of run_downstream: {short(error)}") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

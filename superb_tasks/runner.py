@@ -351,11 +351,12 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _readable(checkpoint: Path) -> bool:
-    import torch
+    from hubert_eff.torchfile import TorchFile, Unreadable
 
     try:
-        torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except Exception:  # torch names no common class for a file it cannot read
+        with TorchFile(checkpoint) as opened:
+            opened.whole()
+    except Unreadable:
         return False
     return True
 

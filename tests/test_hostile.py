@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import random
 import struct
-import sys
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,37 +13,11 @@ import pytest
 import torch
 
 import hubert_eff
+from benchmarks.file_mutations import Header, joined, split, tiny
 from hubert_eff.errors import UserError
 from hubert_eff.exporting import FORMAT_VERSION
 
-TINY = {
-    "conv_feature_layers": "[(8,10,5)] + [(8,3,2)] * 4 + [(8,2,2)] * 2", "encoder_layers": 1, "encoder_embed_dim": 16,
-    "encoder_ffn_embed_dim": 32, "encoder_attention_heads": 2, "conv_pos": 8, "conv_pos_groups": 2, "final_dim": 8,
-}  # fmt: skip
-
-Header = dict[str, Any]
 Edit = Callable[[Header, bytearray, random.Random], None]
-
-
-def tiny(path: Path, preset: str = "transformer-debug+w1a1", dtype: str = "fp32", **keys: Any) -> bytes:
-    """A small export, as bytes."""
-    model = hubert_eff.build(preset, **{**TINY, **keys}).train()
-    with torch.no_grad():
-        model.hidden_states(torch.randn(1, 4_000))
-    hubert_eff.export(model.eval(), path, dtype=dtype)
-    return path.read_bytes()
-
-
-def split(content: bytes) -> tuple[Header, bytearray]:
-    """(header, data)."""
-    (size,) = struct.unpack("<Q", content[:8])
-    return json.loads(content[8 : 8 + size]), bytearray(content[8 + size :])
-
-
-def joined(header: Header, data: bytes) -> bytes:
-    """The inverse of `split`."""
-    text = json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + bytes(data)
 
 
 def edited(content: bytes, edit: Edit, seed: int = 0) -> bytes:
@@ -135,11 +107,11 @@ HOSTILE: dict[str, tuple[Edit, str]] = {
     "a list": (described(config="[1]"), "is no JSON object"),
     "a number of 50,000 digits": (described(config='{"seed": ' + "9" * 50_000 + "}"), "its configuration is no JSON"),
     "a long configuration": (described(config=" " * 70_000 + "{}"), "has 70002 characters"),
-    "a thousand million blocks": (configured(encoder_layers=10**9), "has 1000000000 blocks, its weights have 1"),
-    "a width of terabytes": (configured(encoder_embed_dim=2**40, encoder_attention_heads=2**20, final_dim=8), "not fit|can be built"),
-    "a width beyond 64 bits": (configured(encoder_embed_dim=2**80, final_dim=8), "describes no model that can be built"),
+    "a thousand million blocks": (configured(encoder_layers=10**9), "encoder_layers=1000000000: at most 100 blocks"),
+    "a width of terabytes": (configured(encoder_embed_dim=2**40, encoder_attention_heads=2**20, final_dim=8), "0x10000000000 is too large"),
+    "a width beyond 64 bits": (configured(encoder_embed_dim=2**80, final_dim=8), "encoder_embed_dim=0x100.* is too large"),
     "no blocks": (configured(encoder_layers=0), "encoder_layers=0 must be at least 1"),
-    "padding to a long multiple": (configured(required_seq_len_multiple=10**12), "required_seq_len_multiple=1000000000000"),
+    "padding to a long multiple": (configured(required_seq_len_multiple=10**12), "required_seq_len_multiple=0xe8d4a51000 is too large"),
     "nested repetition": (configured(conv_feature_layers="[(8,2,1)]" + " * 64" * 12), "conv_feature_layers=.*cannot be read"),
     "a long list": (configured(conv_feature_layers="[(8,2,1)]" + " + [(8,2,1)]" * 500), "conv_feature_layers has 6009 characters"),
     "float": (configured(quant="none"), "packed bits, but its configuration says quant=none"),
@@ -187,118 +159,3 @@ def test_a_variance_that_is_negative(tmp_path: Path) -> None:
     path.write_bytes(edited(content, valued("encoder.layers.0.conv_module.batch_norm.running_var", MINUS)))
     with pytest.raises(UserError, match="running_var holds a variance that is not positive"):
         hubert_eff.load(path)
-
-
-# -- ten thousand of them ---------------------------------------------------------------------------------------------------------------
-
-ABSURD = [-1, 0, 1, 2, 3, 7, 2**31, 2**63, 2**80, 1e308, -0.5, True, None, "", "x" * 300, [], {}, [[[]]], "default", "paper", "w1a1"]
-
-
-def flip_data(content: bytes, r: random.Random) -> bytes:
-    changed = bytearray(content)
-    start = 8 + struct.unpack("<Q", content[:8])[0]
-    for _ in range(r.randint(1, 8)):
-        changed[r.randrange(start, len(changed))] = r.randrange(256)
-    return bytes(changed)
-
-
-def flip_header(content: bytes, r: random.Random) -> bytes:
-    changed = bytearray(content)
-    end = 8 + struct.unpack("<Q", content[:8])[0]
-    for _ in range(r.randint(1, 4)):
-        changed[r.randrange(end)] = r.choice((r.randrange(256), *b'0129"{}[],:-'))
-    return bytes(changed)
-
-
-def cut(content: bytes, r: random.Random) -> bytes:
-    at = r.choice((r.randrange(9, len(content)), r.randrange(9, 40), len(content) - r.randrange(1, 9)))
-    return content[:at] if r.random() < 0.8 else content + r.randbytes(r.randint(1, 64))
-
-
-def length(content: bytes, r: random.Random) -> bytes:
-    size = struct.unpack("<Q", content[:8])[0]
-    other = r.choice((0, 1, 2, size - 1, size + 1, len(content), 2**31, 2**40, 2**63, 2**64 - 1, r.randrange(2 * size)))
-    return struct.pack("<Q", other) + content[8:]
-
-
-def describe(content: bytes, r: random.Random) -> bytes:
-    header, data = split(content)
-    metadata = header["__metadata__"]
-    key = r.choice([key for key in metadata if key != "config"])
-    choices = (None, "", "0", "1", "2", "true", "float", "packed", "fp16", "bf16", "zipformer", "conformer", "\x00", "9" * 5_000)
-    value = r.choice(choices)
-    metadata.pop(key)
-    if value is not None:
-        metadata[key] = value
-    return joined(header, data)
-
-
-def configure(content: bytes, r: random.Random) -> bytes:
-    header, data = split(content)
-    config = json.loads(header["__metadata__"]["config"])
-    for _ in range(r.randint(1, 2)):
-        config[r.choice(sorted(config))] = r.choice(ABSURD)
-    if r.random() < 0.2:
-        config.pop(r.choice(sorted(config)))
-    header["__metadata__"]["config"] = json.dumps(config)
-    return joined(header, data)
-
-
-def tensor(content: bytes, r: random.Random) -> bytes:
-    header, data = split(content)
-    name = r.choice([name for name in header if name != "__metadata__"])
-    entry = header[name]
-    begin, end = entry["data_offsets"]
-    kind = r.randrange(6)
-    if kind == 0:
-        entry["dtype"] = r.choice(("F64", "F16", "BF16", "F32", "I8", "U8", "BOOL", "I64", "F8_E5M2", "NONE"))
-    elif kind == 1:
-        entry["shape"] = r.choice(([], [0], [2**63], entry["shape"][::-1], [*entry["shape"], 1], [-1], [2**32, 2**32]))
-    elif kind == 2:
-        entry["data_offsets"] = r.choice(([0, end - begin], [begin, end + 1], [begin, 2**60], [end, begin], [len(data)] * 2, [-4, 0]))
-    elif kind == 3:
-        header[r.choice((name + "x", "", "encoder.layers.1." + name, "encoder.layers.x.y", "label_embs_concat"))] = header.pop(name)
-    elif kind == 4:
-        other = r.choice([name for name in header if name != "__metadata__"])
-        header[name], header[other] = header[other], header[name]
-    else:
-        bad = struct.pack("<f", r.choice((float("nan"), float("inf"), -float("inf"), -1.0, 0.0, 1e38, 1e-45)))
-        at = begin + r.randrange(max(1, (end - begin) // 4)) * 4
-        if at + 4 <= end:
-            data[at : at + 4] = bad
-    return joined(header, data)
-
-
-MUTATIONS = {flip_data: 250, flip_header: 2_700, cut: 3_600, length: 2_600, describe: 200, configure: 200, tensor: 500}
-
-
-@pytest.mark.long
-def test_ten_thousand_mutated_files(tmp_path: Path) -> None:
-    """Loaded or refused: nothing crashes, hangs or reads out of bounds, and what is loaded is finite and runs."""
-    r, path = random.Random(0), tmp_path / "model.safetensors"
-    files = [
-        tiny(path),
-        tiny(path, "conformer-debug+w1a1", "bf16", quant_policy="paper", depthwise_conv_kernel_size=3),
-        tiny(path, "transformer-debug", "fp16"),
-    ]
-    outcomes: Counter[str] = Counter()
-    wav = torch.randn(1, 2_000)
-    for mutate, times in MUTATIONS.items():
-        for index in range(times):
-            content = mutate(files[index % len(files)], r)
-            path.write_bytes(content)
-            try:
-                model = hubert_eff.load(path)
-            except UserError as error:
-                assert "\n" not in str(error)
-                outcomes["refused"] += 1
-                continue
-            outcomes["loaded"] += 1
-            assert all(bool(p.isfinite().all()) for p in model.parameters() if p.is_floating_point())
-            if outcomes["loaded"] % 10 == 0:
-                with torch.inference_mode():
-                    states, _ = model.hidden_states(wav)
-                assert states[-1].shape[:2] == (1, model.num_frames(2_000))
-                outcomes["run"] += 1
-    print(outcomes, file=sys.stderr)
-    assert outcomes["refused"] + outcomes["loaded"] >= 10_000 and outcomes["run"] >= 30

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..config import HubertConfig, option
-from ..errors import UserError
+from ..config import HubertConfig, option, read_numbers
+from ..errors import UserError, short
 from ..layers.chunks import Chunks
 from ..layers.position import repeated
 from ..layers.scaling import Balancer, BiasNorm, Schedule, Scheduled, chance
@@ -123,9 +123,9 @@ def _integers(key: str, text: str) -> tuple[int, ...]:
     try:
         if not all(part.strip().isascii() and part.strip().isdigit() for part in text.split(",")):
             raise ValueError(text)
-        return tuple(int(part) for part in text.split(","))
+        return read_numbers(key, text)
     except (ValueError, AttributeError) as error:
-        raise UserError(f"{key}={text!r} must be whole numbers joined by commas, one per stack, such as '2,2,2'") from error
+        raise UserError(f"{key}={short(repr(text))} must be whole numbers joined by commas, one per stack, such as '2,2,2'") from error
 
 
 class ZipformerBlock(Scheduled):

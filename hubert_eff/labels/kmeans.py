@@ -72,9 +72,12 @@ class KMeans:
 
         try:
             with safe_open(path, "np") as file:
-                return cls(file.get_tensor("centroids"), dict(file.metadata() or {}))
-        except (SafetensorError, OSError) as error:
+                centroids, metadata = file.get_tensor("centroids"), dict(file.metadata() or {})
+            if centroids.ndim != 2 or centroids.dtype != np.float32 or not centroids.size or not np.isfinite(centroids).all():
+                raise ValueError(centroids.shape)
+        except (SafetensorError, OSError, TypeError, ValueError) as error:
             raise UserError(f"{path} holds no k-means model of hubert-eff: delete it and make the labels again") from error
+        return cls(centroids, metadata)
 
 
 def require(kind: str) -> None:

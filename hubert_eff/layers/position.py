@@ -36,7 +36,8 @@ class PositionalConv1d(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim))
         nn.init.normal_(self.weight_v, std=math.sqrt(4.0 / (kernel * dim)))
         with torch.no_grad():
-            self.weight_g.copy_(torch.linalg.vector_norm(self.weight_v, dim=(0, 1), keepdim=True))
+            if not self.weight_g.is_meta:  # where only shapes are wanted: torch would import for seconds
+                self.weight_g.copy_(torch.linalg.vector_norm(self.weight_v, dim=(0, 1), keepdim=True))
 
     def plain_weight(self) -> Tensor:
         """The normalised weight, (D, D / groups, k)."""

@@ -77,7 +77,7 @@ class Quantizer(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)  # type: ignore[no-untyped-call]
-        self._ready = bool(self.initialized)
+        self._ready = not self.initialized.is_meta and bool(self.initialized)  # meta: only names and shapes are compared
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, {'signed' if self.signed else 'unsigned'}, move={self.move is not None}"

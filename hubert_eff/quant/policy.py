@@ -22,12 +22,14 @@ from typing import Any
 
 import yaml
 
-from ..errors import UserError, unknown
+from ..config import LONGEST
+from ..errors import UserError, short, unknown
 from ..layers.kinds import BINARY_KINDS, DEPTHWISE, FEED_FORWARD, FLOAT_KINDS, POINTWISE, PRODUCT, PROJECTION
 
 BINARY, FLOAT = "binary", "float"
 SPECS = {"w1a1": 1, "w1a2": 2}  # name -> bits of activations
 CHOICES = {"weight_scale": ("channel", "tensor"), "moves": ("all", "attention", "none")}
+MOST_MODULES = 500
 MOST = "holds most of the weights and products"
 
 
@@ -90,6 +92,15 @@ POLICIES = {
 }
 
 
+class _Loader(yaml.BaseLoader):
+    """Mappings, lists and text; no aliases, by which a few lines stand for gigabytes."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("an alias (*), which a policy does not need")
+        return super().compose_node(parent, index)
+
+
 def is_policy(value: object) -> bool:
     """Whether a value is meant as a policy: a mapping, its text on one line, a policy's name or a YAML file."""
     text = str(value)
@@ -112,9 +123,14 @@ def read_policy(policy: str | Path | Mapping[str, Any]) -> Policy:
         raise unknown(f"policy{hint}", text, POLICIES)
     where = "the policy" if inline else text
     try:
-        content = yaml.safe_load(text if inline else Path(text).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{where} is no YAML: {' '.join(str(error).split())}") from error
+        if not inline:
+            with Path(text).open(encoding="utf-8") as stream:
+                text = stream.read(LONGEST + 1)
+        if len(text) > LONGEST:
+            raise UserError(f"{where} has more than {LONGEST} characters")
+        content = yaml.load(text, _Loader)
+    except (yaml.YAMLError, RecursionError, UnicodeDecodeError) as error:
+        raise UserError(f"{where} is no YAML: {short(error)}") from error
     if not isinstance(content, Mapping):
         raise UserError(f"{where} must map kinds of layers to {BINARY} or {FLOAT}")
     return _parse(content, where)
@@ -139,6 +155,8 @@ def _parse(content: Mapping[str, Any], where: str) -> Policy:
     modules = content.get("modules") or {}
     if not isinstance(modules, Mapping):
         raise UserError(f"{where}: modules must map paths of modules to {BINARY} or {FLOAT}")
+    if len(modules) > MOST_MODULES:
+        raise UserError(f"{where}: modules has {len(modules)} entries, at most {MOST_MODULES}: patterns such as encoder.layers.* name many")
     return replace(
         policy,
         rules=rules,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable, Sequence
 
-from ..errors import UserError
+from ..errors import UserError, short
 
 BLANK = 0  # of CTC; letters are numbered from 1
 BOUNDARY = "|"  # between words, as in fairseq's .ltr files
@@ -17,12 +17,17 @@ def normalize_text(text: str) -> str:
     return " ".join(word for word in (w.strip("'") if set(w) == {"'"} else w for w in kept.split()) if word)
 
 
+def _is_letter(letter: str) -> bool:
+    """Whether it is one character that is no space, no control code and no half of a pair."""
+    return len(letter) == 1 and not letter.isspace() and unicodedata.category(letter) not in ("Cc", "Cs")
+
+
 class Alphabet:
     """The letters of a model, in order, the word boundary `|` among them: the first has number 1, after blank."""
 
     def __init__(self, letters: Sequence[str]) -> None:
-        if not letters or any(len(letter) != 1 or letter.isspace() for letter in letters) or len(set(letters)) != len(letters):
-            raise UserError(f"an alphabet is distinct single characters, '{BOUNDARY}' between words, not {''.join(letters)!r}")
+        if not letters or not all(_is_letter(letter) for letter in letters) or len(set(letters)) != len(letters):
+            raise UserError(f"an alphabet is distinct single characters, '{BOUNDARY}' between words, not {short(repr(''.join(letters)))}")
         self.letters = "".join(letters)
         self._numbers = {letter: number for number, letter in enumerate(letters, start=1)}
 

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config import HubertConfig, option
+from ..config import MOST_LAYERS, HubertConfig, check_types, option
 from ..errors import UserError, unknown
 from ..layers.dropout import Dropout
 from ..layers.linear import Linear
 from ..model import HubertModel, normalize_waveform
-from ..registry import encoder_of, get_encoder, preset_config
+from ..registry import encoder_of, preset_config, stored_config
 from .alphabet import BLANK, Alphabet, frames_needed
 from .decoder import AttentionDecoder, shifted
 
@@ -67,11 +67,17 @@ class RecognizerConfig:
     )
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("final_dropout", "decoder_dropout", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
         if not 0 <= self.ctc_weight <= 1:
             raise UserError(f"ctc_weight={self.ctc_weight} must be 0 to 1")
+        if self.decoder_layers > MOST_LAYERS or min(self.decoder_ffn_embed_dim, self.decoder_attention_heads) < 1:
+            raise UserError(
+                f"decoder_layers={self.decoder_layers} must be at most {MOST_LAYERS}, and decoder_ffn_embed_dim="
+                f"{self.decoder_ffn_embed_dim} and decoder_attention_heads={self.decoder_attention_heads} at least 1"
+            )
         if self.decoder_layers < 0 or self.freeze_finetune_updates < 0:
             raise UserError("decoder_layers and freeze_finetune_updates must be 0 or more")
         if self.decoder_norm not in ("layer_norm", "batch_norm"):
@@ -95,7 +101,7 @@ class RecognizerConfig:
         """The configuration of the encoder. Raises `UserError` if there is none."""
         if not self.encoder or not self.encoder_config:
             raise UserError("the configuration does not say what the encoder is: give a pre-trained checkpoint, or a preset")
-        return get_encoder(self.encoder).config.from_dict(json.loads(self.encoder_config))
+        return stored_config(self.encoder, self.encoder_config)
 
 
 class Recognizer(nn.Module):

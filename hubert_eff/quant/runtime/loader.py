@@ -1,8 +1,8 @@
 """Compile kernels.cpp once per machine, load it, and choose the fastest kernel that this processor can run.
 
-The library goes into `$XDG_CACHE_HOME/hubert-eff` (default ~/.cache), named after its source, its compiler and the processor's family;
-it holds the kernels of all instruction sets of that family. The compiler is `$CXX`, or g++, clang++ or c++, whichever there is.
-`$HUBERT_EFF_KERNEL` forces a kernel: one of `KERNELS`.
+The library goes into `$XDG_CACHE_HOME/hubert-eff` (default ~/.cache), named after its source, its compiler, the processor's family and
+its own content; it holds the kernels of all instruction sets of that family. What another user can have written is not loaded.
+The compiler is `$CXX`, or g++, clang++ or c++, whichever there is. `$HUBERT_EFF_KERNEL` forces a kernel: one of `KERNELS`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 import threading
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ TORCH = "torch"
 KERNELS = ("avx512vpopcntdq", "avx512bw", "avx2", "neon", TORCH)  # the fastest first; the last one always runs, and defines the others
 SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-pthread")  # no fused multiply-add: torch rounds twice
+WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 DIMS = 3
 LONG, POINTER = ctypes.c_int64, ctypes.c_void_p
 _lock = threading.Lock()  # threads of one process would write the same temporary file
@@ -69,16 +72,40 @@ def _compiler() -> list[str] | None:
     return None
 
 
-def _cache() -> Path:
-    """Where the library is kept; a new temporary folder where that cannot be written."""
+def _folders() -> list[Path]:
+    """Where the library may be kept: among the user's caches, and among temporary files. No folder that another user can write to or put
+    another in the place of."""
+    places = [Path(tempfile.gettempdir()) / f"hubert-eff-{os.geteuid()}"]
+    with suppress(RuntimeError):  # no such user
+        places.insert(0, Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hubert-eff")
+    folders = []
+    for place in places:
+        with suppress(OSError):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.mkdir(mode=0o700, exist_ok=True)
+            folder = place.resolve()
+            if folder.stat().st_uid == os.geteuid() and folder.stat().st_mode & WRITABLE_BY_OTHERS:  # of an earlier version
+                folder.chmod(0o700)
+            shared = [stat.S_IWOTH & mode and not stat.S_ISVTX & mode for mode in (parent.stat().st_mode for parent in folder.parents)]
+            if _is_trusted(folder.stat()) and os.access(folder, os.R_OK | os.X_OK) and not any(shared):
+                folders.append(folder)
+    return folders
+
+
+def _is_trusted(found: os.stat_result) -> bool:
+    """Whether nobody but this user, and root, can have written a file or folder."""
+    return found.st_uid in (os.geteuid(), 0) and not found.st_mode & WRITABLE_BY_OTHERS
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether a library found in the cache was written by this user, or root, and holds what its name says: half of one, as a full disk or
+    a crash of the machine may leave it, ends the process where it is loaded."""
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hubert-eff"
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    except (OSError, RuntimeError):  # no such user
-        pass
-    return Path(tempfile.mkdtemp(prefix="hubert-eff-"))
+        with library.open("rb") as stream:
+            content = stream.read() if _is_trusted(os.fstat(stream.fileno())) else b""
+    except OSError:
+        return False
+    return library.stem.endswith(f"-{hashlib.sha256(content).hexdigest()}")
 
 
 def compile_library() -> Path:
@@ -89,18 +116,29 @@ def compile_library() -> Path:
     try:
         version = subprocess.run([*compiler, "--version"], check=True, capture_output=True, timeout=60).stdout
         key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), version, repr((compiler, FLAGS, platform.machine())).encode()]))
-        target = _cache() / f"kernels-{key.hexdigest()[:20]}.so"
-        if target.is_file():
-            return target
-        with replacing(target) as temporary:  # two processes may do this at a time: each renames a complete file
-            command = [*compiler, *FLAGS, "-o", str(temporary), str(SOURCE)]
+        folders, stem = _folders(), f"kernels-{key.hexdigest()[:20]}"
+        for found in (file for folder in folders for file in folder.glob(f"{stem}-*.so")):
+            if _is_whole(found):
+                return found
+        with tempfile.TemporaryDirectory() as work:
+            made = Path(work) / "kernels.so"
+            command = [*compiler, *FLAGS, "-o", str(made), str(SOURCE)]
             subprocess.run(command, check=True, capture_output=True, timeout=600)
+            content = made.read_bytes()
+        folder = next((f for f in folders if os.access(f, os.W_OK)), None) or Path(tempfile.mkdtemp(prefix="hubert-eff-"))
+        for found in folder.glob(f"{stem}*.so"):
+            if not _is_whole(found):
+                found.unlink(missing_ok=True)
+        target = folder / f"{stem}-{hashlib.sha256(content).hexdigest()}.so"
+        with replacing(target) as temporary:  # two processes may do this at a time: each renames a complete file
+            temporary.write_bytes(content)
+        target.chmod(0o700)  # whatever the umask is
         return target
     except subprocess.CalledProcessError as error:
         lines = (error.stderr or b"").decode(errors="replace").strip().splitlines() or [f"exit code {error.returncode}"]
         said = next((line for line in lines if "error" in line), lines[-1])
         raise RuntimeError(f"{compiler[0]} failed: {said}") from error
-    except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:
+    except (OSError, RuntimeError, UserError, subprocess.TimeoutExpired) as error:
         raise RuntimeError(f"the kernels could not be compiled: {' '.join(str(error).split())}") from error
 
 
@@ -109,12 +147,7 @@ def _library() -> ctypes.CDLL | str:
     """The library, or why there is none."""
     with _lock:
         try:
-            path = compile_library()
-            try:
-                library = ctypes.CDLL(str(path))
-            except OSError:  # a crash of the machine can leave an empty file
-                path.unlink(missing_ok=True)
-                library = ctypes.CDLL(str(compile_library()))
+            library = ctypes.CDLL(str(compile_library()))
         except (RuntimeError, OSError) as error:
             return " ".join(str(error).split())
     library.hubert_eff_find.argtypes, library.hubert_eff_find.restype = [ctypes.c_char_p], POINTER
