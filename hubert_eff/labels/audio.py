@@ -99,8 +99,8 @@ def check(path: Path, silent: bool = False) -> Checked:
         raise Unusable("no samples")
     if held - frames / rate > PADDING:
         raise Unusable(
-            f"several streams in one file, or no length in its header: only {frames / rate:.2f} of {held:.2f} s would be read; convert it to "
-            "flac as a whole"
+            f"several streams in one file, or no length in its header: only {frames / rate:.2f} of {held:.2f} s would be read; convert "
+            "it to flac as a whole"
         )
     found.judge(silent)
     return Checked(rate, channels, frames, found.peak, found.power / frames)
