@@ -81,7 +81,7 @@ def _check_wav(file: IO[bytes], order: str, position: int, size: int) -> None:
                 raise Unusable(f"truncated: {held} of {length} bytes of samples")
             rest = _unclaimed(file, order, position + 8 + length, size)
             if rest > SLACK * speed:
-                raise Unusable(f"more than its header says: {length} bytes of samples, and {rest} behind them; convert it to flac as a whole")
+                raise Unusable(f"more than its header says: {length} bytes of samples, and {rest} more; convert it to flac as a whole")
             return
         position += 8 + length + length % 2
     raise Unusable("truncated: no samples in the WAV file")
