@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import get_worker_info
 
-from hubert_eff.config import FRAME_STRIDE
+from hubert_eff.config import FRAME_STRIDE, LOUDEST
 from hubert_eff.errors import UserError
 from hubert_eff.labels.classes import Labels
 from hubert_eff.labels.tsv import Manifest
@@ -43,7 +43,7 @@ def obey_parent_only() -> None:
 
 
 def read_checked(read: Callable[[], Tensor], file: str, samples: int) -> Tensor | str:
-    """What `read` returns, audio (S,); or what is wrong with the file: it cannot be read, has another length, holds NaN.
+    """What `read` returns, audio (S,); or what is wrong with the file: it cannot be read, has another length, holds NaN or no audio.
 
     Returned rather than raised: an error of a loading process reaches the training process as the text of a traceback.
     """
@@ -55,7 +55,7 @@ def read_checked(read: Callable[[], Tensor], file: str, samples: int) -> Tensor 
         return f"{file} cannot be read as audio ({' '.join(str(error).split())})"
     if len(wav) != samples:
         return f"{file} has {len(wav)} samples, not {samples} as its manifest says"
-    return wav if bool(torch.isfinite(wav).all()) else f"{file} holds samples that are not finite"
+    return wav if bool((wav.abs() <= LOUDEST).all()) else f"{file} holds samples that are not finite, or no audio"
 
 
 def crop_start(seed: int, epoch: int, utterance: int, spare: int) -> int:
@@ -159,6 +159,12 @@ class SeededHubertDataset(EqualLengths, HubertDataset):
     def get_label(self, index: int, label_idx: int) -> Tensor:
         """Labels (T,) of an utterance, as numbers of the dictionary. Raises `UserError` if they are not those that were checked."""
         return self.label_processors[label_idx](self.labels[label_idx].line(self.kept[index]))
+
+    def postprocess(self, wav: Tensor, cur_sample_rate: int) -> Tensor:
+        """As fairseq's: mono (S,), normalized where the task says so. Raises `ValueError` for what would be silence, or NaN, then."""
+        if not bool((wav.abs() <= LOUDEST).all()):  # also of NaN
+            raise ValueError("it holds samples that are not finite, or no audio: make the manifest again")
+        return super().postprocess(wav, cur_sample_rate)
 
     def ordered_indices(self) -> np.ndarray:
         """Longest first, ties in random order; the same in all epochs, so that a run resumed in a later one forms the same batches."""

@@ -83,7 +83,7 @@ def pieces_of(source: str | os.PathLike[str], stdin: BinaryIO | None = None) -> 
     if not path.is_file():
         raise UserError(f"no audio file at {path}")
     try:
-        with soundfile.SoundFile(str(path)) as file:
+        with soundfile.SoundFile(os.fsencode(path)) as file:  # of bytes: it encodes names strictly
             if file.samplerate != SAMPLE_RATE or file.channels != 1:
                 raise UserError(
                     f"{path} has {file.channels} channels at {file.samplerate} Hz: a stream takes mono at {SAMPLE_RATE} Hz "

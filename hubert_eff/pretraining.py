@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -267,8 +268,10 @@ def look_at(speech: Path) -> dict[str, Any]:
     for item in probed:
         file = listing.root / item.path
         try:
-            info = soundfile.info(str(file))
-        except (soundfile.SoundFileError, OSError):
+            if not file.is_file():  # opening a pipe would wait for its writer
+                continue
+            info = soundfile.info(os.fsencode(file))
+        except (soundfile.SoundFileError, OSError, ValueError):
             continue  # `manifest` will name it
         length = (info.duration if item.end is None else item.end) - item.start
         seconds += length

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..errors import missing_extra
+from ..errors import missing_extra, printable
 from ..locks import locked
 
 
@@ -43,15 +43,15 @@ def run(args: argparse.Namespace) -> int:
             summary = make_demo(args.out, args.minutes, args.speakers, args.seed)
         line = (
             f"{summary['utterances']} utterances, {summary['minutes']:.1f} min, {summary['speakers']} speakers, "
-            f"{summary['phones']} phones -> {args.out}"
+            f"{summary['phones']} phones -> {printable(args.out)}"
         )
     else:
         summary = _make_superb(args)
         line = "\n".join(
-            f"{name}: {entry['recordings']} recordings, {entry['recorded_minutes']:.1f} min -> {args.out / name}"
+            f"{name}: {entry['recordings']} recordings, {entry['recorded_minutes']:.1f} min -> {printable(args.out / name)}"
             for name, entry in summary.items()
         )
-    print(json.dumps({**summary, "out": str(args.out)}, ensure_ascii=False) if args.json else line)
+    print(json.dumps({**summary, "out": str(args.out)}) if args.json else line)
     return 0
 
 

@@ -9,6 +9,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from ..errors import printable
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments; their defaults are those of `labels.manifest.Options`."""
@@ -55,9 +57,9 @@ def run(args: argparse.Namespace) -> int:
     options = Options(**{f.name: getattr(args, f.name) for f in fields(Options)})
     summary = make_manifest(args.source, args.out, args.cache, options)
     if args.json:
-        print(json.dumps(summary, ensure_ascii=False))
+        print(json.dumps(summary))
     else:
-        print("\n".join(_lines(summary, args.out)))
+        print("\n".join(printable(line) for line in _lines(summary, args.out)))
     return 0
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
 import re
 import shutil
@@ -24,12 +25,13 @@ import numpy as np
 
 from ..config import SAMPLE_RATE
 from ..errors import UserError
-from ..files import sync_to_disk, temporary_folder, write_json, write_text
+from ..files import replacing, sync_to_disk, temporary_folder, write_json, write_text
 from .espeak import Segment, Speech, Voice, speak, version
 
 MIN_SECONDS, MAX_SECONDS = 2.0, 6.0
 NOISE_LEVEL = 1e-3  # standard deviation of the white noise added, as a recording has it; -60 dB re full scale
 MAX_SPEAKERS = 32
+MOST_UTTERANCES = 200_000  # what the longest corpus has, and more
 
 # English accents and voice variants that sound like people, female and male in turn
 _LANGUAGES = ("en-us", "en", "en-gb-scotland", "en-gb-x-rp", "en-029", "en-us-nyc", "en-gb-x-gbclan", "en-gb-x-gbcwmd")
@@ -170,7 +172,8 @@ def _write(root: Path, library: str, minutes: float, speaker_count: int, seed: i
                 continue
             count += 1
             path = _wav(name, count)
-            soundfile.write(root / path, speech.audio, SAMPLE_RATE, subtype="PCM_16")
+            with replacing(root / path, sync=False) as file:  # says so where the disk is full
+                soundfile.write(file, speech.audio, SAMPLE_RATE, subtype="PCM_16")
             transcripts.append(f"{path}\t{text}\n")
             for tier, segments in (("phone", speech.phones), ("word", speech.words)):
                 alignments += [f"{path}\t{tier}\t{s.start:.4f}\t{s.end:.4f}\t{s.label}\n" for s in segments]
@@ -221,12 +224,15 @@ def record(text: str, voice: Voice, seed: int, levels: tuple[float, float] = (0.
 
 def _content(target: Path) -> set[str]:
     """Relative paths of all that an earlier run wrote to `target`, by its corpus.json. Raises `UserError` without such a file."""
+    record = target / "corpus.json"
     try:
-        summary = json.loads((target / "corpus.json").read_text(encoding="utf-8"))
-        if summary["corpus"] != "demo":
-            raise ValueError("another corpus")
+        if not record.is_file() or record.stat().st_size > 1 << 20:
+            raise ValueError("no corpus.json of ours")
+        summary = json.loads(record.read_text(encoding="utf-8"))
         counts = {str(name): int(voice["utterances"]) for name, voice in summary["voices"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if summary["corpus"] != "demo" or sum(counts.values()) > MOST_UTTERANCES:
+            raise ValueError("another corpus")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"{target} is not empty and has no corpus.json of a demo corpus: name a new folder") from error
     files = {_wav(name, number) for name, count in counts.items() for number in range(1, count + 1)}
     return {"transcripts.tsv", "alignments.tsv", "corpus.json", *counts, *files}
@@ -237,10 +243,11 @@ def _wav(speaker: str, number: int) -> str:
 
 
 @contextmanager
-def _new_folder(target: Path) -> Iterator[Path]:
-    """Yield an empty folder that becomes `target` on success and vanishes on error. An earlier demo corpus is replaced."""
-    if target.exists() and not target.is_dir():
-        raise UserError(f"{target} is a file: name a folder for the corpus")
+def _new_folder(out: Path) -> Iterator[Path]:
+    """Yield an empty folder whose content is moved to `out` on success and vanishes on error. An earlier demo corpus is replaced."""
+    target = Path(os.path.realpath(out))
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise UserError(f"{out} is a file: name a folder for the corpus")
     if target.is_dir() and any(target.iterdir()):
         own = _content(target)
         for path in sorted(target.rglob("*")):
@@ -249,6 +256,10 @@ def _new_folder(target: Path) -> Iterator[Path]:
     with temporary_folder(target) as temporary:
         yield temporary
         sync_to_disk(temporary)
-        if target.is_dir():
-            shutil.rmtree(target)
-        temporary.replace(target)
+        if not target.is_dir():
+            temporary.replace(target)
+            return
+        for path in target.iterdir():  # the folder itself stays: it may be the current one, or another disk
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in sorted(temporary.iterdir(), key=lambda p: p.name == "corpus.json"):
+            shutil.move(path, target / path.name)

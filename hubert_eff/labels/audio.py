@@ -77,7 +77,7 @@ def check(path: Path, silent: bool = False) -> Checked:
         held = check_container(path)
         with _opened(path) as file:
             if file.format not in FORMATS:
-                raise Unusable(f"of format {file.format}: convert it to wav or flac")
+                raise Unusable(f"format {file.format} under another name: convert it to wav or flac")
             rate, channels, declared = file.samplerate, file.channels, file.frames
             if rate < 1000:
                 raise Unusable(f"sample rate of {rate} Hz")
@@ -99,8 +99,8 @@ def check(path: Path, silent: bool = False) -> Checked:
         raise Unusable("no samples")
     if held - frames / rate > PADDING:
         raise Unusable(
-            f"only {frames / rate:.2f} of {held:.2f} s would be read: it holds several MP3 streams, or has no length in its header; "
-            "convert it to flac as a whole"
+            f"several streams in one file, or no length in its header: only {frames / rate:.2f} of {held:.2f} s would be read; convert "
+            "it to flac as a whole"
         )
     found.judge(silent)
     return Checked(rate, channels, frames, found.peak, found.power / frames)
@@ -121,7 +121,7 @@ class _Measures:
         if not np.isfinite(high):
             raise Unusable("NaN or infinite samples")
         if high > LOUDEST:
-            raise Unusable(f"samples of up to {high:.0e}, which are no audio: they must be within -1 and 1")
+            raise Unusable(f"no audio: samples of up to {high:.0e}, which must be within -1 and 1")
         mono = _mono(block)
         self.frames += len(block)
         self.loudest = max(self.loudest, high)
@@ -229,7 +229,7 @@ def _opened(path: Path) -> Any:
 
 
 def _unreadable(error: Any) -> str:
-    said = error.error_string.rstrip(".")
+    said = error.error_string.removeprefix("Error : ").rstrip(".")
     return f"not readable as audio ({said})" if said else "not readable as audio"
 
 

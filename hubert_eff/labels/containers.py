@@ -10,7 +10,7 @@ SLACK = 0.25  # seconds of audio that may lie behind what a WAV header counts
 PADDING = 0.5  # seconds of an MP3 file that are no audio: its first frame, and what the encoder adds at both ends
 UNKNOWN = 0x7FFFF000  # lengths from here on are what a program that writes to a pipe leaves in a WAV header
 ENDS = (b"TAG", b"ID3", b"APETAGEX", b"LYRICSBEGIN", b"id3 ")  # tags that programs append
-SEVERAL = "the file holds several streams, of which only the first would be read: write each to a file of its own"
+SEVERAL = "several streams in one file: only the first would be read; write each to a file of its own"
 
 # MPEG audio: kbit/s by (version, layer) and rates by version, as the bits of a frame's header number them
 _KBIT = {
@@ -81,7 +81,7 @@ def _check_wav(file: IO[bytes], order: str, position: int, size: int) -> None:
                 raise Unusable(f"truncated: {held} of {length} bytes of samples")
             rest = _unclaimed(file, order, position + 8 + length, size)
             if rest > SLACK * speed:
-                raise Unusable(f"its header counts {length} bytes of samples, and {rest} more follow: convert it to flac as a whole")
+                raise Unusable(f"more than its header says: {length} bytes of samples, and {rest} more; convert it to flac as a whole")
             return
         position += 8 + length + length % 2
     raise Unusable("truncated: no samples in the WAV file")
@@ -145,7 +145,7 @@ def _check_flac(file: IO[bytes], start: int, size: int) -> None:
     while (place := tail.rfind(b"\xff", 0, place)) >= 0:  # the last frame says which samples it holds
         end = _flac_frame(tail[place : place + 16], block)
         if end > declared and _crc(tail[place:], 16, 0x8005) == 0:
-            raise Unusable(f"its header counts {declared} samples, its frames hold {end}: convert it to flac again as a whole")
+            raise Unusable(f"more than its header says: {declared} samples, and its frames hold {end}; convert it again as a whole")
         if 0 < end <= declared:
             return
 

@@ -23,6 +23,7 @@ class Index:
         self.path = path
         self.lock = Lock()
         self.waiting: list[str] = []
+        self.keeping = False
         self.file: IO[str] | None = None
         self.known: dict[str, Values] = {}
         if path.is_file():
@@ -37,12 +38,13 @@ class Index:
         """Remember numbers for the next run."""
         with self.lock:
             self.waiting.append(json.dumps([key, *values]))
-            if self.file:
+            if self.keeping:
                 self._write()
 
     def keep(self) -> None:
         """Write what waits, and from now on each line at once."""
         with self.lock:
+            self.keeping = True
             if self.waiting:
                 self._write()
 

@@ -104,6 +104,8 @@ def make_manifest(
     for path in (target, store):
         if path.exists() and not path.is_dir():
             raise UserError(f"{path} is a file: name a folder")
+    if place.is_dir() and not os.access(place, os.R_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise UserError(f"the folder {place} cannot be read")
 
     listing = read_import(place) or list_folder(place, {target, store}, options.folder_level)
     root, speakers = listing.root, _speakers_needed(options)

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config import SAMPLE_RATE
+from ..config import LOUDEST, SAMPLE_RATE
 from ..errors import UserError, unknown
 from ..files import replacing, sync_folder, writable, write_json, write_text
 from .classes import file_digest, read_dictionary
@@ -265,6 +265,8 @@ def _read(path: Path, samples: int) -> Array:
             f"{path} is not what its manifest says: {audio.shape[0]} samples at {rate} Hz, expected {samples} at {SAMPLE_RATE} "
             "in mono: make the manifest again"
         )
+    if not max(audio.max(initial=0.0), -audio.min(initial=0.0)) <= LOUDEST:  # also of NaN
+        raise UserError(f"{path} holds samples that are not finite, or no audio: make the manifest again")
     return np.asarray(audio, dtype=np.float32)
 
 

@@ -45,7 +45,7 @@ class Transcripts:
 
 def _names(folder: Path) -> frozenset[str]:
     with os.scandir(folder) as entries:
-        return frozenset(e.name for e in entries if e.is_file())
+        return frozenset(e.name for e in entries if e.name.endswith((".txt", ".lab")) and os.path.isfile(e.path))
 
 
 def _librispeech(folder: Path) -> dict[str, str]:

@@ -18,7 +18,7 @@ from hubert_eff.config import SAMPLE_RATE
 from hubert_eff.corpus import demo
 from hubert_eff.corpus.espeak import Speech, Voice
 from hubert_eff.errors import UserError
-from hubert_eff.files import sync_to_disk, temporary_folder, write_json
+from hubert_eff.files import replacing, sync_to_disk, temporary_folder, write_json
 from hubert_eff.progress import progress
 
 Audio = NDArray[np.float32]
@@ -84,7 +84,8 @@ class Disk:
         """Write 16-bit PCM, 16 kHz, mono, as WAV or FLAC by the ending of `name`; the seconds written."""
         path = self.root / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        sf.write(path, audio, SAMPLE_RATE, subtype="PCM_16")
+        with replacing(path, sync=False) as file:  # says so where the disk is full
+            sf.write(file, audio, SAMPLE_RATE, subtype="PCM_16")
         seconds = len(audio) / SAMPLE_RATE
         before = int(self.seconds)
         self.files, self.seconds = self.files + 1, self.seconds + seconds
