@@ -32,6 +32,7 @@ from hubert_eff.config import FRAME_STRIDE, SAMPLE_RATE
 from hubert_eff.errors import UserError
 from hubert_eff.files import replacing, writable
 
+from . import layouts
 from .upstream.expert import UpstreamExpert
 
 DIGEST = 16  # bytes
@@ -41,7 +42,7 @@ TOLERANCE = 0.05  # relative L2 between states of one code: half precision and a
 
 def estimate(folders: Iterable[Path], states: int, width: int) -> tuple[float, int]:
     """Hours of all recordings in the folders, and bytes of their `states` hidden states of `width` channels."""
-    seconds = sum(sf.info(file).duration for folder in folders for kind in ("*.wav", "*.flac") for file in folder.rglob(kind))
+    seconds = sum(sf.info(file).duration for folder in folders for file in layouts.recordings(folder))
     return seconds / 3600, round(seconds * SAMPLE_RATE / FRAME_STRIDE * states * width * 2)
 
 
@@ -64,7 +65,7 @@ class CachedUpstream(nn.Module):
     def __init__(self, expert: UpstreamExpert, folder: Path, limit: int) -> None:
         super().__init__()
         self.expert, self.folder, self.limit = expert, folder, limit
-        self.left = limit - sum(file.stat().st_size for file in folder.rglob("*.npy"))
+        self.left = limit - sum(file.lstat().st_size for file in folder.rglob("*.npy"))
         self.damaged = 0  # files found so
 
     def get_downsample_rates(self, key: str) -> int:
@@ -165,12 +166,13 @@ class CachedUpstream(nn.Module):
         if not torch.isfinite(half).all():
             return False  # computed every time
         if self.left > 0:
-            content = io.BytesIO()
-            np.save(content, half.cpu().numpy())
+            array = io.BytesIO()
+            np.save(array, half.cpu().numpy())
+            content = array.getvalue() + self._digest(file, array.getvalue())
             try:
                 with replacing(file) as temporary:
-                    temporary.write_bytes(content.getvalue() + self._digest(file, content.getvalue()))
-                self.left -= content.tell()
+                    temporary.write_bytes(content)
+                self.left -= len(content)
             except (OSError, UserError) as error:
                 _say(f"cache {self.folder}: {error}; from here on nothing more is kept")
                 self.left = 0

@@ -19,6 +19,7 @@ from hubert_eff.model import HubertModel
 
 ROOT = Path(__file__).resolve().parents[1]  # where the packages are
 ENTRY = "superb_tasks.upstream.expert"
+PACKAGES = ("hubert_eff", "superb_tasks")
 COMPILED = (".c", ".cpp", ".h")
 
 
@@ -36,7 +37,7 @@ def of_model(model: HubertModel) -> str:
         else:
             found.update(f"{name} {value!r}\n".encode())
     classes = {type(module) for module in model.modules()}
-    for module in sorted({kind.__module__ for kind in classes if kind.__module__.partition(".")[0] not in ("torch", "hubert_eff")}):
+    for module in sorted({kind.__module__ for kind in classes if kind.__module__.partition(".")[0] not in ("torch", *PACKAGES)}):
         with contextlib.suppress(OSError, TypeError):  # typed into an interpreter: it has no source
             found.update(f"{module}\n{inspect.getsource(sys.modules[module])}".encode())
     return found.hexdigest()
@@ -51,7 +52,7 @@ def of_code(root: Path = ROOT) -> str:
         name = waiting.pop()
         path = root.joinpath(*name.split("."))
         file = path / "__init__.py" if path.is_dir() else path.with_name(f"{path.name}.py")
-        if name in sources or not file.is_file():
+        if name in sources or name.partition(".")[0] not in PACKAGES or not file.is_file():
             continue
         tree = ast.parse(file.read_bytes())
         package = name if path.is_dir() else name.rpartition(".")[0]
