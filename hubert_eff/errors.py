@@ -28,6 +28,10 @@ class WriteError(OSError):
         return printable(f"{reason}. What stood there before is whole: make room and run it again")
 
 
+class UnusableFile(UserError):
+    """One of many files, which is left out where the others can be used."""
+
+
 class StepFailed(Exception):
     """A command of a longer job that ended with an exit code other than 0, which becomes the job's own."""
 

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 
+import hubert_eff
 from hubert_eff.model import HubertModel
 
-ROOT = Path(__file__).resolve().parents[1]  # where the packages are
+ROOT = Path(hubert_eff.__file__).resolve().parents[1]  # where the packages are
 ENTRY = "superb_tasks.upstream.expert"
 PACKAGES = ("hubert_eff", "superb_tasks")
 COMPILED = (".c", ".cpp", ".h")
