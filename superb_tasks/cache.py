@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from hubert_eff.config import FRAME_STRIDE, SAMPLE_RATE
-from hubert_eff.errors import UserError
+from hubert_eff.errors import UserError, printable
 from hubert_eff.files import replacing, writable
 
 from . import layouts
@@ -170,7 +170,7 @@ class CachedUpstream(nn.Module):
             np.save(array, half.cpu().numpy())
             content = array.getvalue() + self._digest(file, array.getvalue())
             try:
-                with replacing(file) as temporary:
+                with replacing(file, sync=False) as temporary:
                     temporary.write_bytes(content)
                 self.left -= len(content)
             except (OSError, UserError) as error:
@@ -180,4 +180,4 @@ class CachedUpstream(nn.Module):
 
 
 def _say(line: str) -> None:
-    print(f"-- {line}", file=sys.stderr, flush=True)
+    print(f"-- {printable(line)}", file=sys.stderr, flush=True)

@@ -26,7 +26,7 @@ from typing import Any
 import yaml
 
 from hubert_eff.config import SAMPLE_RATE
-from hubert_eff.errors import UserError
+from hubert_eff.errors import UserError, printable
 from hubert_eff.files import write_json, write_text
 from hubert_eff.locks import locked
 
@@ -338,4 +338,4 @@ def _device(device: str | None) -> str:
 
 
 def _say(line: str) -> None:
-    print(f"-- {line}", file=sys.stderr, flush=True)
+    print(f"-- {printable(line)}", file=sys.stderr, flush=True)
