@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from hubert_eff import extraction
+from hubert_eff import extraction, live
 from hubert_eff.cli import main
 from hubert_eff.commands import align
 from hubert_eff.errors import UserError
@@ -121,3 +121,12 @@ def test_align_does_not_take_a_path_for_a_text(tmp_path: Path) -> None:
             align._text(str(path))
     text.write_text("SAID")
     assert align._text(str(text)) == "SAID" and align._text("a" * 5_000) == "a" * 5_000 and align._text("") == ""
+
+
+def test_a_stream_does_not_end_before_its_file(tmp_path: Path) -> None:
+    whole = Path(tone(tmp_path / "whole.wav")).read_bytes()
+    (tmp_path / "cut.wav").write_bytes(whole[: len(whole) // 2])
+    for source, message in ((tmp_path / "cut.wav", "truncated"), (tmp_path, "is a folder"), (tmp_path / "none.wav", "no audio file")):
+        with pytest.raises(UserError, match=message):
+            list(live.pieces_of(source))
+    assert sum(piece.size(1) for piece in live.pieces_of(tmp_path / "whole.wav")) == 4_800
