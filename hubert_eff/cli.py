@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import signal
 import sys
-import threading
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from .errors import StepFailed, UserError, printable
+from .signals import say_stopped, stoppable
 
 COMMANDS = {
     "doctor": "versions, known breakages of this environment and the fix for each",
@@ -58,19 +57,28 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code: 0 done, 1 failed, 2 bad input (one line on stderr), 130 interrupted."""
+    """Run one command; returns its exit code: 0 done, 1 failed or done in part, 2 bad input (one line on stderr), 130 or 143 stopped."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = next((a for a in arguments if not a.startswith("-")), None)
-    try:
-        return _run(_parser(command), arguments)
-    except KeyboardInterrupt:
-        print(f"hubert-eff {command}: interrupted", file=sys.stderr)
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one does not wait for what is still at work
-        return 130
+    program = f"hubert-eff {command}" if command in COMMANDS else "hubert-eff"
+    with stoppable() as received:
+        try:
+            return _run(command, arguments)
+        except BaseException as error:
+            if received or isinstance(error, KeyboardInterrupt):  # whatever an interrupted import or library makes of it
+                return say_stopped(program, received)
+            if isinstance(error, BrokenPipeError):
+                sys.stderr.close()
+                return 0
+            if not isinstance(error, (UserError, StepFailed, OSError)):
+                raise
+            print(f"{program}: {printable(error)}", file=sys.stderr)
+            # an OSError is a full disk, a folder that is gone
+            return 2 if isinstance(error, UserError) else error.code if isinstance(error, StepFailed) else 1
 
 
-def _run(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
+def _run(command: str | None, arguments: Sequence[str]) -> int:
+    parser = _parser(command)
     try:
         args = parser.parse_args(arguments)
     except SystemExit as stop:  # argparse has printed its own line
@@ -83,21 +91,7 @@ def _run(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
     if args.command is None:
         parser.print_help()
         return 2
-    module = _module(args.command)
-    try:
-        return int(module.run(args))
-    except UserError as error:
-        print(f"hubert-eff {args.command}: {error}", file=sys.stderr)
-        return 2
-    except StepFailed as failure:
-        print(f"hubert-eff {args.command}: {printable(failure)}", file=sys.stderr)
-        return failure.code
-    except BrokenPipeError:
-        sys.stderr.close()
-        return 0
-    except OSError as error:  # a full disk, a folder that is gone
-        print(f"hubert-eff {args.command}: {printable(error)}", file=sys.stderr)
-        return 1
+    return int(_module(args.command).run(args))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,10 @@ class WriteError(OSError):
         return printable(f"{reason}. What stood there before is whole: make room and run it again")
 
 
+class UnusableFile(UserError):
+    """One of many files, which is left out where the others can be used."""
+
+
 # what building a model of absurd sizes may raise
 BUILD_ERRORS = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
 

@@ -6,7 +6,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
+import tempfile
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import FRAME_STRIDE, SAMPLE_RATE
-from .errors import UserError, missing_extra
+from .errors import UnusableFile, UserError, missing_extra
 from .files import replacing, writable
 from .frontend import ConvBlock, TimeNorm, receptive_field
 from .labels.audio import FOREIGN_SUFFIXES, Checked, Unusable, check, read_mono
@@ -58,7 +61,7 @@ class _Item:
 
 def extract(
     model: HubertModel | str | os.PathLike[str], files: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str], *,
-    layer: int | None = None, batch: int = 8, window: float = WINDOW,
+    layer: int | None = None, batch: int = 8, window: float = WINDOW, left_out: Callable[[str], object] | None = None,
 ) -> list[Recording]:  # fmt: skip
     """Write the hidden states of audio files, of any rate, to `out`: an .npz or a .pt file (a dict of tensors) with one float32 array each.
 
@@ -68,7 +71,8 @@ def extract(
     written array by array; .pt holds all of them in memory at the end.
 
     model: a HubertModel, a preset, or a path. Raises `UserError`, before any model runs, for a file that is missing or no sound audio, a
-    layer that is not there, another suffix of `out`, and bad numbers.
+    layer that is not there, another suffix of `out`, a disk that is too small, and bad numbers. With `left_out`, files that cannot be used
+    are left out, as long as others can, and it is called with a line on each.
     """
     target = Path(out)
     _check_options(target, files, batch, window)
@@ -77,11 +81,8 @@ def extract(
     depth = len(hubert.encoder.layers)
     if layer is not None and not 0 <= layer <= depth:
         raise UserError(f"layer {layer} is not there: this model has hidden states 0 to {depth}")
-    items = []
-    with progress("checking", len(files)) as advance:
-        for file, key in zip(files, keys):
-            items.append(_checked(Path(file), key, hubert))
-            advance(1)
+    items = _usable(files, keys, hubert, left_out)
+    _check_space(target, [item.frames * (depth + 1 if layer is None else 1) * hubert.config.encoder_embed_dim * 4 for item in items])
     results: dict[str, Recording] = {}
     total = sum(item.checked.samples for item in items)
     with evaluating(hubert), torch.inference_mode(), _writer(target) as write, progress("seconds", total // SAMPLE_RATE) as advance:
@@ -95,13 +96,21 @@ def extract(
 
         for together in _batches(items, hubert, batch, window):
             if window and together[0].checked.samples > window * SAMPLE_RATE:
-                results[together[0].key] = _in_windows(hubert, together[0], layer, window, write, target, tell)
-            else:
-                for item, states in zip(together, _states(hubert, [_audio(item) for item in together], layer)):
+                with _leaving_out(left_out):
+                    results[together[0].key] = _in_windows(hubert, together[0], layer, window, write, target, tell)
+                continue
+            audio: dict[_Item, Array] = {}
+            for item in together:
+                with _leaving_out(left_out):
+                    audio[item] = np.concatenate(list(_blocks(item)))
+            if audio:
+                for item, states in zip(audio, _states(hubert, list(audio.values()), layer)):
                     write(item.key, states[..., : item.frames, :])
                     results[item.key] = _recording(item, 1)
-                tell(sum(item.checked.samples for item in together))
-    return [results[key] for key in keys]
+            tell(sum(item.checked.samples for item in together))
+        if not results:
+            raise UserError(f"{target} is not written: no file can be read any more")
+    return [results[key] for key in keys if key in results]
 
 
 def summary(recordings: Sequence[Recording], out: Path) -> dict[str, Any]:
@@ -121,40 +130,84 @@ def _check_options(target: Path, files: Sequence[str | os.PathLike[str]], batch:
         raise UserError(f"window={window:g} must be {SHORTEST:g} to 3600 seconds, or 0: in one piece, however long")
     if not files:
         raise UserError("no audio files are given")
-    for file in map(Path, files):
-        if file.is_dir():
-            raise UserError(f"{file} is a folder: name the audio files in it")
-        if not file.is_file():
-            raise UserError(f"no audio file at {file}")
-        if file.suffix.lower() in FOREIGN_SUFFIXES:
-            raise UserError(f"{file}: {file.suffix} is not decoded here; convert it to wav, flac, ogg or mp3")
     writable(target.parent)
 
 
 def _keys(files: list[Path]) -> list[str]:
     """Unique names: paths below the common folder, without suffix unless two would be the same, even so (x.wav, x.flac, x.wav.flac)."""
     resolved = [Path(os.path.abspath(file)) for file in files]
+    times = Counter(resolved)
     for file, path in zip(files, resolved):
-        if resolved.count(path) > 1:
+        if times[path] > 1:
             raise UserError(f"{file} is given twice")
     common = os.path.commonpath([path.parent for path in resolved])
-    names = [path.relative_to(common) for path in resolved]
+    # bytes that are no UTF-8, which a name in an archive cannot hold, are spelled out
+    names = [Path(os.fsencode(path.relative_to(common)).decode("utf-8", "backslashreplace")) for path in resolved]
     short = [name.with_suffix("").as_posix() for name in names]
-    keys = [name.as_posix() if short.count(key) > 1 else key for name, key in zip(names, short)]
+    times_short = Counter(short)
+    keys = [name.as_posix() if times_short[key] > 1 else key for name, key in zip(names, short)]
     return keys if len(set(keys)) == len(keys) else [name.as_posix() for name in names]
 
 
-def _checked(path: Path, key: str, model: HubertModel) -> _Item:
+def _usable(
+    files: Sequence[str | os.PathLike[str]], keys: Sequence[str], model: HubertModel, left_out: Callable[[str], object] | None
+) -> list[_Item]:
+    """The files that can be used. The others are reported to `left_out`; raises `UserError` for the first without it, or if no file can."""
+    items, faults = [], []
+    with progress("checking", len(files)) as advance:
+        for file, key in zip(files, keys):
+            try:
+                items.append(_item(Path(file), key, model))
+            except UnusableFile as fault:
+                if left_out is None:
+                    raise
+                faults.append(str(fault))
+            advance(1)
+    if not items:
+        raise UserError(faults[0] + (f"; nor can the {len(faults) - 1} others be used" if len(faults) > 1 else ""))
+    if left_out is not None:
+        for line in faults:
+            left_out(line)
+    return items
+
+
+def _item(path: Path, key: str, model: HubertModel) -> _Item:
     try:
+        if path.is_dir():
+            raise UnusableFile(f"{path} is a folder: name the audio files in it")
+        if not path.is_file():
+            raise UnusableFile(f"{path} is no regular file" if path.exists() else f"no audio file at {path}")
+        if path.suffix.lower() in FOREIGN_SUFFIXES:
+            raise UnusableFile(f"{path}: {path.suffix} is not decoded here; convert it to wav, flac, ogg or mp3")
         checked = check(path, silent=True)
-    except Unusable as error:
-        raise UserError(f"{path}: {error}") from error
+    except (Unusable, OSError) as error:  # the latter: a name that is too long, a folder that may not be entered
+        raise UnusableFile(f"{path}: {error}") from error
     if checked.rate != SAMPLE_RATE and importlib.util.find_spec("soxr") is None:
         raise missing_extra("soxr", "data", f"{path} has {checked.rate} Hz: resampling")
     frames = model.num_frames(checked.samples)
     if frames < 1:
-        raise UserError(f"{path}: {checked.samples} samples at 16 kHz are too few for one frame")
+        raise UnusableFile(f"{path}: {checked.samples} samples at 16 kHz are too few for one frame")
     return _Item(path, checked, key, frames)
+
+
+def _check_space(target: Path, sizes: Sequence[int]) -> None:
+    """Raise `UserError` where arrays of these sizes, and the largest once more, which may be computed in windows, do not fit."""
+    needed, free = sum(sizes) + max(sizes), shutil.disk_usage(target.parent).free
+    if needed > free:
+        raise UserError(
+            f"{target}: about {needed / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free: take another disk, or one layer (--layer)"
+        )
+
+
+@contextmanager
+def _leaving_out(left_out: Callable[[str], object] | None) -> Iterator[None]:
+    """Pass over a file that was sound when it was checked, and cannot be read any more."""
+    try:
+        yield
+    except UnusableFile as fault:
+        if left_out is None:
+            raise
+        left_out(str(fault))
 
 
 def _batches(items: list[_Item], model: HubertModel, most: int, window: float) -> Iterator[list[_Item]]:
@@ -176,8 +229,12 @@ def _batches(items: list[_Item], model: HubertModel, most: int, window: float) -
 # -- in one piece -----------------------------------------------------------------------------------------------------------------------
 
 
-def _audio(item: _Item) -> Array:
-    return np.concatenate(list(read_mono(item.path, item.checked)))
+def _blocks(item: _Item) -> Iterator[Array]:
+    """The samples of a file. Raises `UnusableFile` where it has changed since it was checked."""
+    try:
+        yield from read_mono(item.path, item.checked)
+    except (UserError, OSError) as error:
+        raise UnusableFile(f"{item.path} cannot be read any more: {error}") from error
 
 
 def _recording(item: _Item, windows: int) -> Recording:
@@ -206,7 +263,8 @@ def _in_windows(
     model: HubertModel, item: _Item, layer: int | None, window: float, write: Callable[[str, Array], None], target: Path,
     tell: Callable[[int], None],
 ) -> Recording:  # fmt: skip
-    """A long recording, window by window into a file, so that memory does not grow with its length; `tell` is told of samples done.
+    """A long recording, window by window into a file without a name, so that memory does not grow with its length, and nothing is left of
+    it however this process ends; `tell` is told of samples done.
 
     What a model takes over a whole recording is taken over it: mean and variance of the samples (`normalize`), those of the first
     convolution's channels (the default extractor). So the extractor's output is that of the whole pass, and so is state 0, whose
@@ -218,25 +276,23 @@ def _in_windows(
     seen = [(max(0, a - context), min(item.frames, b + context)) for a, b in cores]
     spans = [(a * FRAME_STRIDE, item.checked.samples if b == item.frames else (b - 1) * FRAME_STRIDE + reach) for a, b in seen]
     config = model.config
-    temporary = target.with_name(f".{target.stem}.{os.getpid()}.window.npy")
-    array: Any = None
-    try:
-        wave = _normalized(item) if config.normalize else None
-        model.config = replace(config, normalize=False)
-        statistics = _over_recording(model, lambda: _pieces(item, wave, _tiles(model, item.checked.samples)))
-        with statistics:
-            for (a, b), (first, _), piece in zip(cores, seen, _pieces(item, wave, spans)):
-                (states,) = _states(model, [piece], layer)
-                if array is None:
+    with tempfile.TemporaryFile(dir=target.parent) as file:
+        try:
+            wave = _normalized(item) if config.normalize else None
+            model.config = replace(config, normalize=False)
+            shape: tuple[int, ...] = ()
+            with _over_recording(model, lambda: _pieces(item, wave, _tiles(model, item.checked.samples))):
+                for (a, b), (first, _), piece in zip(cores, seen, _pieces(item, wave, spans)):
+                    (states,) = _states(model, [piece], layer)
                     shape = (*states.shape[:-2], item.frames, states.shape[-1])
-                    array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
-                array[..., a:b, :] = states[..., a - first : b - first, :]
-                tell((item.checked.samples if b == item.frames else b * FRAME_STRIDE) - a * FRAME_STRIDE)
-        write(item.key, array)
-    finally:
-        model.config = config
-        del array
-        temporary.unlink(missing_ok=True)
+                    for number, state in enumerate(states[..., a - first : b - first, :].reshape(-1, b - a, shape[-1])):
+                        file.seek((number * item.frames + a) * shape[-1] * state.itemsize)
+                        file.write(state.tobytes())  # not by a memory map: on a full disk that ends the process
+                    tell((item.checked.samples if b == item.frames else b * FRAME_STRIDE) - a * FRAME_STRIDE)
+        finally:
+            model.config = config
+        file.flush()
+        write(item.key, np.memmap(file, np.float32, "r", shape=shape))
     return _recording(item, len(cores))
 
 
@@ -245,7 +301,7 @@ Wave = tuple[float, float]  # mean and deviation of a recording
 
 def _normalized(item: _Item) -> Wave:
     count, total, square = 0, 0.0, 0.0
-    for block in read_mono(item.path, item.checked):
+    for block in _blocks(item):
         wide = block.astype(np.float64)
         count, total, square = count + len(wide), total + float(wide.sum()), square + float(wide @ wide)
     mean = total / count
@@ -254,7 +310,7 @@ def _normalized(item: _Item) -> Wave:
 
 def _pieces(item: _Item, wave: Wave | None, spans: Sequence[tuple[int, int]]) -> Iterator[Array]:
     """The samples of each span; spans are in order, and only what the next ones need is kept."""
-    blocks, held, place = read_mono(item.path, item.checked), np.zeros(0, np.float32), 0
+    blocks, held, place = _blocks(item), np.zeros(0, np.float32), 0
     for start, end in spans:
         if start > place:
             held, place = held[start - place :], start

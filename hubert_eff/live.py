@@ -22,6 +22,7 @@ from .config import SAMPLE_RATE
 from .errors import UserError
 from .files import replacing
 from .fusing import fuse
+from .labels.containers import Unusable, check_container
 from .model import HubertModel, build
 from .profiling.cost import resolve
 from .registry import list_presets
@@ -80,9 +81,13 @@ def pieces_of(source: str | os.PathLike[str], stdin: BinaryIO | None = None) -> 
     import soundfile
 
     path = Path(source)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: a stream takes one audio file")
     if not path.is_file():
-        raise UserError(f"no audio file at {path}")
+        raise UserError(f"{path} is no regular file" if path.exists() else f"no audio file at {path}")
+    frames = 0
     try:
+        check_container(path)
         with soundfile.SoundFile(os.fsencode(path)) as file:  # of bytes: it encodes names strictly
             if file.samplerate != SAMPLE_RATE or file.channels != 1:
                 raise UserError(
@@ -90,8 +95,11 @@ def pieces_of(source: str | os.PathLike[str], stdin: BinaryIO | None = None) -> 
                     "(hubert-eff manifest converts)"
                 )
             for block in file.blocks(length, dtype="float32"):
+                frames += len(block)
                 yield torch.from_numpy(block)[None]
-    except soundfile.SoundFileError as error:
+            if frames < file.frames < 1 << 40:  # a file that was written to a pipe declares a huge length
+                raise UserError(f"{path} is truncated: {frames / SAMPLE_RATE:.2f} of {file.frames / SAMPLE_RATE:.2f} s")
+    except (soundfile.SoundFileError, Unusable) as error:
         raise UserError(f"{path} cannot be read as audio ({error})") from error
 
 

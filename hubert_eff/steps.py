@@ -23,6 +23,7 @@ import yaml
 from .analysis.training import read_log
 from .errors import StepFailed, UserError
 from .files import write_json
+from .signals import STEP
 
 INTERRUPT_SECONDS = 2.0  # after which a command that was interrupted is asked to stop
 
@@ -90,7 +91,7 @@ def check_overrides(words: Iterable[object]) -> None:
 
 def quiet_environment() -> dict[str, str]:
     """For commands that train: models as small as the debug ones gain nothing from threads, which spin when other work shares the cores."""
-    return {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
+    return {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore", STEP: "1"}
 
 
 def run_command(words: Sequence[object]) -> int:
@@ -142,7 +143,7 @@ class Steps:
 
     def figures(self, *words: object) -> Any:
         """The JSON that a command prints. Raises `StepFailed`."""
-        done = subprocess.run(command_line(*words, "--json"), check=False, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(command_line(*words, "--json"), check=False, stdout=subprocess.PIPE, text=True, env={**os.environ, STEP: "1"})
         if done.returncode:
             raise StepFailed(shlex.join(map(str, words)), done.returncode)
         return json.loads(done.stdout)

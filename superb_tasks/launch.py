@@ -11,24 +11,27 @@ from typing import Any
 
 import yaml
 
-from hubert_eff.errors import UserError, unknown
+from hubert_eff.errors import UserError, printable, unknown
+from hubert_eff.signals import say_stopped, stoppable
 
 S3PRL = "s3prl:"  # begins the name of an upstream of S3PRL's own
 BASELINES = ("fbank", "fbank_no_cmvn", "linear", "mel", "mfcc", "spectrogram")  # those of its upstreams that need no file
 
 
 def exit_code(program: str, run: Callable[[Sequence[str]], None], argv: Sequence[str] | None) -> int:
-    """Run a launcher: 0 when done, 2 with one line on stderr for bad input, 130 when interrupted."""
+    """Run a launcher: 0 when done, 2 with one line on stderr for bad input, 130 or 143 when stopped."""
     if not sys.stderr.isatty():  # S3PRL's progress bars: a line now and then in a log, not ten redraws a second
         os.environ.setdefault("TQDM_MININTERVAL", "10")  # read when tqdm is imported
-    try:
-        run(sys.argv[1:] if argv is None else argv)
-    except UserError as error:
-        print(f"{program}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{program}: interrupted", file=sys.stderr)
-        return 130
+    with stoppable() as received:
+        try:
+            run(sys.argv[1:] if argv is None else argv)
+        except BaseException as error:
+            if received or isinstance(error, KeyboardInterrupt):
+                return say_stopped(program, received)
+            if not isinstance(error, UserError):
+                raise
+            print(f"{program}: {printable(error)}", file=sys.stderr)
+            return 2
     return 0
 
 

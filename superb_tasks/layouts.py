@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import soundfile as sf
 
 from hubert_eff.config import SAMPLE_RATE
 from hubert_eff.errors import UserError
+from hubert_eff.labels.audio import Unusable, check
 from hubert_eff.labels.lines import decimal, shown
+from hubert_eff.labels.pool import in_order
+from hubert_eff.progress import progress
 
 LIBRISPEECH, SNIPS, VOXCELEB = "LibriSpeech", "SNIPS", "VoxCeleb1"
 QUESST, FLUENT, IEMOCAP, DIARIZATION = "quesst14Database", "fluent_speech_commands_dataset", "IEMOCAP", "diarization"
@@ -31,6 +36,8 @@ KALDI_FILES = ("wav.scp", "utt2spk", "segments", "reco2dur")
 SESSIONS = tuple(f"Session{number}" for number in range(1, 6))
 EMOTIONS = {"neu", "hap", "exc", "ang", "sad"}
 HEADERS = 8  # recordings per split whose header is read
+AUDIO = (".wav", ".flac")
+LIST_BYTES, SAMPLE_BYTES = 1 << 24, 1 << 12  # of what a digest reads: a list at most, of a recording
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
@@ -99,13 +106,40 @@ def segments(folder: Path) -> Iterator[tuple[str, str, float, float]]:
         yield recording, speaker[utterance], start, end
 
 
+def files(root: Path) -> Iterator[Path]:
+    """All files below a folder in the order of their names, through links to folders, too; each folder once."""
+    seen: set[str] = set()
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        if (place := os.path.realpath(folder)) in seen:  # a link to a folder above it
+            subfolders.clear()
+            continue
+        seen.add(place)
+        subfolders.sort()
+        yield from (Path(folder, name) for name in sorted(names))
+
+
+def recordings(root: Path) -> Iterator[Path]:
+    """The recordings below a folder; what archives of macOS have beside them (`._NAME.wav`) is none."""
+    return (file for file in files(root) if file.suffix in AUDIO and not file.name.startswith("."))
+
+
 def digest(roots: Iterable[Path]) -> str:
-    """SHA-256 of the names and sizes of all files: other data under the same path are other data."""
+    """SHA-256 of the names and sizes of all files, of the content of lists and of some of each recording: other data are other data."""
     listing = hashlib.sha256()
     for root in roots:
-        for file in sorted(path for path in root.rglob("*") if path.is_file()):
-            listing.update(f"{file.relative_to(root)} {file.stat().st_size}\n".encode())
+        for file in files(root):
+            if file.is_file():
+                size = file.stat().st_size
+                whole = file.suffix not in AUDIO and size <= LIST_BYTES
+                listing.update(os.fsencode(file.relative_to(root)) + f" {size}\n".encode())
+                listing.update(_content(file, *((0, size) if whole else ((size - SAMPLE_BYTES) // 2, SAMPLE_BYTES))))
     return listing.hexdigest()
+
+
+def _content(file: Path, start: int, length: int) -> bytes:
+    with file.open("rb") as stream:
+        stream.seek(max(0, start))
+        return stream.read(length)
 
 
 def _lines(file: Path) -> list[str]:
@@ -118,6 +152,31 @@ def _lines(file: Path) -> list[str]:
 
 
 # -- checking --------------------------------------------------------------------------------------------------------
+
+
+def check_recordings(roots: Iterable[Path]) -> None:
+    """Decode all recordings below some folders. Raises `UserError` for those that are no sound audio: S3PRL would hang, fail or learn from
+    noise. Silence is let through."""
+    found = [file for root in roots for file in recordings(root)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool, progress("checking recordings", len(found)) as advance:
+        faults = []
+        for file, fault in zip(found, in_order(pool, _fault, found, ahead=64)):
+            advance(1)
+            if fault:
+                faults.append(f"{file} ({fault})")
+    if faults:
+        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise UserError(f"{', '.join(faults[:3])}{more}: mend or remove what cannot be used, also from the lists that name it")
+
+
+def _fault(file: Path) -> str | None:
+    if not file.is_file():
+        return "no regular file"
+    try:
+        check(file, silent=True)
+    except Unusable as reason:
+        return str(reason)
+    return None
 
 
 def check_librispeech(data: Path) -> None:

@@ -9,7 +9,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from hubert_eff.profiling import table1
 from hubert_eff.profiling.table2 import METRICS, PAPER_TABLE, paper_figures, superb_score
 
 from . import records, significance
+from .settings import GENERATED
 from .submission import experiments, write_submission
 from .tasks import TASKS
 from .utterances import Row
@@ -28,6 +29,7 @@ COSTS = {"params": "params", "storage_mb": "storage MB", "gflop": "GFLOP", "bop_
 COMPARED = ("steps", "small", "learning_rates", "seed", "data_sha256")  # what results of a task must share to be compared
 SIGNIFICANT = 0.05
 OURS, PAPER = "found", "the paper"
+TOY = "°"  # marks figures of generated data
 
 
 @dataclass
@@ -51,7 +53,7 @@ def collect(folders: Sequence[Path]) -> list[Model]:
 
     Raises `UserError` for a folder that is none or holds no result, and for two results of one model and task.
     """
-    models: dict[tuple[str, str | None], Model] = {}
+    models: dict[str, Model] = {}  # by SHA-256 of the file, or name
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"no folder at {folder}")
@@ -61,14 +63,14 @@ def collect(folders: Sequence[Path]) -> list[Model]:
             raise UserError(f"{folder} holds no result.json of `hubert-eff superb run`")
         for place, result in found:
             upstream, task = str(result["upstream"]), str(result["task"])
-            model = models.setdefault((upstream, result.get("sha256")), Model(upstream, _label(upstream)))
+            model = models.setdefault(str(result.get("sha256") or upstream), Model(upstream, _label(upstream)))
             if task in model.results:
                 raise UserError(f"{place} and {model.results[task][0]} both hold {task} of {upstream}: name one of them")
             model.results[task] = place, result
     labels, upstreams = [model.label for model in models.values()], [model.upstream for model in models.values()]
-    for (_, sha256), model in models.items():
+    for sha256, model in models.items():
         if upstreams.count(model.upstream) > 1:  # a file that was trained on between two runs
-            model.label += f" ({str(sha256)[:8]})"
+            model.label += f" ({sha256[:8]})"
         elif labels.count(model.label) > 1:
             model.label = model.upstream
     return list(models.values())
@@ -117,7 +119,8 @@ def _cell(task: str, model: Model) -> dict[str, Any]:
     """A figure in the paper's unit, its 95% interval where there are utterances, and what it was found with."""
     _, result = model.results[task]
     metric, rows = METRICS[task], model.rows(task)
-    cell = {"value": metric.scale * result[metric.key], **{key: result.get(key) for key in ("steps", "small", "learning_rate")}}
+    settings = ("steps", "small", "learning_rate", "data_set", "data_sha256", "utterances")
+    cell = {"value": metric.scale * result[metric.key], **{key: result.get(key) for key in settings}}
     if rows:
         cell["interval"] = [metric.scale * end for end in significance.interval(task, rows)]
     return cell
@@ -127,7 +130,7 @@ def _cost(model: Model) -> dict[str, Any]:
     from hubert_eff.profiling.cost import profile
 
     try:
-        found = profile(model.upstream.partition("@")[0])
+        found = profile(model.upstream if Path(model.upstream).is_file() else model.upstream.partition("@")[0])
     except UserError:  # a checkpoint that is gone
         return dict.fromkeys(COSTS)
     return {
@@ -173,6 +176,9 @@ def _notes(models: Sequence[Model]) -> list[str]:
     found = [result for model in models for _, result in model.results.values()]
     if not all(result.get("superb_settings") for result in found):
         notes.append("Results with fewer steps, small heads or generated data compare with each other only, and get no SUPERB score.")
+    if any(result.get("data_set") == GENERATED for result in found):
+        notes.append(f"{TOY} is on generated data (hubert-eff corpus superb), which say nothing about the real data set.")
+    notes.append(f"Data: {'; '.join(_data_sets(models))}.")
     for task in METRICS:
         results = [model.results[task][1] for model in models if task in model.results]
         differing = [key for key in COMPARED if len({json.dumps(result.get(key)) for result in results}) > 1]
@@ -186,6 +192,20 @@ def _notes(models: Sequence[Model]) -> list[str]:
     notes.append("SUPERB score: superb_s of superbbenchmark.org, FBANK 0, best of its time 1000; the paper's rows without slot-value CER.")
     notes.append("Cost: of 10 s of audio, BOP in 2^30 (32 per float MAC, 1 per W1A1 MAC); the paper's rows have its own figures.")
     return notes
+
+
+def _data_sets(models: Sequence[Model]) -> Iterator[str]:
+    """Task by task the data sets of the results, the beginnings of their digests, and how many utterances were tested."""
+    for task in METRICS:
+        found = {}
+        for model in models:
+            if task in model.results:
+                result = model.results[task][1]
+                tested = f", {result['utterances']} utterances" if "utterances" in result else ""
+                name = result.get("data_set", "not recorded")
+                found[f"{name} ({str(result.get('data_sha256'))[:8]}{tested})"] = None
+        if found:
+            yield f"{task} {', '.join(found)}"
 
 
 # -- tables ----------------------------------------------------------------------------------------------------------
@@ -202,7 +222,8 @@ def cells(values: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         for task in METRICS:
             cell = row["tasks"].get(task)
             star = "*" if row["source"] == OURS and (row["model"], task) in marked else ""
-            tasks.append(_text(cell["value"] if cell else None) + star)
+            toy = TOY if cell and cell.get("data_set") == GENERATED else ""
+            tasks.append(_text(cell["value"] if cell else None) + toy + star)
         table.append([row["model"], row["source"], *costs, *tasks, _text(row["superb_score"], ".0f")])
     return head, table
 

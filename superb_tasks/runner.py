@@ -3,9 +3,9 @@
     hubert-eff superb run --task ks,asr --upstream CKPT --data DIR --out DIR
 
 Per task, `OUT/TASK/` holds `result.json`, `utterances.json` (what it is made of, utterance by utterance), `settings.json` (what the result
-is of), `prepared/` (lists that S3PRL reads) and S3PRL's own folders of experiments: `lr-RATE/` of each learning rate tried, with a folder
-per fold in it where there are folds, or `layer-N/SPLIT/` where nothing is trained. Predictions of the test set are in those, under S3PRL's
-names.
+is of), `earlier.jsonl` (results of other settings that stood there), `prepared/` (lists that S3PRL reads) and S3PRL's own folders of
+experiments: `lr-RATE/` of each learning rate tried, with a folder per fold in it where there are folds, or `layer-N/SPLIT/` where nothing
+is trained. Predictions of the test set are in those, under S3PRL's names.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import random
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,55 +26,19 @@ from typing import Any
 import yaml
 
 from hubert_eff.config import SAMPLE_RATE
-from hubert_eff.errors import UserError
+from hubert_eff.errors import UserError, printable
 from hubert_eff.files import write_json, write_text
 from hubert_eff.locks import locked
 
 from . import layouts, records, register, require_s3prl
-from .launch import S3PRL, check_upstream, command_line, upstream_arguments
+from .launch import S3PRL, command_line, upstream_arguments
 from .prepare import prepare
+from .settings import RESULT, Request, begin, goes_on, of_result, of_upstream, result_in, settings_of
 from .tasks import Task, check, choose
 from .utterances import utterances
 
 VERSIONS = ("hubert-eff", "s3prl", "torch", "torchaudio", "numpy")
 SCALARS = "scalars.jsonl"  # what S3PRL logs, a line per figure
-
-
-@dataclass(frozen=True)
-class Request:
-    """How tasks are run.
-
-    `upstream` is a checkpoint, an exported file, `PRESET[@SEED]` for an untrained model, or one of S3PRL's own that needs no file,
-    `s3prl:fbank` or `s3prl:mfcc`; `data` the folder of the data sets. `steps` and `learning_rate` are SUPERB's where None; with `sweep`,
-    each rate of SUPERB's grid is trained, and the one that is best on the validation set is tested (where there is none, on the test set,
-    as SUPERB does). `small` takes narrow heads, small batches and few steps, for generated data: such results compare models with each
-    other only. `workers` load data in processes of their own. `cache` is a folder for the hidden states of all recordings, in half
-    precision; several tasks and models may share it; S3PRL's own upstreams are computed anew.
-    """
-
-    upstream: str
-    data: Path
-    steps: int | None = None
-    learning_rate: float | None = None
-    sweep: bool = False
-    small: bool = False
-    seed: int = 1337
-    device: str | None = None
-    workers: int | None = None
-    cache: Path | None = None
-
-    def __post_init__(self) -> None:
-        if self.steps is not None and self.steps < 1:
-            raise UserError(f"--steps {self.steps}: one step or more")
-        if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
-            raise UserError(f"--lr {self.learning_rate}: a learning rate above zero")
-        if self.sweep and self.learning_rate is not None:
-            raise UserError("--lr-sweep tries SUPERB's learning rates: leave out --lr")
-
-    @property
-    def cached(self) -> bool:
-        """Whether states are kept on disk."""
-        return self.cache is not None and not self.upstream.startswith(S3PRL)
 
 
 def run_tasks(names: str | Iterable[str], request: Request, out: Path) -> list[dict[str, Any]]:
@@ -87,87 +52,47 @@ def run_tasks(names: str | Iterable[str], request: Request, out: Path) -> list[d
     for task in tasks:
         check(task, request.data)
     require_s3prl()
+    out = Path(os.path.abspath(out))
     for task in tasks:
         records.check_folder(out / task.name)
-    _check_device(request.device)
-    if "-k" in upstream_arguments(request.upstream):
-        check_upstream("hubert_eff", request.upstream)
+    request = replace(request, device=_device(request.device))
+    origin = of_upstream(request.upstream)
+    planned = [(task, of_result(task, request, origin), out / task.name) for task in tasks]
+    begun_anew = [task for task, settings, place in planned if not goes_on(task, settings, place)]
+    layouts.check_recordings(request.data / name for name in dict.fromkeys(name for task in begun_anew for name in task.source.folders))
     if request.cached:
         from .cache import check_space
 
         hours, size = _cache_size(request, {name for task in tasks for name in task.source.folders})
         _say(f"states of {hours:.1f} h of speech: about {size / 1e9:.2f} GB in {request.cache}")
+        assert request.cache is not None
         check_space(request.cache, size)
     results = []
-    for task in tasks:
+    for task, settings, place in planned:
         with locked(out, task.name):
-            results.append(run_task(task, request, out / task.name))
+            results.append(run_task(task, request, settings, place))
     return results
 
 
-def run_task(task: Task, request: Request, out: Path) -> dict[str, Any]:
+def run_task(task: Task, request: Request, settings: dict[str, Any], out: Path) -> dict[str, Any]:
     """Run one task into `out`; its result, also in `out/result.json`: settings, the metric in [0, 1] under its key, how it was found."""
-    import torch
-
-    device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    request = replace(request, device=device)
-    config = settings_of(task, request)
-    settings = {
-        "task": task.name,
-        **asdict(request),
-        "data": str(request.data),
-        "steps": config["runner"].get("total_steps", 0),
-        "sha256": records.digest(request.upstream),
-        "data_sha256": layouts.digest(request.data / name for name in task.source.folders),
-        # as SUPERB has it: then, and only then, a result may stand beside published ones
-        "superb_settings": not request.small and request.steps is None and not records.generated(request.data, task.source.folders[0]),
-    }
-    del settings["device"], settings["workers"], settings["learning_rate"]
-    settings["cache"] = request.cached
-    rates: Sequence[float] = ()
-    if task.trains:
-        rates = task.learning_rates if request.sweep else (config["optimizer"]["lr"],)
-    settings["learning_rates"] = list(rates)
-    before = records.read(out / "settings.json")
-    if before != settings:
-        records.check_folder(out)
-        if before:
-            differing = sorted(key for key in before | settings if before.get(key) != settings.get(key))
-            _say(f"{task.name}: {out} held a run of other {', '.join(differing)}: it is begun anew")
-        shutil.rmtree(out, ignore_errors=True)
-        write_json(out / "settings.json", settings)
-    elif (result := records.read(out / "result.json")) and result.get("task") == task.name:
+    if not goes_on(task, settings, out):
+        if said := begin(task, settings, out):
+            _say(said)
+    elif result := result_in(task, out):
         return result
 
-    with contextlib.redirect_stdout(sys.stderr), _s3prl(task, request, out / "prepared"):  # S3PRL's remarks are no result
+    config = settings_of(task, request)
+    rates = settings["learning_rates"]
+    with contextlib.redirect_stdout(sys.stderr), _s3prl(task, request, settings, out / "prepared"):  # S3PRL's remarks are no result
         config = prepare(task, config, request.data, out / "prepared")
         found = _trained(task, request, config, rates, out) if task.trains else _best_layer(task, request, config, out)
     if task.trains:
         folders = [(out / checkpoint).parent for checkpoint in found["checkpoints"]]
         write_json(out / "utterances.json", utterances(task, folders, request.data))
     result = {**settings, **found, "versions": {name: version(name) for name in VERSIONS}}
-    write_json(out / "result.json", result)
+    write_json(out / RESULT, result)
     return result
-
-
-def settings_of(task: Task, request: Request) -> dict[str, Any]:
-    """The configuration for S3PRL, but for paths."""
-    config = task.settings(request.small)
-    expert, runner = config["downstream_expert"], config["runner"]
-    loader = next(expert[key] for key in ("datarc", "corpus", "loaderrc") if "num_workers" in expert.get(key, {}))
-    if request.workers is not None or request.device == "cpu":  # the forward pass on a CPU takes far longer than loading
-        loader["num_workers"] = request.workers or 0
-    if not task.trains:
-        return config
-    if request.learning_rate is not None:
-        config["optimizer"]["lr"] = request.learning_rate
-    runner["eval_dataloaders"] = [task.valid] if task.valid else []
-    if request.steps is not None or request.small:
-        steps = request.steps or runner["total_steps"]
-        # up to four times, the last time at the end
-        every = next(steps // parts for parts in (4, 3, 2, 1) if steps % parts == 0)
-        runner.update(total_steps=steps, eval_step=every, save_step=every, log_step=every)
-    return config
 
 
 # -- S3PRL's runner --------------------------------------------------------------------------------------------------
@@ -192,7 +117,7 @@ def _states(upstream: str) -> list[Any]:
 
 
 @contextlib.contextmanager
-def _s3prl(task: Task, request: Request, lists: Path) -> Iterator[None]:
+def _s3prl(task: Task, request: Request, settings: dict[str, Any], lists: Path) -> Iterator[None]:
     """S3PRL, patched, with our upstream, cached if wanted; it logs its figures to `scalars.jsonl` of the experiment, too."""
     register()
     from . import patches
@@ -214,12 +139,18 @@ def _s3prl(task: Task, request: Request, lists: Path) -> Iterator[None]:
     if request.cached:
         from .cache import CachedUpstream
 
-        model = f"{records.digest(request.upstream) or request.upstream} {version('hubert-eff')} {version('torch')}"
-        data = f"{task.source.folders[0]}-{layouts.digest(request.data / name for name in task.source.folders)[:8]}"
+        model = f"{settings['weights']} {settings['code']} {version('torch')}"
+        data = f"{task.source.folders[0]}-{settings['data_sha256'][:8]}"
         assert request.cache is not None
         folder = request.cache / hashlib.sha256(model.encode()).hexdigest()[:16] / data
         limit = 2 * _cache_size(request, task.source.folders)[1]
-        hub.hubert_eff = lambda **arguments: CachedUpstream(upstream(**arguments), folder, limit)
+
+        def cached(**arguments: Any) -> CachedUpstream:
+            found = CachedUpstream(upstream(**arguments), folder, limit)
+            found.verify()
+            return found
+
+        hub.hubert_eff = cached
     try:
         yield
     finally:
@@ -395,14 +326,17 @@ def _search(task: Task, request: Request, config: dict[str, Any], out: Path, lay
     return value
 
 
-def _check_device(device: str | None) -> None:
+def _device(device: str | None) -> str:
+    """A device by name, or the GPU where there is one."""
     import torch
 
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from error
+    return device
 
 
 def _say(line: str) -> None:
-    print(f"-- {line}", file=sys.stderr, flush=True)
+    print(f"-- {printable(line)}", file=sys.stderr, flush=True)

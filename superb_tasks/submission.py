@@ -13,7 +13,7 @@ from hubert_eff.files import replacing
 
 from .tasks import TASKS
 
-# by task: the leaderboard's name, the predictions in S3PRL's folder of the experiment, their name there
+# by task: the leaderboard's name, the predictions in S3PRL's folder of the experiment, their name in the submission
 FILES = {
     "pr": ("pr", "test-hyp.ark", "predict.ark"),
     "sid": ("sid", "test_predict.txt", "predict.txt"),
@@ -23,9 +23,10 @@ FILES = {
     "qbe": ("qbe", "benchmark.stdlist.xml", "benchmark.stdlist.xml"),
     "sf": ("sf", "test-hyp.ark", "predict.ark"),
     "asv": ("sv", "test_predict.txt", "predict.txt"),
-    "sd": ("sd", "scoring/predictions", ""),  # a folder, whose files stand beside each other
+    "sd": ("sd", "scoring/predictions", "scoring/predictions"),  # a folder
     **{f"er_{fold}": (f"er_{fold}", f"test_{fold}_predict.txt", "predict.txt") for fold in TASKS["er"].variants},
 }
+FRAME_SHIFT = "frame_shift"  # samples per frame, which an experiment of diarization leaves and its scoring asks for
 
 
 def experiments(results: Mapping[str, tuple[Path, Mapping[str, Any]]]) -> dict[str, Path]:
@@ -50,13 +51,15 @@ def write_submission(results: Mapping[str, tuple[Path, Mapping[str, Any]]], out:
     for key, folder in experiments(results).items():
         name, source, target = FILES[key]
         place = predict / f"{name}_public"
-        if not (folder / source).exists():
-            continue
-        place.mkdir(parents=True)
-        if target:
+        if (folder / source).is_dir():
+            shutil.copytree(folder / source, place / target)
+            if (folder / FRAME_SHIFT).is_file():
+                shutil.copyfile(folder / FRAME_SHIFT, place / FRAME_SHIFT)
+        elif (folder / source).is_file():
+            place.mkdir(parents=True)
             shutil.copyfile(folder / source, place / target)
         else:
-            shutil.copytree(folder / source, place, dirs_exist_ok=True)
+            continue
         included.append(place.name)
     if included:
         with replacing(out / "predict.zip") as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:

@@ -45,6 +45,8 @@ def write(folder: Path, figures: dict, upstream: str = "conformer-debug", right:
         for name, key in zip(tested, [f"er_{fold}" for fold in FOLDS] if task == "er" else [task]):
             source = place / name / submission.FILES[key][1]
             if key == "sd":
+                (place / name).mkdir(parents=True)
+                (place / name / "frame_shift").write_text("320\n")
                 source /= "rec1.h5"
             source.parent.mkdir(parents=True, exist_ok=True)
             source.write_text(f"{key} of {upstream}\n")
@@ -189,7 +191,8 @@ def test_the_submission_holds_every_part_in_the_official_names(tmp_path):
     expected = {
         *(f"predict/{name}_public/predict.txt" for name in ("sid", "ks", "sv", *(f"er_{fold}" for fold in FOLDS))),
         *(f"predict/{name}_public/predict.ark" for name in ("pr", "asr", "sf")),
-        "predict/ic_public/predict.csv", "predict/qbe_public/benchmark.stdlist.xml", "predict/sd_public/rec1.h5", "predict.zip",
+        "predict/ic_public/predict.csv", "predict/qbe_public/benchmark.stdlist.xml", "predict/sd_public/scoring/predictions/rec1.h5",
+        "predict/sd_public/frame_shift", "predict.zip",
     }  # fmt: skip
     assert set(tree(folder)) == expected and len(row["submission"]) == len(submission.FILES)
     with zipfile.ZipFile(folder / "predict.zip") as archive:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError, require, unknown
+from ..errors import UserError, printable, require, unknown
+
+LONGEST_NAME = 200  # bytes, of 255 that file systems have; suffixes follow
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     spans = ctc_alignment(model, wav, labels) if args.method == "ctc" else viterbi(found[args.layer])
     letters, words = segments(model, labels, spans)
     result: dict[str, Any] = {
-        "audio": str(args.audio), "method": args.method, **({} if args.method == "ctc" else {"layer": args.layer, "head": head}),
+        "audio": printable(args.audio), "method": args.method, **({} if args.method == "ctc" else {"layer": args.layer, "head": head}),
         "words": [asdict(word) for word in words], "letters": [asdict(letter) for letter in letters],
     }  # fmt: skip
     norms, energies = block_norms(model, wav) if args.check_flip else ({}, {})
@@ -66,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         way = direction(found, cross_attention(model, wav, labels) if model.decoder is not None else ())
         result["time"] = {**asdict(way), "verdict": str(way), "norms": norms}
     if args.out is not None:
-        _write(args.out, args.audio.stem, result, letters, words, wav, found, args.layer, norms, energies)
+        _write(args.out, _name(args.audio), result, letters, words, wav, found, args.layer, norms, energies)
     if args.json:
         print(json.dumps(result, indent=2, ensure_ascii=False))
         return 0
@@ -81,15 +85,26 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _text(given: str) -> str:
+    """A text, or what a file of that name holds. Raises `UserError` for a file that holds none, and for the path of a folder."""
     from ..labels.lines import read_lines
 
+    path = Path(given)
     try:
-        is_file = Path(given).is_file()
+        if not given or not path.exists() or (path.is_dir() and os.sep not in given):
+            return given
     except (OSError, ValueError):  # a text too long to be a name
-        is_file = False
-    if not is_file:
         return given
-    return " ".join(line for _, line in read_lines(Path(given), "give the text itself, or a text file in UTF-8"))
+    if not path.is_file():
+        raise UserError(f"{path} is no file of a transcript: give the text itself, or a text file in UTF-8")
+    return " ".join(line for _, line in read_lines(path, "give the text itself, or a text file in UTF-8"))
+
+
+def _name(path: Path) -> str:
+    """A name for output files and the columns of a CTM: that of a recording, without blanks and what cannot be printed, not too long."""
+    name = "_".join(printable(path.stem).split()) or "recording"
+    if len(name.encode()) <= LONGEST_NAME:
+        return name
+    return name.encode()[: LONGEST_NAME - 9].decode("utf-8", "ignore") + "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
 
 
 def _write(

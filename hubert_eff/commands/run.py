@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Extract and say what was written."""
+    """Extract and say what was written; returns 1 if files were left out."""
     if args.stream is not None:
         from ..live import stream_command
 
@@ -47,18 +48,25 @@ def run(args: argparse.Namespace) -> int:
     if args.out.suffix not in SUFFIXES:  # before torch's half a second
         raise UserError(f"--out {args.out} must end in {' or '.join(SUFFIXES)}")
     given = {option: value for option in ("batch", "window") if (value := getattr(args, option)) is not None}
-    recordings = extract(args.model, args.audio, args.out, layer=args.layer, **given)
+    left_out: list[str] = []
+
+    def leave_out(line: str) -> None:
+        left_out.append(line)
+        print(f"hubert-eff run: left out: {printable(line)}", file=sys.stderr, flush=True)
+
+    recordings = extract(args.model, args.audio, args.out, layer=args.layer, left_out=leave_out, **given)
     if args.json:
-        print(json.dumps(summary(recordings, args.out), indent=2))
-        return 0
+        print(json.dumps({**summary(recordings, args.out), "left_out": left_out}, indent=2))
+        return 1 if left_out else 0
     cut = sum(recording.windows > 1 for recording in recordings)
     seconds = sum(recording.seconds for recording in recordings)
     what = "all hidden states" if args.layer is None else f"hidden state {args.layer}"
-    print(f"{args.out}: {what} of {len(recordings)} recordings, {seconds:.1f} s, {sum(r.frames for r in recordings)} frames")
+    without = f"; {len(left_out)} left out" if left_out else ""
+    print(f"{args.out}: {what} of {len(recordings)} recordings, {seconds:.1f} s, {sum(r.frames for r in recordings)} frames{without}")
     if cut:
         window = given.get("window", WINDOW)
         print(
             f"{cut} of them longer than {window:g} s: in windows with {CONTEXT:g} s of context, beyond which blocks do not see "
             "(--window 0: in one piece)"
         )
-    return 0
+    return 1 if left_out else 0

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UnusableFile, printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,30 +31,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Recognise and print; returns 0."""
+    """Recognise and print; returns 1 if recordings were left out, 2 if all were."""
     from ..progress import progress
     from ..recognition import load_recognizer, transcribe
     from ..recognition.recordings import read_recording
 
     model = load_recognizer(args.checkpoint)
     model.check_ctc()
-    for path in args.audio:
-        if not path.is_file():
-            raise UserError(f"no recording at {path}")
     chunks = {} if args.chunk_size is None else {"chunk_size": args.chunk_size, "left_chunks": args.left_chunks}
-    found = []
+    found, left_out = [], []
     with progress("recordings", len(args.audio)) as advance:
         for path in args.audio:
-            wav = read_recording(path)
-            if not model.hubert.num_frames(wav.size(1)):
-                raise UserError(f"{path}: {wav.size(1)} samples are too few for one frame")
+            try:
+                wav = read_recording(path)
+                if not model.hubert.num_frames(wav.size(1)):
+                    raise UnusableFile(f"{path}: {wav.size(1)} samples are too few for one frame")
+            except UnusableFile as fault:
+                if len(args.audio) == 1:
+                    raise
+                left_out.append(str(fault))
+                print(f"hubert-eff transcribe: left out: {printable(fault)}", file=sys.stderr, flush=True)
+                continue
+            finally:
+                advance(1)
             texts = transcribe(model, wav, args.search, args.beam, args.ctc_weight, **chunks)
             if args.json:
                 kept = [{"text": h.text, "score": round(h.score, 4)} for h in texts]
-                found.append({"audio": str(path), "text": texts[0].text, "hypotheses": kept})
+                found.append({"audio": printable(path), "text": texts[0].text, "hypotheses": kept})
             else:
-                print(f"{path}\t{texts[0].text}", flush=True)
-            advance(1)
+                print(f"{printable(path)}\t{texts[0].text}", flush=True)
     if args.json:
-        print(json.dumps({"checkpoint": args.checkpoint, "search": args.search, "recordings": found}, indent=2, ensure_ascii=False))
-    return 0
+        values = {"checkpoint": args.checkpoint, "search": args.search, "recordings": found, "left_out": [printable(x) for x in left_out]}
+        print(json.dumps(values, indent=2, ensure_ascii=False))
+    return 0 if not left_out else 1 if len(left_out) < len(args.audio) else 2

@@ -27,6 +27,7 @@ import numpy.typing as npt
 
 from ..config import SAMPLE_RATE
 from ..errors import UserError, missing_extra, unknown
+from ..signals import held
 
 SILENCE = "sil"  # label of a pause in the phone tier
 
@@ -223,7 +224,7 @@ def _synthesise(
         return 0
 
     callback = _Callback(receive)
-    with _loaded() as (library, rate, data_path):
+    with held(), _loaded() as (library, rate, data_path):
         library.espeak_ng_SetRandSeed(ctypes.c_long(seed))
         _set_voice(library, voice, data_path)
         library.espeak_SetSynthCallback(callback)

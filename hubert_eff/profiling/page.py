@@ -89,7 +89,11 @@ def _result(path: Path) -> dict[str, Any] | None:
 
 def _model(result: dict[str, Any]) -> str:
     """The preset or checkpoint of a result: an untrained preset is named PRESET@SEED."""
-    return str(result["upstream"]).partition("@")[0]
+    return _profiled(str(result["upstream"]))
+
+
+def _profiled(upstream: str) -> str:
+    return upstream if os.path.isfile(upstream) else upstream.partition("@")[0]
 
 
 def _label(name: str) -> str:
@@ -104,8 +108,8 @@ def points(found: Findings, task: str, cost: str) -> list[frontier.Point]:
         value = {"storage": row.storage_mb, "bop": row.bop_nonq_g + (row.bop_bq_g or 0.0), "ms": None}[cost]
         if value is not None:
             chart.append(frontier.Point(row.title, value, paper_quality(row.title, task), ours=False))
-    for upstream, steps, quality in _scores(found) if task == SCORE else _qualities(found, task):
-        name = upstream.partition("@")[0]
+    for upstream, remark, quality in _scores(found) if task == SCORE else _qualities(found, task):
+        name = _profiled(upstream)
         known = found.profiles.get(name)
         if known is None:
             continue
@@ -116,25 +120,31 @@ def points(found: Findings, task: str, cost: str) -> list[frontier.Point]:
             "ms": times[0] if times else None,
         }[cost]
         if value is not None:
-            label = _label(upstream) + (f" ({steps} steps)" if steps else "")
+            label = _label(upstream) + (f" ({remark})" if remark else "")
             chart.append(frontier.Point(label, value, quality, ours=True))
     return chart
 
 
-def _qualities(found: Findings, task: str) -> list[tuple[str, int | None, float]]:
-    """Upstream, steps and figure of each result of a task."""
+def _qualities(found: Findings, task: str) -> list[tuple[str, str, float]]:
+    """Upstream, steps and data, and figure of each result of a task."""
     metric = METRICS[task]
-    return [(str(r["upstream"]), r.get("steps"), metric.scale * r[metric.key]) for r in found.results if r["task"] == task]
+    return [(str(r["upstream"]), _remark(r), metric.scale * r[metric.key]) for r in found.results if r["task"] == task]
 
 
-def _scores(found: Findings) -> list[tuple[str, int | None, float]]:
+def _remark(result: dict[str, Any]) -> str:
+    """Steps of a result, and its data set where that is known."""
+    steps = result.get("steps")
+    return ", ".join(filter(None, [f"{steps} steps" if steps else "", str(result.get("data_set", ""))]))
+
+
+def _scores(found: Findings) -> list[tuple[str, str, float]]:
     """Upstream and SUPERB score of those with results of all ten tasks, as SUPERB has them: on its data, by its settings."""
     by_upstream: dict[str, dict[str, dict[str, Any]]] = {}
     for result in found.results:
         if result.get("superb_settings"):
             by_upstream.setdefault(str(result["upstream"]), {})[result["task"]] = result
     scores = ((upstream, superb_score(results)) for upstream, results in by_upstream.items())
-    return [(upstream, None, score) for upstream, score in scores if score is not None]
+    return [(upstream, "", score) for upstream, score in scores if score is not None]
 
 
 def write_report(found: Findings, out: str | os.PathLike[str]) -> list[Path]:

@@ -8,16 +8,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UnusableFile, UserError
 from ..labels.audio import Unusable, check, read_mono
 
 
 def read_recording(path: Path) -> Tensor:
     """A file as 16 kHz mono, (1, S). Raises `UserError` if it is missing, no audio, silent, or holds a sample that is not finite."""
-    if not path.is_file():
-        raise UserError(f"no recording at {path}")
     try:
-        checked = check(path)
+        if path.is_dir():
+            raise UnusableFile(f"{path} is a folder: name the recordings in it")
+        if not path.is_file():
+            raise UnusableFile(f"{path} is no regular file" if path.exists() else f"no recording at {path}")
+        return torch.from_numpy(np.concatenate(list(read_mono(path, check(path)))))[None]
     except Unusable as reason:
-        raise UserError(f"{path} cannot be used: {reason}") from reason
-    return torch.from_numpy(np.concatenate(list(read_mono(path, checked))))[None]
+        raise UnusableFile(f"{path} cannot be used: {reason}") from reason
+    except UnusableFile:
+        raise
+    except (UserError, OSError) as error:
+        raise UnusableFile(f"{path} cannot be read: {error}") from error
