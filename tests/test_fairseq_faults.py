@@ -170,6 +170,16 @@ def test_files_that_go_bad_while_training_runs_are_named_and_stop_it_or_are_skip
             assert "train2.wav" in record.message and "(1 so far)" in record.message
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+def test_samples_that_are_no_audio_are_named_rather_than_normalized_to_silence(normalize: bool, data: Path) -> None:
+    task, _ = make_task(data, f"task.normalize={str(normalize).lower()}")
+    task.load_dataset("train")
+    samples = np.full(24_000, 0.1, np.float32)
+    samples[77] = 1e38
+    soundfile.write(data / "audio" / "train2.wav", samples, 16_000, subtype="FLOAT")
+    assert "not finite, or no audio" in task.dataset("train")[2]["unreadable"]
+
+
 def test_checks_before_training_let_bad_files_pass_where_they_are_skipped(data: Path) -> None:
     damage(data, "vanished")
     damage(data, "shorter", "train4.wav")

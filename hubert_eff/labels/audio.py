@@ -81,6 +81,11 @@ def check(path: Path, silent: bool = False) -> Checked:
             rate, channels, declared = file.samplerate, file.channels, file.frames
             if rate < 1000:
                 raise Unusable(f"sample rate of {rate} Hz")
+            if held and abs(held - declared / rate) > PADDING:  # where the header has no length, libsndfile guesses it
+                raise Unusable(
+                    f"several streams in one file, or no length in its header: {declared / rate:.2f} instead of {held:.2f} s would be "
+                    "read; convert it to flac as a whole"
+                )
             found = _Measures(channels)
             for block in _raw_blocks(file):
                 found.add(block)
@@ -97,11 +102,6 @@ def check(path: Path, silent: bool = False) -> Checked:
         raise Unusable(f"truncated: {frames / rate:.2f} of {declared / rate:.2f} s")
     if frames == 0:
         raise Unusable("no samples")
-    if held - frames / rate > PADDING:
-        raise Unusable(
-            f"several streams in one file, or no length in its header: only {frames / rate:.2f} of {held:.2f} s would be read; convert "
-            "it to flac as a whole"
-        )
     found.judge(silent)
     return Checked(rate, channels, frames, found.peak, found.power / frames)
 

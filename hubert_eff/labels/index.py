@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 from typing import IO
@@ -52,7 +53,8 @@ class Index:
         """Close the file; what waits is dropped."""
         with self.lock:
             if self.file:
-                self.file.close()
+                with suppress(OSError):  # each line was flushed; one that could not be was said
+                    self.file.close()
                 self.file = None
 
     def _write(self) -> None:
