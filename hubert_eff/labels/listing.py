@@ -56,7 +56,7 @@ def list_folder(root: Path, skip: set[Path], level: int) -> Listing:
     """
     names: list[str] = []
     left_out: list[tuple[str, str]] = []
-    for name, problem in _audio_below(root, {os.fspath(path) for path in skip}):
+    for name, problem in _audio_below(root, skip):
         if problem:
             left_out.append((name, problem))
         else:
@@ -69,24 +69,24 @@ def list_folder(root: Path, skip: set[Path], level: int) -> Listing:
     )
 
 
-def _audio_below(root: Path, skip: set[str]) -> Iterator[tuple[str, str]]:
+def _audio_below(root: Path, skip: set[Path]) -> Iterator[tuple[str, str]]:
     """Relative path of each audio file, by its name, and why it cannot be one, or ""; also of each folder that cannot be read."""
-    seen: set[tuple[int, int]] = set()
+    seen = {_identity(path) for path in skip if path.exists()}  # by whatever link they are reached
     folders = [""]  # those to be read; the next one is the last
     while folders:
         inside = folders.pop()
         try:
             with os.scandir(root / inside) as found:
-                state = os.stat(root / inside)
+                identity = _identity(root / inside)
                 entries = sorted((e for e in found if not e.name.startswith(".")), key=lambda e: e.name)
         except OSError as error:
             if not inside:
                 raise UserError(f"{root} cannot be read: {error.strerror}") from error
             yield inside, f"folder not readable ({error.strerror})"
             continue
-        if (state.st_dev, state.st_ino) in seen:
+        if identity in seen and inside:
             continue
-        seen.add((state.st_dev, state.st_ino))
+        seen.add(identity)
         below = []
         for entry in entries:
             name = f"{inside}/{entry.name}" if inside else entry.name
@@ -97,8 +97,7 @@ def _audio_below(root: Path, skip: set[str]) -> Iterator[tuple[str, str]]:
             except OSError:  # a link that leads back to itself
                 is_folder, lost = False, True
             if is_folder:
-                if entry.path not in skip:
-                    below.append(name)
+                below.append(name)
             elif lost and suffix in {"", *SUFFIXES, *FOREIGN_SUFFIXES}:  # of folders, too
                 yield name, "a link to nothing"
             elif suffix in FOREIGN_SUFFIXES:
@@ -106,6 +105,11 @@ def _audio_below(root: Path, skip: set[str]) -> Iterator[tuple[str, str]]:
             elif suffix in SUFFIXES:
                 yield name, problem
         folders += reversed(below)
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    state = os.stat(folder)
+    return state.st_dev, state.st_ino
 
 
 def _of_folder(name: str, level: int) -> Item:
