@@ -14,6 +14,8 @@ from .chunks import Chunks
 from .convolution import with_zero_tap
 from .tracing import is_tracing
 
+CHUNK = 128  # queries whose products with relative positions are computed at a time: they stay in cache
+
 
 class PositionalConv1d(nn.Module):
     """Grouped convolution over time with weight normalisation per tap (wav2vec 2.0, section 2); (B, T, D) -> (B, T, D).

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Group
 
-from .cost import Profile, paper_storage, profile, resolve, unset_weights
+from .cost import Profile, paper_storage, profile, resolve
 from .device import Device, read_device
 from .formulas import ATTENTION
 from .report import plain_table
@@ -74,8 +74,7 @@ def table1(bops: str = "paper") -> list[dict[str, Any]]:
 
 
 def _row(row: Row, bops: str) -> dict[str, Any]:
-    with unset_weights():
-        model, _ = resolve(row.preset, policy="paper")
+    model, _ = resolve(row.preset, policy="paper", device="meta")
     counted, paper = profile(model, SECONDS, bops, DEVICE), row.paper(bops)
     values: dict[str, Any] = {
         "row": row.title,
