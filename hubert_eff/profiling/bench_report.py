@@ -25,12 +25,12 @@ def render(timings: Sequence[Timing], shares: Sequence[Shares], facts: dict[str,
         peak = "-" if t.peak_memory_mb is None else f"{t.peak_memory_mb:,.0f}"
         cells = [f"{t.seconds:g}", f"{t.batch}", *(f"{ms:,.2f}" for ms in (t.median_ms, t.p5_ms, t.p95_ms)), f"{t.rtf:.5f}"]
         cells += [f"{t.throughput:,.1f}", peak, *(f"{ratio:.3f}" for ratio in (t.ratio, t.ratio_p5, t.ratio_p95))]
-        table.add_row(t.model, *cells)
+        table.add_row(t.label, *cells)
     rounds = timings[0].rounds
     where = ", ".join(f"{name} {value}" for name, value in facts.items())
     note = (
         f"Measured, {rounds} interleaved rounds after warm-up; {where}.\nRTF: time over the length of all audio. Peak: weights, and what "
-        "the memory in use grows by during the call. x first: time over the first\nmodel's, round by round: median, p5, p95."
+        "the memory in use grows by during the call. x first: time over the first\nmodel's, round by round: median, p5, p95.{FORMS if any(t.form != FLOAT for t in timings) else ''}"
     )
     return Group(table, Text(note), *(_shares_table(s) for s in shares))
 
@@ -44,7 +44,7 @@ def _shares_table(shares: Shares) -> Group:
                 params = "" if title == "operations" else f"{row.params_percent:.1f}"
                 table.add_row("  " + row.name, params, f"{row.flop_percent:.1f}", f"{row.time_percent:.1f}", f"{row.ms:,.2f}")
     heading = (
-        f"\n{shares.model}, {shares.seconds:g} s, measured operation by operation. A class counts what its modules run themselves and, for "
+        f"\n{shares.label}, {shares.seconds:g} s, measured operation by operation. A class counts what its modules run themselves and, for "
         "what they run\nwith them, the parameters of submodules that run nothing; FLOP: 2 per MAC and 1 per element operation."
     )
     return Group(Text(heading), table)
@@ -58,8 +58,8 @@ def draw(timings: Sequence[Timing], shares: Sequence[Shares], folder: Path) -> l
         raise missing_extra("matplotlib", "plot", "drawing bench.svg") from error
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.2))
-    for name in dict.fromkeys(t.model for t in timings):
-        line = [t for t in timings if t.model == name and t.batch == timings[0].batch]
+    for name in dict.fromkeys(t.label for t in timings):
+        line = [t for t in timings if t.label == name and t.batch == timings[0].batch]
         errors = [[t.median_ms - t.p5_ms for t in line], [t.p95_ms - t.median_ms for t in line]]
         left.errorbar([t.seconds for t in line], [t.median_ms for t in line], yerr=errors, marker="o", capsize=2, label=name)
     left.set(xscale="log", yscale="log", xlabel="audio, s", ylabel="latency, ms (median, p5 to p95)", title="Measured latency")
@@ -70,7 +70,7 @@ def draw(timings: Sequence[Timing], shares: Sequence[Shares], folder: Path) -> l
     left.legend(frameon=False)
     names = list(dict.fromkeys(row.name for s in shares for row in s.blocks if row.time_percent >= 1.0))
     colours = {name: f"C{i % 10}" for i, name in enumerate(names)} | {"rest": "lightgrey"}
-    bars = [(f"{s.model}\n{s.seconds:g} s: {what}", _bar(s.blocks, key, names)) for s in shares for what, key in COLUMNS]
+    bars = [(f"{s.label}\n{s.seconds:g} s: {what}", _bar(s.blocks, key, names)) for s in shares for what, key in COLUMNS]
     for position, (_, parts) in enumerate(bars):
         start = 0.0
         for name, value in parts.items():
