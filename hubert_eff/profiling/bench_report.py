@@ -9,10 +9,16 @@ from typing import Any
 from rich.console import Group
 from rich.text import Text
 
+from ..analysis.plots import distinct_colors, plot_text
 from ..errors import missing_extra
 from .latency import Share, Shares, Timing
+from .precision import FLOAT, PACKED, SIMULATED
 from .report import plain_table
 
+FORMS = {  # what a reader of one-bit models must know
+    PACKED: "runs from bits, as an export does.",
+    SIMULATED: "computes with its one- and two-bit numbers as floats, as in training: no time of what is shipped.",
+}
 LEAST = 0.05  # groups below this share, in %, of parameters, operations and time alike are left out of the printed tables
 
 
@@ -30,8 +36,10 @@ def render(timings: Sequence[Timing], shares: Sequence[Shares], facts: dict[str,
     where = ", ".join(f"{name} {value}" for name, value in facts.items())
     note = (
         f"Measured, {rounds} interleaved rounds after warm-up; {where}.\nRTF: time over the length of all audio. Peak: weights, and what "
-        "the memory in use grows by during the call. x first: time over the first\nmodel's, round by round: median, p5, p95.{FORMS if any(t.form != FLOAT for t in timings) else ''}"
+        "the memory in use grows by during the call. x first: time over the first\nmodel's, round by round: median, p5, p95."
     )
+    forms = {t.form for t in timings} - {FLOAT}
+    note += "".join(f"\n{form}: {FORMS[form]}" for form in sorted(forms))
     return Group(table, Text(note), *(_shares_table(s) for s in shares))
 
 
@@ -58,10 +66,11 @@ def draw(timings: Sequence[Timing], shares: Sequence[Shares], folder: Path) -> l
         raise missing_extra("matplotlib", "plot", "drawing bench.svg") from error
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.2))
-    for name in dict.fromkeys(t.label for t in timings):
+    models = list(dict.fromkeys(t.label for t in timings))
+    for name, color in zip(models, distinct_colors(len(models)), strict=True):
         line = [t for t in timings if t.label == name and t.batch == timings[0].batch]
         errors = [[t.median_ms - t.p5_ms for t in line], [t.p95_ms - t.median_ms for t in line]]
-        left.errorbar([t.seconds for t in line], [t.median_ms for t in line], yerr=errors, marker="o", capsize=2, label=name)
+        left.errorbar([t.seconds for t in line], [t.median_ms for t in line], yerr=errors, marker="o", capsize=2, label=plot_text(name), color=color)
     left.set(xscale="log", yscale="log", xlabel="audio, s", ylabel="latency, ms (median, p5 to p95)", title="Measured latency")
     lengths = sorted({t.seconds for t in timings})
     left.set_xticks(lengths, [f"{length:g}" for length in lengths])
@@ -69,12 +78,12 @@ def draw(timings: Sequence[Timing], shares: Sequence[Shares], folder: Path) -> l
     left.grid(alpha=0.3)
     left.legend(frameon=False)
     names = list(dict.fromkeys(row.name for s in shares for row in s.blocks if row.time_percent >= 1.0))
-    colours = {name: f"C{i % 10}" for i, name in enumerate(names)} | {"rest": "lightgrey"}
-    bars = [(f"{s.label}\n{s.seconds:g} s: {what}", _bar(s.blocks, key, names)) for s in shares for what, key in COLUMNS]
+    colors = dict(zip(names, distinct_colors(len(names)), strict=True)) | {"rest": "lightgrey"}
+    bars = [(f"{plot_text(s.label)}\n{s.seconds:g} s: {what}", _bar(s.blocks, key, names)) for s in shares for what, key in COLUMNS]
     for position, (_, parts) in enumerate(bars):
         start = 0.0
         for name, value in parts.items():
-            right.barh(position, value, left=start, color=colours[name], label=name)
+            right.barh(position, value, left=start, color=colors[name], label=plot_text(name))
             start += value
     right.set_yticks(range(len(bars)), [label for label, _ in bars], fontsize=8)
     right.invert_yaxis()

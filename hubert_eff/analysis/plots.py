@@ -1,4 +1,4 @@
-"""Colors that can be told apart, as many as a figure has lines or parts."""
+"""What pictures share: colors that can be told apart, as many as there are lines or parts, and names as matplotlib takes them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from functools import lru_cache
 
 import numpy as np
 
+from ..errors import printable
+
 FIRST = (
     "#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#b07aa1", "#76b7b2", "#edc948", "#9c755f", "#ff9da7", "#2f4b7c", "#a0b94c", "#d4a6c8",
 )  # fmt: skip
 GRID = 13  # levels of red, green and blue that further colors are chosen from
 LIGHTNESS = (30.0, 88.0)  # of L*: neither black nor white
-LINES, HATCHES, MARKERS = ("-", "--", "-.", ":"), ("", "//", "xx", "..", "\\\\", "++", "oo", "**"), ("o", "s", "^", "D", "v", "P", "X")
+LINES = ("-", "--", ":", "-.")
 
 
 @lru_cache
@@ -31,6 +33,12 @@ def distinct_colors(count: int) -> tuple[str, ...]:
         chosen.append(tuple(grid[best].tolist()))
         nearest = np.minimum(nearest, np.linalg.norm(lab - lab[best], axis=1))
     return tuple("#{:02x}{:02x}{:02x}".format(*color) for color in chosen)
+
+
+def plot_text(text: object) -> str:
+    """A name for matplotlib, which takes what stands between dollars for a formula, and leaves a label that begins with "_" out of legends."""
+    line = printable(text).replace("$", r"\$")
+    return f" {line}" if line.startswith("_") else line
 
 
 def _lab(rgb: np.ndarray) -> np.ndarray:
