@@ -36,7 +36,7 @@ def distinct_colors(count: int) -> tuple[str, ...]:
 
 
 def plot_text(text: object) -> str:
-    """A name for matplotlib, which takes what stands between dollars for a formula, and leaves a label that begins with "_" out of legends."""
+    """A name for matplotlib, which takes what stands between dollars for a formula and leaves labels that begin with "_" out of legends."""
     line = printable(text).replace("$", r"\$")
     return f" {line}" if line.startswith("_") else line
 

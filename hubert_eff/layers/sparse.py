@@ -399,7 +399,7 @@ def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min / 2)
 
 
-def _cost(q: Tensor, k: Tensor, v: Tensor, pattern: SparsePattern, attend: Tensor | None = None, *_: Any) -> Cost:
+def _cost(q: Tensor, k: Tensor, v: Tensor, pattern: SparsePattern, attend: Tensor | None = None, *rest: Any) -> Cost:
     frames, rows = q.size(2), q.shape[:2].numel()
     if pattern.kind == "local":
         _, length, count, span = _bands(frames, pattern.window)

@@ -10,7 +10,7 @@ from rich.console import Group
 from rich.text import Text
 
 from ..analysis.plots import distinct_colors, plot_text
-from ..errors import missing_extra
+from ..errors import missing_extra, printable
 from .latency import Share, Shares, Timing
 from .precision import FLOAT, PACKED, SIMULATED
 from .report import plain_table
@@ -31,7 +31,7 @@ def render(timings: Sequence[Timing], shares: Sequence[Shares], facts: dict[str,
         peak = "-" if t.peak_memory_mb is None else f"{t.peak_memory_mb:,.0f}"
         cells = [f"{t.seconds:g}", f"{t.batch}", *(f"{ms:,.2f}" for ms in (t.median_ms, t.p5_ms, t.p95_ms)), f"{t.rtf:.5f}"]
         cells += [f"{t.throughput:,.1f}", peak, *(f"{ratio:.3f}" for ratio in (t.ratio, t.ratio_p5, t.ratio_p95))]
-        table.add_row(t.label, *cells)
+        table.add_row(printable(t.label), *cells)
     rounds = timings[0].rounds
     where = ", ".join(f"{name} {value}" for name, value in facts.items())
     note = (
@@ -52,7 +52,7 @@ def _shares_table(shares: Shares) -> Group:
                 params = "" if title == "operations" else f"{row.params_percent:.1f}"
                 table.add_row("  " + row.name, params, f"{row.flop_percent:.1f}", f"{row.time_percent:.1f}", f"{row.ms:,.2f}")
     heading = (
-        f"\n{shares.label}, {shares.seconds:g} s, measured operation by operation. A class counts what its modules run themselves and, for "
+        f"\n{printable(shares.label)}, {shares.seconds:g} s, measured operation by operation. A class counts what its modules run themselves and, for "
         "what they run\nwith them, the parameters of submodules that run nothing; FLOP: 2 per MAC and 1 per element operation."
     )
     return Group(Text(heading), table)
@@ -70,7 +70,8 @@ def draw(timings: Sequence[Timing], shares: Sequence[Shares], folder: Path) -> l
     for name, color in zip(models, distinct_colors(len(models)), strict=True):
         line = [t for t in timings if t.label == name and t.batch == timings[0].batch]
         errors = [[t.median_ms - t.p5_ms for t in line], [t.p95_ms - t.median_ms for t in line]]
-        left.errorbar([t.seconds for t in line], [t.median_ms for t in line], yerr=errors, marker="o", capsize=2, label=plot_text(name), color=color)
+        seconds, medians = [t.seconds for t in line], [t.median_ms for t in line]
+        left.errorbar(seconds, medians, yerr=errors, marker="o", capsize=2, label=plot_text(name), color=color)
     left.set(xscale="log", yscale="log", xlabel="audio, s", ylabel="latency, ms (median, p5 to p95)", title="Measured latency")
     lengths = sorted({t.seconds for t in timings})
     left.set_xticks(lengths, [f"{length:g}" for length in lengths])

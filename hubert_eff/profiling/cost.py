@@ -221,7 +221,7 @@ def _count(model: HubertModel, samples: int) -> tuple[Counts, int]:
 @contextmanager
 def _without_values(model: nn.Module) -> Iterator[None]:
     """Meta tensors in the place of parameters and buffers; the model's own are put back."""
-    holders = [holder for module in model.modules() for holder in (module._parameters, module._buffers)]
+    holders: list[dict[str, Any]] = [holder for module in model.modules() for holder in (module._parameters, module._buffers)]
     own = [dict(holder) for holder in holders]
     empty: dict[int, Tensor] = {}  # one for each, so that what is shared stays so
     try:

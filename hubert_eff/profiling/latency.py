@@ -133,14 +133,15 @@ def _measure(
     first = times[next(iter(times))]
     timings = []
     for name, values in times.items():
+        model = models[name]
         median, audio, peak = statistics.median(values), seconds * batch, peaks[name]
         ratios = [mine / other for mine, other in zip(values, first, strict=True)]
         timings.append(
             Timing(
-                without_precision(name, models[name]), seconds, batch, rounds, 1e3 * median, 1e3 * _quantile(values, 0.05), 1e3 * _quantile(values, 0.95),
-                median / audio, audio / median, None if peak is None else (_bytes(models[name]) + peak) / 1e6,
-                statistics.median(ratios), _quantile(ratios, 0.05), _quantile(ratios, 0.95), form_of(models[name]),
-                precision_of(models[name]),
+                without_precision(name, model), seconds, batch, rounds, 1e3 * median, 1e3 * _quantile(values, 0.05), 1e3 * _quantile(values, 0.95),
+                median / audio, audio / median, None if peak is None else (_bytes(model) + peak) / 1e6,
+                statistics.median(ratios), _quantile(ratios, 0.05), _quantile(ratios, 0.95),
+                form_of(model), precision_of(model),
             )
         )  # fmt: skip
     return timings
@@ -257,6 +258,8 @@ def plain(result: Timing | Shares) -> dict[str, object]:
 
 def read(path: Path) -> tuple[list[Timing], list[Shares]]:
     """What a bench.json holds. Raises `UserError` for another file."""
+    if not path.is_file():
+        raise UserError(f"{path} cannot be read: it is no regular file")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         timings = [Timing(**_subject(t)) for t in content["timings"]]
