@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from .config import LOUDEST, MEL_FRONTS, HubertConfig
 from .errors import UserError
 from .layers.activation import gelu
+from .layers.bits import Cost, counted_as
 from .layers.convolution import strided_conv
 from .layers.linear import takes_onednn
 from .layers.tracing import is_tracing
@@ -60,6 +61,7 @@ class TimeNorm(nn.GroupNorm):
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels)
 
+    @counted_as("norm", lambda _, input: Cost(0, input.numel()))
     def forward(self, input: Tensor) -> Tensor:
         if takes_onednn(input, self.weight):
             if not torch.is_grad_enabled():  # the same arithmetic

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError, missing_extra
+from ..errors import UserError, missing_extra, printable
+from .plots import LINES, distinct_colors, plot_text
 
 LOG = "hydra_train.log"  # what hydra writes into a run's save_dir
 Figures = dict[str, float]
 
-_RECORD = re.compile(r"\{.*\}$")
+_JSON = re.compile(r"\{.*\}$")
 _INNER = re.compile(r"(\w+)=([-+.\w]+)")
-_VALID = re.compile(r"valid on '[^']*' subset \| (.*)$")
+_MEANS = re.compile(r"epoch \d+ \| (?:valid on '(?P<subset>[^']*)' subset \| )?(?P<pairs>.*\bnum_updates \d+.*)$")
+_LOADED = re.compile(r"Loaded checkpoint .* @ (\d+) updates\)")
+_FRESH = "No existing checkpoint found"
+LONGEST = 20_000  # characters of a line of figures
 
 # (title, logarithmic, lines: key, split, label); a line whose key was not logged is left out, and so is a panel without lines
 PANELS: tuple[tuple[str, bool, tuple[tuple[str, str, str], ...]], ...] = (
@@ -40,11 +45,16 @@ PANELS: tuple[tuple[str, bool, tuple[tuple[str, str, str], ...]], ...] = (
 
 @dataclass
 class TrainingLog:
-    """What a run logged, by update, each record with its `num_updates`: at every log interval, and at every validation."""
+    """What a run logged, by update, each record with its `num_updates`: at every log interval, and at every validation.
+
+    `updates`: how many it has made, as far as the log tells. Where a log holds several runs, or one that was resumed, that is what led to
+    the last state: a run that starts anew drops all before it, one that resumes what came after its checkpoint.
+    """
 
     name: str
     train: list[Figures] = field(default_factory=list)
     valid: list[Figures] = field(default_factory=list)
+    updates: int = 0
 
     @property
     def best(self) -> Figures:
@@ -54,56 +64,99 @@ class TrainingLog:
         """
         if not self.valid:
             raise UserError(f"{self.name} holds no validation yet")
-        return min(self.valid, key=lambda record: (record.get("wer", 0.0), record["loss"]))
+        return min(self.valid, key=lambda record: (_sortable(record.get("wer", 0.0)), _sortable(record["loss"])))
 
     def __str__(self) -> str:
+        text = f"{printable(self.name)}: {self.updates} updates"
         if not self.valid:
-            return f"{self.name}: {self.train[-1]['num_updates']:.0f} updates, no validation yet"
-        best, last = self.best, (self.train or self.valid)[-1]["num_updates"]
-        text = f"{self.name}: {last:.0f} updates; best validation at {best['num_updates']:.0f}, loss {best['loss']:.3f}"
+            return f"{text}, no validation yet"
+        best = self.best
+        text += f"; best validation at {best['num_updates']:.0f}, loss {best['loss']:.3f}"
         if "correct_m_0" in best and "majority_m_0" in best:
             text += f", masked accuracy {best['correct_m_0']:.1%} (most frequent label: {best['majority_m_0']:.1%})"
         return text + (f", WER {best['wer']:.1f}%" if "wer" in best else "")
 
 
+def _sortable(value: float) -> float:
+    return math.inf if math.isnan(value) else value
+
+
 def read_log(path: Path, name: str | None = None) -> TrainingLog:
-    """Read a log of `common.log_format` simple or json. Of updates that a run repeated after a restart the latest record counts.
+    """Read a log of `common.log_format` simple, tqdm or json. Of several validation sets the first one counts, as for `checkpoint_best.pt`.
 
     Raises `UserError` for a file that cannot be read, or that holds no record of training.
     """
+    reader = _Reader()
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        if not path.is_file():
+            raise UserError(f"{path} cannot be read: it is no regular file" if path.exists() else f"{path} cannot be read: there is none")
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            while line := lines.readline(LONGEST):
+                reader.read(line.rstrip("\n"))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    found: dict[str, dict[float, Figures]] = {"train": {}, "valid": {}}
-    for line in lines:
-        kind, record = _record(line)
-        if "num_updates" in record and "loss" in record:
-            found[kind][record["num_updates"]] = record
-    if not any(found.values()):
+    train, valid = ([found[update] for update in sorted(found)] for found in (reader.train, reader.valid))
+    if not train and not valid:
         raise UserError(f"{path} holds no record of training yet: fairseq writes one every common.log_interval updates")
-    train, valid = ([records[update] for update in sorted(records)] for records in found.values())
-    return TrainingLog(name or str(path), train, valid)
+    return TrainingLog(name or str(path), train, valid, int(reader.updates))
+
+
+class _Reader:
+    """The state after the lines read so far."""
+
+    def __init__(self) -> None:
+        self.train: dict[float, Figures] = {}
+        self.valid: dict[float, Figures] = {}
+        self.updates = 0.0
+        self.subset: str | None = None  # the first validation set
+
+    def read(self, line: str) -> None:
+        """Take in one line, whatever it says."""
+        if match := _LOADED.search(line):
+            self._go_back(float(match[1]))
+        elif _FRESH in line:
+            self._go_back(-1.0)
+        elif "num_updates" in line:
+            self._take(*_record(line))
+
+    def _take(self, kind: str, record: Figures) -> None:
+        update = record.get("num_updates", math.nan)
+        if not 0 <= update < math.inf or "loss" not in record:
+            return
+        if update < self.updates:  # a restart in a log without lines about checkpoints
+            self._go_back(update)
+        self.updates = update
+        if kind == "train":
+            self.train[update] = record
+        elif kind != "epoch":  # a whole epoch's means are no point of the curve
+            self.subset = kind if self.subset is None else self.subset
+            if kind == self.subset:
+                self.valid[update] = record
+
+    def _go_back(self, update: float) -> None:
+        self.updates = min(self.updates, max(update, 0.0))
+        for found in (self.train, self.valid):
+            for later in [known for known in found if known > update]:
+                del found[later]
 
 
 def _record(line: str) -> tuple[str, Figures]:
-    """Which split a line of the log speaks of, and its figures; none where it is no such line."""
-    if "valid" in line and (match := _VALID.search(line)):
-        pairs = [tuple(part.split(" ", 1)) for part in match[1].split(" | ")]
-        return "valid", _numbers(pair for pair in pairs if len(pair) == 2)
-    if "num_updates" not in line:
+    """What a line of the log speaks of - train, epoch, or the name of a validation set behind a colon - and its figures."""
+    if match := _MEANS.search(line):
+        pairs = (part.split(" ", 1) for part in match["pairs"].split(" | "))
+        return "epoch" if match["subset"] is None else f":{match['subset']}", _numbers(pair for pair in pairs if len(pair) == 2)
+    if not (match := _JSON.search(line)):
+        return "train", _numbers(_INNER.findall(line))
+    try:
+        entry = json.loads(match[0])
+    except (ValueError, RecursionError):
         return "train", {}
-    if match := _RECORD.search(line):
-        try:
-            entry = json.loads(match[0])
-        except ValueError:
-            return "train", {}
-        for prefix in ("valid_", "train_"):
-            if f"{prefix}num_updates" in entry:
-                stripped = ((key.removeprefix(prefix), value) for key, value in entry.items())
-                return "valid", _numbers(stripped) if prefix == "valid_" else {}  # a whole epoch's means are no point of the curve
-        return "train", _numbers(entry.items())
-    return "train", _numbers(_INNER.findall(line))
+    for key in entry:
+        if key.endswith("_num_updates"):
+            prefix = key.removesuffix("num_updates")
+            record = _numbers((name.removeprefix(prefix), value) for name, value in entry.items())
+            return "epoch" if prefix == "train_" else f":{prefix[:-1]}", record
+    return "train", _numbers(entry.items())
 
 
 def _numbers(pairs: Any) -> Figures:
@@ -111,7 +164,7 @@ def _numbers(pairs: Any) -> Figures:
     for key, value in pairs:
         try:
             found[str(key)] = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             continue
     return found
 
@@ -127,15 +180,15 @@ def draw_curves(runs: Sequence[TrainingLog]) -> Any:
     panels = [panel for panel in panels if panel[2]]
     rows = -(-len(panels) // 3)
     figure = Figure(figsize=(13, 0.4 + 3.2 * rows), layout="constrained")
-    axes = figure.subplots(rows, 3, squeeze=False).flatten()
+    axes, colors = figure.subplots(rows, 3, squeeze=False).flatten(), distinct_colors(max(len(runs), len(LINES)))
     for axis, (title, logarithmic, lines) in zip(axes, panels, strict=False):
         for number, run in enumerate(runs):
             for style, (key, split, label) in enumerate(lines):
                 points = [(record["num_updates"], record[key]) for record in getattr(run, split) if key in record]
-                shown = f"{run.name}, {label}" if len(runs) > 1 else label
+                shown = plot_text(f"{run.name}, {label}") if len(runs) > 1 else label
                 axis.plot(
-                    *zip(*points, strict=True) if points else ((), ()), label=shown, linestyle=("-", "--", ":")[style],
-                    color=f"C{number if len(runs) > 1 else style}", marker="." if len(points) < 30 else "",
+                    *zip(*points, strict=True) if points else ((), ()), label=shown, linestyle=LINES[style],
+                    color=colors[number if len(runs) > 1 else style], marker="." if len(points) < 30 else "",
                 )  # fmt: skip
         axis.set(title=title, xlabel="updates", yscale="log" if logarithmic else "linear")
         axis.grid(alpha=0.3)

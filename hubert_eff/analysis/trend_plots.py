@@ -9,6 +9,7 @@ from pathlib import Path
 from ..errors import missing_extra
 from ..files import replacing, writable
 from .layer_trends import Record, by_block, place
+from .plots import LINES, distinct_colors, plot_text
 
 
 def draw(records: Sequence[Record], path: Path, title: str, most: int = 8) -> None:
@@ -28,13 +29,14 @@ def draw(records: Sequence[Record], path: Path, title: str, most: int = 8) -> No
         numbered = [numbered[round(i * (len(numbered) - 1) / (most - 1))] for i in range(most)]
     shown = [*(name for name in blocks if not name.startswith("block ")), *numbered]
     figure = Figure(figsize=(13, 0.8 + 3.0 * len(shown)), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(plot_text(title))
     axes = figure.subplots(len(shown), 2, squeeze=False, sharex=True)
     updates = [record.update for record in records]
     for (left, right), block in zip(axes, shown, strict=True):
+        colors = distinct_colors(len(blocks[block]))
         for index, layer in enumerate(blocks[block]):
             stats = [record.layers.get(layer, (math.nan, math.nan, math.nan)) for record in records]
-            style = {"label": place(layer)[1], "color": f"C{index % 10}", "linestyle": "-" if index < 10 else "--"}
+            style = {"label": plot_text(place(layer)[1]), "color": colors[index], "linestyle": LINES[index // 10 % len(LINES)]}
             style["marker"] = "." if len(updates) < 30 else ""
             left.plot(updates, [mean for mean, _, _ in stats], **style)
             right.plot(updates, [variance if variance > 0 else math.nan for _, variance, _ in stats], **style)
@@ -46,7 +48,7 @@ def draw(records: Sequence[Record], path: Path, title: str, most: int = 8) -> No
         if lost:
             right.text(lost[0], 0.98, " not finite from here on", color="red", fontsize=8, va="top", transform=right.get_xaxis_transform())
         wide = any(abs(r.layers.get(name, (0.0,))[0]) > 10 for r in records for name in blocks[block])
-        left.set(ylabel=f"{block}: mean", yscale="symlog" if wide else "linear")
+        left.set(ylabel=plot_text(f"{block}: mean"), yscale="symlog" if wide else "linear")
         right.set(ylabel="variance", yscale="log")
         right.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     for axis in axes[-1]:

@@ -12,7 +12,10 @@ from ..errors import UserError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `hubert-eff bench`."""
-    parser.add_argument("models", nargs="*", metavar="PRESET|CHECKPOINT", help="presets, or paths of checkpoints, measured in turn")
+    parser.add_argument(
+        "models", nargs="*", metavar="PRESET|CHECKPOINT",
+        help="presets, or paths of checkpoints, measured in turn; one-bit models run from packed bits"
+    )  # fmt: skip
     parser.add_argument(
         "--seconds", type=float, nargs="+", default=[1.0, 5.0, 10.0, 30.0], metavar="S", help="lengths of audio (default: 1 5 10 30)"
     )
@@ -58,7 +61,7 @@ def _bench(args: argparse.Namespace) -> int:
     from ..profiling.cost import resolve
     from ..profiling.latency import measure, measure_shares, plain
     from ..profiling.machine import machine
-    from ..profiling.precision import at_precision
+    from ..profiling.precision import at_precision, shipped
     from ..profiling.report import show
 
     if not args.models:
@@ -66,7 +69,7 @@ def _bench(args: argparse.Namespace) -> int:
     if args.out is not None:
         writable(args.out)  # before minutes of measuring
     models = {
-        name if precision == "float32" else f"{name} {precision}": at_precision(model, precision)
+        name if precision == "float32" else f"{name} {precision}": at_precision(shipped(model), precision)
         for model, name in map(resolve, dict.fromkeys(args.models))
         for precision in args.precision
     }

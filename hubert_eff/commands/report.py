@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 
@@ -19,16 +20,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the report and say where; returns 0."""
-    from ..errors import require
+    from ..errors import printable, require
     from ..profiling.page import collect, write_report
 
     require("matplotlib", "plot", "the report")
     found = collect(args.folders)
     written = write_report(found, args.out)
     if args.json:
-        print(json.dumps({"written": [str(path) for path in written]}))
+        print(json.dumps({"written": [str(path) for path in written], "left_out": [printable(text) for text in found.left_out]}))
     else:
         for training in found.runs:
             print(training)
+        for text in found.left_out:
+            print(f"left out: {printable(text)}", file=sys.stderr)
         print(f"{written[0]} and {len(written) - 1} files beside it")
     return 0

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .bits import counted_as
+from .bits import Cost, attention_cost, counted_as, offsets_seen
 from .chunks import Chunks
 from .dropout import keep_signs
 from .grid import GridAttention
 from .kinds import POSITION_PROJECTION, PRODUCT, PROJECTION, Kind, head_shapes
 from .linear import Linear, linear, product, takes_onednn
-from .position import by_key
-from .tracing import is_tracing
+from .position import CHUNK, by_key
+from .tracing import follows_shapes, is_tracing
 
 
 class _DropoutAttention(torch.autograd.Function):
@@ -119,7 +119,7 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: float) -> Ten
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=width**-0.5)[..., :width]
 
 
-@counted_as("attention")
+@counted_as("attention", lambda q, k, v, bias, *_: attention_cost(q, k, v, bias is not None))
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
     """`F.scaled_dot_product_attention` of q (B, H, T, d), k and v (B, H, T', d); bias: bool (False = never seen) or float, or None."""
     blockwise = dropout == 0.0 and _takes_blocks(q, k, v, bias)
@@ -218,14 +218,18 @@ class SelfAttention(nn.Module):
         return torch.matmul(q * q.size(-1) ** -0.5, k.mT)
 
 
+def _relative_cost(_: nn.Module, content: Tensor, position: Tensor, k: Tensor, v: Tensor, *__: Any) -> Cost:
+    by_offset = position.shape[:2].numel() * offsets_seen(position.size(2), k.size(2), CHUNK) * position.size(-1)
+    macs, element_ops = attention_cost(content, k, v, masked=True)
+    return Cost(macs + by_offset, element_ops)
+
+
 class RelativeSelfAttention(SelfAttention):
     """Self-attention with relative positions (Transformer-XL, section 3.3; Conformer, section 2.1).
 
     score[i, j] = ((q_i + u) k_j + (q_i + v) p_{i-j}) / sqrt(d), p = linear_pos(positions). Queries are taken in chunks, and the shift from
     offsets to keys is a strided view of each chunk's product, so that no (T, 2T - 1) tensor is copied.
     """
-
-    CHUNK = 128  # queries per chunk: the position products of a chunk stay in cache
 
     def __init__(self, dim: int, heads: int, dropout: float = 0.0) -> None:
         super().__init__(dim, heads, dropout)
@@ -275,13 +279,13 @@ class RelativeSelfAttention(SelfAttention):
     def _offsets(self, positions: Tensor) -> Tensor:
         return self.linear_pos(positions).view(positions.size(0), self.heads, -1).transpose(0, 1)  # type: ignore[no-any-return]  # (H, 2T - 1, d)
 
-    @counted_as("attention")
+    @counted_as("attention", _relative_cost)
     def _chunked(
         self, content: Tensor, position: Tensor, k: Tensor, v: Tensor, p: Tensor, attend: Tensor | None, dropout: float
     ) -> Tensor:
         queries, frames = content.size(2), k.size(2)  # the last query is at the last key
         mixed = []
-        step = queries if is_tracing() else self.CHUNK  # a trace has one chunk, whatever the length
+        step = queries if is_tracing() or follows_shapes(k) else CHUNK  # one chunk, whatever the length
         for start in range(0, queries, step):
             stop = min(start + step, queries)
             n = stop - start
@@ -296,7 +300,7 @@ class RelativeSelfAttention(SelfAttention):
             mixed.append(attention(content[:, :, start:stop], k, v, bias, dropout))
         return torch.cat(mixed, dim=2)
 
-    @counted_as("attention")
+    @counted_as("attention", _relative_cost)
     def _blockwise(self, content: Tensor, position: Tensor, k: Tensor, v: Tensor, p: Tensor, attend: Tensor | None) -> Tensor:
         (batch, heads, queries, _), frames = content.shape, k.size(2)
         position = position.flatten(0, 1)
@@ -309,4 +313,4 @@ class RelativeSelfAttention(SelfAttention):
             if unseen is not None:
                 scores += unseen[row] if unseen.size(1) == 1 else unseen[row, start:stop]
 
-        return _blockwise(content, k, v, add_bias, 2 * self.CHUNK)  # longer blocks compute more offsets that no query sees
+        return _blockwise(content, k, v, add_bias, 2 * CHUNK)  # longer blocks compute more offsets that no query sees

@@ -11,17 +11,20 @@ A module that computes with +-1 in floats and one that computes the same from pa
 bit operations and storage in a profile; element operations are those of the form that runs. A module whose products differ in width
 runs each kind in a submodule of its own.
 
-`@counted_as("attention")` on a function makes what it runs count like one call of `F.scaled_dot_product_attention`.
+`@counted_as("attention")` on a function makes what it runs count like one call of `F.scaled_dot_product_attention`. With a `cost`, a
+formula of the function's arguments, the formula alone is counted: a function that takes another form by dtype, device, number of
+threads or length of its input, cuts its work into blocks, or computes some of it anew to save memory, costs the same in all of them.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import UserError
 
@@ -29,31 +32,79 @@ Bits = tuple[int, int]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_kinds: list[str] = []
+
+class Cost(NamedTuple):
+    """What one call of a function costs, whatever form it takes."""
+
+    macs: int
+    element_ops: int
 
 
-def counted_as(kind: str) -> Callable[[F], F]:
-    """Decorator: count every operation that the function runs as of this kind (profiling/formulas.py)."""
+class Scope(NamedTuple):
+    """A function that is running: the kind that it counts as, and whether its cost has been counted already."""
+
+    kind: str
+    costed: bool
+
+
+Book = Callable[[str, str, Cost, Any], None]  # name of the function, kind, cost, arguments
+
+_scopes: list[Scope] = []
+_books: list[Book] = []  # of the counters that are running
+
+
+def counted_as(kind: str, cost: Callable[..., Cost] | None = None) -> Callable[[F], F]:
+    """Decorator: count every operation that the function runs as of this kind (profiling/formulas.py), or `cost(*its arguments)` in their
+    place, where it is called from no function with a cost."""
 
     def decorate(function: F) -> F:
+        name = "hubert_eff." + function.__qualname__.removesuffix(".__init__")
+
         @functools.wraps(function)
         def run(*args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling():  # nothing is counted there
                 return function(*args, **kwargs)
-            _kinds.append(kind)
+            outer = running_scope()
+            if outer is not None and outer.costed:
+                return function(*args, **kwargs)
+            if cost is not None and _books:
+                _books[-1](name, kind, cost(*args, **kwargs), args)
+            _scopes.append(Scope(kind, cost is not None))
             try:
                 return function(*args, **kwargs)
             finally:
-                _kinds.pop()
+                _scopes.pop()
 
         return cast(F, run)
 
     return decorate
 
 
-def declared_kind() -> str | None:
+def running_scope() -> Scope | None:
     """The innermost `counted_as` that is running."""
-    return _kinds[-1] if _kinds else None
+    return _scopes[-1] if _scopes else None
+
+
+@contextmanager
+def booking(book: Book) -> Iterator[None]:
+    """Have `book` called with the costs that functions declare, as they are called."""
+    _books.append(book)
+    try:
+        yield
+    finally:
+        _books.pop()
+
+
+def attention_cost(q: Tensor, k: Tensor, v: Tensor, masked: bool) -> Cost:
+    """Of softmax(q k' + mask) v, q (..., T, d), k (..., T', d), v (..., T', d'): two products; scaling of q and k, mask, softmax."""
+    pairs = q.shape[:-1].numel() * k.size(-2)
+    return Cost(pairs * (q.size(-1) + v.size(-1)), q.numel() + k.numel() + pairs * (2 if masked else 1))
+
+
+def offsets_seen(queries: int, keys: int, block: int) -> int:
+    """Products of one head's queries with relative positions: a block of n queries shares those of the keys + n - 1 offsets it sees."""
+    whole, rest = divmod(queries, block)
+    return whole * block * (keys + block - 1) + rest * (keys + rest - 1)
 
 
 def operand_bits(module: nn.Module) -> Bits | None:

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .bits import Cost, attention_cost, counted_as, offsets_seen
 from .convolution import DepthwiseConv, GroupedConv2d
+from .position import CHUNK
 from .precision import wide
 
 
@@ -57,6 +59,7 @@ class GridNorm(nn.Module):
         self.eps = source.eps
         self.norm: Callable[..., Tensor] | None = None  # in its place, over the last dimension: (x, weight, bias, eps)
 
+    @counted_as("norm", lambda _, x: Cost(0, x.numel()))
     def forward(self, x: Tensor) -> Tensor:
         if self.norm is not None:
             return self.norm(x.transpose(1, 3), self.weight, self.bias, self.eps).transpose(1, 3)
@@ -72,6 +75,14 @@ def grid_norm(norm: nn.Module) -> nn.Module:
         twin.load_state_dict(norm.state_dict())
         return twin
     return GridNorm(norm) if isinstance(norm, nn.LayerNorm) else nn.Identity()
+
+
+def _cost(attention: GridAttention, joint: Tensor, offsets: Tensor | None) -> Cost:
+    batch, channels, _, frames = joint.shape
+    heads = joint.new_empty(batch, attention.heads, frames, channels // 3 // attention.heads, device="meta")
+    macs, element_ops = attention_cost(heads, heads, heads, masked=offsets is not None)
+    by_offset = 0 if offsets is None else batch * offsets_seen(frames, frames, CHUNK) * channels // 3
+    return Cost(macs + by_offset, element_ops)
 
 
 class GridAttention(nn.Module):
@@ -93,11 +104,14 @@ class GridAttention(nn.Module):
         self.softmax: Callable[[Tensor], Tensor] | None = None  # in the place of torch's, over the last dimension
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:  # (B, C, 1, T); (2T - 1, C)
-        q, k, v = (part.chunk(self.heads, 1) for part in self.qkv(x).chunk(3, 1))  # per head (B, d, 1, T)
+        offsets = self.linear_pos(positions) if self.linear_pos is not None and positions is not None else None
+        return self.out(self._mixed(self.qkv(x), offsets))  # type: ignore[no-any-return]
+
+    @counted_as("attention", _cost)
+    def _mixed(self, joint: Tensor, table: Tensor | None) -> Tensor:  # (B, 3 C, 1, T); (2T - 1, C)
+        q, k, v = (part.chunk(self.heads, 1) for part in joint.chunk(3, 1))  # per head (B, d, 1, T)
         scale = q[0].size(1) ** -0.5
-        offsets: tuple[Tensor, ...] = ()
-        if self.linear_pos is not None and positions is not None:
-            offsets = self.linear_pos(positions).chunk(self.heads, 1)  # per head (2T - 1, d)
+        offsets = () if table is None else table.chunk(self.heads, 1)  # per head (2T - 1, d)
         mixed = []
         for head in range(self.heads):
             query = q[head] + self.u[head] if offsets else q[head]
@@ -106,7 +120,7 @@ class GridAttention(nn.Module):
                 scores = scores + self._moved(torch.einsum("bchq,pc->bqp", (q[head] + self.v[head]) * scale, offsets[head]))
             probs = torch.softmax(scores, -1) if self.softmax is None else self.softmax(scores)
             mixed.append(torch.einsum("bhqk,bchk->bchq", probs, v[head]))
-        return self.out(torch.cat(mixed, 1))  # type: ignore[no-any-return]
+        return torch.cat(mixed, 1)
 
     @staticmethod
     def _moved(by_offset: Tensor) -> Tensor:

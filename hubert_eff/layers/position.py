@@ -10,9 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .bits import Cost, counted_as
 from .chunks import Chunks
 from .convolution import with_zero_tap
 from .tracing import is_tracing
+
+CHUNK = 128  # queries whose products with relative positions are computed at a time: they stay in cache
+
+
+def _cost(_: nn.Module, x: Tensor, weight: Tensor) -> Cost:  # without the zero tap that bfloat16 may take
+    return Cost(x.size(0) * (x.size(2) - weight.size(2) + 1) * weight.numel(), 0)
 
 
 class PositionalConv1d(nn.Module):
@@ -62,6 +69,7 @@ class PositionalConv1d(nn.Module):
             return self._convolve(F.pad(x.transpose(1, 2), (before, after)), weight).transpose(1, 2)  # .mT has no ONNX form
         return chunks.joined(self._convolve(chunks.windows(self, x, before, after).mT, weight).mT, *x.shape[:2])
 
+    @counted_as("grouped convolution", _cost)
     def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:  # (B, D, T + k - 1) -> (B, D, T)
         x, weight = with_zero_tap(x, weight)
         return F.conv1d(x, weight, self.bias, groups=self.groups)

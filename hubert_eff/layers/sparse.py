@@ -21,12 +21,12 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from ..errors import UserError
 from .attention import SelfAttention, attention
-from .bits import counted_as
+from .bits import Cost, counted_as
 from .chunks import Chunks
 from .dropout import Dropout
 from .grid import GridAttention
 from .kinds import Kind
-from .tracing import is_tracing
+from .tracing import follows_shapes, is_tracing
 
 try:
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
@@ -240,7 +240,7 @@ def _plain(
     """The same from ordinary operations: chunk after chunk its place in time and its output (B, H, rows, d)."""
     keys, values = gather_summaries(k, segments), gather_summaries(v, segments)
     kept = None if bias is None else gather_summaries(bias, segments)
-    for s in chunks(segments):
+    for s in segments if follows_shapes(q) else chunks(segments):
         part = s.place
         seen = None if bias is None else bias[:, :, part]
         yield part, _rows(q[:, :, part], k[:, :, part], v[:, :, part], seen, keys, values, kept, s.count, s.own, dropout)
@@ -293,13 +293,17 @@ class _Recomputed(torch.autograd.Function):
         return grads[0], grads[1], grads[2], None, None, None
 
 
+def _bands(frames: int, window: int) -> tuple[int, int, int, int]:
+    """(window, queries of a block, blocks, keys of a block) of `_windowed`."""
+    window = min(window, frames)
+    length = min(max(SPAN, window), frames)
+    return window, length, -(-frames // length), length + 2 * window
+
+
 def _windowed(q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None, window: int, dropout: float) -> Tensor:
     """|i - j| <= window: blocks of queries, each with the keys from `window` frames before it to `window` frames after it."""
     frames = q.size(2)
-    window = min(window, frames)
-    length = min(max(SPAN, window), frames)
-    count = -(-frames // length)
-    span = length + 2 * window
+    window, length, count, span = _bands(frames, window)
     behind = count * length - frames
 
     def windows(x: Tensor) -> Tensor:  # (B, H, T, d) -> (B n, H, span, d)
@@ -395,7 +399,20 @@ def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min / 2)
 
 
-@counted_as("attention")
+def _cost(q: Tensor, k: Tensor, v: Tensor, pattern: SparsePattern, attend: Tensor | None = None, *rest: Any) -> Cost:
+    frames, rows = q.size(2), q.shape[:2].numel()
+    if pattern.kind == "local":
+        _, length, count, span = _bands(frames, pattern.window)
+        pairs, masked, scaled = rows * count * length * span, True, rows * count * (length + span) * q.size(-1)
+    else:
+        segments = pattern.segments(frames)
+        summaries = sum(s.count * (s.length - s.own) for s in segments)
+        pairs = rows * (frames * summaries + sum(s.count * s.length * s.own for s in segments))
+        masked, scaled = attend is not None, q.numel() + k.numel()
+    return Cost(pairs * (q.size(-1) + v.size(-1)), scaled + pairs * (2 if masked else 1))
+
+
+@counted_as("attention", _cost)
 def sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, pattern: SparsePattern, attend: Tensor | None = None, dropout: Dropout | None = None,
     flex: Callable[..., Tensor] | None = None,

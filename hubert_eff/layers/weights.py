@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .bits import counted_as
+from .bits import Cost, counted_as, offsets_seen
 from .dropout import Dropout
 from .linear import product, takes_onednn
 from .position import by_key
-from .tracing import is_tracing
+from .tracing import follows_shapes, is_tracing
 
 BLOCK = 256  # queries per block: the scores of one row's block stay in cache
 KEPT = 1 << 26  # without gradient, weights of more elements than this are computed anew for each use, block by block
@@ -36,8 +36,9 @@ def _blocks(q: Tensor) -> Iterator[tuple[slice, int, int]]:
     """Rows and queries [start, stop) of q (N, T, d) that are worked on at a time: on a CPU one row after the other."""
     group = 1 if takes_onednn(q, q) else q.size(0)
     for row in range(0, q.size(0), group):
-        for start in range(0, q.size(1), BLOCK):
-            yield slice(row, row + group), start, min(start + BLOCK, q.size(1))
+        step = q.size(1) if follows_shapes(q) else BLOCK
+        for start in range(0, q.size(1), step):
+            yield slice(row, row + group), start, min(start + step, q.size(1))
 
 
 def _at_keys(by_offset: Tensor, frames: int) -> Tensor:
@@ -69,7 +70,6 @@ def _softmax(scores: Tensor, seen: Tensor | None) -> Tensor:
     return torch.softmax(scores, -1, out=scores) if not torch.compiler.is_compiling() else torch.softmax(scores, -1)
 
 
-@counted_as("attention")
 def _weights(
     q: Tensor, k: Tensor, p: Tensor, offsets: Tensor, seen: Tensor | None, penalise: bool
 ) -> tuple[Tensor, list[Tensor]]:
@@ -138,6 +138,16 @@ class _Mix(torch.autograd.Function):
         return _times(grad, values), _times(grad.mT, weights.mT).mT
 
 
+def _weights_cost(_: Any, q: Tensor, k: Tensor, p: Tensor, *__: Any) -> Cost:
+    pairs = q.shape[:-1].numel() * k.size(2)
+    by_offset = p.shape[:2].numel() * offsets_seen(p.size(2), k.size(2), BLOCK) * p.size(-1)
+    return Cost(pairs * q.size(-1) + by_offset, 2 * pairs)  # a sum and a softmax
+
+
+def _mix_cost(weights: RelativeWeights, values: Tensor) -> Cost:
+    return Cost(weights.args[0].size(1) * values.numel(), 0)
+
+
 class RelativeWeights:
     """Weights softmax_j(q_i k_j + p_i offset_{j-i}) of all heads, without the usual 1 / sqrt(d) (Zipformer, section 3.1).
 
@@ -148,6 +158,7 @@ class RelativeWeights:
     Where gradients are needed the weights are kept, (H, B, T, T) per layer; without, only up to `KEPT` elements.
     """
 
+    @counted_as("attention", _weights_cost)
     def __init__(
         self, q: Tensor, k: Tensor, p: Tensor, offsets: Tensor, seen: Tensor | None, dropout: Dropout, penalise: bool = False
     ) -> None:
@@ -173,6 +184,7 @@ class RelativeWeights:
         # the first head has a user of its own: apart, it gets that gradient without a tensor of zeros for the others
         self.parts = torch.split(weights, [self.batch, q.size(0) - self.batch]) if self.heads > 1 else (weights,)
 
+    @counted_as("attention", _mix_cost)
     def mix(self, values: Tensor) -> Tensor:
         """Values (B, H, T, c) of all heads, or (B, 1, T, c) of the first one, each summed over time with its head's weights."""
         if self.traced is not None:
@@ -187,7 +199,6 @@ class RelativeWeights:
             mixed = torch.cat((_mix(self.parts[0], flat[: self.batch]), _mix(self.parts[1], flat[self.batch :])))
         return mixed.view(heads, self.batch, -1, values.size(3)).transpose(0, 1)
 
-    @counted_as("attention")
     def _anew(self, values: Tensor) -> Tensor:
         q, k, p, offsets, seen = self.args
         mixed = values.new_empty(values.size(0), q.size(1), values.size(2))
@@ -198,7 +209,6 @@ class RelativeWeights:
         return mixed
 
 
-@counted_as("attention")
 def _mix(weights: Tensor, values: Tensor) -> Tensor:
     if torch.is_grad_enabled() and (weights.requires_grad or values.requires_grad):
         return _Mix.apply(weights, values)  # type: ignore[no-any-return,no-untyped-call]

@@ -9,11 +9,17 @@ from typing import Any
 from rich.console import Group
 from rich.text import Text
 
-from ..errors import missing_extra
+from ..analysis.plots import distinct_colors, plot_text
+from ..errors import missing_extra, printable
 from ..files import replacing
 from .latency import Share, Shares, Timing
+from .precision import FLOAT, PACKED, SIMULATED
 from .report import plain_table
 
+FORMS = {  # what a reader of one-bit models must know
+    PACKED: "runs from bits, as an export does.",
+    SIMULATED: "computes with its one- and two-bit numbers as floats, as in training: no time of what is shipped.",
+}
 LEAST = 0.05  # groups below this share, in %, of parameters, operations and time alike are left out of the printed tables
 
 
@@ -26,13 +32,15 @@ def render(timings: Sequence[Timing], shares: Sequence[Shares], facts: dict[str,
         peak = "-" if t.peak_memory_mb is None else f"{t.peak_memory_mb:,.0f}"
         cells = [f"{t.seconds:g}", f"{t.batch}", *(f"{ms:,.2f}" for ms in (t.median_ms, t.p5_ms, t.p95_ms)), f"{t.rtf:.5f}"]
         cells += [f"{t.throughput:,.1f}", peak, *(f"{ratio:.3f}" for ratio in (t.ratio, t.ratio_p5, t.ratio_p95))]
-        table.add_row(t.model, *cells)
+        table.add_row(printable(t.label), *cells)
     rounds = timings[0].rounds
     where = ", ".join(f"{name} {value}" for name, value in facts.items())
     note = (
         f"Measured, {rounds} interleaved rounds after warm-up; {where}.\nRTF: time over the length of all audio. Peak: weights, and what "
         "the memory in use grows by during the call. x first: time over the first\nmodel's, round by round: median, p5, p95."
     )
+    forms = {t.form for t in timings} - {FLOAT}
+    note += "".join(f"\n{form}: {FORMS[form]}" for form in sorted(forms))
     return Group(table, Text(note), *(_shares_table(s) for s in shares))
 
 
@@ -45,7 +53,7 @@ def _shares_table(shares: Shares) -> Group:
                 params = "" if title == "operations" else f"{row.params_percent:.1f}"
                 table.add_row("  " + row.name, params, f"{row.flop_percent:.1f}", f"{row.time_percent:.1f}", f"{row.ms:,.2f}")
     heading = (
-        f"\n{shares.model}, {shares.seconds:g} s, measured operation by operation. A class counts what its modules run themselves and, for "
+        f"\n{printable(shares.label)}, {shares.seconds:g} s, measured operation by operation. A class counts what its modules run themselves and, for "
         "what they run\nwith them, the parameters of submodules that run nothing; FLOP: 2 per MAC and 1 per element operation."
     )
     return Group(Text(heading), table)
@@ -59,10 +67,12 @@ def draw(timings: Sequence[Timing], shares: Sequence[Shares], folder: Path) -> l
         raise missing_extra("matplotlib", "plot", "drawing bench.svg") from error
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.2))
-    for name in dict.fromkeys(t.model for t in timings):
-        line = [t for t in timings if t.model == name and t.batch == timings[0].batch]
+    models = list(dict.fromkeys(t.label for t in timings))
+    for name, color in zip(models, distinct_colors(len(models)), strict=True):
+        line = [t for t in timings if t.label == name and t.batch == timings[0].batch]
         errors = [[t.median_ms - t.p5_ms for t in line], [t.p95_ms - t.median_ms for t in line]]
-        left.errorbar([t.seconds for t in line], [t.median_ms for t in line], yerr=errors, marker="o", capsize=2, label=name)
+        seconds, medians = [t.seconds for t in line], [t.median_ms for t in line]
+        left.errorbar(seconds, medians, yerr=errors, marker="o", capsize=2, label=plot_text(name), color=color)
     left.set(xscale="log", yscale="log", xlabel="audio, s", ylabel="latency, ms (median, p5 to p95)", title="Measured latency")
     lengths = sorted({t.seconds for t in timings})
     left.set_xticks(lengths, [f"{length:g}" for length in lengths])
@@ -70,12 +80,12 @@ def draw(timings: Sequence[Timing], shares: Sequence[Shares], folder: Path) -> l
     left.grid(alpha=0.3)
     left.legend(frameon=False)
     names = list(dict.fromkeys(row.name for s in shares for row in s.blocks if row.time_percent >= 1.0))
-    colours = {name: f"C{i % 10}" for i, name in enumerate(names)} | {"rest": "lightgrey"}
-    bars = [(f"{s.model}\n{s.seconds:g} s: {what}", _bar(s.blocks, key, names)) for s in shares for what, key in COLUMNS]
+    colors = dict(zip(names, distinct_colors(len(names)), strict=True)) | {"rest": "lightgrey"}
+    bars = [(f"{plot_text(s.label)}\n{s.seconds:g} s: {what}", _bar(s.blocks, key, names)) for s in shares for what, key in COLUMNS]
     for position, (_, parts) in enumerate(bars):
         start = 0.0
         for name, value in parts.items():
-            right.barh(position, value, left=start, color=colours[name], label=name)
+            right.barh(position, value, left=start, color=colors[name], label=plot_text(name))
             start += value
     right.set_yticks(range(len(bars)), [label for label, _ in bars], fontsize=8)
     right.invert_yaxis()

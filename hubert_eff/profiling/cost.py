@@ -25,7 +25,7 @@ from ..model import LABEL_EMBEDDINGS
 from ..quant import quant_report
 from ..quant.storage import PACKED_TYPES
 from ..registry import list_presets
-from .counters import Tally, count_operations
+from .counters import Counts, Tally, count_operations
 from .device import read_device
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 MIN_SAMPLES = 400  # the receptive field of one frame: 25 ms
 MAX_SECONDS = 3600.0
+MAX_RUN_SECONDS = 60.0
 MASK_EMBEDDING = "mask_emb"
 _DRAWS = (
     Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.uniform_, nn.init.kaiming_normal_, nn.init.kaiming_uniform_,
@@ -148,20 +149,19 @@ def profile(
 
     bops: convention of bit operations (paper: the wider operand's width per MAC; product: the product of both widths). device:
     name in configs/device or path of such a file; times are estimated from its rates.
-    The model is run once, on one thread, in evaluation mode and without gradients; its mode is restored. Raises `UserError` for a
-    name that is neither a preset nor a file, for a duration that is not between 25 ms and one hour, and for an operation without a
-    formula.
+    The model is followed once through meta tensors, which have a shape and no values, in evaluation mode and without gradients: an hour of
+    audio takes no longer than a second. One that cannot be, as its operations have no such form, or that runs under autocast, is run on
+    noise. Its mode is restored. Raises `UserError` for a name that is neither a preset nor a file, for a duration that is not between 25 ms
+    and one hour (`MAX_RUN_SECONDS` where the model must be run), and for an operation without a formula.
     """
     if not MIN_SAMPLES / SAMPLE_RATE <= seconds <= MAX_SECONDS:  # also refuses nan
         raise UserError(f"seconds={seconds:g} cannot be profiled: give between {MIN_SAMPLES / SAMPLE_RATE} and {MAX_SECONDS:g}")
     rates = read_device(device)
     if bops not in BOPS:
         raise unknown("BOP convention", bops, BOPS)
-    with unset_weights():
-        model, name = resolve(model_or_preset)
-    wave = noise(model, seconds)
-    with evaluating(model), _one_thread(), count_operations(model) as counts:
-        states, _ = model.hidden_states(wave)
+    model, name = resolve(model_or_preset, device="cpu" if torch.is_autocast_enabled("cpu") else "meta")  # which no autocast reaches
+    samples = round(seconds * SAMPLE_RATE)
+    counts, frames = _count(model, samples)
     total = counts.total()
     modules = _tree(model, "", counts.by_module(), seen=set())
     labels = getattr(model, LABEL_EMBEDDINGS, None)
@@ -169,9 +169,9 @@ def profile(
     nonq, quantised = bit_operations(total.macs_by_bits, bops)
     return Profile(
         name=name,
-        seconds=wave.size(1) / SAMPLE_RATE,
-        samples=wave.size(1),
-        frames=states[-1].shape[1],
+        seconds=samples / SAMPLE_RATE,
+        samples=samples,
+        frames=frames,
         params=modules.params,
         params_without_labels=modules.params - (labels.numel() if labels is not None else 0),
         storage_mb=storage,
@@ -194,8 +194,52 @@ def profile(
     )
 
 
-def resolve(model_or_preset: HubertModel | str | os.PathLike[str], policy: str = "default") -> tuple[HubertModel, str]:
-    """(model, name to show) of a model, a preset by name, or a checkpoint by path.
+def _count(model: HubertModel, samples: int) -> tuple[Counts, int]:
+    """What `hidden_states` of one utterance of so many samples runs, and its frames."""
+    parameter = next(model.parameters())
+    if parameter.is_meta or not torch.is_autocast_enabled(parameter.device.type):
+        try:
+            with evaluating(model), _without_values(model), count_operations(model) as counts:
+                states, _ = model.hidden_states(torch.empty(1, samples, dtype=parameter.dtype, device="meta"))
+            return counts, states[-1].size(1)
+        except (RuntimeError, TypeError, AttributeError) as error:  # no form for meta tensors; what else is wrong, is so below
+            if parameter.is_meta:
+                raise
+            reason = " ".join(str(error).split())[:160]
+    else:
+        reason = "it runs under autocast"
+    if samples > MAX_RUN_SECONDS * SAMPLE_RATE:
+        raise UserError(
+            f"seconds={samples / SAMPLE_RATE:g} cannot be profiled: this model must be run to be counted, at most {MAX_RUN_SECONDS:g} s "
+            f"({reason})"
+        )
+    with evaluating(model), count_operations(model) as counts:
+        states, _ = model.hidden_states(noise(model, samples / SAMPLE_RATE))
+    return counts, states[-1].size(1)
+
+
+@contextmanager
+def _without_values(model: nn.Module) -> Iterator[None]:
+    """Meta tensors in the place of parameters and buffers; the model's own are put back."""
+    holders: list[dict[str, Any]] = [holder for module in model.modules() for holder in (module._parameters, module._buffers)]
+    own = [dict(holder) for holder in holders]
+    empty: dict[int, Tensor] = {}  # one for each, so that what is shared stays so
+    try:
+        with torch.device("meta"):
+            for holder in holders:
+                for name, tensor in holder.items():
+                    if tensor is not None and not tensor.is_meta:
+                        holder[name] = empty.setdefault(id(tensor), torch.empty_like(tensor, device="meta"))
+            yield
+    finally:
+        for holder, values in zip(holders, own, strict=True):
+            holder.update(values)
+
+
+def resolve(
+    model_or_preset: HubertModel | str | os.PathLike[str], policy: str = "default", device: str = "cpu"
+) -> tuple[HubertModel, str]:
+    """(model, name to show) of a model, a preset by name, which is built on `device`, or a checkpoint by path.
 
     `PRESET+w1a1` is a preset binarised by `policy`. Raises `UserError` for another name.
     """
@@ -208,7 +252,8 @@ def resolve(model_or_preset: HubertModel | str | os.PathLike[str], policy: str =
     if base in list_presets():
         from ..model import build
 
-        return (build(name, quant_policy=policy) if scheme else build(name)), name
+        with torch.device(device), _Undrawn():
+            return (build(name, quant_policy=policy) if scheme else build(name)), name
     if os.path.exists(name):
         from ..checkpoint import load
 
@@ -216,15 +261,15 @@ def resolve(model_or_preset: HubertModel | str | os.PathLike[str], policy: str =
     raise unknown("preset or checkpoint", name, list_presets())
 
 
-class unset_weights(TorchFunctionMode):  # noqa: N801 (a context, as torch's no_grad)
-    """Parameters are not drawn but filled with a constant: costs do not depend on them, and drawing takes longer than a forward pass."""
+class _Undrawn(TorchFunctionMode):
+    """Meta tensors are not drawn: torch's draws on them load its compiler, which takes longer than counting."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _DRAWS:
             tensor: Tensor = (*args, kwargs.get("tensor"))[0]
-            with torch.no_grad():
-                return tensor.fill_(0.02)
+            if tensor.is_meta:
+                return tensor
         return func(*args, **kwargs)
 
 
@@ -246,17 +291,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Attention cuts its work into blocks by the number of threads, and relative positions cost by block: count the same everywhere."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def paper_storage(model: nn.Module, float_bytes: int | None = None) -> float:

@@ -5,26 +5,31 @@ forward hooks say which module was running. Each operation belongs to exactly on
 
 - products: matrix products, convolutions and attention have a MAC formula. A bias added inside the product is not counted.
 - arithmetic: activations, norms, softmax, reductions and other element-wise operations count in a column of their own, one
-  element operation per element of the largest tensor they read or write, however many instructions an element takes.
+  element operation per element of the largest tensor they read or write, however many instructions an element takes; single numbers
+  count nothing.
 - free: views, copies, padding, indexing and creation compute nothing.
 
-An operation in none of them is an error that names it and its module; `register_formula` adds a formula.
+An operation in none of them is an error that names it and its module; `register_formula` adds a formula. A function that declares its
+cost (layers/bits.py) counts as one operation, whatever it runs: figures depend on the model and its input's size, not on the form that a
+dtype, a device or a number of threads calls for.
 The widths of a product's operands are those that its module declares (layers/bits.py), else those of the dtype it runs in.
 """
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import UserError
-from ..layers.bits import Bits, declared_kind, operand_bits
+from ..layers.bits import Bits, Cost, booking, operand_bits, running_scope
 from .formulas import classify
 
 
@@ -112,9 +117,27 @@ class _CountingMode(TorchDispatchMode):
     def __init__(self, counts: Counts, stack: list[_Frame], clock: Callable[[], float] | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.counts, self.stack, self.clock = counts, stack, clock
+        self.declared = Tally()  # of the function that has declared its cost last
+
+    def book(self, name: str, kind: str, cost: Cost, args: Any) -> None:
+        """Count the call of a function that declares its cost."""
+        frame = self.stack[-1]
+        self.declared = self.counts.tallies[frame.path, name, kind]
+        self.declared.calls += 1
+        self.declared.element_ops += cost.element_ops
+        if cost.macs:
+            bits = frame.bits or _dtype_bits(args)
+            self.declared.macs_by_bits[bits] = self.declared.macs_by_bits.get(bits, 0) + cost.macs
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        scope = running_scope()
+        if scope is not None and scope.costed:
+            start = self.clock() if self.clock else 0.0
+            out = func(*args, **kwargs)
+            if self.clock:
+                self.declared.seconds += self.clock() - start
+            return out
         operation = classify(func, args, kwargs)
         frame = self.stack[-1]
         if operation is None:
@@ -129,7 +152,7 @@ class _CountingMode(TorchDispatchMode):
             return result
         start = self.clock() if self.clock else 0.0
         out = func(*args, **kwargs)
-        tally = self.counts.tallies[frame.path, operation.name, declared_kind() or operation.kind]
+        tally = self.counts.tallies[frame.path, operation.name, scope.kind if scope else operation.kind]
         if self.clock:
             tally.seconds += self.clock() - start
         tally.calls += 1
@@ -145,6 +168,14 @@ def _dtype_bits(args: Any) -> Bits:
     # torch's products take operands of one dtype; a kernel that mixes them stands in a module that declares its widths
     width = next(8 * a.element_size() for a in args if isinstance(a, Tensor))
     return width, width
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """What was compiled before runs as it is written: kernels that a compiler has made cannot be told apart."""
+    set_stance = getattr(torch.compiler, "set_stance", None)  # torch 2.6
+    if set_stance is None or "torch._dynamo" not in sys.modules:  # whose import takes seconds: nothing was compiled
+        return nullcontext()
+    return set_stance("force_eager")  # type: ignore[no-any-return]
 
 
 @contextmanager
@@ -176,7 +207,8 @@ def count_operations(model: nn.Module, clock: Callable[[], float] | None = None)
         for module in paths:
             hooks.append(module.register_forward_pre_hook(enter))
             hooks.append(module.register_forward_hook(leave, always_call=True))
-        with _CountingMode(counts, stack, clock):
+        mode = _CountingMode(counts, stack, clock)
+        with _uncompiled(), booking(mode.book), mode:
             yield counts
     finally:
         for hook in hooks:

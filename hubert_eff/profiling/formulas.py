@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 from ..errors import UserError
-from ..layers.bits import Bits
+from ..layers.bits import Bits, attention_cost
 
 Formula = Callable[..., int]
 F = TypeVar("F", bound=Formula)
@@ -104,7 +104,8 @@ class Operation:
     def element_ops(self, args: Any, kwargs: Any, out: Any) -> int:
         """Element operations of the call: elements of its largest tensor, or what a product has fused in."""
         if self.arithmetic:
-            return max((t.numel() for t in _tensors((args, kwargs, out))), default=0)
+            largest = max((t.numel() for t in _tensors((args, kwargs, out))), default=0)
+            return largest if largest > 1 else 0  # a scale, say, for each of the blocks that work is cut into
         return _ELEMENTS[self.name](*args, out=out, **kwargs) if self.name in _ELEMENTS else 0
 
 
@@ -225,14 +226,13 @@ _KIND.update(dict.fromkeys(_ATTENTION, ATTENTION))
 
 
 @_own(*_ATTENTION)
-def _attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:  # (..., Tq, d), (..., Tk, d), (..., Tk, dv)
-    return q.numel() * k.shape[-2] + q.shape[:-1].numel() * v.shape[-2] * v.shape[-1]
+def _attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
+    return attention_cost(q, k, v, masked=False).macs
 
 
 def _attention_elements(q: Tensor, k: Tensor, v: Tensor, *rest: Any, out: Any, **options: Any) -> int:
-    # what the unfused path does: scale q and k, add the mask (the one tensor among the other arguments), softmax
-    masked = any(isinstance(value, Tensor) for value in (*rest, *options.values()))
-    return q.numel() + k.numel() + q.shape[:-1].numel() * k.shape[-2] * (2 if masked else 1)
+    # the mask is the one tensor among the other arguments
+    return attention_cost(q, k, v, any(isinstance(value, Tensor) for value in (*rest, *options.values()))).element_ops
 
 
 _ELEMENTS.update(dict.fromkeys(_ATTENTION, _attention_elements))

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..analysis.plots import plot_text
 from ..errors import missing_extra
 
 SIZE = (4.8, 4.0)  # inches: at a phone's width, letters are still about their natural size
+FRAME = (0.14, 0.125, 0.84, 0.79)  # of the axes: left, bottom, width, height in shares of the figure
 LINE = 1.15  # height of a label, in its own heights
 
 
@@ -43,13 +45,13 @@ def draw(points: Sequence[Point], cost: str, quality: str, more_is_better: bool)
         from matplotlib.ticker import LogLocator, NullLocator
     except ModuleNotFoundError as error:
         raise missing_extra("matplotlib", "plot", "the report's figures") from error
-    figure = Figure(figsize=SIZE, layout="constrained")
+    figure = Figure(figsize=SIZE)
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for ours, colour, line, name in ((False, "#8a8a8a", "#9db4d0", "the paper's figures"), (True, "#c2410c", "#f0c3a8", "measured here")):
+    axes = figure.add_axes(FRAME)  # a layout that is looked for takes longer than the drawing
+    for ours, color, line, name in ((False, "#8a8a8a", "#9db4d0", "the paper's figures"), (True, "#c2410c", "#f0c3a8", "measured here")):
         chosen = [p for p in points if p.ours is ours]
         if chosen:
-            axes.scatter([p.cost for p in chosen], [p.quality for p in chosen], s=22, color=colour, label=name, zorder=3)
+            axes.scatter([p.cost for p in chosen], [p.quality for p in chosen], s=22, color=color, label=name, zorder=3)
             front = best(chosen, more_is_better)
             axes.step([p.cost for p in front], [p.quality for p in front], where="post", color=line, lw=1.2, zorder=1)
     axes.set(xscale="log", xlabel=cost, ylabel=quality + (", higher is better" if more_is_better else ", lower is better"))
@@ -69,10 +71,6 @@ def draw(points: Sequence[Point], cost: str, quality: str, more_is_better: bool)
 
 def _place_labels(figure: Any, axes: Any, points: Sequence[Point]) -> None:
     """Beside each point, moved up or down until it overlaps no label or point; a thin line leads to one that was moved."""
-    from matplotlib.patheffects import withStroke
-
-    figure.canvas.draw()
-    figure.set_layout_engine("none")  # the axes stay where they are from here on
     renderer = figure.canvas.get_renderer()
     axes.autoscale(False)
     frame, to_data = axes.get_window_extent(), axes.transData.inverted().transform
@@ -80,9 +78,9 @@ def _place_labels(figure: Any, axes: Any, points: Sequence[Point]) -> None:
     radius = 5.0 * figure.dpi / 100
     taken = [(x - radius, y - radius, x + radius, y + radius) for x, y in dots]
     for point, (x, y) in sorted(zip(points, dots, strict=True), key=lambda item: -item[1][1]):
-        text = axes.text(point.cost, point.quality, point.label, fontsize=7.5, va="center", zorder=4)
-        text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])  # the line of the best passes behind
+        text = axes.text(point.cost, point.quality, plot_text(point.label), fontsize=7.5, va="center", zorder=4)
         box = text.get_window_extent(renderer)
+        text.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.4})  # the line of the best passes behind
         height = LINE * box.height
         for step in range(4 * len(points) + 2):
             shift = ((step // 2 + 1) // 2) * height * (1 if step // 2 % 2 else -1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import statistics
 import time
 from collections import defaultdict
@@ -11,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from ..progress import progress
 from .cost import MAX_SECONDS, MIN_SAMPLES, evaluating, noise
 from .counters import Counts, Tally, count_operations
 from .machine import guard, peak_growth, seconds_of
-from .precision import own_weights
+from .precision import FLOAT, PRECISIONS, form_of, label, own_weights, precision_of, without_precision
 
 if TYPE_CHECKING:
     from ..model import HubertModel
@@ -48,6 +49,13 @@ class Timing:
     ratio: float
     ratio_p5: float
     ratio_p95: float
+    form: str = FLOAT  # float, packed or simulated (precision.py)
+    precision: str = PRECISIONS[0]  # of what is float
+
+    @property
+    def label(self) -> str:
+        """The model, and what it ran as."""
+        return label(self.model, self.form, self.precision)
 
 
 @dataclass
@@ -73,12 +81,21 @@ class Shares:
     parts: list[Share]
     blocks: list[Share]
     kinds: list[Share]
+    form: str = FLOAT  # as of `Timing`
+    precision: str = PRECISIONS[0]
+
+    @property
+    def label(self) -> str:
+        """The model, and what it ran as."""
+        return label(self.model, self.form, self.precision)
 
 
 def measure(
     models: Mapping[str, HubertModel], seconds: Sequence[float], batches: Sequence[int], rounds: int, device: str = "cpu"
 ) -> list[Timing]:
     """Time `hidden_states` of each model on each length and batch. A round calls every model once, so that a slow moment meets all.
+
+    The name of a model may end in its precision, "conformer-s int8", to tell it from its own float form.
 
     Raises `UserError` for impossible lengths or counts, and `SlowProcessError` where figures of this process would say nothing.
     """
@@ -116,13 +133,15 @@ def _measure(
     first = times[next(iter(times))]
     timings = []
     for name, values in times.items():
+        model = models[name]
         median, audio, peak = statistics.median(values), seconds * batch, peaks[name]
         ratios = [mine / other for mine, other in zip(values, first, strict=True)]
         timings.append(
             Timing(
-                name, seconds, batch, rounds, 1e3 * median, 1e3 * _quantile(values, 0.05), 1e3 * _quantile(values, 0.95),
-                median / audio, audio / median, None if peak is None else (_bytes(models[name]) + peak) / 1e6,
+                without_precision(name, model), seconds, batch, rounds, 1e3 * median, 1e3 * _quantile(values, 0.05), 1e3 * _quantile(values, 0.95),
+                median / audio, audio / median, None if peak is None else (_bytes(model) + peak) / 1e6,
                 statistics.median(ratios), _quantile(ratios, 0.05), _quantile(ratios, 0.95),
+                form_of(model), precision_of(model),
             )
         )  # fmt: skip
     return timings
@@ -175,7 +194,8 @@ def measure_shares(name: str, model: HubertModel, seconds: float, rounds: int, d
             passes.append(counts)
     for key, tally in passes[0].tallies.items():
         tally.seconds = statistics.median(counts.tallies[key].seconds for counts in passes)
-    return shares_of(name, model, seconds, passes[0])
+    shares = shares_of(without_precision(name, model), model, seconds, passes[0])
+    return dataclasses.replace(shares, form=form_of(model), precision=precision_of(model))
 
 
 def shares_of(name: str, model: nn.Module, seconds: float, counts: Counts) -> Shares:
@@ -238,13 +258,49 @@ def plain(result: Timing | Shares) -> dict[str, object]:
 
 def read(path: Path) -> tuple[list[Timing], list[Shares]]:
     """What a bench.json holds. Raises `UserError` for another file."""
+    if not path.is_file():
+        raise UserError(f"{path} cannot be read: it is no regular file")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        timings = [Timing(**{name: value for name, value in t.items() if name != "basis"}) for t in content["timings"]]
+        timings = [Timing(**_subject(t)) for t in content["timings"]]
         shares = []
-        for values in content["shares"]:
-            parts, blocks, kinds = ([Share(**row) for row in values[name]] for name in ("parts", "blocks", "kinds"))
-            shares.append(Shares(values["model"], values["seconds"], parts, blocks, kinds))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} is no result of `hubert-eff bench --out`: {error}") from error
+        for values in map(_subject, content["shares"]):
+            groups = {name: [_share(row) for row in values[name]] for name in ("parts", "blocks", "kinds")}
+            shares.append(Shares(**{**values, **groups}))
+        for t in timings:
+            _check(t, "peak_memory_mb")
+        for s in shares:
+            _check(s)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is no result of `hubert-eff bench --out`: {' '.join(str(error).split())[:160]}") from error
     return timings, shares
+
+
+def _subject(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a record; earlier ones have the precision behind the model's name."""
+    found = {name: value for name, value in values.items() if name != "basis"}
+    if "precision" not in found:
+        for precision in PRECISIONS:
+            if found["model"].endswith(f" {precision}"):
+                found.update(model=found["model"].removesuffix(f" {precision}"), precision=precision)
+    return found
+
+
+def _share(values: Mapping[str, Any]) -> Share:
+    share = Share(**values)
+    _check(share)
+    return share
+
+
+def _check(record: Timing | Shares | Share, *optional: str) -> None:
+    """Raise `ValueError` unless texts are texts, and numbers numbers."""
+    for field in dataclasses.fields(record):
+        value = getattr(record, field.name)
+        if field.type == "str":
+            good = isinstance(value, str)
+        elif field.type in ("int", "float", "float | None"):
+            good = isinstance(value, (int, float)) and math.isfinite(value) or (value is None and field.name in optional)
+        else:
+            continue
+        if not good:
+            raise ValueError(f"{field.name}={str(value)[:40]}")

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import base64
 import csv
+import html
 import io
 import json
 import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..analysis.plots import distinct_colors
 from ..analysis.training import LOG, TrainingLog, draw_curves, read_log
-from ..errors import UserError
+from ..errors import UserError, printable
 from ..files import replacing, writable, write_json, write_text
 from . import frontier, table1
 from .cost import ModuleCost, Profile, profile
-from .latency import Shares, Timing, read
-from .table2 import METRICS, QUALITIES, SCORE, paper_quality, superb_score
+from .latency import Shares, Timing, plain, read
+from .precision import PRECISIONS, SIMULATED
+from .table2 import METRICS, QUALITIES, REFERENCES, SCORE, paper_quality, superb_score
 
 COSTS = {"storage": "storage, MB", "bop": "bit operations of 10 s, 2^30", "ms": "measured latency of 10 s, ms"}
 MEASURED_SECONDS = 10.0
@@ -37,54 +39,77 @@ class Findings:
     timings: list[Timing] = field(default_factory=list)
     shares: list[Shares] = field(default_factory=list)
     profiles: dict[str, Profile] = field(default_factory=dict)
-    left_out: list[str] = field(default_factory=list)  # logs without a record, models that cannot be profiled any more
+    left_out: list[str] = field(default_factory=list)  # what cannot be read or profiled, and why
 
 
 def collect(folders: Iterable[str | os.PathLike[str]]) -> Findings:
     """Read every log of training, result.json of a SUPERB task and bench.json below the folders; profile the latter's models.
 
-    Raises `UserError` for a folder that is none, or that holds none of them.
+    What cannot be read is left out, and named. Raises `UserError` where folders were given and none of them holds any of these.
     """
-    found = Findings()
-    for folder in map(Path, folders):
+    found, given = Findings(), [Path(folder) for folder in folders]
+    for folder in given:
         if not folder.is_dir():
-            raise UserError(f"no folder at {folder}")
-        results = [values for values in map(_result, sorted(folder.rglob("result.json"))) if values]
-        benches = [read(path) for path in sorted(folder.rglob("bench.json"))]
-        runs = []
-        for path in sorted(folder.rglob(LOG)):
-            try:
-                runs.append(read_log(path, str(path.parent)))
-            except UserError as error:  # of a run that was refused, or has just begun
-                found.left_out.append(str(error))
-        if not results and not benches and not runs:
-            raise UserError(
+            found.left_out.append(f"no folder at {folder}")
+            continue
+        before = _size(found)
+        for name, take in ((LOG, _take_log), ("result.json", _take_result), ("bench.json", _take_bench)):
+            for path in sorted(folder.rglob(name)):
+                try:
+                    take(path, found)
+                except UserError as error:
+                    found.left_out.append(str(error))
+        if _size(found) == before:
+            found.left_out.append(
                 f"{folder} holds no {LOG} of training, no result.json of a SUPERB task and no bench.json of `hubert-eff bench --out`"
             )
-        found.runs += runs
-        found.results += results
-        for timings, shares in benches:
-            found.timings += timings
-            found.shares += shares
-    names = [_model(values) for values in found.results] + [timing.model for timing in found.timings]
-    for name in dict.fromkeys(names):
+    if given and not (found.runs or found.results or found.timings or found.shares):
+        raise UserError("; ".join(found.left_out[:3]))
+    models = [_model(values) for values in found.results] + [timing.model for timing in found.timings]
+    for model in dict.fromkeys(models):
         try:
-            found.profiles[name] = profile(name)
-        except UserError as error:
-            found.left_out.append(f"{name}: {error}")
+            found.profiles[model] = profile(model)
+        except (UserError, RuntimeError) as error:
+            found.left_out.append(f"{model}: {' '.join(str(error).split())[:200]}")
     return found
 
 
+def _size(found: Findings) -> int:
+    return len(found.runs) + len(found.results) + len(found.timings) + len(found.shares) + len(found.left_out)
+
+
+def _take_log(path: Path, found: Findings) -> None:
+    found.runs.append(read_log(path, str(path.parent)))  # none of a run that was refused, or has just begun
+
+
+def _take_result(path: Path, found: Findings) -> None:
+    values = _result(path)
+    if values is not None:
+        found.results.append(values)
+
+
+def _take_bench(path: Path, found: Findings) -> None:
+    timings, shares = read(path)
+    found.timings += timings
+    found.shares += shares
+
+
 def _result(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        raise UserError(f"{path} cannot be read: it is no regular file")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:160]}") from error
     task = values.get("task") if isinstance(values, dict) else None
-    if task not in METRICS or "upstream" not in values:
+    if not isinstance(task, str) or task not in METRICS or not isinstance(values.get("upstream"), str):
         return None
-    quality = values.get(METRICS[task].key)
-    return values if isinstance(quality, (int, float)) and math.isfinite(quality) else None
+    figures = [values[key] for key in REFERENCES[task] if key in values]
+    return values if METRICS[task].key in values and all(map(_is_number, figures)) else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 def _model(result: dict[str, Any]) -> str:
@@ -113,7 +138,8 @@ def points(found: Findings, task: str, cost: str) -> list[frontier.Point]:
         known = found.profiles.get(name)
         if known is None:
             continue
-        times = [t.median_ms for t in found.timings if (t.model, t.seconds, t.batch) == (name, MEASURED_SECONDS, 1)]
+        measured = (t for t in found.timings if (t.model, t.precision, t.seconds, t.batch) == (name, PRECISIONS[0], MEASURED_SECONDS, 1))
+        times = [t.median_ms for t in measured if t.form != SIMULATED]
         value = {
             "storage": known.storage_mb["paper"],
             "bop": known.bop_nonq_g + known.bop_bq_g,
@@ -152,12 +178,12 @@ def write_report(found: Findings, out: str | os.PathLike[str]) -> list[Path]:
 
     Returns the paths. The page holds everything it shows and needs no network. Raises `UserError` without matplotlib.
     """
-    target, rows = writable(out), table1.table1()
+    target, rows = writable(out), table1.table1(counts=table1.COUNTS)
     written, charts, curves = [], [], []
     for number, run in enumerate(found.runs, start=1):
         figure = draw_curves([run])
         curves.append((run, frontier.as_bytes(figure, "svg")))
-        written += _pictures(figure, target / f"training-{number}")
+        written += _pictures(figure, curves[-1][1], target / f"training-{number}")
     for task, metric in QUALITIES.items():
         for cost, axis in COSTS.items():
             chart = points(found, task, cost)
@@ -168,7 +194,7 @@ def write_report(found: Findings, out: str | os.PathLike[str]) -> list[Path]:
             charts.append((task, cost, svg))
             if task not in _shown_tasks(found):
                 continue
-            written += _pictures(figure, target / f"frontier-{task}-{cost}")
+            written += _pictures(figure, svg, target / f"frontier-{task}-{cost}")
     costs = _costs(rows, found)
     table = io.StringIO()
     writer = csv.DictWriter(table, costs[0])
@@ -180,20 +206,32 @@ def write_report(found: Findings, out: str | os.PathLike[str]) -> list[Path]:
         "models": {name: p.to_dict() for name, p in found.profiles.items()},
         "runs": [asdict(run) for run in found.runs],
         "results": found.results,
+        "timings": [plain(timing) for timing in found.timings],
         "left_out": found.left_out,
     }
     write_text(target / "cost.csv", table.getvalue())
-    write_json(target / "report.json", values)
+    write_json(target / "report.json", _storable(values))
     write_text(target / "report.html", _page(rows, found, charts, curves))
     return [target / "report.html", target / "report.json", target / "cost.csv", *written]
 
 
-def _pictures(figure: Any, stem: Path) -> list[Path]:
+def _storable(value: Any) -> Any:
+    """Values as JSON can hold them: what is not finite is none, texts of files can be written as UTF-8."""
+    if isinstance(value, dict):
+        return {str(_storable(key)): _storable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_storable(item) for item in value]
+    if isinstance(value, str):
+        return printable(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _pictures(figure: Any, svg: bytes, stem: Path) -> list[Path]:
     written = []
     for kind in ("svg", "png"):
         path = stem.with_name(f"{stem.name}.{kind}")
         with replacing(path) as temporary:
-            temporary.write_bytes(frontier.as_bytes(figure, kind))
+            temporary.write_bytes(svg if kind == "svg" else frontier.as_bytes(figure, kind))
         written.append(path)
     return written
 
@@ -248,10 +286,12 @@ function choose() {
 }
 task.onchange = cost.onchange = choose; choose();
 """
-COLOURS = (
-    "#e15759", "#4e79a7", "#f28e2b", "#59a14f", "#b07aa1", "#76b7b2", "#edc948", "#9c755f", "#ff9da7", "#2f4b7c", "#a0b94c", "#d4a6c8"
-)  # fmt: skip
 REST = "#c9ced6"
+
+
+def escape(text: object) -> str:
+    """Text for HTML; what cannot be shown as it is in the notation of `printable`."""
+    return html.escape(printable(text))
 
 
 def _page(
@@ -267,6 +307,7 @@ def _page(
         *(["<h2>Training</h2>", *(_curves(run, svg) for run, svg in curves)] if curves else []),
         "<h2>Cost</h2>", _cost_table(rows), _found_table(found), left_out,
         "<h2>Quality over cost</h2>", _charts(found, charts),
+        *(["<h2>Measured latency</h2>", _timings(found.timings)] if found.timings else []),
         "<h2>Where the time goes (measured)</h2>", _shares(found),
         "<h2>Modules</h2>", *(_modules(name, p) for name, p in found.profiles.items()),
         "" if found.profiles else "<p class=soft>No model was found in the folders given.</p>",
@@ -349,29 +390,40 @@ def _charts(found: Findings, charts: Sequence[tuple[str, str, bytes]]) -> str:
     )
 
 
+def _timings(timings: Sequence[Timing]) -> str:
+    groups: dict[str, list[list[str]]] = {}
+    for t in timings:
+        times = [_number(value) for value in (t.median_ms, t.p5_ms, t.p95_ms)]
+        memory = _number(t.peak_memory_mb, ",.0f")
+        groups.setdefault(t.label, []).append([f"{t.seconds:g}", f"{t.batch}", *times, _number(t.rtf, ".5f"), memory])
+    caption = "<p>One-bit models run from packed bits, unless they say simulated: computed with +-1 in floats, as in training.</p>"
+    head = ("model", "audio s", "batch", "median ms", "p5", "p95", "RTF", "peak MB")
+    return caption + _table(head, [(_label(name), rows) for name, rows in groups.items()])
+
+
 def _shares(found: Findings) -> str:
     if not found.shares:
         return "<p class=soft>No bench.json was found in the folders given: hubert-eff bench ... --out DIR makes one.</p>"
     most: dict[str, float] = {"LayerNorm": math.inf}
     for row in (row for s in found.shares for row in s.blocks if row.time_percent >= LEAST):
         most[row.name] = max(most.get(row.name, 0.0), row.time_percent)
-    colours = dict(zip(sorted(most, key=lambda name: -most[name]), COLOURS, strict=False))  # one colour per class on the whole page
-    order = {name: place for place, name in enumerate(colours)}
+    colors = dict(zip(sorted(most, key=lambda name: -most[name]), distinct_colors(len(most)), strict=True))  # one per class on the whole page
+    order = {name: place for place, name in enumerate(colors)}
     parts = []
     for s in found.shares:
-        parts.append(f"<p><b>{escape(_label(s.model))}</b>, {s.seconds:g} s: modules inside the blocks</p>")
+        parts.append(f"<p><b>{escape(_label(s.label))}</b>, {s.seconds:g} s: modules inside the blocks</p>")
         for title, key in (("parameters", "params_percent"), ("FLOP", "flop_percent"), ("time", "time_percent")):
             spans = "".join(
-                f"<span style='width:{getattr(row, key):.2f}%;background:{colours.get(row.name, REST)}' "
+                f"<span style='width:{getattr(row, key):.2f}%;background:{colors.get(row.name, REST)}' "
                 f"title='{escape(row.name)} {getattr(row, key):.1f}%'></span>"
                 for row in sorted(s.blocks, key=lambda row: order.get(row.name, len(order)))
             )
             parts.append(f"<div class=soft>{title}</div><div class=bar>{spans}</div>")
         legend = "".join(
-            f"<span><i style='background:{colours[row.name]}'></i>{escape(row.name)} {row.params_percent:.1f} / {row.flop_percent:.1f} / "
+            f"<span><i style='background:{colors[row.name]}'></i>{escape(row.name)} {row.params_percent:.1f} / {row.flop_percent:.1f} / "
             f"{row.time_percent:.1f} %</span>"
             for row in s.blocks
-            if row.name in colours
+            if row.name in colors
         )
         parts.append(f"<div class=legend>{legend}<span><i style='background:{REST}'></i>rest</span></div>")
     return "<p>Shares of parameters / FLOP / time in %. FLOP: 2 per MAC of any width and 1 per element operation.</p>" + "".join(parts)

@@ -1,4 +1,4 @@
-"""A float model at a lower precision, to be measured beside itself."""
+"""A model in the form, and at the precision, in which it is to be measured."""
 
 from __future__ import annotations
 
@@ -12,27 +12,70 @@ from torch import nn
 from ..errors import UserError, unknown
 from ..fusing import fuse
 from ..layers.linear import Linear
+from ..quant.packing import convert_rest, pack
+from ..quant.storage import is_packed
 
 if TYPE_CHECKING:
     from ..model import HubertModel
 
 PRECISIONS = ("float32", "bfloat16", "int8")
+FLOAT, PACKED, SIMULATED = "float", "packed", "simulated"  # forms: one-bit models run from bits, or as the floats that train
 
 M = TypeVar("M", bound=nn.Module)
+
+
+def shipped(model: HubertModel) -> HubertModel:
+    """A w1a1 model packed, as its export runs; another as it is. Activations of two bits have no packed form."""
+    if model.config.quant != "w1a1" or is_packed(model):
+        return model
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of scales that never saw data: times do not depend on them
+        return pack(model)
+
+
+def form_of(model: HubertModel) -> str:
+    """float, or of a binarized model packed or simulated."""
+    if is_packed(model):
+        return PACKED
+    return FLOAT if model.config.quant == "none" else SIMULATED
+
+
+def precision_of(model: nn.Module) -> str:
+    """The one of `PRECISIONS` that `at_precision` would have given it, or its dtype."""
+    if any(callable(getattr(module, "_weight_bias", None)) for module in model.modules()):
+        return "int8"
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
+
+
+def label(model: str, form: str, precision: str) -> str:
+    """A model's name for tables: what is not float, or not float32, says so."""
+    said = [text for text in (form, precision) if text not in (FLOAT, PRECISIONS[0])]
+    return f"{model} ({', '.join(said)})" if said else model
+
+
+def without_precision(name: str, model: nn.Module) -> str:
+    """`name`, if it ends in the precision of the model, without that."""
+    return name.removesuffix(f" {precision_of(model)}")
 
 
 def at_precision(model: HubertModel, precision: str) -> HubertModel:
     """A model that computes at one of `PRECISIONS`; the given one where that is float32.
 
-    bfloat16: parameters and inputs. int8: a fused copy whose encoder has int8 linear layers (`int8_linears`), on a CPU.
-    Raises `UserError` for another precision.
+    bfloat16: parameters and inputs, of a packed model what is not binary. int8: a fused copy whose encoder has int8 linear layers
+    (`int8_linears`), on a CPU. Raises `UserError` for another precision, and for int8 of a binarized model.
     """
     if precision == "float32":
         return model
     if precision == "bfloat16":
-        return copy.deepcopy(model).bfloat16()
+        half = copy.deepcopy(model)
+        if not is_packed(model):
+            return half.bfloat16()
+        convert_rest(half, torch.bfloat16)
+        return half
     if precision != "int8":
         raise unknown("precision", precision, PRECISIONS)
+    if form_of(model) != FLOAT:
+        raise UserError(f"int8 is a precision of float models, and this one is binarized ({model.config.quant}): leave out int8")
     fused = fuse(model)
     fused.encoder = int8_linears(fused.encoder)
     return fused

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
+from ..errors import printable
 from .cost import ModuleCost, Profile
 
 NOTE = (
@@ -18,6 +20,7 @@ NOTE = (
     "measured: 'paper' is the\nformula of Table 1, 'roofline' the least at the device's peak rates (hubert-eff bench measures)."
 )
 
+PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}  # names may hold what rich takes for a style
 WIDEST = 1000  # of plain text; tables are as wide as their cells
 BOPS_TEXT = {"paper": "a MAC counts the width of its wider operand", "product": "a MAC counts the product of its operands' widths"}
 
@@ -27,7 +30,7 @@ def render(profile: Profile, depth: int = 3) -> Group:
     summary = Table.grid(padding=(0, 2))
     labels = profile.params - profile.params_without_labels
     rows = {
-        "model": f"{profile.name}, {profile.seconds:g} s ({profile.samples:,} samples, {profile.frames:,} frames)",
+        "model": f"{printable(profile.name)}, {profile.seconds:g} s ({profile.samples:,} samples, {profile.frames:,} frames)",
         "parameters": f"{profile.params_without_labels:,}" + (f" and {labels:,} in label embeddings" if labels else ""),
         "storage": ", ".join(f"{mb:,.2f} MB {kind}" for kind, mb in profile.storage_mb.items()),
         "products": f"{profile.macs:,} MACs; float: {profile.gflop:,.2f} GFLOP",
@@ -71,7 +74,7 @@ def compare(profiles: Sequence[Profile]) -> Group:
     for p in profiles:
         figures = (*p.storage_mb.values(), p.gflop, p.bop_nonq_g, p.bop_bq_g)
         times = (f"{1e3 * seconds:.3f}" for seconds in p.est_time_s.values())
-        table.add_row(p.name, f"{p.params_without_labels:,}", *(f"{value:,.2f}" for value in figures), *times)
+        table.add_row(printable(p.name), f"{p.params_without_labels:,}", *(f"{value:,.2f}" for value in figures), *times)
     return Group(table, f"{profiles[0].seconds:g} s of audio; bit operations: {BOPS_TEXT[profiles[0].bops]}.\n" + NOTE)
 
 
@@ -81,8 +84,8 @@ def render_text(profile: Profile, depth: int = 3) -> str:
 
 
 def as_text(content: RenderableType) -> str:
-    """Anything rich can draw as plain text: no colours, nothing cut off."""
-    console = Console(file=io.StringIO(), width=WIDEST, no_color=True)
+    """Anything rich can draw as plain text: no colors, nothing cut off."""
+    console = Console(file=io.StringIO(), width=WIDEST, no_color=True, **PLAIN)
     with console.capture() as capture:
         console.print(content)
     return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
@@ -90,7 +93,7 @@ def as_text(content: RenderableType) -> str:
 
 def show(content: RenderableType) -> None:
     """Print: with rich on a terminal that is wide enough, else as plain text."""
-    text, console = as_text(content), Console()
+    text, console = as_text(content), Console(**PLAIN)
     if console.is_terminal and max(map(len, text.splitlines()), default=0) <= console.width:
         console.print(content)
     else:

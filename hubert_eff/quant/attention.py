@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..layers.bits import counted_as
+from ..layers.bits import Cost, counted_as, offsets_seen
 from ..layers.position import by_key
 from ..layers.precision import wide
 from ..layers.sparse import Segment, SparsePattern, chunks, gather_summaries, split_blocks
-from ..layers.tracing import is_tracing
+from ..layers.tracing import follows_shapes, is_tracing
 from .functional import initial_scale, scaled, unsigned_codes
 from .modules import Codes, Quantizer
 
@@ -31,9 +31,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 Rows = tuple[Tensor, Callable[[Tensor], Tensor], "Tensor | None", int]  # scores, codes -> product with the values, keys seen, their number
 
 
-def _chunk(frames: int) -> int:
-    """Queries that are worked on at a time: in a trace all, since its loops have a fixed number of rounds."""
-    return frames if is_tracing() else CHUNK
+def chunk(x: Tensor) -> int:
+    """Queries of x (B, H, T, ...) that are worked on at a time: where loops have a fixed number of rounds, all."""
+    return x.size(2) if is_tracing() or follows_shapes(x) else CHUNK
 
 
 def _times(values: Tensor, codes: Tensor) -> Tensor:
@@ -45,6 +45,12 @@ def _pairs(heads: int, q: Tensor, valid: Tensor | None) -> Tensor | int:
     return heads * q.size(0) * q.size(2) ** 2 if valid is None else heads * valid.sum(1).square().sum()
 
 
+def offsets_cost(heads: int, queries: int, table: Tensor, inputs: int) -> Cost:
+    """Of the products of queries of `inputs` channels with the rows of a table (H, 2T - 1, ...) that they see, chunk by chunk."""
+    return Cost(heads * offsets_seen(queries, (table.size(1) + 1) // 2, CHUNK) * inputs, 0)
+
+
+@counted_as("attention", lambda q, table, _: offsets_cost(q.shape[:2].numel(), q.size(2), table, q.size(3)))
 def at_keys(queries: Tensor, table: Tensor, start: int) -> Tensor:
     """queries (B, H, n, e) from query `start` on, times the row of table (H, 2T - 1, e) that belongs to each key: (B, H, n, T).
 
@@ -133,7 +139,7 @@ class BinaryAttention(nn.Module):
         visible = frames if attend is None else attend.sum(-1, keepdim=True)
         scale = self.probabilities.quantizer.effective(_pairs(q.size(1), q, self.value.frames.valid))
         mixed = []
-        step = _chunk(frames)
+        step = chunk(q)
         for start in range(0, frames, step):
             codes = self.probabilities(scores(start, min(start + step, frames)), attend, visible, scale, dropout)
             mixed.append(codes.to(value.values.dtype) @ value.values)
@@ -203,7 +209,7 @@ class BinarySparseAttention(BinaryAttention):
         keys, values = gather_summaries(k, segments), gather_summaries(v, segments)  # (B, H, G, d)
         column = None if attend is None else attend.mT  # (B, 1, T, 1)
         far_seen = None if column is None else gather_summaries(column, segments).mT  # (B, 1, 1, G)
-        for s in chunks(segments):
+        for s in segments if follows_shapes(q) else chunks(segments):
             ours = q[:, :, s.place]  # (B, H, n L, d)
             near = (split_blocks(ours, s.count) @ s.blocks(k)[:, :, :, : s.own].mT).flatten(2, 3)  # (B, H, n L, own)
             scores = torch.cat((near, ours @ keys.mT), -1)
@@ -261,23 +267,24 @@ class BinaryWeights(nn.Module):
         own_scale = self.probabilities.quantizer.effective(_pairs(q.size(1), q, valid))
 
         def codes(start: int, heads: int) -> Tensor:
-            part = slice(start, min(start + _chunk(frames), frames))
+            part = slice(start, min(start + chunk(q), frames))
             sums: Tensor = query.values[:, :heads, part] @ key.values[:, :heads].transpose(-1, -2)
             places = at_keys(position.values[:, :heads, part], offset.values[:heads], start)
             scores = scaled(sums, scale, self.query.dtype) + scaled(places, position_scale, self.query.dtype)
             return self.probabilities(scores, attend, visible, own_scale, dropout)  # type: ignore[no-any-return]
 
-        kept = torch.is_grad_enabled() or dropout > 0.0 or q.size(0) * q.size(1) * frames**2 <= KEPT
-        return SharedProbabilities(codes, frames, q.size(1), own_scale / visible, kept, self.query.dtype)
+        kept = torch.is_grad_enabled() or dropout > 0.0 or q.is_meta or q.size(0) * q.size(1) * frames**2 <= KEPT
+        starts = range(0, frames, chunk(q))
+        return SharedProbabilities(codes, starts, q.size(1), own_scale / visible, kept, self.query.dtype)
 
 
 class SharedProbabilities:
     """Quantised attention weights for several users; without gradient those of long input are computed anew for each."""
 
     def __init__(
-        self, codes: Callable[[int, int], Tensor], frames: int, heads: int, scale: Tensor, kept: bool, dtype: torch.dtype
+        self, codes: Callable[[int, int], Tensor], starts: range, heads: int, scale: Tensor, kept: bool, dtype: torch.dtype
     ) -> None:
-        self.codes, self.scale, self.starts, self.dtype = codes, scale, range(0, frames, _chunk(frames)), dtype
+        self.codes, self.scale, self.starts, self.dtype = codes, scale, starts, dtype
         self.parts = [codes(start, heads) for start in self.starts] if kept else None
 
     def mix(self, value: Codes) -> Tensor:

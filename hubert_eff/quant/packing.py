@@ -60,8 +60,7 @@ def packed_copy(model: M, fused: bool = True, rest: torch.dtype = torch.float32)
     packed = copy.deepcopy(model).eval()
     with torch.no_grad():
         packed = _convert(packed)  # type: ignore[assignment]
-        for module in packed.modules():
-            _to(module, torch.float32 if isinstance(module, (PackedLinear, PackedConv1d, PackedQuantizer)) else rest)
+        convert_rest(packed, rest)
     if fused:
         for module in packed.modules():
             _join(module)
@@ -77,6 +76,12 @@ def _convert(module: nn.Module) -> nn.Module:
     for name, child in module.named_children():
         setattr(module, name, _convert(child))
     return module
+
+
+def convert_rest(packed: nn.Module, rest: torch.dtype) -> None:
+    """Have a packed model compute in `rest`, in place; scales and biases of binary layers are float32."""
+    for module in packed.modules():
+        _to(module, torch.float32 if isinstance(module, (PackedLinear, PackedConv1d, PackedQuantizer)) else rest)
 
 
 def _to(module: nn.Module, dtype: torch.dtype) -> None:

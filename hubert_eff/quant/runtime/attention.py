@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ...layers.bits import counted_as
 from ...layers.sparse import SparsePattern, chunks, gather_summaries, split_blocks
-from ..attention import CHUNK, Probabilities
+from ...layers.tracing import follows_shapes
+from ..attention import CHUNK, Probabilities, chunk, offsets_cost
 from ..modules import Quantizer
 from . import ops
 from .modules import PackedCodes, PackedQuantizer
@@ -34,6 +35,7 @@ def _part(codes: PackedCodes, start: int, stop: int) -> PackedCodes:
     return codes.part(codes.bits[:, :, start:stop])
 
 
+@counted_as("attention", lambda q, table, *_: offsets_cost(q.bits.shape[:2].numel(), q.bits.size(2), table, q.inputs))
 def _offsets(queries: PackedCodes, table: Tensor, start: int, scale: Tensor) -> Tensor:
     """`quant.attention.at_keys` times scale: table (H, 2T - 1, W)."""
     batch, heads, n, _ = queries.bits.shape
@@ -108,8 +110,9 @@ class PackedAttention(_Packed):
         values = self.value.columns(v)
         visible = frames if attend is None else attend.sum(-1, keepdim=True)
         mixed = []
-        for start in range(0, frames, CHUNK):
-            codes = self.probabilities(scores(start, min(start + CHUNK, frames)), attend, visible)
+        step = chunk(v)
+        for start in range(0, frames, step):
+            codes = self.probabilities(scores(start, min(start + step, frames)), attend, visible)
             mixed.append(ops.product(codes(slice(None)), values, width, frames, False, None, None, None, False))
         y = torch.cat(mixed, 2) * (self.probabilities.quantizer.scale * self.value.scale / visible)
         return y.bfloat16() if half else y
@@ -171,7 +174,7 @@ class PackedSparseAttention(PackedAttention):
         values, far = ops.pack_columns(summaries), summaries.size(2)
         column = None if attend is None else attend.mT  # (B, 1, T, 1)
         far_seen = None if column is None else gather_summaries(column, segments).mT  # (B, 1, 1, G)
-        for s in chunks(segments):
+        for s in segments if follows_shapes(v) else chunks(segments):
             ours = q.part(q.bits[:, :, s.place])  # (B, H, n L, W)
             blocks = q.part(split_blocks(ours.bits, s.count))
             near = _times(blocks, s.blocks(k)[:, :, :, : s.own], scale).flatten(2, 3)  # (B, H, n L, own)
@@ -229,8 +232,9 @@ class PackedWeights(_Packed):
         visible = frames if attend is None else attend.sum(-1, keepdim=True).clamp(min=1)
         panels = ops.panels_from(key.bits)
         parts = []
-        for start in range(0, frames, CHUNK):
-            rows = _part(query, start, min(start + CHUNK, frames))
+        step = chunk(q)
+        for start in range(0, frames, step):
+            rows = _part(query, start, min(start + step, frames))
             sums = ops.product(rows.bits, panels, frames, q.size(-1), True, scale, None, None, query.half)
             sums.add_(_offsets(_part(position, start, start + rows.bits.size(2)), offset.bits, start, position_scale))
             parts.append(self.probabilities(sums, attend, visible)(slice(None)))

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import UserError
+from ...layers.bits import Cost, counted_as
 from ...layers.precision import wide
+from ...layers.tracing import follows_shapes
 from ..functional import FLOOR, weight_signs
 from ..modules import BinaryConv1d, BinaryLinear, FrameMask, Quantizer
 from . import ops
@@ -133,9 +135,12 @@ class PackedLinear(nn.Module):
             words = ops.product_bits(bits, self.bits, self.out_features, inputs, self._limit(reader, scale))
         return PackedCodes(words, reader.scale, self.out_features, reader.signed, half)
 
+    @counted_as("copy", lambda *_: Cost(0, 0))  # once for a model, not for each input
     @torch.no_grad()
     def _limit(self, reader: PackedQuantizer, scale: Tensor) -> Tensor:
         """For each output how many of the K bits may differ at most for a bit of 1, found with the arithmetic of y itself."""
+        if follows_shapes(scale):
+            return torch.empty(self.out_features, dtype=torch.int32, device=scale.device)
         sources = [scale, self.size, self.bias, reader.scale, reader.move]
         key = tuple(None if t is None else (id(t), 0 if t.is_inference() else t._version, t.dtype, t.device) for t in sources)
         if self._limits is not None and self._limits[0] == key:
