@@ -27,7 +27,8 @@ SIGNALS = {signal.SIGINT: (130, "interrupted"), signal.SIGTERM: (143, "terminate
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    before = [signal.getsignal(number) for number in SIGNALS]
+    """As of a program in the foreground: one that a shell starts in the background ignores SIGINT."""
+    before = [signal.signal(number, signal.SIG_DFL) for number in SIGNALS]
     yield
     for number, handler in zip(SIGNALS, before):
         signal.signal(number, handler)

@@ -254,6 +254,7 @@ if sys.argv[1] == "child":
     signal.signal(signal.SIGTERM, lambda *_: (print("saved", flush=True), sys.exit(143)))
     print("ready", file=sys.stderr, flush=True)
     time.sleep(60)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has ignored for what it starts in the background
 steps.INTERRUPT_SECONDS = 0.5
 module = type(sys)("step")
 module.add_arguments = lambda parser: None
