@@ -130,7 +130,7 @@ def hit(log: Path) -> str:
 def half_written(folder: Path) -> set[tuple[str, int]]:
     """Files under a temporary name, by name and time of writing."""
     found = set()
-    for file in folder.glob("*.tmp"):
+    for file in folder.glob(".checkpoint*.tmp*"):
         try:
             found.add((file.name, file.stat().st_mtime_ns))
         except FileNotFoundError:  # it has just been renamed
@@ -157,7 +157,7 @@ def wait(process: subprocess.Popen[bytes], seconds: float, folder: Path, in_save
 
 def check(folder: Path, saved: int, faults: list[str]) -> int:
     """Look at what a kill left, where update `saved` was the last whose save was reported. Returns the update of checkpoint_last.pt."""
-    for file in sorted(folder.glob("*.pt")):
+    for file in sorted(folder.glob("checkpoint*.pt")):
         try:
             hubert_eff.load(file)
         except UserError as error:

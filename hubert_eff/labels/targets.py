@@ -91,7 +91,7 @@ def make_labels(
     folder, target = Path(manifest), Path(out)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: name one made by `hubert-eff manifest`")
-    names = sorted(set(splits)) if splits else sorted(f.stem for f in folder.glob("*.tsv") if _is_manifest(f))
+    names = sorted(set(splits)) if splits else sorted(f.stem for f in folder.glob("[!.]*.tsv") if _is_manifest(f))
     if not names:
         raise UserError(f"no manifest in {folder}: it must hold train.tsv, made by `hubert-eff manifest`")
     tables = {name: read_manifest(folder / f"{name}.tsv") for name in names}

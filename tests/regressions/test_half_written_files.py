@@ -19,6 +19,7 @@ import torch
 from hubert_eff import files
 from hubert_eff.errors import UserError, WriteError
 from hubert_eff.files import replacing, temporary_beside, temporary_folder, write_text
+from hubert_eff.labels.targets import make_labels
 
 
 @contextmanager
@@ -156,6 +157,12 @@ def test_what_killed_processes_left_is_removed_by_the_next_writer(tmp_path: Path
     os.utime(old, (time.time() - 1e5,) * 2)  # of another host, and untouched for more than a day
     write_text(tmp_path / "file", "whole")
     assert set(os.listdir(tmp_path)) == {mine.name, others.name, ".settings.tmp", "file"}
+
+
+def test_a_half_written_table_is_no_split_of_a_manifest(tmp_path: Path) -> None:
+    temporary_beside(tmp_path / "train.tsv").write_text(f"{tmp_path}\na.flac\t16000\n")
+    with pytest.raises(UserError, match="no manifest in"):
+        make_labels(tmp_path, tmp_path / "out")
 
 
 def test_looking_for_what_was_left_is_not_quadratic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
