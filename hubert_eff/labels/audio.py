@@ -170,7 +170,7 @@ def decoded(path: Path, checked: Checked, first: int, frames: int) -> Iterator[A
             left -= len(block)
             yield block
     except soundfile.LibsndfileError as error:
-        raise Unusable(_unreadable(error)) from error
+        raise Unusable(_unreadable(error, " any more")) from error
     except FileNotFoundError as error:
         raise Unusable("not there any more") from error
     if left > 0:  # the resampler's length may differ from the rounded one by a sample
@@ -228,9 +228,9 @@ def _opened(path: Path) -> Any:
     return soundfile.SoundFile(os.fsencode(path))  # of bytes, for it encodes names strictly
 
 
-def _unreadable(error: Any) -> str:
+def _unreadable(error: Any, still: str = "") -> str:
     said = error.error_string.removeprefix("Error : ").rstrip(".")
-    return f"not readable as audio ({said})" if said else "not readable as audio"
+    return f"not readable as audio{still}" + (f" ({said})" if said else "")
 
 
 def _raw_blocks(file: Any, frames: int = -1) -> Iterator[Array]:
