@@ -233,7 +233,7 @@ def _blocks(item: _Item) -> Iterator[Array]:
     """The samples of a file. Raises `UnusableFile` where it has changed since it was checked."""
     try:
         yield from read_mono(item.path, item.checked)
-    except (UserError, OSError) as error:
+    except OSError as error:
         raise UnusableFile(f"{item.path} cannot be read any more: {error}") from error
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..config import LOUDEST, SAMPLE_RATE
-from ..errors import UserError, missing_extra
+from ..errors import UnusableFile, missing_extra
 from ..files import replacing
 from .containers import PADDING, check_container
 from .containers import Unusable as Unusable  # for those who call `check`
@@ -151,12 +151,12 @@ class _Measures:
 def read_mono(path: Path, checked: Checked, first: int = 0, frames: int | None = None) -> Iterator[Array]:
     """The file, or `frames` frames of it from `first` on, as 16 kHz mono in blocks; scaled down where the file's peak exceeds full scale.
 
-    They have round(frames * 16000 / rate) samples in all. Raises `UserError`, naming the file, where it is no longer what was checked.
+    They have round(frames * 16000 / rate) samples in all. Raises `UnusableFile`, naming the file, where it is no longer what was checked.
     """
     try:
         yield from decoded(path, checked, first, checked.frames - first if frames is None else frames)
     except Unusable as reason:
-        raise UserError(f"{path}: {reason}") from reason
+        raise UnusableFile(f"{path}: {reason}") from reason
 
 
 def decoded(path: Path, checked: Checked, first: int, frames: int) -> Iterator[Array]:
@@ -170,7 +170,7 @@ def decoded(path: Path, checked: Checked, first: int, frames: int) -> Iterator[A
             left -= len(block)
             yield block
     except soundfile.LibsndfileError as error:
-        raise Unusable(_unreadable(error)) from error
+        raise Unusable(_unreadable(error, " any more")) from error
     except FileNotFoundError as error:
         raise Unusable("not there any more") from error
     if left > 0:  # the resampler's length may differ from the rounded one by a sample
@@ -228,9 +228,9 @@ def _opened(path: Path) -> Any:
     return soundfile.SoundFile(os.fsencode(path))  # of bytes, for it encodes names strictly
 
 
-def _unreadable(error: Any) -> str:
+def _unreadable(error: Any, still: str = "") -> str:
     said = error.error_string.removeprefix("Error : ").rstrip(".")
-    return f"not readable as audio ({said})" if said else "not readable as audio"
+    return f"not readable as audio{still}" + (f" ({said})" if said else "")
 
 
 def _raw_blocks(file: Any, frames: int = -1) -> Iterator[Array]:

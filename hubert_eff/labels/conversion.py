@@ -91,14 +91,19 @@ def _audio(utterance: Utterance, root: Path) -> Iterator[Array]:
 def _fits(utterance: Utterance, index: Index, store: Path) -> bool | None:
     """Whether the copy is there and whole; None: it is not there."""
     try:
-        with open(utterance.path, "rb", buffering=0) as file:
-            head, size = file.read(26), os.fstat(file.fileno()).st_size
+        file = os.open(utterance.path, os.O_RDONLY | os.O_NONBLOCK)
     except FileNotFoundError:
         return None
     except OSError:
         return False
+    try:
+        head, size = os.pread(file, 26, 0), os.fstat(file).st_size
+    except OSError:  # a folder
+        return False
+    finally:
+        os.close(file)
     rate, samples = int.from_bytes(head[18:21], "big") >> 4, int.from_bytes(head[21:26], "big") & 0xFFFFFFFFF
-    if head[:4] != b"fLaC" or (rate, samples) != (SAMPLE_RATE, utterance.samples):
+    if not head.startswith(b"fLaC") or rate != SAMPLE_RATE or samples != utterance.samples:
         return False
     name = _name(utterance, store)
     known = index.get(name)
@@ -113,4 +118,4 @@ def _fits(utterance: Utterance, index: Index, store: Path) -> bool | None:
 
 
 def _name(utterance: Utterance, store: Path) -> str:
-    return os.path.relpath(utterance.path, store)
+    return utterance.path[len(os.fspath(store)) + 1 :]

@@ -128,11 +128,12 @@ def make_manifest(
 
     repeated = options.valid_percent > 0 and not valid
     splits = {"train": train, "valid": train if repeated else valid}
+    above = len(os.path.join(top, ""))  # of a path, what the root says
     target.mkdir(parents=True, exist_ok=True)
-    rows = [r for u in utterances for r in _part_rows(u, top, listing)]
+    rows = [r for u in utterances for r in _part_rows(u, above, listing)]
     for name, lines in splits.items():
         if lines:
-            entries = [f"{os.path.relpath(u.path, top)}\t{u.samples}\n" for u in lines]
+            entries = [f"{u.path[above:]}\t{u.samples}\n" for u in lines]
             write_text(target / f"{name}.tsv", f"{top}\n" + "".join(entries))
         else:
             (target / f"{name}.tsv").unlink(missing_ok=True)
@@ -259,8 +260,8 @@ def _split(
 # ---- writing
 
 
-def _part_rows(utterance: Utterance, top: Path, listing: Listing) -> Iterator[str]:
-    name = os.path.relpath(utterance.path, top)
+def _part_rows(utterance: Utterance, above: int, listing: Listing) -> Iterator[str]:
+    name = utterance.path[above:]
     start = 0
     for part in utterance.parts:
         end = start + part.samples
