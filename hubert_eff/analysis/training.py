@@ -21,6 +21,7 @@ _INNER = re.compile(r"(\w+)=([-+.\w]+)")
 _MEANS = re.compile(r"epoch \d+ \| (?:valid on '(?P<subset>[^']*)' subset \| )?(?P<pairs>.*\bnum_updates \d+.*)$")
 _LOADED = re.compile(r"Loaded checkpoint .* @ (\d+) updates\)")
 _FRESH = "No existing checkpoint found"
+MOST_UPDATES = 10**12  # a larger number is no number of updates
 LONGEST = 20_000  # characters of a line of figures
 
 # (title, logarithmic, lines: key, split, label); a line whose key was not logged is left out, and so is a panel without lines
@@ -121,7 +122,7 @@ class _Reader:
 
     def _take(self, kind: str, record: Figures) -> None:
         update = record.get("num_updates", math.nan)
-        if not 0 <= update < math.inf or "loss" not in record:
+        if not 0 <= update < MOST_UPDATES or "loss" not in record:
             return
         if update < self.updates:  # a restart in a log without lines about checkpoints
             self._go_back(update)
@@ -190,7 +191,8 @@ def draw_curves(runs: Sequence[TrainingLog]) -> Any:
                     *zip(*points, strict=True) if points else ((), ()), label=shown, linestyle=LINES[style],
                     color=colors[number if len(runs) > 1 else style], marker="." if len(points) < 30 else "",
                 )  # fmt: skip
-        axis.set(title=title, xlabel="updates", yscale="log" if logarithmic else "linear")
+        positive = any(value > 0 for line in axis.lines for value in line.get_ydata())
+        axis.set(title=title, xlabel="updates", yscale="log" if logarithmic and positive else "linear")
         axis.grid(alpha=0.3)
         if len(lines) > 1 or len(runs) > 1:
             axis.legend(frameon=False, fontsize=8)

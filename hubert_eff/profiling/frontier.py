@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -103,5 +104,7 @@ def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
 def as_bytes(figure: Any, kind: str) -> bytes:
     """The figure as svg or png."""
     stream = io.BytesIO()
-    figure.savefig(stream, format=kind, dpi=figure.dpi if kind == "svg" else 200, metadata={"Date": None} if kind == "svg" else None)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # of a name in another script
+        figure.savefig(stream, format=kind, dpi=figure.dpi if kind == "svg" else 200, metadata={"Date": None} if kind == "svg" else None)
     return stream.getvalue()

@@ -407,7 +407,8 @@ def _shares(found: Findings) -> str:
     most: dict[str, float] = {"LayerNorm": math.inf}
     for row in (row for s in found.shares for row in s.blocks if row.time_percent >= LEAST):
         most[row.name] = max(most.get(row.name, 0.0), row.time_percent)
-    colors = dict(zip(sorted(most, key=lambda name: -most[name]), distinct_colors(len(most)), strict=True))  # one per class on the whole page
+    names = sorted(most, key=lambda name: -most[name])
+    colors = dict(zip(names, distinct_colors(len(names)), strict=True))  # one color per class on the whole page
     order = {name: place for place, name in enumerate(colors)}
     parts = []
     for s in found.shares:
