@@ -180,8 +180,10 @@ def draw_curves(runs: Sequence[TrainingLog]) -> Any:
     panels = [(title, log, [line for line in lines if line[:2] in logged]) for title, log, lines in PANELS]
     panels = [panel for panel in panels if panel[2]]
     rows = -(-len(panels) // 3)
-    figure = Figure(figsize=(13, 0.4 + 3.2 * rows), layout="constrained")
+    height = 0.4 + 3.2 * rows
+    figure = Figure(figsize=(13, height))
     axes, colors = figure.subplots(rows, 3, squeeze=False).flatten(), distinct_colors(max(len(runs), len(LINES)))
+    figure.subplots_adjust(left=0.045, right=0.985, bottom=0.5 / height, top=1 - 0.35 / height, wspace=0.2, hspace=0.38)  # at once
     for axis, (title, logarithmic, lines) in zip(axes, panels, strict=False):
         for number, run in enumerate(runs):
             for style, (key, split, label) in enumerate(lines):
@@ -193,6 +195,8 @@ def draw_curves(runs: Sequence[TrainingLog]) -> Any:
                 )  # fmt: skip
         positive = any(value > 0 for line in axis.lines for value in line.get_ydata())
         axis.set(title=title, xlabel="updates", yscale="log" if logarithmic and positive else "linear")
+        if axis.get_yscale() == "linear":
+            axis.ticklabel_format(axis="y", scilimits=(-2, 5))  # numbers stay narrow
         axis.grid(alpha=0.3)
         if len(lines) > 1 or len(runs) > 1:
             axis.legend(frameon=False, fontsize=8)

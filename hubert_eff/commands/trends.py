@@ -87,6 +87,6 @@ def _records(paths: list[Path]) -> list[Any]:
             left_out.append(error)
     if not found:
         raise left_out[0]
-    for error in left_out:
-        print(f"left out: {error}", file=sys.stderr)
+    for reason in left_out:
+        print(f"left out: {reason}", file=sys.stderr)
     return sorted(found, key=lambda record: record.update)
