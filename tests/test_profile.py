@@ -504,6 +504,10 @@ def rows():
     return {row["preset"]: row for row in table1.table1()}
 
 
+def test_table1_is_kept_as_it_is_counted(rows):
+    assert list(rows.values()) == table1.table1(counts=table1.COUNTS)
+
+
 def test_table1_time_follows_from_the_papers_own_bit_operations():
     assert len(table1.PAPER_TABLE) == 10
     for row in table1.PAPER_TABLE:

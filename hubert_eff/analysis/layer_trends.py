@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..errors import UserError, printable
 from ..files import write_text
 from ..layers.convolution import DepthwiseConv
 from ..layers.position import PositionalConv1d
@@ -156,11 +156,12 @@ def read_trends(path: Path) -> list[Record]:
             layers = {}
             for name, stats in entry["layers"].items():
                 mean, variance, dead = (math.nan if value is None else float(value) for value in stats)
-                layers[name] = mean, variance, dead
+                layers[printable(name)] = mean, variance, dead
             if not layers:
                 raise ValueError("no layer")
-            records.append(Record(int(entry["update"]), layers, entry.get("loss"), str(entry["input"])))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            loss = None if entry.get("loss") is None else float(entry["loss"])
+            records.append(Record(int(entry["update"]), layers, loss, printable(entry["input"])))
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             if number == len(lines):
                 break
             raise UserError(f"{path} line {number} is no record of layer trends") from error

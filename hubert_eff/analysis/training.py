@@ -21,6 +21,7 @@ _INNER = re.compile(r"(\w+)=([-+.\w]+)")
 _MEANS = re.compile(r"epoch \d+ \| (?:valid on '(?P<subset>[^']*)' subset \| )?(?P<pairs>.*\bnum_updates \d+.*)$")
 _LOADED = re.compile(r"Loaded checkpoint .* @ (\d+) updates\)")
 _FRESH = "No existing checkpoint found"
+MOST_UPDATES = 10**12  # a larger number is no number of updates
 LONGEST = 20_000  # characters of a line of figures
 
 # (title, logarithmic, lines: key, split, label); a line whose key was not logged is left out, and so is a panel without lines
@@ -121,7 +122,7 @@ class _Reader:
 
     def _take(self, kind: str, record: Figures) -> None:
         update = record.get("num_updates", math.nan)
-        if not 0 <= update < math.inf or "loss" not in record:
+        if not 0 <= update < MOST_UPDATES or "loss" not in record:
             return
         if update < self.updates:  # a restart in a log without lines about checkpoints
             self._go_back(update)
@@ -179,8 +180,10 @@ def draw_curves(runs: Sequence[TrainingLog]) -> Any:
     panels = [(title, log, [line for line in lines if line[:2] in logged]) for title, log, lines in PANELS]
     panels = [panel for panel in panels if panel[2]]
     rows = -(-len(panels) // 3)
-    figure = Figure(figsize=(13, 0.4 + 3.2 * rows), layout="constrained")
+    height = 0.4 + 3.2 * rows
+    figure = Figure(figsize=(13, height))
     axes, colors = figure.subplots(rows, 3, squeeze=False).flatten(), distinct_colors(max(len(runs), len(LINES)))
+    figure.subplots_adjust(left=0.045, right=0.985, bottom=0.5 / height, top=1 - 0.35 / height, wspace=0.2, hspace=0.38)  # at once
     for axis, (title, logarithmic, lines) in zip(axes, panels, strict=False):
         for number, run in enumerate(runs):
             for style, (key, split, label) in enumerate(lines):
@@ -190,7 +193,10 @@ def draw_curves(runs: Sequence[TrainingLog]) -> Any:
                     *zip(*points, strict=True) if points else ((), ()), label=shown, linestyle=LINES[style],
                     color=colors[number if len(runs) > 1 else style], marker="." if len(points) < 30 else "",
                 )  # fmt: skip
-        axis.set(title=title, xlabel="updates", yscale="log" if logarithmic else "linear")
+        positive = any(value > 0 for line in axis.lines for value in line.get_ydata())
+        axis.set(title=title, xlabel="updates", yscale="log" if logarithmic and positive else "linear")
+        if axis.get_yscale() == "linear":
+            axis.ticklabel_format(axis="y", scilimits=(-2, 5))  # numbers stay narrow
         axis.grid(alpha=0.3)
         if len(lines) > 1 or len(runs) > 1:
             axis.legend(frameon=False, fontsize=8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -78,5 +79,14 @@ def _records(paths: list[Path]) -> list[Any]:
     for path in paths:
         if path.is_dir():
             raise UserError(f"{path} is a folder: name one run, or checkpoints")
-    found = sorted(((updates_of(path), path) for path in paths), key=lambda pair: pair[0])
-    return [look(load(path), update) for update, path in found]
+    found, left_out = [], []
+    for path in paths:
+        try:
+            found.append(look(load(path), updates_of(path)))
+        except UserError as error:
+            left_out.append(error)
+    if not found:
+        raise left_out[0]
+    for reason in left_out:
+        print(f"left out: {reason}", file=sys.stderr)
+    return sorted(found, key=lambda record: record.update)

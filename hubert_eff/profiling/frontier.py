@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -78,7 +79,7 @@ def _place_labels(figure: Any, axes: Any, points: Sequence[Point]) -> None:
     radius = 5.0 * figure.dpi / 100
     taken = [(x - radius, y - radius, x + radius, y + radius) for x, y in dots]
     for point, (x, y) in sorted(zip(points, dots, strict=True), key=lambda item: -item[1][1]):
-        text = axes.text(point.cost, point.quality, plot_text(point.label), fontsize=7.5, va="center", zorder=4)
+        text = axes.text(point.cost, point.quality, plot_text(point.label), fontsize=7.5, va="center", zorder=2.5)
         box = text.get_window_extent(renderer)
         text.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.4})  # the line of the best passes behind
         height = LINE * box.height
@@ -101,7 +102,10 @@ def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
 
 
 def as_bytes(figure: Any, kind: str) -> bytes:
-    """The figure as svg or png."""
+    """The figure as svg, or as png about 1,000 pixels wide."""
     stream = io.BytesIO()
-    figure.savefig(stream, format=kind, dpi=figure.dpi if kind == "svg" else 200, metadata={"Date": None} if kind == "svg" else None)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # of a name in another script
+        dpi = figure.dpi if kind == "svg" else 1000 / figure.get_figwidth()
+        figure.savefig(stream, format=kind, dpi=dpi, metadata={"Date": None} if kind == "svg" else None)
     return stream.getvalue()

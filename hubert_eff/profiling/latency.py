@@ -138,7 +138,8 @@ def _measure(
         ratios = [mine / other for mine, other in zip(values, first, strict=True)]
         timings.append(
             Timing(
-                without_precision(name, model), seconds, batch, rounds, 1e3 * median, 1e3 * _quantile(values, 0.05), 1e3 * _quantile(values, 0.95),
+                without_precision(name, model), seconds, batch, rounds,
+                1e3 * median, 1e3 * _quantile(values, 0.05), 1e3 * _quantile(values, 0.95),
                 median / audio, audio / median, None if peak is None else (_bytes(model) + peak) / 1e6,
                 statistics.median(ratios), _quantile(ratios, 0.05), _quantile(ratios, 0.95),
                 form_of(model), precision_of(model),

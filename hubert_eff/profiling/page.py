@@ -184,7 +184,9 @@ def write_report(found: Findings, out: str | os.PathLike[str]) -> list[Path]:
         figure = draw_curves([run])
         curves.append((run, frontier.as_bytes(figure, "svg")))
         written += _pictures(figure, curves[-1][1], target / f"training-{number}")
-    for task, metric in QUALITIES.items():
+    shown = _shown_tasks(found)
+    tasks = QUALITIES if found.results or not found.runs else {task: QUALITIES[task] for task in shown}  # all 22 take seconds
+    for task, metric in tasks.items():
         for cost, axis in COSTS.items():
             chart = points(found, task, cost)
             if not chart:
@@ -192,7 +194,7 @@ def write_report(found: Findings, out: str | os.PathLike[str]) -> list[Path]:
             figure = frontier.draw(chart, axis, metric.title, metric.more_is_better)
             svg = frontier.as_bytes(figure, "svg")
             charts.append((task, cost, svg))
-            if task not in _shown_tasks(found):
+            if task not in shown:
                 continue
             written += _pictures(figure, svg, target / f"frontier-{task}-{cost}")
     costs = _costs(rows, found)
@@ -373,8 +375,8 @@ def _image(svg: bytes) -> str:
 def _charts(found: Findings, charts: Sequence[tuple[str, str, bytes]]) -> str:
     first = _shown_tasks(found)[0]
     tasks = "".join(
-        f"<option value={task}{' selected' if task == first else ''}>{escape(metric.title)}</option>"
-        for task, metric in QUALITIES.items()
+        f"<option value={task}{' selected' if task == first else ''}>{escape(QUALITIES[task].title)}</option>"
+        for task in dict.fromkeys(task for task, _, _ in charts)
     )
     costs = "".join(f"<option value={cost}>{escape(axis)}</option>" for cost, axis in COSTS.items())
     images = "".join(
@@ -407,7 +409,8 @@ def _shares(found: Findings) -> str:
     most: dict[str, float] = {"LayerNorm": math.inf}
     for row in (row for s in found.shares for row in s.blocks if row.time_percent >= LEAST):
         most[row.name] = max(most.get(row.name, 0.0), row.time_percent)
-    colors = dict(zip(sorted(most, key=lambda name: -most[name]), distinct_colors(len(most)), strict=True))  # one per class on the whole page
+    names = sorted(most, key=lambda name: -most[name])
+    colors = dict(zip(names, distinct_colors(len(names)), strict=True))  # one color per class on the whole page
     order = {name: place for place, name in enumerate(colors)}
     parts = []
     for s in found.shares:
