@@ -54,7 +54,8 @@ def _shares_table(shares: Shares) -> Group:
                 table.add_row("  " + row.name, params, f"{row.flop_percent:.1f}", f"{row.time_percent:.1f}", f"{row.ms:,.2f}")
     heading = (
         f"\n{printable(shares.label)}, {shares.seconds:g} s, measured operation by operation. A class counts what its modules run "
-        "themselves and, for what they run\nwith them, the parameters of submodules that run nothing; FLOP: 2 per MAC and 1 per element operation."
+        "themselves and, for what they run\nwith them, the parameters of submodules that run nothing; FLOP: 2 per MAC and 1 per element "
+        "operation."
     )
     return Group(Text(heading), table)
 

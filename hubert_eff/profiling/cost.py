@@ -10,13 +10,12 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ..config import SAMPLE_RATE
 from ..errors import UserError, unknown
@@ -25,6 +24,7 @@ from ..model import LABEL_EMBEDDINGS
 from ..quant import quant_report
 from ..quant.storage import PACKED_TYPES
 from ..registry import list_presets
+from ..torchfile import structure_only
 from .counters import Counts, Tally, count_operations
 from .device import read_device
 
@@ -35,10 +35,6 @@ MIN_SAMPLES = 400  # the receptive field of one frame: 25 ms
 MAX_SECONDS = 3600.0
 MAX_RUN_SECONDS = 60.0
 MASK_EMBEDDING = "mask_emb"
-_DRAWS = (
-    Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.uniform_, nn.init.kaiming_normal_, nn.init.kaiming_uniform_,
-    nn.init.xavier_uniform_,
-)  # fmt: skip
 FLOAT_BITS = 16  # a product with an operand below is a quantised one
 
 # bit operations of one MAC: the paper counts the width once (32 for float32, 1 for W1A1), Bayesian Bits the product of both widths
@@ -159,7 +155,7 @@ def profile(
     rates = read_device(device)
     if bops not in BOPS:
         raise unknown("BOP convention", bops, BOPS)
-    model, name = resolve(model_or_preset, device="cpu" if torch.is_autocast_enabled("cpu") else "meta")  # which no autocast reaches
+    model, name = resolve(model_or_preset, structure=not torch.is_autocast_enabled("cpu"))  # which does not reach meta tensors
     samples = round(seconds * SAMPLE_RATE)
     counts, frames = _count(model, samples)
     total = counts.total()
@@ -237,11 +233,12 @@ def _without_values(model: nn.Module) -> Iterator[None]:
 
 
 def resolve(
-    model_or_preset: HubertModel | str | os.PathLike[str], policy: str = "default", device: str = "cpu"
+    model_or_preset: HubertModel | str | os.PathLike[str], policy: str = "default", structure: bool = False
 ) -> tuple[HubertModel, str]:
-    """(model, name to show) of a model, a preset by name, which is built on `device`, or a checkpoint by path.
+    """(model, name to show) of a model, a preset by name, or a checkpoint by path.
 
-    `PRESET+w1a1` is a preset binarised by `policy`. Raises `UserError` for another name.
+    structure: build a preset without storage (`structure_only`). `PRESET+w1a1` is a preset binarised by `policy`. Raises `UserError` for
+    another name.
     """
     if isinstance(model_or_preset, nn.Module):
         if not hasattr(model_or_preset, "hidden_states"):
@@ -252,25 +249,13 @@ def resolve(
     if base in list_presets():
         from ..model import build
 
-        with torch.device(device), _Undrawn():
+        with structure_only() if structure else nullcontext():
             return (build(name, quant_policy=policy) if scheme else build(name)), name
     if os.path.exists(name):
         from ..checkpoint import load
 
         return load(name), name
     raise unknown("preset or checkpoint", name, list_presets())
-
-
-class _Undrawn(TorchFunctionMode):
-    """Meta tensors are not drawn: torch's draws on them load its compiler, which takes longer than counting."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in _DRAWS:
-            tensor: Tensor = (*args, kwargs.get("tensor"))[0]
-            if tensor.is_meta:
-                return tensor
-        return func(*args, **kwargs)
 
 
 def noise(model: nn.Module, seconds: float, batch: int = 1) -> Tensor:

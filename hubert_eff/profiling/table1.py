@@ -99,7 +99,7 @@ COUNTS: dict[str, Count] = {
 
 def count(row: Row) -> Count:
     """Count the model of a row, followed through meta tensors."""
-    model, _ = resolve(row.preset, policy="paper", device="meta")
+    model, _ = resolve(row.preset, policy="paper", structure=True)
     counted = profile(model, SECONDS, "paper", DEVICE)
     macs = {True: 0, False: 0}
     for bits, number in counted.macs_by_bits.items():
