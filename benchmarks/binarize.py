@@ -36,9 +36,9 @@ import yaml
 from learning import config_name, records
 
 import hubert_eff
-from hubert_eff.files import config_dir
-from hubert_eff.model import normalize_waveform
-from hubert_eff.steps import plugin_dir
+from hubert_eff.models.hubert import normalize_waveform
+from hubert_eff.recipes.base import plugin_dir
+from hubert_eff.utils.files import config_dir
 
 KINDS = ("attention_projection", "attention_product", "feed_forward", "pointwise_conv", "depthwise_conv")
 PARTS = {  # what is binarised in the ablation

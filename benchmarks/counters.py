@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 import hubert_eff
 from hubert_eff.layers import linear
-from hubert_eff.profiling.cost import evaluating, noise
+from hubert_eff.profiling.cost import noise
+from hubert_eff.utils.evaluating import evaluating
 
 PRESETS = ("transformer-base", "conformer-s-table1", "squeezeformer-xs-table1", "conformer-s")
 FASTCONV = 3_295_436_160  # MACs of the extractor on 10 s

@@ -25,8 +25,8 @@ from torch.nn import functional as F
 import hubert_eff
 from hubert_eff.edge import rewrite
 from hubert_eff.edge.numerics import UNIT, mad_layer_norm, naive_layer_norm
-from hubert_eff.fusing import fuse
-from hubert_eff.logmel import LogMel, Subsampling
+from hubert_eff.models.fuse import fuse
+from hubert_eff.models.logmel import LogMel, Subsampling
 from hubert_eff.profiling import profile
 from hubert_eff.profiling.counters import count_operations
 from hubert_eff.profiling.precision import int8_linears

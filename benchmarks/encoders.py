@@ -16,7 +16,7 @@ from typing import Any
 
 import harness
 
-from hubert_eff.files import write_json, write_text
+from hubert_eff.utils.files import write_json, write_text
 
 SCRIPTS = ("conformer", "squeezeformer", "sparse_attention", "fusionformer")
 

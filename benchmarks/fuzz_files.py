@@ -36,7 +36,7 @@ import torch
 
 import hubert_eff
 from hubert_eff.errors import UserError
-from hubert_eff.model import HubertModel
+from hubert_eff.models.hubert import HubertModel
 from hubert_eff.quant.runtime.modules import PackedConv1d, PackedLinear
 from hubert_eff.quant.storage import bytes_of
 from hubert_eff.recognition import load_recognizer

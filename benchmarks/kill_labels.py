@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from hubert_eff.labels import targets
+from hubert_eff.labels import make as targets
 from hubert_eff.labels.features import Mfcc
 
 RESULTS = ("train.km", "valid.km", "dict.km.txt", "kmeans.safetensors")

@@ -32,12 +32,12 @@ import soundfile
 import torch
 
 import hubert_eff
-from hubert_eff.checkpoint import read_fairseq, updates_of
+from hubert_eff.checkpoints.load import read_fairseq, updates_of
 from hubert_eff.config import SAMPLE_RATE
 from hubert_eff.errors import UserError
-from hubert_eff.files import config_dir, write_json
-from hubert_eff.progress import progress
-from hubert_eff.steps import plugin_dir
+from hubert_eff.recipes.base import plugin_dir
+from hubert_eff.utils.files import config_dir, write_json
+from hubert_eff.utils.progress import progress
 
 KILLS_PER_RUN = 6
 INTERVAL = 2  # updates between two saves

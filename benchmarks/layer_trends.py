@@ -27,7 +27,7 @@ from harness import compare
 import hubert_eff
 from hubert_eff import cli
 from hubert_eff.analysis.layer_trends import LayerTrends, alarms, look, read_trends
-from hubert_eff.files import write_json
+from hubert_eff.utils.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = {

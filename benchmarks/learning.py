@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import hubert_eff
+from hubert_eff.encoders.registry import get_encoder
 from hubert_eff.errors import UserError
-from hubert_eff.files import config_dir
-from hubert_eff.registry import get_encoder
-from hubert_eff.steps import plugin_dir
+from hubert_eff.recipes.base import plugin_dir
+from hubert_eff.utils.files import config_dir
 
 COLUMNS = (
     "| encoder | parameters | updates per second | masked accuracy, valid | most frequent label | ratio |",

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hubert_eff.kernels import loader
 from hubert_eff.layers.convolution import DepthwiseConv
 from hubert_eff.layers.kinds import FEED_FORWARD, Kind
 from hubert_eff.layers.linear import product
 from hubert_eff.quant import BinaryConv1d, BinaryLinear, Quantizer, pack
 from hubert_eff.quant.attention import BinaryAttention
-from hubert_eff.quant.runtime import KERNELS, kernel_in_use, loader
+from hubert_eff.quant.runtime import KERNELS, kernel_in_use
 
 SHAPES = ((499, 768, 3072), (499, 3072, 768), (499, 256, 1024), (3000, 768, 3072))
 TARGETS = {((499, 768, 3072), "F.linear"): 25.0, ((499, 768, 3072), "int8 dynamic"): 4.0}

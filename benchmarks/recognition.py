@@ -16,12 +16,12 @@ from typing import Any
 import jiwer
 import torch
 
-from hubert_eff.files import write_json
-from hubert_eff.progress import progress
 from hubert_eff.recognition import load_recognizer
 from hubert_eff.recognition.recordings import read_recording
 from hubert_eff.recognition.search import decoder_scores, greedy, prefix_beam
-from hubert_eff.streaming import MODES
+from hubert_eff.streaming.stream import MODES
+from hubert_eff.utils.files import write_json
+from hubert_eff.utils.progress import progress
 
 from alignment import true_words  # isort: skip  (beside this script)
 

@@ -17,10 +17,10 @@ import torch
 
 import hubert_eff
 from hubert_eff.config import FRAME_STRIDE, SAMPLE_RATE
-from hubert_eff.fusing import fuse
-from hubert_eff.model import HubertModel
+from hubert_eff.models.fuse import fuse
+from hubert_eff.models.hubert import HubertModel
 from hubert_eff.profiling.precision import at_precision
-from hubert_eff.streaming import StreamingModel, parse_mode
+from hubert_eff.streaming.stream import StreamingModel, parse_mode
 
 SIZE = {"encoder_layers": 12, "encoder_ffn_embed_dim": 2048, "depthwise_conv_kernel_size": 15, "streaming": True}
 PRESETS = {  # sides, at FusionFormer-S's size

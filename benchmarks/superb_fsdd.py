@@ -30,9 +30,9 @@ import soundfile as sf
 import soxr
 
 from hubert_eff.config import SAMPLE_RATE
-from superb_tasks.corpora.common import NOISES, noise, scaled
-from superb_tasks.corpora.speech_commands import KEYWORDS, NOISE, OTHER_WORDS, SILENCE, UNKNOWN, folders, split_of
-from superb_tasks.layouts import SPEAKER_LIST, SPEAKERS, VOXCELEB
+from superb_tasks.data.generators.common import NOISES, noise, scaled
+from superb_tasks.data.generators.speech_commands import KEYWORDS, NOISE, OTHER_WORDS, SILENCE, UNKNOWN, folders, split_of
+from superb_tasks.data.layouts import SPEAKER_LIST, SPEAKERS, VOXCELEB
 
 TEST, VALID = range(5), range(5, 8)
 BACKWARDS = 4  # every so many recordings is said backwards too, so that other words are about as many as one keyword

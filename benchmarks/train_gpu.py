@@ -33,8 +33,8 @@ import torch
 from sides import PAIRS, Bench, Pair, Side, check, make_sides, samples_of
 
 import hubert_eff
-from hubert_eff.files import write_json
 from hubert_eff.layers import compiling
+from hubert_eff.utils.files import write_json
 
 
 def seconds_per_call(function: Callable[[], object], calls: int, device: torch.device) -> float:

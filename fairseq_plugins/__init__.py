@@ -8,7 +8,7 @@ an adapter to fairseq lives in `hubert_eff`.
 
 from __future__ import annotations
 
-from . import patches
+from .runtime import patches
 
 patches.apply()
 

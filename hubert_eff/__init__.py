@@ -4,28 +4,33 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from . import _moved
+
 __version__ = "0.1.0"
+_moved.install()
 
 if TYPE_CHECKING:
-    from .checkpoint import load as load
-    from .exporting import export as export
-    from .fusing import fuse as fuse
-    from .model import build as build
+    from .checkpoints.load import load as load
+    from .checkpoints.open import open_model as open_model
+    from .encoders.registry import list_encoders as list_encoders
+    from .encoders.registry import list_presets as list_presets
+    from .encoders.registry import register_encoder as register_encoder
+    from .exporting.safetensors import export as export
+    from .models.fuse import fuse as fuse
+    from .models.hubert import build as build
     from .profiling import profile as profile
     from .quant import binarize as binarize
-    from .registry import list_encoders as list_encoders
-    from .registry import list_presets as list_presets
-    from .registry import register_encoder as register_encoder
 
 # public name -> module that defines it; imported on first use, so that commands which need no torch start at once
 _PUBLIC = {
     "binarize": "quant",
-    "build": "model",
-    "export": "exporting",
-    "fuse": "fusing",
+    "build": "models.hubert",
+    "export": "exporting.safetensors",
+    "fuse": "models.fuse",
     "list_encoders": "registry",
     "list_presets": "registry",
-    "load": "checkpoint",
+    "load": "checkpoints.load",
+    "open_model": "checkpoints.open",
     "profile": "profiling",
     "register_encoder": "registry",
 }

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from .errors import StepFailed, UserError, printable
-from .signals import say_stopped, stoppable
+from .utils.signals import say_stopped, stoppable
 
 COMMANDS = {
     "doctor": "versions, known breakages of this environment and the fix for each",
+    "config": "a training configuration as a whole, with overrides; the names of configurations and groups",
     "demo": "corpus, labels, pre-training, keyword spotting and profile, on a small synthetic corpus",
     "corpus": "make a small synthetic speech corpus offline",
     "manifest": "check a folder of audio, convert it once to 16 kHz mono, write train.tsv and valid.tsv",

@@ -1,139 +1,16 @@
-"""Encoders and presets by name. Importing `hubert_eff.encoders` registers all encoders of the package."""
+"""Encoders and presets by name: the public face of `hubert_eff.encoders.registry`."""
 
-from __future__ import annotations
+from .encoders.registry import (
+    EncoderEntry,
+    encoder_of,
+    get_encoder,
+    list_encoders,
+    list_presets,
+    preset_config,
+    register_encoder,
+    written_config,
+)
 
-import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from types import NoneType
-from typing import TYPE_CHECKING, Any, TypeVar
-
-from .config import LONGEST, HubertConfig
-from .errors import UserError, short, unknown
-
-if TYPE_CHECKING:
-    from .encoders.base import Encoder
-
-E = TypeVar("E", bound="type[Encoder]")
-
-
-@dataclass(frozen=True)
-class EncoderEntry:
-    """What is registered under an encoder's name."""
-
-    name: str
-    module: type[Encoder]
-    config: type[HubertConfig]
-    presets: Mapping[str, Mapping[str, Any]]
-
-
-_encoders: dict[str, EncoderEntry] = {}
-
-
-def register_encoder(
-    name: str, config: type[HubertConfig], presets: Mapping[str, Mapping[str, Any]]
-) -> Callable[[E], E]:
-    """Class decorator: register an encoder, its config dataclass and its presets (preset -> keys that differ from the defaults).
-
-    Raises `UserError` when the encoder's name or one of its presets is taken.
-    """
-
-    def register(module: E) -> E:
-        if name in _encoders:
-            raise UserError(f"encoder '{name}' is registered already. Known: {', '.join(sorted(_encoders))}")
-        taken = set(presets) & {p for entry in _encoders.values() for p in entry.presets}
-        if taken:
-            raise UserError(f"preset '{taken.pop()}' of encoder '{name}' is registered already")
-        _encoders[name] = EncoderEntry(name, module, config, presets)
-        return module
-
-    return register
-
-
-def _load() -> None:
-    from . import encoders  # noqa: F401  (its import registers the package's encoders)
-
-
-def list_encoders() -> list[str]:
-    """Names of the registered encoders."""
-    _load()
-    return sorted(_encoders)
-
-
-def list_presets() -> list[str]:
-    """Names of the presets of all registered encoders."""
-    _load()
-    return sorted(p for entry in _encoders.values() for p in entry.presets)
-
-
-def get_encoder(name: str) -> EncoderEntry:
-    """The entry of an encoder; `UserError` with the nearest name if unknown."""
-    _load()
-    if name not in _encoders:
-        raise unknown("encoder", name, _encoders)
-    return _encoders[name]
-
-
-def encoder_of(config: HubertConfig) -> EncoderEntry:
-    """The encoder that a config belongs to: the one whose dataclass it is, or derives from."""
-    _load()
-    for cls in type(config).__mro__:
-        for entry in _encoders.values():
-            if entry.config is cls:
-                return entry
-    raise UserError(f"{type(config).__name__} is the config of no registered encoder. Known: {', '.join(_encoders)}")
-
-
-def preset_config(preset: str, **overrides: Any) -> HubertConfig:
-    """The config of a preset, with single keys replaced; `PRESET+w1a1` or `+w1a2` is its binarised form."""
-    _load()
-    name, plus, spec = preset.partition("+")
-    for entry in _encoders.values():
-        if name in entry.presets:
-            quant = {"quant": spec} if plus else {}
-            return entry.config.from_dict({**entry.presets[name], **quant, **overrides})
-    raise unknown("preset", preset, list_presets())
-
-
-def stored_config(encoder: str, written: str | Mapping[str, Any]) -> HubertConfig:
-    """The configuration that comes with weights in a file, as JSON or as values. Raises `UserError` for one that cannot be.
-
-    The file is not trusted: no other is opened for a policy that it names, and none of its texts is large.
-    """
-    if isinstance(written, str):
-        if len(written) > LONGEST:
-            raise UserError(f"its configuration has {len(written)} characters: more than {LONGEST} is no configuration")
-        try:
-            written = json.loads(written)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"its configuration is no JSON ({short(error)})") from error
-        if not isinstance(written, dict):
-            raise UserError("its configuration is no JSON object")
-    for key, value in written.items():
-        if not isinstance(key, str) or not _is_plain(value):
-            raise UserError(f"its configuration has {short(repr(key))} as a {type(value).__name__}, which is no value of a configuration")
-    policy = written.get("quant_policy", "default")
-    if isinstance(policy, str) and policy.lstrip().startswith("{"):  # what was written is JSON: no YAML with aliases, no path
-        try:
-            json.loads(policy)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"its quant_policy is no JSON ({short(error)})") from error
-    elif policy not in ("default", "paper"):
-        raise UserError(f"its quant_policy {short(repr(policy))} is neither default nor paper, nor a policy's text")
-    try:
-        return get_encoder(encoder).config.from_dict(written)
-    except UserError as error:
-        raise UserError(short(error, 600)) from error
-
-
-def _is_plain(value: object) -> bool:
-    """Whether a value is short to write out: a scalar or a list of these."""
-    scalars = (str, int, float, NoneType)
-    return isinstance(value, scalars) or (isinstance(value, (list, tuple)) and all(isinstance(part, scalars) for part in value))
-
-
-def written_config(written: Mapping[str, Any]) -> HubertConfig:
-    """The model of a fairseq configuration (YAML) of configs/, with what its sections `task` and `common` decide."""
-    task = written["task"]
-    values = {**written["model"], "label_rate": task["label_rate"], "normalize": task["normalize"], "seed": written["common"]["seed"]}
-    return get_encoder(str(values.pop("_name")).removeprefix("hubert_")).config.from_dict(values)
+__all__ = [
+    "EncoderEntry", "encoder_of", "get_encoder", "list_encoders", "list_presets", "preset_config", "register_encoder", "written_config",
+]  # fmt: skip

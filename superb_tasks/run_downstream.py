@@ -18,8 +18,9 @@ from typing import Any
 
 from hubert_eff.errors import UserError, short, unknown
 
-from . import layouts, register, require_s3prl
-from .launch import check_upstream, command_line, device_arguments, exit_code, folder, lookup, read_config
+from . import register, require_s3prl
+from .data import layouts
+from .running.launch import check_upstream, command_line, device_arguments, exit_code, folder, lookup, read_config
 
 CONFIGS = Path(__file__).parent / "configs"  # <downstream>.yaml
 
@@ -72,7 +73,7 @@ def _check(arguments: Sequence[str]) -> tuple[list[str], str, Path]:
         return None if value is None else str(value).strip().strip("'\"")
 
     if downstream == "speech_commands":
-        from .corpora.speech_commands import check_keywords
+        from .data.generators.speech_commands import check_keywords
 
         keys = [f"config.downstream_expert.datarc.{name}" for name in ("speech_commands_root", "speech_commands_test_root")]
         check_keywords(*(folder(setting(key), f"-o {key}=") for key in keys))
@@ -89,7 +90,7 @@ def _experiment(path: Path) -> tuple[str, str, str, str, Mapping[str, Any]]:
         raise UserError(f"{path} holds no states-*.ckpt: name the folder of an experiment, or one of its checkpoints, with -e")
     if not files[-1].is_file():
         raise UserError(f"-e {path}: no such experiment")
-    from hubert_eff.torchfile import TorchFile, Unreadable  # and with it torch
+    from hubert_eff.checkpoints.torchfile import TorchFile, Unreadable  # and with it torch
 
     try:
         with TorchFile(files[-1]) as opened:

@@ -16,7 +16,7 @@ import yaml
 
 from hubert_eff.errors import UserError, unknown
 
-from . import layouts
+from .data import layouts
 
 CONFIGS = Path(__file__).parent / "configs"
 LEARNING_RATES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)  # what SUPERB lets be tuned, per task and upstream
@@ -37,7 +37,7 @@ class Source:
 class Task:
     """A SUPERB task as S3PRL runs it.
 
-    `key` is its metric in result.json, as `hubert_eff.profiling.table2.METRICS` has it (which imports torch, so it is said again here);
+    `key` is its metric in result.json, as `hubert_eff.reports.table2.METRICS` has it (which imports torch, so it is said again here);
     `config` the name of its settings in `superb_tasks/configs`, `scalar` the figure that S3PRL logs for it per split (of which `unit`
     makes the paper's shares in [0, 1]), `best` the checkpoint that S3PRL keeps of the best validation, None where there is no validation.
     `small` are the settings of the heads and batches for the generated data sets, dotted keys of the configuration.

@@ -41,7 +41,7 @@ def superb_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The generated data of all ten SUPERB tasks, as small as they are; made once for all workers. A test that changes them copies them."""
     from filelock import FileLock
 
-    from superb_tasks.corpus import make_superb
+    from superb_tasks.data.corpus import make_superb
 
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import hubert_eff
-from hubert_eff.checkpoint import average, last_checkpoints
+from hubert_eff.checkpoints.load import average, last_checkpoints
 from hubert_eff.cli import main
 from hubert_eff.errors import UserError
 

@@ -13,12 +13,12 @@ from torch.utils.checkpoint import checkpoint
 
 import hubert_eff
 from hubert_eff.encoders.base import Frames
+from hubert_eff.encoders.registry import preset_config
 from hubert_eff.errors import UserError
 from hubert_eff.layers.attention import RelativeSelfAttention
 from hubert_eff.layers.convolution import DepthwiseConv
 from hubert_eff.layers.norm import MaskedBatchNorm, NoNorm, once_tracked
 from hubert_eff.layers.position import relative_sinusoids
-from hubert_eff.registry import preset_config
 
 
 def test_blocks_equal_torchaudio() -> None:

@@ -10,8 +10,8 @@ import pytest
 import soundfile
 
 from hubert_eff.cli import main
-from hubert_eff.corpus.demo import MAX_SECONDS, MIN_SECONDS, make_demo, speakers
-from hubert_eff.corpus.espeak import SILENCE, Voice, speak
+from hubert_eff.data.synthetic.espeak import SILENCE, Voice, speak
+from hubert_eff.data.synthetic.sentences import MAX_SECONDS, MIN_SECONDS, make_demo, speakers
 from hubert_eff.errors import UserError
 
 pytest.importorskip("espeakng_loader")

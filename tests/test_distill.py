@@ -12,15 +12,15 @@ import torch
 from torch import nn
 
 import hubert_eff
-from hubert_eff import binarize_recipe as recipes
-from hubert_eff.binarize_recipe import Recipe
+from hubert_eff.encoders.registry import encoder_of
 from hubert_eff.errors import StepFailed, UserError
-from hubert_eff.model import HubertModel
+from hubert_eff.models.hubert import HubertModel
 from hubert_eff.quant import Quantizer
 from hubert_eff.quant.distill import check_teacher, codebook_divergence, hidden_distances, start_from
 from hubert_eff.quant.functional import FLOOR
 from hubert_eff.quant.monitor import Monitor, scales
-from hubert_eff.registry import encoder_of
+from hubert_eff.recipes import binarize as recipes
+from hubert_eff.recipes.binarize import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 QUANTIZE = ROOT / "configs" / "quantize"
@@ -310,7 +310,7 @@ def test_recipe_takes_a_teacher_for_the_first_stages(folder: Path, monkeypatch: 
         ({"policy": '{"modules": {"encoder.layers.7": "float"}}'}, "unknown module in the policy 'encoder.layers.7'"),
         ({"overrides": ["lr"]}, "expected KEY=VALUE"),
         ({"overrides": ["model.quant=w1a2"]}, "the recipe decides model.quant itself"),
-        ({"overrides": ["model.encoder_layrs=3"]}, "did you mean 'encoder_layers'"),
+        ({"overrides": ["model.encoder_layrs=3"]}, "did you mean 'model.encoder_layers'"),
         ({"teacher": "nowhere.pt"}, "no checkpoint at nowhere.pt"),
         ({"data": "nowhere"}, "nowhere holds no train.tsv"),
         ({"labels": "nowhere"}, "nowhere holds no labels"),

@@ -8,9 +8,9 @@ import json
 import pytest
 import torch
 
-from hubert_eff import doctor
 from hubert_eff.cli import main
-from hubert_eff.doctor import Environment, diagnose, report
+from hubert_eff.reports import environment as doctor
+from hubert_eff.reports.environment import Environment, diagnose, report
 
 SOUND = {
     "hubert-eff": "0.1.0",

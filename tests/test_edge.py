@@ -15,9 +15,9 @@ from hubert_eff.config import MEL_FRONTS
 from hubert_eff.edge import conditional_softmax, half_precision, mad_layer_norm, rewrite
 from hubert_eff.edge.numerics import UNIT, largest_deviation, mad_normalize, naive_layer_norm
 from hubert_eff.errors import UserError
-from hubert_eff.logmel import LogMel
+from hubert_eff.models.logmel import LogMel
 from hubert_eff.profiling import profile
-from hubert_eff.streaming import StreamingModel
+from hubert_eff.streaming.stream import StreamingModel
 
 from .test_streaming import fed, reference, streaming_model
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 import hubert_eff
+from hubert_eff.encoders.registry import get_encoder, register_encoder
 from hubert_eff.errors import UserError
-from hubert_eff.registry import get_encoder, register_encoder
 
 ENCODERS = hubert_eff.list_encoders()
 
 
 @pytest.fixture(params=ENCODERS)
-def model(request: pytest.FixtureRequest) -> hubert_eff.model.HubertModel:
+def model(request: pytest.FixtureRequest) -> hubert_eff.models.hubert.HubertModel:
     torch.manual_seed(0)
     # without dropout, so that train mode is reproducible too
     built = hubert_eff.build(f"{request.param}-debug", num_classes=(20,), dropout=0.0, attention_dropout=0.0)

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import hubert_eff
+from hubert_eff.checkpoints.safetensors import read_metadata
 from hubert_eff.cli import main
 from hubert_eff.errors import UserError
-from hubert_eff.exporting import read_metadata
 from hubert_eff.profiling.cost import file_storage
 from hubert_eff.quant import pack
 from hubert_eff.quant.runtime.modules import PackedConv1d, PackedLinear, PackedQuantizer

@@ -29,7 +29,7 @@ from fairseq.logging import metrics  # noqa: E402
 from fairseq.trainer import Trainer  # noqa: E402
 
 import fairseq_plugins  # noqa: E402, F401
-from fairseq_plugins import resuming, stopping  # noqa: E402
+from fairseq_plugins.runtime import resuming, stopping  # noqa: E402
 from fairseq_plugins.tasks.safe import MAX_EMPTY, check_run  # noqa: E402
 
 from .test_fairseq_plugin import make_data, make_task  # noqa: E402

@@ -19,6 +19,7 @@ from hubert_eff import cli
 from hubert_eff.errors import UserError
 from hubert_eff.quant import BinaryLinear
 from hubert_eff.recognition import load_recognizer
+from hubert_eff.utils.configurations import load_config
 
 pytest.importorskip("fairseq", reason="fairseq is not installed: pip install 'hubert-eff[fairseq]'")
 
@@ -31,7 +32,7 @@ from omegaconf import OmegaConf  # noqa: E402
 
 import fairseq_plugins  # noqa: E402, F401
 from fairseq_plugins.criterions.recognition import HubertEffAsrCriterion  # noqa: E402
-from fairseq_plugins.transcripts import at_speed  # noqa: E402
+from fairseq_plugins.data.transcripts import at_speed  # noqa: E402
 
 from .processes import Training  # noqa: E402
 
@@ -89,7 +90,7 @@ def make_task(name: str, *changes: str) -> Any:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_config_lists_every_key(name: str) -> None:
-    written = OmegaConf.load(CONFIGS / f"{name}.yaml")
+    written = OmegaConf.create(load_config(f"finetune/{name}"))
     model = MODEL_DATACLASS_REGISTRY[written.model._name]
     assert set(written.model) | {"_name"} == set(model.__dataclass_fields__)
     task = TASK_DATACLASS_REGISTRY[written.task._name]

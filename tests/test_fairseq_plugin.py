@@ -22,11 +22,12 @@ import torch
 from torch.nn import functional as F
 
 import hubert_eff
+from hubert_eff.encoders.registry import get_encoder, preset_config
 from hubert_eff.errors import UserError
-from hubert_eff.frontend import frame_padding_mask
-from hubert_eff.model import HubertModel
+from hubert_eff.models.extractor import frame_padding_mask
+from hubert_eff.models.hubert import HubertModel
 from hubert_eff.quant import BinaryLinear
-from hubert_eff.registry import get_encoder, preset_config
+from hubert_eff.utils.configurations import load_config
 
 pytest.importorskip("fairseq", reason="fairseq is not installed: pip install 'hubert-eff[fairseq]'")
 
@@ -41,10 +42,10 @@ from hydra import compose, initialize_config_dir  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
 
 import fairseq_plugins  # noqa: E402, F401
-from fairseq_plugins import dataset as dataset_module  # noqa: E402
-from fairseq_plugins import stopping  # noqa: E402
-from fairseq_plugins.buckets import Buckets  # noqa: E402
 from fairseq_plugins.criterions.hubert_eff import HubertEffCriterion, perplexity  # noqa: E402
+from fairseq_plugins.data import dataset as dataset_module  # noqa: E402
+from fairseq_plugins.data.buckets import Buckets  # noqa: E402
+from fairseq_plugins.runtime import stopping  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs" / "pretrain"
@@ -181,7 +182,7 @@ def test_config_composes_and_says_the_same_as_its_preset(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(PRESET_OF))
 def test_config_lists_every_key_so_that_all_can_be_overridden(name: str) -> None:
-    written = OmegaConf.load(CONFIGS / f"{name}.yaml")
+    written = OmegaConf.create(load_config(f"pretrain/{name}"))
     encoder = get_encoder(written.model._name.removeprefix("hubert_"))
     assert set(written.model) == {f.name for f in dataclasses.fields(encoder.config)} | {"_name"}
     cfg = composed(name, *(f"model.{key}={json.dumps(value)}" for key, value in written.model.items()

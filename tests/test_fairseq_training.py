@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import hubert_eff
-from hubert_eff.analysis.training import read_log
-from hubert_eff.streaming import StreamingModel
+from hubert_eff.reports.training_log import read_log
+from hubert_eff.streaming.stream import StreamingModel
 
 pytest.importorskip("fairseq", reason="fairseq is not installed: pip install 'hubert-eff[fairseq]'")
 

@@ -13,7 +13,7 @@ import hubert_eff
 from hubert_eff.errors import UserError
 from hubert_eff.layers.linear import Linear
 from hubert_eff.layers.norm import MaskedBatchNorm
-from hubert_eff.model import HubertModel
+from hubert_eff.models.hubert import HubertModel
 from hubert_eff.optim import noam
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)

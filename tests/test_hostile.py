@@ -14,8 +14,8 @@ import torch
 
 import hubert_eff
 from benchmarks.file_mutations import Header, joined, split, tiny
+from hubert_eff.checkpoints.safetensors import FORMAT_VERSION
 from hubert_eff.errors import UserError
-from hubert_eff.exporting import FORMAT_VERSION
 
 Edit = Callable[[Header, bytearray, random.Random], None]
 

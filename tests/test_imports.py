@@ -12,8 +12,8 @@ import pytest
 import soundfile
 
 from hubert_eff.cli import main
-from hubert_eff.labels import audio, checking
-from hubert_eff.labels.manifest import Options, make_manifest
+from hubert_eff.data import audio, checking
+from hubert_eff.data.manifest import Options, make_manifest
 from hubert_eff.labels.quality import _sources
 
 

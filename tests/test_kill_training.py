@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import hubert_eff
-from hubert_eff.checkpoint import read_fairseq
+from hubert_eff.checkpoints.load import read_fairseq
 
 pytest.importorskip("fairseq", reason="fairseq is not installed: pip install 'hubert-eff[fairseq]'")
 

@@ -16,14 +16,15 @@ import torch
 
 import hubert_eff
 from hubert_eff.cli import main
+from hubert_eff.data.manifest import Options, make_manifest
 from hubert_eff.errors import UserError
-from hubert_eff.exporting import export
-from hubert_eff.labels import features, kmeans, targets
+from hubert_eff.exporting.safetensors import export
+from hubert_eff.labels import features, kmeans
+from hubert_eff.labels import make as targets
 from hubert_eff.labels.features import FeatureSource, HiddenLayer, Mfcc
 from hubert_eff.labels.kmeans import KMeans, fit, fit_faiss
-from hubert_eff.labels.manifest import Options, make_manifest
+from hubert_eff.labels.make import make_labels, read_manifest
 from hubert_eff.labels.quality import label_quality, purities
-from hubert_eff.labels.targets import make_labels, read_manifest
 
 pytest.importorskip("sklearn")
 pytest.importorskip("torchaudio")
@@ -37,7 +38,7 @@ def noise(seconds: float, seed: int = 0) -> np.ndarray:
 def corpus(tmp_path_factory) -> Path:
     """A minute of four voices, with phone timings."""
     pytest.importorskip("espeakng_loader")
-    from hubert_eff.corpus.demo import make_demo
+    from hubert_eff.data.synthetic.sentences import make_demo
 
     folder = tmp_path_factory.mktemp("speech") / "corpus"
     make_demo(folder, minutes=1.0, speaker_count=4)
@@ -125,7 +126,7 @@ def test_long_recordings_are_normalised_as_a_whole(tmp_path, monkeypatch, preset
     found = dict(layer.extract([wav, short]))  # in one piece: the model's own normalisation
     for index, values in enumerate(expected):
         np.testing.assert_allclose(found[index], values, atol=2e-5)
-    whole = hubert_eff.model.normalize_waveform(torch.from_numpy(wav)[None])
+    whole = hubert_eff.models.hubert.normalize_waveform(torch.from_numpy(wav)[None])
     monkeypatch.setattr(features, "LAYER_CHUNK", 30)
     pieces = list(features.chunks(len(wav), layer.frames(len(wav)), 320, 400, 30))
     assert len(pieces) == 2 and model.config.normalize

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hubert_eff.frontend import TimeNorm
 from hubert_eff.layers.attention import _fused, attention
 from hubert_eff.layers.convolution import strided_conv
 from hubert_eff.layers.dropout import Dropout, keep_signs
 from hubert_eff.layers.linear import Linear
+from hubert_eff.models.extractor import TimeNorm
 
 
 @pytest.mark.parametrize("shape", [(2, 7, 12), (5, 12), (12,), (0, 12)])

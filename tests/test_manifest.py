@@ -10,10 +10,10 @@ import pytest
 import soundfile
 
 from hubert_eff.cli import main
+from hubert_eff.data import checking
+from hubert_eff.data.audio import Checked, Unusable, check
+from hubert_eff.data.manifest import Options, make_manifest
 from hubert_eff.errors import UserError
-from hubert_eff.labels import checking
-from hubert_eff.labels.audio import Checked, Unusable, check
-from hubert_eff.labels.manifest import Options, make_manifest
 
 
 def tone(path: Path, seconds: float, rate: int = 16000, channels: int = 1, hertz: float = 440.0, **options) -> np.ndarray:

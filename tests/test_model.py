@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 import hubert_eff
 from hubert_eff.errors import UserError
-from hubert_eff.masking import span_mask
-from hubert_eff.model import normalize_waveform
+from hubert_eff.models.hubert import normalize_waveform
+from hubert_eff.models.masking import span_mask
 
 SMALL = {"encoder_layers": 3, "encoder_embed_dim": 48, "encoder_ffn_embed_dim": 96, "encoder_attention_heads": 4}
 

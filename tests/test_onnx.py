@@ -11,7 +11,7 @@ import torch
 import hubert_eff
 from hubert_eff.cli import main
 from hubert_eff.errors import UserError
-from hubert_eff.model import HubertModel
+from hubert_eff.models.hubert import HubertModel
 from hubert_eff.quant import pack
 
 from .test_runtime import debug
@@ -48,7 +48,7 @@ def trained(preset: str, **keys: Any) -> HubertModel:
 @pytest.mark.parametrize("encoder", ENCODERS)
 @torch.no_grad()
 def test_float_models(encoder: str, tmp_path: Path) -> None:
-    from hubert_eff.onnx_export import export_onnx
+    from hubert_eff.exporting.onnx import export_onnx
 
     model, path = trained(f"{encoder}-debug"), tmp_path / "model.onnx"
     figures = export_onnx(model, path)
@@ -72,7 +72,7 @@ def test_float_models(encoder: str, tmp_path: Path) -> None:
 )
 @torch.no_grad()
 def test_options(preset: str, keys: dict[str, Any], tmp_path: Path) -> None:
-    from hubert_eff.onnx_export import export_onnx
+    from hubert_eff.exporting.onnx import export_onnx
 
     model, path = trained(preset, **keys), tmp_path / "model.onnx"
     export_onnx(model, path)
@@ -85,7 +85,7 @@ def test_options(preset: str, keys: dict[str, Any], tmp_path: Path) -> None:
 @torch.no_grad()
 def test_one_bit_models_in_their_float_form(encoder: str, tmp_path: Path) -> None:
     """Equal but for bits at ties: float operations between binary layers round in their own order there."""
-    from hubert_eff.onnx_export import export_onnx
+    from hubert_eff.exporting.onnx import export_onnx
 
     model, path = debug(encoder), tmp_path / "model.onnx"
     figures = export_onnx(model, path)
@@ -106,7 +106,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_models_without_an_onnx_form(tmp_path: Path) -> None:
-    from hubert_eff.onnx_export import export_onnx
+    from hubert_eff.exporting.onnx import export_onnx
 
     with pytest.raises(UserError, match="packed bits have no ONNX form: export the checkpoint"):
         export_onnx(pack(debug("transformer")), tmp_path / "model.onnx")

@@ -18,8 +18,8 @@ def test_wheel_is_complete(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(source)], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     held = set(zipfile.ZipFile(wheel).namelist())
-    modules = [p for room in ("hubert_eff", "fairseq_plugins", "superb_tasks") for p in (source / room).rglob("*.py")]
-    expected = {str(p.relative_to(source)) for p in modules} | {"hubert_eff/quant/runtime/kernels.cpp"}
+    modules = [p for room in ("hubert_eff", "fairseq_plugins", "superb_tasks", "hydra_plugins") for p in (source / room).rglob("*.py")]
+    expected = {str(p.relative_to(source)) for p in modules} | {"hubert_eff/kernels/kernels.cpp", "hubert_eff/py.typed"}
     expected |= {f"hubert_eff/{p.relative_to(source)}" for p in (source / "configs").rglob("*.yaml")}
     expected |= {str(p.relative_to(source)) for p in (source / "superb_tasks").rglob("*.yaml")}
     assert len([name for name in expected if name.endswith(".yaml")]) >= 4

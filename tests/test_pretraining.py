@@ -9,17 +9,16 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-import yaml
 
 import hubert_eff
-from hubert_eff.analysis.training import TrainingLog
 from hubert_eff.cli import main
+from hubert_eff.encoders.registry import preset_config
 from hubert_eff.errors import UserError
-from hubert_eff.files import config_dir
-from hubert_eff.pretraining import Pretraining, look_at
-from hubert_eff.profiling.needs import kept_bytes, training_needs
-from hubert_eff.registry import preset_config
-from hubert_eff.steps import Steps
+from hubert_eff.profiling.training_cost import kept_bytes, training_needs
+from hubert_eff.recipes.base import Steps
+from hubert_eff.recipes.pretrain import Pretraining, look_at
+from hubert_eff.reports.training_log import TrainingLog
+from hubert_eff.utils.configurations import load_config
 
 pytest.importorskip("fairseq", reason="fairseq is not installed: pip install 'hubert-eff[fairseq]'")
 
@@ -53,7 +52,7 @@ def test_commands_of_the_papers_recipe(speech: Path, tmp_path: Path) -> None:
 
 
 def test_needs_follow_batch_updates_and_device() -> None:
-    written = yaml.safe_load((config_dir() / "pretrain" / "conformer_s.yaml").read_text())
+    written = load_config("pretrain/conformer_s")
     alone = training_needs(written, 100, 1, "a100", 0.1)
     joint = training_needs(written, 100, 8, "a100", 0.2)
     assert alone.audio_seconds_per_update == 2 * 250_000 / 16_000 and joint.audio_seconds_per_update == 8 * alone.audio_seconds_per_update
@@ -118,7 +117,7 @@ def test_bad_input_is_one_line(change: list[str], message: str, speech: Path, tm
 def test_a_folder_is_of_one_recipe_and_gpus_must_be_there(speech: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
     monkeypatch.setattr(Steps, "step", lambda _self, title, *_words: ran.append(title))
-    monkeypatch.setattr("hubert_eff.pretraining.read_log", lambda *_: TrainingLog("run", [], [{"loss": 1.0, "num_updates": 1.0}]))
+    monkeypatch.setattr("hubert_eff.recipes.pretrain.read_log", lambda *_: TrainingLog("run", [], [{"loss": 1.0, "num_updates": 1.0}]))
     Pretraining(speech, tmp_path, "debug").run()
     assert len(ran) == 6
     for change in ({"clusters": (50, 500)}, {"updates": (800, 900)}, {"overrides": ["model.dropout=0.0"]}):

@@ -27,6 +27,7 @@ from hubert_eff.quant import BinaryConv1d, BinaryLinear, Quantizer, quant_report
 from hubert_eff.quant.attention import BinaryAttention, BinaryRelativeAttention, BinarySparseAttention
 from hubert_eff.quant.functional import FLOOR, weight_signs
 from hubert_eff.quant.modules import FrameMask
+from hubert_eff.reports.tables import render_text
 
 ENCODERS = hubert_eff.list_encoders()
 
@@ -335,7 +336,7 @@ def test_two_bit_probabilities_give_unseen_keys_nothing() -> None:
 FORMS = [(encoder, *form) for encoder in ENCODERS for form in (("w1a1", "default"), ("w1a2", "paper"))]
 
 
-def debug(encoder: str, spec: str, policy: str = "default", **keys: object) -> hubert_eff.model.HubertModel:
+def debug(encoder: str, spec: str, policy: str = "default", **keys: object) -> hubert_eff.models.hubert.HubertModel:
     """A binarised debug model; its scales start from its first batch in train mode."""
     torch.manual_seed(0)
     model = hubert_eff.build(f"{encoder}-debug", num_classes=(20,), dropout=0.0, attention_dropout=0.0, **keys)
@@ -654,10 +655,10 @@ def test_one_bit_operations_of_a_block() -> None:
     assert block.macs_by_bits == {(1, 1): linear + attention, (32, 32): frames * dim * kernel + (2 * frames - 1) * dim * dim}
     two = hubert_eff.profile(hubert_eff.build("conformer-debug+w1a2"), seconds=1.0).macs_by_bits
     assert two[1, 2] == 2 * linear and two[2, 2] == 2 * attention
-    assert "encoder.layers.*.ffn1.w_1" in profile.table() and profile.to_dict()["quantised"] == quant_report(model)
+    assert "encoder.layers.*.ffn1.w_1" in render_text(profile) and profile.to_dict()["quantised"] == quant_report(model)
 
 
-def blocks_of_table1(preset: str) -> tuple[hubert_eff.model.HubertModel, int, int]:
+def blocks_of_table1(preset: str) -> tuple[hubert_eff.models.hubert.HubertModel, int, int]:
     """The binarised model, parameters of its float form, weights that the paper binarises: those of every linear layer and convolution."""
     model = hubert_eff.build(preset)
     weights = sum(m.weight.numel() for m in model.encoder.layers.modules() if isinstance(m, (Linear, DepthwiseConv)))

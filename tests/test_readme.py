@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from hubert_eff import cli, steps
+from hubert_eff import cli
+from hubert_eff.recipes import base as steps
 
 from .conftest import FSDD, ROOT
 

@@ -14,14 +14,14 @@ import torch
 
 import hubert_eff
 from hubert_eff import cli
+from hubert_eff.encoders.registry import preset_config
 from hubert_eff.errors import UserError
-from hubert_eff.fusing import fuse
+from hubert_eff.models.fuse import fuse
 from hubert_eff.recognition import Alphabet, Recognizer, RecognizerConfig, load_recognizer, normalize_text, transcribe
 from hubert_eff.recognition.alphabet import frames_needed
 from hubert_eff.recognition.decoder import AttentionDecoder, shifted
 from hubert_eff.recognition.model import PRESETS, build_recognizer
 from hubert_eff.recognition.search import decoder_scores, greedy, prefix_beam
-from hubert_eff.registry import preset_config
 
 LETTERS = "|ABC"
 
@@ -191,7 +191,7 @@ def test_a_checkpoint_needs_no_other_file(tmp_path: Path) -> None:
         content = torch.load(path)
         content["cfg"]["model"][key] = value
         torch.save(content, tmp_path / "broken.pt")
-        with pytest.raises(UserError, match="broken.pt: its configuration describes no recogniser"):
+        with pytest.raises(UserError, match="broken.pt: its configuration describes no recognizer"):
             load_recognizer(tmp_path / "broken.pt")
 
 

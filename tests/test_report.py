@@ -14,12 +14,12 @@ import pytest
 
 import hubert_eff
 from hubert_eff.cli import main
-from hubert_eff.profiling import table1
-from hubert_eff.profiling.table2 import METRICS, PAPER_TABLE, paper_quality
+from hubert_eff.reports import table1
+from hubert_eff.reports.table2 import METRICS, PAPER_TABLE, paper_quality
 
 pytest.importorskip("matplotlib")
 
-from hubert_eff.profiling import frontier  # noqa: E402
+from hubert_eff.reports import frontier  # noqa: E402
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -144,7 +144,7 @@ def test_files_beside_the_page(report, runs):
 
 
 def test_points_carry_results_in_the_papers_unit(runs):
-    from hubert_eff.profiling import page
+    from hubert_eff.reports import page
 
     found = page.collect([runs])
     ours = {p.label: p for p in page.points(found, "ks", "storage") if p.ours}

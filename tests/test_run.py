@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ import torch
 import hubert_eff
 from hubert_eff.cli import main
 from hubert_eff.errors import UserError
-from hubert_eff.extraction import extract
-from hubert_eff.model import HubertModel
+from hubert_eff.inference.extraction import extract
+from hubert_eff.models.hubert import HubertModel
 
 
 def tone(seconds: float, rate: int = 16_000, seed: int = 0) -> np.ndarray:
@@ -201,3 +202,21 @@ def test_no_two_recordings_share_a_name(tmp_path: Path) -> None:
 def test_other_callers_of_extract_get_errors(audio: list[Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no audio files are given"):
         extract("transformer-debug", [], tmp_path / "f.npz")
+
+
+def test_threads_share_a_model_which_is_left_as_it_is(tmp_path: Path) -> None:
+    """Windows of normalized audio change the configuration and the extractor's norm: of a copy."""
+    soundfile.write(tmp_path / "long.wav", tone(24.0), 16_000)
+    soundfile.write(tmp_path / "short.wav", tone(1.0, seed=1), 16_000)
+    files = [tmp_path / "long.wav", tmp_path / "short.wav"]
+    shared = model(extractor_mode="default", normalize=True)
+    extract(shared, files, tmp_path / "alone.npz", window=20)
+    shared.train()
+    config, modules = shared.config, list(shared.modules())
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda number: extract(shared, files, tmp_path / f"{number}.npz", window=20), range(4)))
+    assert shared.config is config and list(shared.modules()) == modules and all(module.training for module in modules)
+    with np.load(tmp_path / "alone.npz") as alone:
+        for number in range(4):
+            with np.load(tmp_path / f"{number}.npz") as found:
+                assert all(np.array_equal(found[key], alone[key]) for key in alone.files)

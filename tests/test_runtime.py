@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 import hubert_eff
 from hubert_eff.errors import UserError
+from hubert_eff.kernels import loader
 from hubert_eff.profiling import count_operations
 from hubert_eff.profiling.cost import file_storage, paper_storage
 from hubert_eff.quant import BinaryConv1d, BinaryLinear, Quantizer, pack, quant_report
 from hubert_eff.quant.attention import BinaryAttention
 from hubert_eff.quant.functional import weight_signs
 from hubert_eff.quant.modules import Codes, FrameMask
-from hubert_eff.quant.runtime import KERNELS, kernel_in_use, loader, ops
+from hubert_eff.quant.runtime import KERNELS, kernel_in_use, ops
 from hubert_eff.quant.runtime.modules import PackedCodes, PackedConv1d, PackedLinear, PackedQuantizer
 
 ENCODERS = hubert_eff.list_encoders()
@@ -234,7 +235,7 @@ def test_two_bits_are_refused() -> None:
         pack(nn.Linear(8, 8))
 
 
-def debug(encoder: str, policy: str = "default", zero: bool = False, **overrides: Any) -> hubert_eff.model.HubertModel:
+def debug(encoder: str, policy: str = "default", zero: bool = False, **overrides: Any) -> hubert_eff.models.hubert.HubertModel:
     """A binarised debug model whose attention is as decided as a trained one's."""
     torch.manual_seed(0)
     model = hubert_eff.build(f"{encoder}-debug", **overrides)

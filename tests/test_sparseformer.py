@@ -239,7 +239,7 @@ def test_flex_attention_sees_the_same(kind: str) -> None:
 # -- the encoder ----------------------------------------------------------------------------------------------------------
 
 
-def small(**keys) -> hubert_eff.model.HubertModel:
+def small(**keys) -> hubert_eff.models.hubert.HubertModel:
     """A debug model whose second of audio has several blocks with summaries."""
     torch.manual_seed(0)
     return hubert_eff.build("sparseformer-debug", **{"sparse_stride": 8, "sparse_expressivity": 2, "sparse_window": 5, **keys})

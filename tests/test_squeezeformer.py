@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hubert_eff
+from hubert_eff.encoders.registry import encoder_of, preset_config
 from hubert_eff.encoders.squeezeformer import ScaleBias, SqueezeformerEncoder
 from hubert_eff.errors import UserError
 from hubert_eff.layers.convolution import DepthwiseConv
-from hubert_eff.registry import encoder_of, preset_config
 
 HEADS, DIM, KERNEL, REDUCE, RECOVER, LAYERS = 4, 64, 15, 1, 3, 4
 Weights = dict[str, Tensor]

@@ -8,7 +8,7 @@ import soundfile as sf
 import torch
 
 from hubert_eff.errors import UserError
-from superb_tasks.cache import CachedUpstream, check_space, estimate
+from superb_tasks.running.cache import CachedUpstream, check_space, estimate
 from superb_tasks.upstream.expert import UpstreamExpert
 
 LENGTHS = (16000, 12345, 400, 31999)

@@ -18,13 +18,13 @@ import soundfile as sf
 
 import superb_tasks
 from hubert_eff.cli import main
-from hubert_eff.corpus.espeak import pronounce
+from hubert_eff.data.synthetic.espeak import pronounce
 from hubert_eff.errors import UserError
-from hubert_eff.files import temporary_beside
-from superb_tasks import corpus
-from superb_tasks.corpora import common, diarization, fluent_commands, iemocap, librispeech, snips, speech_commands, voxceleb
-from superb_tasks.corpora.common import NOISES, sex, voices
-from superb_tasks.corpora.speech_commands import KEYWORDS, OTHER_WORDS, check_keywords, folders, make_keywords, split_of
+from hubert_eff.utils.files import temporary_beside
+from superb_tasks.data import corpus
+from superb_tasks.data.generators import common, diarization, fluent_commands, iemocap, librispeech, snips, speech_commands, voxceleb
+from superb_tasks.data.generators.common import NOISES, sex, voices
+from superb_tasks.data.generators.speech_commands import KEYWORDS, OTHER_WORDS, check_keywords, folders, make_keywords, split_of
 from superb_tasks.tasks import TASKS
 
 pytest.importorskip("espeakng_loader")

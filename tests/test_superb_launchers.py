@@ -11,10 +11,10 @@ import pytest
 import yaml
 
 import hubert_eff
-from hubert_eff.exporting import export
+from hubert_eff.exporting.safetensors import export
 from superb_tasks import main as superb_main
 from superb_tasks import run_downstream
-from superb_tasks.corpora.speech_commands import folders, make_keywords
+from superb_tasks.data.generators.speech_commands import folders, make_keywords
 
 pytest.importorskip("s3prl")
 ROOT = Path(__file__).resolve().parents[1]

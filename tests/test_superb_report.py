@@ -15,11 +15,12 @@ import pytest
 
 from hubert_eff.cli import main as cli
 from hubert_eff.errors import UserError
-from hubert_eff.profiling import page
-from hubert_eff.profiling.table2 import METRICS, PAPER_TABLE, REFERENCES, SCORE, paper_figures, superb_score
-from superb_tasks import results, scoring, significance, submission
+from hubert_eff.reports import page
+from hubert_eff.reports.table2 import METRICS, PAPER_TABLE, REFERENCES, SCORE, paper_figures, superb_score
+from superb_tasks.data.utterances import utterances
+from superb_tasks.results import scoring, significance, submission
+from superb_tasks.results import tables as results
 from superb_tasks.tasks import TASKS
-from superb_tasks.utterances import utterances
 
 # HuBERT Base on SUPERB (Yang et al. 2021, table 2), whose score on the leaderboard is 941
 HUBERT_BASE = {

@@ -21,10 +21,13 @@ import yaml
 import hubert_eff
 from hubert_eff.cli import main as cli
 from hubert_eff.errors import UserError
-from hubert_eff.exporting import export
-from superb_tasks import layouts, run_downstream, runner, significance
-from superb_tasks.prepare import prepare
-from superb_tasks.runner import Request, settings_of
+from hubert_eff.exporting.safetensors import export
+from superb_tasks import run_downstream
+from superb_tasks.data import layouts
+from superb_tasks.data.prepare import prepare
+from superb_tasks.results import significance
+from superb_tasks.running import runner
+from superb_tasks.running.runner import Request, settings_of
 from superb_tasks.tasks import TASKS
 
 pytest.importorskip("s3prl")
@@ -218,7 +221,7 @@ def test_a_killed_run_goes_on_and_results_repeat(data, tmp_path):
 @pytest.mark.long
 def test_the_head_learns_what_the_features_hold(data, tmp_path):
     """Even an untrained extractor tells tones apart: each keyword is a tone here."""
-    from superb_tasks.corpora.speech_commands import KEYWORDS, folders
+    from superb_tasks.data.generators.speech_commands import KEYWORDS, folders
 
     shutil.copytree(data, tmp_path / "tones")
     rng = np.random.default_rng(0)

@@ -14,8 +14,9 @@ import soundfile as sf
 
 from hubert_eff.cli import main as cli
 from hubert_eff.errors import UserError
-from hubert_eff.profiling.table2 import METRICS
-from superb_tasks import layouts, scoring
+from hubert_eff.reports.table2 import METRICS
+from superb_tasks.data import layouts
+from superb_tasks.results import scoring
 from superb_tasks.tasks import CONFIGS, LEARNING_RATES, TASKS, check, choose
 
 pytest.importorskip("espeakng_loader")

@@ -14,11 +14,12 @@ import soundfile as sf
 import torch
 
 import hubert_eff
-from hubert_eff.checkpoint import read_fairseq
+from hubert_eff.checkpoints.load import read_fairseq
+from hubert_eff.checkpoints.open import open_model
 from hubert_eff.errors import UserError
-from hubert_eff.exporting import export
+from hubert_eff.exporting.safetensors import export
 from superb_tasks import patches, register
-from superb_tasks.upstream.expert import UpstreamExpert, load_upstream
+from superb_tasks.upstream.expert import UpstreamExpert
 
 LENGTHS = [16000, 15999, 8000, 719, 250, 31999, 12345]  # samples
 
@@ -72,7 +73,7 @@ def test_untrained_models_are_seeded_and_leave_the_random_state_alone():
     torch.manual_seed(5)
     before = torch.get_rng_state()
     names = ("conformer-debug", "conformer-debug@0", "conformer-debug@1")
-    weights = [load_upstream(name).state_dict()["final_proj.weight"] for name in names]
+    weights = [open_model(name).state_dict()["final_proj.weight"] for name in names]
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[1], weights[2])
@@ -91,15 +92,15 @@ def test_a_checkpoint_gives_the_features_of_its_model(tmp_path, wavs):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("", "no upstream given"),
+        ("", "no model is named"),
         ("conformer-debgu", "did you mean 'conformer-debug'"),
         ("conformer-debug@x", "must be a number"),
-        ("models/absent.pt", "no checkpoint at 'models/absent.pt'"),
+        ("models/absent.pt", "no checkpoint at models/absent.pt"),
     ],
 )
 def test_a_source_that_is_none_is_refused(source, message):
     with pytest.raises(UserError, match=message):
-        load_upstream(source)
+        open_model(source)
 
 
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from hubert_eff.analysis.training import LOG, draw_curves, read_log
 from hubert_eff.cli import main
 from hubert_eff.errors import UserError
+from hubert_eff.reports.training_log import LOG, draw_curves, read_log
 
 HEAD = "[2026-01-01 00:00:00,000]"
 SIMPLE = f"""\
@@ -64,7 +64,7 @@ def test_a_log_without_records(tmp_path):
 
 def test_report_of_a_run(tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
-    from hubert_eff.profiling import table1
+    from hubert_eff.reports import table1
 
     monkeypatch.setattr(table1, "PAPER_TABLE", table1.PAPER_TABLE[1:2])
     run, refused = tmp_path / "runs" / "run", tmp_path / "runs" / "refused"

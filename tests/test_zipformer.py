@@ -17,8 +17,8 @@ from hubert_eff.encoders.base import Frames
 from hubert_eff.encoders.zipformer import ZipformerBlock, ZipformerConfig, block_skip
 from hubert_eff.errors import UserError
 from hubert_eff.layers import scaling
-from hubert_eff.layers import weights as attention_weights
 from hubert_eff.layers import zipformer as zipformer_layers
+from hubert_eff.layers import zipformer_attention as attention_weights
 from hubert_eff.layers.activation import swoosh_l, swoosh_r
 from hubert_eff.layers.scaling import Balancer, BiasNorm, Schedule, Whitener, limit_parameter, whitening_metric
 from hubert_eff.layers.zipformer import (

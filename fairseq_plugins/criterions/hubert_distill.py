@@ -18,7 +18,7 @@ import hubert_eff
 from hubert_eff.errors import UserError
 from hubert_eff.quant.distill import check_teacher, codebook_divergence, hidden_distances
 
-from ..stopping import one_line_errors
+from ..runtime.stopping import one_line_errors
 from .hubert_eff import HubertEffCriterion
 from .throughput import audio_seconds
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hubert_eff.errors import UserError
 
-from ..stopping import one_line_errors
+from ..runtime.stopping import one_line_errors
 from .throughput import audio_seconds, log_throughput
 
 
@@ -136,10 +136,10 @@ class HubertEffCriterion(FairseqCriterion):
             elif key.startswith("log_"):
                 metrics.log_scalar(key.removeprefix("log_"), float(value) / frames, frames, priority=40, round=4)
             elif name.startswith("correct_"):
-                count = key.replace("correct_", "count_")
+                counted = key.replace("correct_", "count_")
                 metrics.log_scalar_sum(f"_{key}", float(value))
-                metrics.log_scalar_sum(f"_{count}", float(total[count]))
-                metrics.log_derived(key, _share(f"_{key}", f"_{count}"), priority=2)
+                metrics.log_scalar_sum(f"_{counted}", float(total[counted]))
+                metrics.log_derived(key, _share(f"_{key}", f"_{counted}"), priority=2)
             elif name in ("codes", "labels"):
                 metrics.log_scalar_sum(f"_{key}", torch.as_tensor(value).double().cpu())
                 if name == "labels":

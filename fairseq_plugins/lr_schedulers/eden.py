@@ -13,7 +13,7 @@ from omegaconf import II
 from hubert_eff.errors import UserError
 from hubert_eff.optim import eden
 
-from ..stopping import one_line_errors
+from ..runtime.stopping import one_line_errors
 
 
 @dataclass

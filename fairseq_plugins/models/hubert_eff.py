@@ -10,8 +10,8 @@ from fairseq.dataclass import FairseqDataclass
 from fairseq.models import BaseFairseqModel, register_model
 from omegaconf import II
 
-from hubert_eff.model import HubertModel
-from hubert_eff.registry import EncoderEntry, get_encoder, list_encoders
+from hubert_eff.encoders.registry import EncoderEntry, get_encoder, list_encoders
+from hubert_eff.models.hubert import HubertModel
 
 # keys that other groups of a fairseq config decide
 _INTERPOLATED = {"label_rate": II("task.label_rate"), "normalize": II("task.normalize"), "seed": II("common.seed")}

@@ -12,10 +12,10 @@ from omegaconf import II
 
 import hubert_eff
 from hubert_eff.config import HubertConfig
+from hubert_eff.encoders.registry import preset_config
 from hubert_eff.errors import UserError
 from hubert_eff.quant.storage import is_packed
 from hubert_eff.recognition.model import TRAINING_KEYS, Recognizer, RecognizerConfig
-from hubert_eff.registry import preset_config
 
 _START = {
     "w2v_path": "checkpoint or export of a pre-trained model, of this plug-in or of stock HuBERT, to start from; not kept in what is saved",

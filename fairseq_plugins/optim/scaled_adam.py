@@ -15,7 +15,7 @@ from torch import Tensor
 from hubert_eff.errors import UserError
 from hubert_eff.optim import ScaledAdam
 
-from ..stopping import one_line_errors
+from ..runtime.stopping import one_line_errors
 
 logger = logging.getLogger(__name__)
 

@@ -11,14 +11,15 @@ from fairseq.models import MODEL_REGISTRY
 from fairseq.tasks import FairseqTask, register_task
 from omegaconf import II, OmegaConf
 
+from hubert_eff.checkpoints.load import FINE_TUNED
 from hubert_eff.config import SAMPLE_RATE
+from hubert_eff.data.tsv import Manifest, read_manifest
 from hubert_eff.errors import UserError, unknown
 from hubert_eff.recognition.alphabet import Alphabet
-from hubert_eff.recognition.checkpoint import NAMES
 
-from .. import checks
-from ..stopping import one_line_errors
-from ..transcripts import TranscribedDataset, check_transcripts, read_transcripts
+from ..data import checks
+from ..data.transcripts import TranscribedDataset, check_transcripts, read_transcripts
+from ..runtime.stopping import one_line_errors
 from .safe import SafeConfig, SafeTask, check_run, entries
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ class HubertEffFinetuningTask(SafeTask, FairseqTask):
         if dictionary.is_file():
             symbols = checks.read_dictionary(dictionary)
             return cls(cfg, Alphabet(symbols.symbols[symbols.nspecial :]))
-        manifest = checks.read_manifest(Path(cfg.data) / f"{cfg.dictionary_split}.tsv")
+        manifest = read_manifest(Path(cfg.data) / f"{cfg.dictionary_split}.tsv")
         return cls(cfg, Alphabet.of(read_transcripts(manifest, folder, cfg.labels)[0]))
 
     @property
@@ -90,8 +91,8 @@ class HubertEffFinetuningTask(SafeTask, FairseqTask):
     @one_line_errors()
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Any:
         """Build the model. What its encoder is and its letters go into `cfg`, which is saved with it, and the path goes out of it."""
-        if cfg._name not in MODEL_REGISTRY or cfg._name not in NAMES:
-            raise unknown("model for fine-tuning", cfg._name, NAMES)
+        if cfg._name not in MODEL_REGISTRY or cfg._name not in FINE_TUNED:
+            raise unknown("model for fine-tuning", cfg._name, FINE_TUNED)
         if cfg.w2v_path:
             self.note_file("model.w2v_path", Path(cfg.w2v_path))
         self.model = super().build_model(cfg, from_checkpoint)
@@ -110,7 +111,7 @@ class HubertEffFinetuningTask(SafeTask, FairseqTask):
     def load_dataset(self, split: str, **kwargs: Any) -> None:
         """Check and open one split."""
         cfg, training = self.cfg, split == self.cfg.train_subset
-        manifest = checks.read_manifest(Path(cfg.data) / f"{split}.tsv")
+        manifest = read_manifest(Path(cfg.data) / f"{split}.tsv")
         checks.check_lengths(manifest, cfg.min_sample_size, cfg.max_sample_size)
         texts, source = read_transcripts(manifest, Path(cfg.label_dir or cfg.data), cfg.labels)
         speeds = list(cfg.speed_perturb) if training else [1.0]
@@ -123,7 +124,7 @@ class HubertEffFinetuningTask(SafeTask, FairseqTask):
         self.datasets[split] = TranscribedDataset(manifest, spelled, speeds, *limits, cfg.seed, training)
         self.datasets[split].equal_lengths = not training and self.sees_padding
 
-    def _longest(self, manifest: checks.Manifest, split: str, shortest: int, longest: int) -> int:
+    def _longest(self, manifest: Manifest, split: str, shortest: int, longest: int) -> int:
         """`longest`, or the samples that a batch may have: utterances beyond are left out, and named. Raises `UserError` if all are."""
         most = self.max_tokens(split) or longest
         kept = [i for i, samples in enumerate(manifest.samples) if shortest <= samples <= longest]
@@ -141,6 +142,6 @@ class HubertEffFinetuningTask(SafeTask, FairseqTask):
 
     def files(self, split: str) -> dict[str, Path | bytes]:
         """See `SafeTask`."""
-        manifest = checks.read_manifest(Path(self.cfg.data) / f"{split}.tsv")
+        manifest = read_manifest(Path(self.cfg.data) / f"{split}.tsv")
         texts, _ = read_transcripts(manifest, Path(self.cfg.label_dir or self.cfg.data), self.cfg.labels)
         return {manifest.path.name: entries(manifest), f"text of {split}": "\n".join(texts).encode()}

@@ -18,16 +18,17 @@ from omegaconf import II, OmegaConf
 
 import hubert_eff
 from hubert_eff.config import RECEPTIVE_FIELD
+from hubert_eff.data.tsv import read_manifest
+from hubert_eff.encoders.registry import list_encoders
 from hubert_eff.errors import UserError, unknown
-from hubert_eff.frontend import receptive_field
+from hubert_eff.models.extractor import receptive_field
 from hubert_eff.quant.distill import start_from
 from hubert_eff.quant.functional import FLOOR
 from hubert_eff.quant.monitor import Monitor, scales
-from hubert_eff.registry import list_encoders
 
-from .. import checks
-from ..dataset import SeededHubertDataset
-from ..stopping import one_line_errors
+from ..data import checks
+from ..data.dataset import SeededHubertDataset
+from ..runtime.stopping import one_line_errors
 from .safe import SafeConfig, SafeTask, check_run, entries
 
 logger = logging.getLogger(__name__)
@@ -102,7 +103,7 @@ class HubertEffPretrainingTask(SafeTask, HubertPretrainingTask):
             if model.config.quant != "none":
                 self.monitor = Monitor(model)
                 for scale in scales(model):
-                    scale.param_group = "scales"  # what fairseq's optimizer `composite` goes by
+                    scale.param_group = "scales"  # type: ignore[attr-defined]  # what fairseq's optimizer `composite` goes by
             self.model = model  # for criteria that check it
         return model
 
@@ -159,14 +160,15 @@ class HubertEffPretrainingTask(SafeTask, HubertPretrainingTask):
         """See `SafeTask`."""
         labels = Path(self.get_label_dir())
         names = [name for label in self.cfg.labels for name in (f"{split}.{label}", f"dict.{label}.txt")]
-        manifest = checks.read_manifest(Path(self.cfg.data) / f"{split}.tsv")
+        manifest = read_manifest(Path(self.cfg.data) / f"{split}.tsv")
         return {manifest.path.name: entries(manifest), **{name: labels / name for name in names}}
 
     @one_line_errors()
     def train_step(self, sample: Any, model: Any, criterion: Any, optimizer: Any, update_num: int, ignore_grad: bool = False) -> Any:
         """Forward and backward; ends the run if the loss is not finite."""
         self._check_groups(optimizer)
-        with self.monitor.watching() if self._looks(update_num) else nullcontext():
+        monitor = self._due(update_num)
+        with monitor.watching() if monitor else nullcontext():
             return super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad)
 
     def _check_groups(self, optimizer: Any) -> None:
@@ -179,21 +181,23 @@ class HubertEffPretrainingTask(SafeTask, HubertPretrainingTask):
             )
         self.groups_checked = True
 
-    def _looks(self, update_num: int) -> bool:
-        return self.monitor is not None and (update_num + 1) % max(self.cfg.log_interval, 1) == 0
+    def _due(self, update_num: int) -> Monitor | None:
+        """The monitor of a binarised model at every `log_interval`, else None."""
+        return self.monitor if (update_num + 1) % max(self.cfg.log_interval, 1) == 0 else None
 
     def optimizer_step(self, optimizer: Any, model: Any, update_num: int) -> None:
         """One update; at every `log_interval` what it did to a binarised model is logged."""
-        if not self._looks(update_num):
+        monitor = self._due(update_num)
+        if monitor is None:
             super().optimizer_step(optimizer, model, update_num)
             return
-        self.monitor.before_update()
+        monitor.before_update()
         super().optimizer_step(optimizer, model, update_num)
-        health = self.monitor.after_update()
+        health = monitor.after_update()
         for key, share in health.by_block().items():
             metrics.log_scalar(key, share, priority=50, round=4)
         logger.info(f"update {update_num + 1}: {health.worst()}")
-        for name in self.monitor.collapsed():
+        for name in monitor.collapsed():
             logger.warning(
                 f"update {update_num + 1}: the scale of {name} has fallen to its floor, {FLOOR:g}: its input no longer reaches what "
                 "follows; lower the learning rate of the scales, or go on from an earlier checkpoint"

@@ -20,13 +20,13 @@ from torch import distributed as dist
 
 from hubert_eff.analysis.layer_trends import LayerTrends, Record, TrendLog, look
 from hubert_eff.config import MEL_FRONTS
+from hubert_eff.data.tsv import Manifest
 from hubert_eff.errors import UserError, unknown
-from hubert_eff.labels.tsv import Manifest
 from hubert_eff.layers.norm import left_out
 
-from .. import stopping
-from ..saving import check_save_dir
-from ..stopping import one_line_errors
+from ..runtime import stopping
+from ..runtime.saving import check_save_dir
+from ..runtime.stopping import one_line_errors
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +172,8 @@ class SafeTask:
     @contextmanager
     def _record(self, model: Any, update_num: int) -> Iterator[list[Tensor]]:
         """Around a forward pass: where a record of layer trends is due, take and write it. Yields a list for the loss."""
-        interval, losses = self.cfg.trends_interval, []
+        interval: int = self.cfg.trends_interval
+        losses: list[Tensor] = []
         due = interval > 0 and update_num % interval == 0 and update_num != self.looked_at
         if not due or (dist.is_initialized() and dist.get_rank() > 0):
             yield losses

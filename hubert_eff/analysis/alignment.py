@@ -17,10 +17,10 @@ from torch import Tensor
 
 from ..config import FRAME_STRIDE, SAMPLE_RATE
 from ..errors import UserError, missing_extra
-from ..progress import progress
 from ..recognition.alphabet import BLANK, BOUNDARY
 from ..recognition.decoder import shifted
 from ..recognition.model import Recognizer
+from ..utils.progress import progress
 
 FRAME_SECONDS = FRAME_STRIDE / SAMPLE_RATE
 HEADS = ("ctc", "attention")

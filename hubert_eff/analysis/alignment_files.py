@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..config import SAMPLE_RATE
 from ..errors import missing_extra
-from ..files import replacing
+from ..utils.files import replacing
 from .alignment import FRAME_SECONDS, Segment
 
 

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError, printable
-from ..files import write_text
 from ..layers.convolution import DepthwiseConv
 from ..layers.position import PositionalConv1d
+from ..utils.files import write_text
 
 FILE = "trends.jsonl"
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, DepthwiseConv, PositionalConv1d)

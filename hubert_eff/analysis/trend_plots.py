@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import missing_extra
-from ..files import replacing, writable
+from ..utils.files import replacing, writable
 from .layer_trends import Record, by_block, place
 from .plots import LINES, distinct_colors, plot_text
 

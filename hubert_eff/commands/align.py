@@ -40,9 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Align and print; returns 0."""
     from ..analysis.alignment import block_norms, cross_attention, ctc_alignment, direction, gradients, segments, viterbi
-    from ..files import writable
     from ..recognition import load_recognizer
     from ..recognition.recordings import read_recording
+    from ..utils.files import writable
 
     model = load_recognizer(args.checkpoint)
     places = ["input", *map(str, range(len(model.hubert.encoder.layers) + 1))]
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _text(given: str) -> str:
     """A text, or what a file of that name holds. Raises `UserError` for a file that holds none, and for the path of a folder."""
-    from ..labels.lines import read_lines
+    from ..data.lines import read_lines
 
     path = Path(given)
     try:
@@ -112,7 +112,7 @@ def _write(
 ) -> None:
     from ..analysis.alignment_files import ctm, draw_alignment, draw_blocks, textgrid
     from ..config import SAMPLE_RATE
-    from ..files import write_json, write_text
+    from ..utils.files import write_json, write_text
 
     write_text(out / f"{name}.ctm", ctm(name, words))
     write_text(out / f"{name}.TextGrid", textgrid({"words": words, "letters": letters}, wav.size(1) / SAMPLE_RATE))

@@ -56,13 +56,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from ..files import writable, write_json
-    from ..profiling import bench_report
-    from ..profiling.cost import resolve
+    from ..checkpoints.open import open_model
     from ..profiling.latency import measure, measure_shares, plain
     from ..profiling.machine import machine
     from ..profiling.precision import at_precision, shipped
-    from ..profiling.report import show
+    from ..reports import bench as bench_report
+    from ..reports.tables import show
+    from ..utils.files import writable, write_json
 
     if not args.models:
         raise UserError("name one or more presets or checkpoints, or ask for --roofline")
@@ -70,7 +70,7 @@ def _bench(args: argparse.Namespace) -> int:
         writable(args.out)  # before minutes of measuring
     models = {
         name if precision == "float32" else f"{name} {precision}": at_precision(shipped(model), precision)
-        for model, name in map(resolve, dict.fromkeys(args.models))
+        for name, model in {name: open_model(name) for name in args.models}.items()
         for precision in args.precision
     }
     timings = measure(models, args.seconds, args.batch, args.rounds, args.device)
@@ -93,8 +93,8 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _roofline(args: argparse.Namespace) -> int:
-    from ..files import writable, write_text
     from ..profiling.machine import guard, measure_roofline
+    from ..utils.files import writable, write_text
 
     if args.models or args.device != "cpu":
         raise UserError("--roofline measures this CPU and nothing else: leave out the models and --device")

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ..binarize_recipe import Recipe
+from ..recipes.binarize import Recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

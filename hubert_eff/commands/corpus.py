@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import missing_extra, printable
-from ..locks import locked
+from ..utils.locks import locked
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Make the corpus and print its summary."""
     if args.kind == "demo":
-        from ..corpus.demo import make_demo
+        from ..data.synthetic.sentences import make_demo
 
         whole = args.out.absolute()  # the folder appears as a whole: the lock stands beside it
         with locked(whole.parent, hashlib.sha256(os.fsencode(whole.name)).hexdigest()[:8]):
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
 def _make_superb(args: argparse.Namespace) -> dict[str, Any]:
     try:
         # by name: hubert_eff does not depend on the bridge to S3PRL, which stands above it
-        bridge = importlib.import_module("superb_tasks.corpus")
+        bridge = importlib.import_module("superb_tasks.data.corpus")
     except ModuleNotFoundError as error:
         raise missing_extra(error.name or "superb_tasks", "superb", "the corpus of a SUPERB task") from error
     tasks = [task.strip() for task in args.task.split(",") if task.strip()]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..demo import Demo, table
+from ..recipes.demo import Demo, table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

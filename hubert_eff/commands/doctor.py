@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Diagnose and print; returns 0 when usable, 1 when something is broken."""
-    from ..doctor import diagnose, read_environment, report
+    from ..reports.environment import diagnose, read_environment, report
 
     environment = read_environment()
     findings = diagnose(environment)

@@ -35,12 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the file and its card, and say how large it is."""
-    from ..card import write_card
-    from ..checkpoint import average, last_checkpoints
-    from ..exporting import export, is_export, read_metadata, require_no_heads
-    from ..files import writable
-    from ..onnx_export import export_onnx, require_onnx, require_onnx_form
-    from ..profiling.cost import resolve
+    from ..checkpoints.load import average, last_checkpoints
+    from ..checkpoints.open import open_model
+    from ..checkpoints.safetensors import is_export, read_metadata
+    from ..exporting.onnx import export_onnx, require_onnx, require_onnx_form
+    from ..exporting.safetensors import export, require_no_heads
+    from ..reports.model_card import write_card
+    from ..utils.files import writable
 
     if args.out is None and args.onnx is None:
         raise UserError("--out FILE.safetensors is needed, or --onnx FILE.onnx")
@@ -58,7 +59,8 @@ def run(args: argparse.Namespace) -> int:
     if args.onnx is not None:
         require_onnx()
     if args.average is None:
-        model, name = resolve(args.model, args.policy)
+        preset_keys = {} if args.policy == "default" else {"quant_policy": args.policy}
+        model, name = open_model(args.model, **preset_keys), args.model
     else:
         files = last_checkpoints(args.model, args.average)
         if len(files) < args.average:

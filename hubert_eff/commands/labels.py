@@ -73,8 +73,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _make(args: argparse.Namespace) -> int:
     from ..labels.features import FeatureSource
-    from ..labels.targets import make_labels
-    from ..locks import locked
+    from ..labels.make import make_labels
+    from ..utils.locks import locked
 
     if args.out is None:
         raise UserError("--out LABELDIR is missing: the folder for the labels")

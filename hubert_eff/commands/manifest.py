@@ -14,7 +14,7 @@ from ..errors import printable
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments; their defaults are those of `labels.manifest.Options`."""
-    from ..labels.manifest import MIN_FOLDERS, SPLITS, Options
+    from ..data.manifest import MIN_FOLDERS, SPLITS, Options
 
     parser.add_argument(
         "source", metavar="DIR", type=Path,
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Make the manifests and print what came of it."""
-    from ..labels.manifest import Options, make_manifest
+    from ..data.manifest import Options, make_manifest
 
     options = Options(**{f.name: getattr(args, f.name) for f in fields(Options)})
     summary = make_manifest(args.source, args.out, args.cache, options)

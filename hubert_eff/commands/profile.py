@@ -29,8 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Profile and print; returns 0."""
-    from ..profiling import profile, table1
-    from ..profiling.report import compare, render, show
+    from ..profiling import profile
+    from ..reports import table1
+    from ..reports.tables import compare, render, show
 
     if args.table1:
         given = [*args.models, *(f"--{name}" for name in ("seconds", "depth", "device") if getattr(args, name) is not None)]

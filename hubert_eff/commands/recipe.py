@@ -35,8 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the steps that have not ended, or say what they are."""
-    from ..pretraining import Pretraining
-    from ..profiling.needs import MFU
+    from ..profiling.training_cost import MFU
+    from ..recipes.pretrain import Pretraining
 
     recipe = Pretraining(
         args.speech, args.out, args.config, args.gpus, tuple(args.updates), tuple(args.clusters), args.layer, args.folder_level,
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _plan(found: dict[str, Any]) -> None:
-    from ..profiling.report import plain_table, show
+    from ..reports.tables import plain_table, show
 
     for step in found["steps"]:
         print(f"# {step['title']}{' (done before)' if step['done'] else ''}\n{shlex.join(step['command'])}\n")

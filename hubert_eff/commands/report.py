@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the report and say where; returns 0."""
     from ..errors import printable, require
-    from ..profiling.page import collect, write_report
+    from ..reports.page import collect, write_report
 
     require("matplotlib", "plot", "the report")
     found = collect(args.folders)

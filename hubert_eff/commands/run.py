@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Extract and say what was written; returns 1 if files were left out."""
     if args.stream is not None:
-        from ..live import stream_command
+        from ..streaming.live import stream_command
 
         for option in ("layer", "batch", "window"):
             if getattr(args, option) is not None:
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         return stream_command(args.model, args.audio, args.stream, args.out, args.json)
     if args.out is None:
         raise UserError("--out is missing: name a .npz or .pt file for the features")
-    from ..extraction import CONTEXT, SUFFIXES, WINDOW, extract, summary
+    from ..inference.extraction import CONTEXT, SUFFIXES, WINDOW, extract, summary
 
     if args.out.suffix not in SUFFIXES:  # before torch's half a second
         raise UserError(f"--out {args.out} must end in {' or '.join(SUFFIXES)}")

@@ -95,7 +95,7 @@ def _run(args: argparse.Namespace) -> int:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # S3PRL asks whether there is a GPU, not whether it is to be used
     if not sys.stderr.isatty():  # S3PRL's progress bars: a line now and then in a log, not ten redraws a second
         os.environ.setdefault("TQDM_MININTERVAL", "10")  # read when tqdm is imported
-    runner = _bridge("runner")
+    runner = _bridge("running.runner")
     request = runner.Request(
         args.upstream, args.data, args.steps, args.lr, args.lr_sweep, args.small, args.seed, args.device, args.workers, args.cache
     )
@@ -113,9 +113,9 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from ..profiling.report import plain_table, show
+    from ..reports.tables import plain_table, show
 
-    results = _bridge("results")
+    results = _bridge("results.tables")
     values = results.report(args.folders, args.out)
     if args.json:
         print(json.dumps(values, indent=2, ensure_ascii=False))

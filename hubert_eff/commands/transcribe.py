@@ -32,9 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Recognise and print; returns 1 if recordings were left out, 2 if all were."""
-    from ..progress import progress
     from ..recognition import load_recognizer, transcribe
     from ..recognition.recordings import read_recording
+    from ..utils.progress import progress
 
     model = load_recognizer(args.checkpoint)
     model.check_ctc()

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Read or measure, print alarms; returns 0, alarms or not."""
     from ..analysis.layer_trends import EXPLODED, Record, alarms
-    from ..files import writable, write_json
+    from ..utils.files import writable, write_json
 
     if args.blocks < 2:
         raise UserError(f"--blocks {args.blocks} must be at least 2")
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _records(paths: list[Path]) -> list[Any]:
     from ..analysis.layer_trends import FILE, look, read_trends
-    from ..checkpoint import load, updates_of
+    from ..checkpoints.load import load, updates_of
 
     if len(paths) == 1 and paths[0].is_dir():
         file = paths[0] / FILE

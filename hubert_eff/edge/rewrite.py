@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from ..encoders.base import Encoder
 from ..errors import UserError
-from ..fusing import fuse
 from ..layers.chunks import Chunks
 from ..layers.convolution import GroupedConv2d
 from ..layers.grid import ChannelsFirst, GridAttention, GridNorm, grid_norm
 from ..layers.position import PositionalConv1d
+from ..models.fuse import fuse
 from .numerics import conditional_softmax, mad_layer_norm
 
 M = TypeVar("M", bound=nn.Module)

@@ -25,8 +25,8 @@ from ..layers.kinds import DEPTHWISE, POINTWISE, Kind
 from ..layers.linear import Linear
 from ..layers.norm import NORMS, MaskedBatchNorm, norm_of
 from ..layers.position import relative_sinusoids
-from ..registry import register_encoder
 from .base import DEBUG, Encoder, Frames, published_size
+from .registry import register_encoder
 
 
 @dataclass

@@ -22,8 +22,8 @@ from ..layers.grid import GridAttention, GridBlock, Residual, depthwise, pointwi
 from ..layers.kinds import DEPTHWISE, FEED_FORWARD, POINTWISE, PRODUCT, PROJECTION, Kind, head_shapes
 from ..layers.linear import Linear
 from ..layers.norm import MaskedBatchNorm
-from ..registry import register_encoder
 from .base import DEBUG, HUBERT_BASE, Encoder, Frames
+from .registry import register_encoder
 
 
 @dataclass

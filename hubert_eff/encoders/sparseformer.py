@@ -10,8 +10,8 @@ from torch import nn
 from ..config import HubertConfig, option
 from ..errors import UserError
 from ..layers.sparse import SparsePattern, SparseSelfAttention
-from ..registry import register_encoder
 from .base import DEBUG, HUBERT_BASE, Encoder
+from .registry import register_encoder
 from .transformer import TransformerBlock
 
 

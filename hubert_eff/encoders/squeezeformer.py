@@ -24,9 +24,9 @@ from ..layers.kinds import DEPTHWISE, POINTWISE, RATE_CHANGE, Kind
 from ..layers.linear import Linear
 from ..layers.norm import MaskedBatchNorm, NoNorm
 from ..layers.position import relative_sinusoids, repeated
-from ..registry import register_encoder
 from .base import DEBUG, Encoder, Frames, published_size
 from .conformer import ConformerBlock, ConformerConfig
+from .registry import register_encoder
 
 REDUCTION_KERNEL = 5
 BATCH_NORM_MOMENTUM = 0.015  # Keras' 0.985, as torch counts it

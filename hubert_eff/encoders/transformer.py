@@ -16,8 +16,8 @@ from ..layers.dropout import Dropout
 from ..layers.grid import GridBlock, Residual, grid_norm, pointwise
 from ..layers.kinds import FEED_FORWARD, Kind
 from ..layers.linear import Linear
-from ..registry import register_encoder
 from .base import DEBUG, HUBERT_BASE, Encoder, Frames
+from .registry import register_encoder
 
 
 @dataclass

@@ -29,8 +29,8 @@ from ..layers.zipformer import (
     skipped,
     whitener,
 )
-from ..registry import register_encoder
 from .base import DEBUG, HUBERT_BASE, Encoder, Frames
+from .registry import register_encoder
 
 
 class Stack(NamedTuple):

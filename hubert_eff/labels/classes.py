@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from ..data.lines import read_lines, scan, shown
 from ..errors import UserError
-from .lines import read_lines, scan, shown
 
 COUNT = re.compile(r"\d{1,18}", re.ASCII)
 

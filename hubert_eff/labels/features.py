@@ -25,7 +25,7 @@ from ..errors import UserError, missing_extra
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..model import HubertModel
+    from ..models.hubert import HubertModel
 
 MFCC_RATE = 100.0
 MFCC_STRIDE = SAMPLE_RATE // 100
@@ -140,8 +140,8 @@ class HiddenLayer:
     def __init__(self, checkpoint: str, layer: int, device: str, batch_seconds: float) -> None:
         import torch
 
-        from ..checkpoint import load
-        from ..frontend import receptive_field
+        from ..checkpoints.load import load
+        from ..models.extractor import receptive_field
 
         model: HubertModel = load(checkpoint)
         depth = len(model.encoder.layers)
@@ -166,7 +166,7 @@ class HiddenLayer:
     def extract(self, audio: list[Array]) -> Iterator[tuple[int, Array]]:
         import torch
 
-        from ..model import normalize_waveform
+        from ..models.hubert import normalize_waveform
 
         if self.normalize:
             audio = [normalize_waveform(torch.from_numpy(wav)[None])[0].numpy() for wav in audio]

@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import UserError, missing_extra
-from ..files import replacing
-from ..progress import progress
+from ..utils.files import replacing
+from ..utils.progress import progress
 
 BATCH = 10_000
 PATIENCE = 100

@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..data.lines import decimal, read_json, read_lines, shown
+from ..data.tsv import Manifest, read_manifest, read_parts
 from ..errors import UserError
 from .features import CENTRE
-from .lines import decimal, read_json, read_lines, shown
 from .record import HINT, read_record
-from .tsv import Manifest, read_manifest, read_parts
 
 Intervals = list[tuple[float, float, str]]  # start s, end s, label; in order of time
 Parts = list[tuple[float, float, str, float]]  # start s, end s, real path of the recording, second of it that is heard at the start

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..data.lines import read_json, shown, value_shown
+from ..data.tsv import Manifest
 from ..errors import UserError
 from .classes import Labels
-from .lines import read_json, shown, value_shown
-from .tsv import Manifest
 
 RECORD = "labels.json"
 HINT = "make the labels again with `hubert-eff labels`"

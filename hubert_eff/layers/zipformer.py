@@ -21,7 +21,7 @@ from .position import repeated
 from .precision import wide
 from .scaling import LIMIT_RATE, Balancer, Schedule, Scheduled, Whitener, chance, limit_parameter
 from .tracing import is_tracing
-from .weights import RelativeWeights
+from .zipformer_attention import RelativeWeights
 
 
 def scaled_linear(inputs: int, outputs: int, scale: float, bias: bool = True) -> Linear:

@@ -10,26 +10,26 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from ..checkpoints.open import open_model
 from ..config import SAMPLE_RATE
 from ..errors import UserError, unknown
 from ..layers.bits import Bits, stored_bits
-from ..model import LABEL_EMBEDDINGS
+from ..models.hubert import LABEL_EMBEDDINGS
 from ..quant import quant_report
 from ..quant.storage import PACKED_TYPES
-from ..registry import list_presets
-from ..torchfile import structure_only
+from ..utils.evaluating import evaluating
 from .counters import Counts, Tally, count_operations
 from .device import read_device
 
 if TYPE_CHECKING:
-    from ..model import HubertModel
+    from ..models.hubert import HubertModel
 
 MIN_SAMPLES = 400  # the receptive field of one frame: 25 ms
 MAX_SECONDS = 3600.0
@@ -124,12 +124,6 @@ class Profile:
         values["modules"] = tree(self.modules, depth)
         return values
 
-    def table(self, depth: int = 3) -> str:
-        """The report as plain text, modules down to `depth` levels below the model."""
-        from .report import render_text
-
-        return render_text(self, depth)
-
 
 def _plain(macs_by_bits: Mapping[Bits, int]) -> dict[str, int]:
     return {f"{weight}x{activation}": macs for (weight, activation), macs in sorted(macs_by_bits.items(), reverse=True)}
@@ -155,7 +149,7 @@ def profile(
     rates = read_device(device)
     if bops not in BOPS:
         raise unknown("BOP convention", bops, BOPS)
-    model, name = resolve(model_or_preset, structure=not torch.is_autocast_enabled("cpu"))  # which does not reach meta tensors
+    model, name = model_of(model_or_preset, structure=not torch.is_autocast_enabled("cpu"))  # which does not reach the meta device
     samples = round(seconds * SAMPLE_RATE)
     counts, frames = _count(model, samples)
     total = counts.total()
@@ -232,30 +226,13 @@ def _without_values(model: nn.Module) -> Iterator[None]:
             holder.update(values)
 
 
-def resolve(
-    model_or_preset: HubertModel | str | os.PathLike[str], policy: str = "default", structure: bool = False
-) -> tuple[HubertModel, str]:
-    """(model, name to show) of a model, a preset by name, or a checkpoint by path.
-
-    structure: build a preset without storage (`structure_only`). `PRESET+w1a1` is a preset binarised by `policy`. Raises `UserError` for
-    another name.
-    """
-    if isinstance(model_or_preset, nn.Module):
-        if not hasattr(model_or_preset, "hidden_states"):
-            raise UserError(f"a {type(model_or_preset).__name__} has no hidden_states(): give a HubertModel, a preset or a checkpoint")
-        return model_or_preset, type(model_or_preset).__name__
-    name = os.fspath(model_or_preset)
-    base, _, scheme = name.partition("+")
-    if base in list_presets():
-        from ..model import build
-
-        with structure_only() if structure else nullcontext():
-            return (build(name, quant_policy=policy) if scheme else build(name)), name
-    if os.path.exists(name):
-        from ..checkpoint import load
-
-        return load(name), name
-    raise unknown("preset or checkpoint", name, list_presets())
+def model_of(model_or_name: HubertModel | str | os.PathLike[str], structure: bool = False) -> tuple[HubertModel, str]:
+    """(model, name to show) of a model, or of what `open_model` takes; `structure`: of a preset, without storage."""
+    if isinstance(model_or_name, nn.Module):
+        if not hasattr(model_or_name, "hidden_states"):
+            raise UserError(f"a {type(model_or_name).__name__} has no hidden_states(): give a HubertModel, a preset or a checkpoint")
+        return model_or_name, type(model_or_name).__name__
+    return open_model(model_or_name, structure=structure), os.fspath(model_or_name)
 
 
 def noise(model: nn.Module, seconds: float, batch: int = 1) -> Tensor:
@@ -263,19 +240,6 @@ def noise(model: nn.Module, seconds: float, batch: int = 1) -> Tensor:
     parameter = next(model.parameters())
     wave = torch.randn(batch, round(seconds * SAMPLE_RATE), generator=torch.Generator().manual_seed(0))
     return wave.to(parameter.device, parameter.dtype)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; the mode of every module is restored."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def paper_storage(model: nn.Module, float_bytes: int | None = None) -> float:

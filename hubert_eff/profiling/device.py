@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 
 from ..errors import UserError, unknown
-from ..files import config_dir
 from ..layers.bits import Bits
+from ..utils.files import config_dir
 
 PAPER_UNIT = 1024  # the paper divides 2^30 bit operations by so many per "TOP" (2^40 operations)
 

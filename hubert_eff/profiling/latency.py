@@ -19,14 +19,15 @@ from torch import Tensor, nn
 
 from ..config import SAMPLE_RATE
 from ..errors import UserError
-from ..progress import progress
-from .cost import MAX_SECONDS, MIN_SAMPLES, evaluating, noise
+from ..utils.evaluating import evaluating
+from ..utils.progress import progress
+from .cost import MAX_SECONDS, MIN_SAMPLES, noise
 from .counters import Counts, Tally, count_operations
 from .machine import guard, peak_growth, seconds_of
 from .precision import FLOAT, PRECISIONS, form_of, label, own_weights, precision_of, without_precision
 
 if TYPE_CHECKING:
-    from ..model import HubertModel
+    from ..models.hubert import HubertModel
 
 WARM_UP = 2  # calls before the timed ones
 BLOCKS = "encoder.layers"

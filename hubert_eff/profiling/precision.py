@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from ..errors import UserError, unknown
-from ..fusing import fuse
 from ..layers.linear import Linear
+from ..models.fuse import fuse
 from ..quant.packing import convert_rest, pack
 from ..quant.storage import is_packed
 
 if TYPE_CHECKING:
-    from ..model import HubertModel
+    from ..models.hubert import HubertModel
 
 PRECISIONS = ("float32", "bfloat16", "int8")
 FLOAT, PACKED, SIMULATED = "float", "packed", "simulated"  # forms: one-bit models run from bits, or as the floats that train

@@ -1,24 +1,19 @@
-"""`binarize`: a float HuBERT as one that trains and runs at one bit, by a policy; what became of each of its modules."""
+"""Modules of a float model become binary ones, by a policy: what is decided for each, and doing it in place."""
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from torch import nn
 
-from ..errors import UserError, unknown
+from ..errors import UserError
 from ..layers.activation import relu
 from ..layers.convolution import DepthwiseConv
 from ..layers.kinds import BINARY_KINDS, DEPTHWISE, POINTWISE, Declared, Kind
-from ..model import HubertModel
 from .attention import FORMS
 from .modules import BinaryConv1d, BinaryLinear, FrameMask, Quantizer
-from .policy import BINARY, POLICIES, SPECS, Policy, is_policy, read_policy
+from .policy import BINARY, Policy
 
 
 @dataclass(frozen=True)
@@ -40,47 +35,10 @@ class Decision:
         return part
 
 
-def binarize(
-    model: HubertModel, spec: str | Path | Mapping[str, Any] = "w1a1", policy: str | Path | Mapping[str, Any] = "default"
-) -> HubertModel:
-    """A binarised copy of a HuBERT with any encoder; the source is not changed.
-
-    spec: w1a1 (one-bit weights and activations), w1a2 (activations of two bits), or a policy, which stands for w1a1 by that policy.
-    policy: default, paper, a YAML file or a mapping (quant/policy.py). The copy has the source's weights as float `weight`s, of which
-    signs are taken as it runs; scales of activations start from the first batch in train mode. A w1a2 model becomes w1a1 with the scales
-    it has learned; its policy is kept.
-    Raises `UserError` for an unknown spec or policy, one that names a module that is not there or leaves all float, a fused model, and
-    one that is binarised already.
-    """
-    if not isinstance(model, HubertModel):
-        raise UserError(f"cannot binarise a {type(model).__name__}: expected a HubertModel")
-    if is_policy(spec):
-        spec, policy = "w1a1", spec
-    if spec not in SPECS:
-        raise unknown("quantisation", spec, [*SPECS, *POLICIES])
-    if model.fused:
-        raise UserError("this model is fused for inference: binarise the model that it was made from")
-    was = model.config.quant
-    if was == "w1a2" and spec == "w1a1":
-        config = dataclasses.replace(model.config, quant=spec)
-        lower = HubertModel(config, model.num_classes)
-        lower.load_state_dict(model.state_dict())
-        lower.to(next(model.parameters()).device, next(model.parameters()).dtype)
-        lower.set_num_updates(model.num_updates)
-        return lower.train(model.training)
-    if was != "none":
-        raise UserError(f"this model is binarised already ({was}): binarise its float form")
-    chosen = read_policy(policy)
-    copied = copy.deepcopy(model)
-    copied.config = dataclasses.replace(model.config, quant=spec, quant_policy=chosen.text)
-    convert(copied, SPECS[spec], chosen)
-    return copied.train(model.training)
-
-
-def decisions(model: HubertModel, policy: Policy) -> list[Decision]:
-    """What the policy decides for each declared part of a model, float or binarised, in the model's order."""
+def decisions(model: nn.Module, policy: Policy) -> list[Decision]:
+    """What the policy decides for each declared part of a HuBERT, float or binarised, in the model's order."""
     found = []
-    blocks = {f"encoder.layers.{index}": block for index, block in enumerate(model.encoder.layers)}
+    blocks = {f"encoder.layers.{index}": block for index, block in enumerate(_blocks(model))}
     for prefix, block in blocks.items():
         parts = [part for path, module in block.named_modules(prefix=prefix) for part in _parts(module, path)]
         conv = any(kind.name in (POINTWISE, DEPTHWISE) for _, _, _, kind in parts)
@@ -93,6 +51,12 @@ def decisions(model: HubertModel, policy: Policy) -> list[Decision]:
     return [Decision(path, owner, name, kind, *policy.decide(path, kind.name), conv) for path, owner, name, kind, conv in found]
 
 
+def _blocks(model: nn.Module) -> nn.ModuleList:
+    layers = model.get_submodule("encoder.layers")
+    assert isinstance(layers, nn.ModuleList)
+    return layers
+
+
 def _parts(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module, str, Kind]]:
     if isinstance(module, Declared):
         for name, kind in module.kinds().items():
@@ -100,13 +64,13 @@ def _parts(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module, str, 
                 yield f"{path}.{name}" if path else name, module, name, kind
 
 
-def convert(model: HubertModel, bits: int, policy: Policy) -> None:
-    """Binarise a model in place; its weights stay the parameters they are."""
+def convert(model: nn.Module, bits: int, policy: Policy) -> None:
+    """Binarise a HuBERT in place; its weights stay the parameters they are."""
     chosen = decisions(model, policy)
     if all(choice.action != BINARY for choice in chosen):
         kinds = sorted({choice.kind.name for choice in chosen if choice.kind.name in BINARY_KINDS})
         found = f"its policy leaves float all that its blocks declare ({', '.join(kinds)})" if kinds else "its blocks declare no kinds()"
-        raise UserError(f"nothing of this {type(model.encoder).__name__} would be binarised: {found}")
+        raise UserError(f"nothing of this {type(model.get_submodule('encoder')).__name__} would be binarised: {found}")
     shared: dict[tuple[int, str], set[str]] = {}
     for choice in chosen:
         if choice.kind.shared:
@@ -118,7 +82,7 @@ def convert(model: HubertModel, bits: int, policy: Policy) -> None:
             setattr(choice.owner, choice.name, _binary(choice, bits, policy))
             if choice.kind.activation:
                 setattr(choice.owner, choice.kind.activation, relu)
-    for block in model.encoder.layers:
+    for block in _blocks(model):
         frames = FrameMask()
         for module in block.modules():
             if isinstance(module, Quantizer):

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..config import FRAME_STRIDE
+from ..encoders.registry import encoder_of
 from ..errors import UserError
-from ..model import HubertModel
-from ..registry import encoder_of
+from ..models.extractor import receptive_field
+from ..models.hubert import HubertModel
 
 
 def codebook_divergence(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
@@ -54,7 +54,7 @@ def check_teacher(teacher: HubertModel, student: HubertModel) -> None:
 
     def sizes(model: HubertModel) -> dict[str, Any]:
         config = model.config
-        receptive = next(n for n in range(1, FRAME_STRIDE * 1000) if model.num_frames(n))
+        receptive = receptive_field(model.config.conv_layers)
         return {
             "layers": len(model.encoder.layers),
             "width (encoder_embed_dim)": config.encoder_embed_dim,

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..model import HubertModel
+from ..models.hubert import HubertModel
 from .attention import Probabilities
 from .functional import FLOOR, weight_signs
 from .modules import BinaryConv1d, BinaryLinear, Quantizer

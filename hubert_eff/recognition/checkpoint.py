@@ -5,15 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from ..checkpoints.load import is_fine_tuned, open_fairseq
+from ..checkpoints.safetensors import is_export
+from ..checkpoints.torchfile import TorchFile
 from ..errors import UserError, about, short
-from ..torchfile import TorchFile
 from .model import Recognizer, RecognizerConfig
-
-NAMES = ("hubert_eff_ctc", "hubert_eff_aed")  # fairseq models
 
 
 def recognizer_in(opened: TorchFile) -> Recognizer:
@@ -24,26 +22,17 @@ def recognizer_in(opened: TorchFile) -> Recognizer:
         config = RecognizerConfig.from_dict({key: values[key] for key in known if key in values})
         config.hubert()
     except (TypeError, ValueError) as error:
-        raise UserError(f"its configuration describes no recogniser: {short(error, 600)}") from error
+        raise UserError(f"its configuration describes no recognizer: {short(error, 600)}") from error
     return opened.fill(functools.partial(Recognizer, config), opened.content["model"])
-
-
-def is_recognizer(content: Mapping[str, Any]) -> bool:
-    """Whether a fairseq checkpoint is a fine-tuned one of this plug-in."""
-    cfg = content.get("cfg")
-    return isinstance(cfg, Mapping) and isinstance(cfg.get("model"), Mapping) and cfg["model"].get("_name") in NAMES
 
 
 def load_recognizer(path: str | os.PathLike[str]) -> Recognizer:
     """Load a fine-tuned checkpoint. Raises `UserError` if it is missing, or has no CTC layer: a pre-trained model, or an export of one."""
-    from ..checkpoint import open_fairseq
-    from ..exporting import is_export
-
     file = Path(path)
     if not file.is_file():
         raise UserError(f"no checkpoint at {file}")
     if not is_export(file):
         with open_fairseq(file) as opened, about(file):
-            if is_recognizer(opened.content):
+            if is_fine_tuned(opened.content):
                 return recognizer_in(opened)
     raise UserError(f"{file} has no CTC layer: it is a pre-trained model, fine-tune it first (configs/finetune)")

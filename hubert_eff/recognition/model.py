@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import MOST_LAYERS, HubertConfig, check_types, option
+from ..encoders.registry import encoder_of, preset_config, stored_config
 from ..errors import UserError, unknown
 from ..layers.dropout import Dropout
 from ..layers.linear import Linear
-from ..model import HubertModel, normalize_waveform
-from ..registry import encoder_of, preset_config, stored_config
+from ..models.hubert import HEADS, HubertModel, normalize_waveform
 from .alphabet import BLANK, Alphabet, frames_needed
 from .decoder import AttentionDecoder, shifted
 
@@ -112,7 +112,7 @@ class Recognizer(nn.Module):
         self.config = config
         self.alphabet = Alphabet(config.letters)
         self.hubert = HubertModel(config.hubert())
-        self.hubert.heads = "CTC layer and attention decoder" if config.decoder_layers else "CTC layer"
+        self.hubert.heads = HEADS[bool(config.decoder_layers)]
         dim = self.hubert.config.encoder_embed_dim
         self.final_dropout = Dropout(config.final_dropout)
         self.ctc_proj = Linear(dim, len(self.alphabet))

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.audio import Unusable, check, read_mono
 from ..errors import UnusableFile, UserError
-from ..labels.audio import Unusable, check, read_mono
 
 
 def read_recording(path: Path) -> Tensor:

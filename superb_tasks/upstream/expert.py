@@ -6,45 +6,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-import hubert_eff
+from hubert_eff.checkpoints.open import open_model
 from hubert_eff.config import FRAME_STRIDE
-from hubert_eff.errors import UserError, unknown
-from hubert_eff.model import HubertModel
-
-
-def load_upstream(source: str) -> HubertModel:
-    """The model of a checkpoint file, or an untrained one of `PRESET` or `PRESET@SEED` (seed 0 if not given).
-
-    A file wins over a preset of its name. The global random state is left as it was, so that what is trained on top of
-    two upstreams starts alike. Raises `UserError` if it is neither, or if the file holds no model.
-    """
-    if not source:
-        raise UserError("no upstream given: name a checkpoint file or a preset with -k / --build_upstream.path_or_url")
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        if Path(source).exists():
-            return hubert_eff.load(source)
-        preset, _, seed = source.partition("@")
-        if preset not in hubert_eff.list_presets():
-            if "/" in source or preset.endswith((".pt", ".ckpt", ".safetensors")):
-                raise UserError(f"no checkpoint at '{source}'")
-            raise unknown("checkpoint file or preset", source, hubert_eff.list_presets())
-        if seed and not seed.isdecimal():
-            raise UserError(f"'{source}': the seed behind @ must be a number, such as {preset}@1")
-        torch.manual_seed(int(seed or 0))
-        return hubert_eff.build(preset)
+from hubert_eff.errors import UserError
+from hubert_eff.models.extractor import receptive_field
 
 
 class UpstreamExpert(nn.Module):
     """An upstream as S3PRL's programs expect it.
 
-    `ckpt` is a checkpoint file or `PRESET[@SEED]`, see `load_upstream`. Time and channel masks and LayerDrop are off;
+    `ckpt` is a checkpoint file or `PRESET[@SEED]`, see `hubert_eff.checkpoints.open`. Time and channel masks and LayerDrop are off;
     dropout follows the module's train / eval mode. The forward pass keeps gradients, for runs that fine-tune it.
     """
 
@@ -52,11 +29,9 @@ class UpstreamExpert(nn.Module):
         super().__init__()
         if model_config is not None:
             raise UserError(f"model config '{model_config}' is of no use: a checkpoint of hubert_eff holds its own")
-        self.model = load_upstream(ckpt)
+        self.model = open_model(ckpt)
         # samples that one frame sees: shorter audio is extended by silence to a whole frame
-        self.receptive_field = 1
-        for _, kernel, stride in reversed(self.model.config.conv_layers):
-            self.receptive_field = (self.receptive_field - 1) * stride + kernel
+        self.receptive_field = receptive_field(self.model.config.conv_layers)
 
     def get_downsample_rates(self, key: str) -> int:
         """Samples per frame, the same for every state."""

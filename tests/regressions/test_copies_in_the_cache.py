@@ -10,10 +10,10 @@ import pytest
 import soundfile
 
 from hubert_eff.cli import main
+from hubert_eff.data import convert as conversion
+from hubert_eff.data.audio import write_flac
+from hubert_eff.data.manifest import make_manifest
 from hubert_eff.errors import WriteError
-from hubert_eff.labels import conversion
-from hubert_eff.labels.audio import write_flac
-from hubert_eff.labels.manifest import make_manifest
 from tests.regressions.test_half_written_files import files_of_at_most
 
 NOISE = np.random.default_rng(0).uniform(-0.5, 0.5, (6, 8000)).astype(np.float32)
@@ -104,7 +104,7 @@ def test_a_recording_that_goes_bad_after_its_check_is_left_out(after: str, sourc
     with pytest.MonkeyPatch.context() as patch:
         if after == "gone":
             convert = conversion.convert
-            patch.setattr("hubert_eff.labels.manifest.convert", lambda *args: bad.unlink(missing_ok=True) or convert(*args))
+            patch.setattr("hubert_eff.data.manifest.convert", lambda *args: bad.unlink(missing_ok=True) or convert(*args))
         else:
             soundfile.write(bad, np.zeros((4000, 2)), 16_000)
             content = bad.read_bytes() if after == "shorter" else b"garbage"

@@ -7,11 +7,12 @@ import torch
 
 import hubert_eff
 from hubert_eff.errors import UserError
-from hubert_eff.layers import attention, weights
+from hubert_eff.layers import attention, zipformer_attention
 from hubert_eff.profiling import Counts, count_operations
-from hubert_eff.profiling.cost import evaluating, noise
+from hubert_eff.profiling.cost import noise
 from hubert_eff.profiling.formulas import ATTENTION
 from hubert_eff.profiling.precision import at_precision, shipped
+from hubert_eff.utils.evaluating import evaluating
 
 SECONDS = 2.77  # 138 frames: a number that neither blocks, nor rates, nor strides divide
 
@@ -36,7 +37,7 @@ def run(model: torch.nn.Module, autocast: bool = False) -> Counts:
 def _short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Long audio without long audio: attention works in blocks, and Zipformer's weights are computed anew for each use."""
     monkeypatch.setattr(attention, "BLOCK", 16)
-    monkeypatch.setattr(weights, "KEPT", 2000)
+    monkeypatch.setattr(zipformer_attention, "KEPT", 2000)
 
 
 PRESETS = [(preset, {}) for preset in hubert_eff.list_presets() if preset.endswith("-debug")]

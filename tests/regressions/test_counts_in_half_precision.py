@@ -20,7 +20,7 @@ from hubert_eff.layers.norm import MaskedBatchNorm
 from hubert_eff.layers.scaling import Balancer, BiasNorm, Whitener, whitening_metric
 from hubert_eff.layers.sparse import SparsePattern
 from hubert_eff.layers.zipformer import NonlinearAttention
-from hubert_eff.model import normalize_waveform
+from hubert_eff.models.hubert import normalize_waveform
 from hubert_eff.optim.scaled_adam import ScaledAdam
 from hubert_eff.quant import BinaryConv1d, BinaryLinear, Quantizer
 from hubert_eff.quant.attention import BinaryAttention, BinaryMix, BinarySparseAttention, BinaryWeights

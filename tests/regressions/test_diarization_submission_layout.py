@@ -5,7 +5,7 @@ from __future__ import annotations
 import zipfile
 from pathlib import Path
 
-from superb_tasks.submission import write_submission
+from superb_tasks.results.submission import write_submission
 
 
 def test_predictions_and_their_frame_shift_stand_as_s3prl_has_them(tmp_path: Path) -> None:

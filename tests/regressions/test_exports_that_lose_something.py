@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 import hubert_eff
-from hubert_eff.checkpoint import average
+from hubert_eff.checkpoints.load import average
 from hubert_eff.cli import main
 from hubert_eff.edge import rewrite
 from hubert_eff.errors import UserError
-from hubert_eff.model import HubertModel
+from hubert_eff.models.hubert import HubertModel
 from hubert_eff.profiling.precision import at_precision
 
 from ..test_recognition import make, save
@@ -99,7 +99,7 @@ def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
         path = tmp_path / f"{number}.safetensors"
         hubert_eff.export(model, path, notes=notes if number % 2 else dict(reversed(notes.items())))
         contents.add(path.read_bytes())
-        assert {key: hubert_eff.exporting.read_metadata(path)[key] for key in notes} == notes
+        assert {key: hubert_eff.checkpoints.safetensors.read_metadata(path)[key] for key in notes} == notes
     hubert_eff.export(hubert_eff.load(path), path, notes=notes)
     assert contents == {path.read_bytes()}
 

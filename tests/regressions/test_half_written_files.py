@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import torch
 
-from hubert_eff import files
 from hubert_eff.errors import UserError, WriteError
-from hubert_eff.files import replacing, temporary_beside, temporary_folder, write_text
-from hubert_eff.labels.targets import make_labels
+from hubert_eff.labels.make import make_labels
+from hubert_eff.utils import files
+from hubert_eff.utils.files import replacing, temporary_beside, temporary_folder, write_text
 
 
 @contextmanager
@@ -142,7 +142,7 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
 
 def test_what_killed_processes_left_is_removed_by_the_next_writer(tmp_path: Path) -> None:
     leave = (
-        "import os, signal, sys; from pathlib import Path; from hubert_eff.files import temporary_beside\n"
+        "import os, signal, sys; from pathlib import Path; from hubert_eff.utils.files import temporary_beside\n"
         "target = Path(sys.argv[1]); temporary_beside(target / 'a.pt').write_text('half'); temporary_beside(target / 'b').mkdir()\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )

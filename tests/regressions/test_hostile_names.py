@@ -16,11 +16,11 @@ import soundfile
 
 from hubert_eff import errors
 from hubert_eff.cli import main
-from hubert_eff.corpus.demo import _new_folder
+from hubert_eff.data.manifest import Options, make_manifest
+from hubert_eff.data.sources import list_folder
+from hubert_eff.data.synthetic.sentences import _new_folder
 from hubert_eff.errors import UserError, WriteError, printable
-from hubert_eff.labels.listing import list_folder
-from hubert_eff.labels.manifest import Options, make_manifest
-from hubert_eff.pretraining import look_at
+from hubert_eff.recipes.pretrain import look_at
 
 
 def wav(rate: int = 16_000, seconds: float = 0.5) -> bytes:

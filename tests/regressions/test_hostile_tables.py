@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 
 from hubert_eff.cli import main
+from hubert_eff.data.lhotse_kaldi import read_import
+from hubert_eff.data.sources import Listing
+from hubert_eff.data.transcripts import Transcripts
+from hubert_eff.data.tsv import read_manifest, read_parts
 from hubert_eff.errors import UserError
 from hubert_eff.labels.classes import read_dictionary, read_labels
-from hubert_eff.labels.imports import read_import
-from hubert_eff.labels.listing import Listing
 from hubert_eff.labels.quality import _read_alignments, _sources, label_quality
 from hubert_eff.labels.record import read_record
-from hubert_eff.labels.transcripts import Transcripts
-from hubert_eff.labels.tsv import read_manifest, read_parts
 
 RECORDING = {
     "id": "A", "sources": [{"type": "file", "channels": [0], "source": "a.flac"}], "sampling_rate": 16000, "num_samples": 96000,
@@ -99,7 +99,7 @@ def test_lines_that_are_no_json(text: str, compressed: bool, tmp_path: Path) -> 
 
 
 def test_what_expands_without_end_is_not_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hubert_eff.labels import lines as module
+    from hubert_eff.data import lines as module
 
     monkeypatch.setattr(module, "LONGEST", 1 << 16)
     file = tmp_path / "x.jsonl.gz"

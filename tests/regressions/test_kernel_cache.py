@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hubert_eff.quant.runtime import loader
+from hubert_eff.kernels import loader
 
 COMPILER = """#!/bin/sh
 [ "$1" = --version ] && exec echo "a compiler"

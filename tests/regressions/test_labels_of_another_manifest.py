@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import soundfile
 
+from hubert_eff.data.manifest import Options, make_manifest
 from hubert_eff.errors import UserError
-from hubert_eff.labels.manifest import Options, make_manifest
+from hubert_eff.labels.make import make_labels
 from hubert_eff.labels.quality import label_quality
-from hubert_eff.labels.targets import make_labels
 
 pytest.importorskip("fairseq", reason="fairseq is not installed: pip install 'hubert-eff[fairseq]'")
 
-from fairseq_plugins import checks  # noqa: E402
+from fairseq_plugins.data import checks  # noqa: E402
 
 CLUSTERS = 4
 

@@ -19,13 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hubert_eff
 from hubert_eff.edge import rewrite
+from hubert_eff.encoders.registry import preset_config
 from hubert_eff.layers.convolution import DepthwiseConv, convolve
 from hubert_eff.layers.position import PositionalConv1d
-from hubert_eff.model import HubertModel
+from hubert_eff.models.hubert import HubertModel
 from hubert_eff.profiling.precision import at_precision
 from hubert_eff.quant import pack
-from hubert_eff.registry import preset_config
-from hubert_eff.streaming import StreamingModel
+from hubert_eff.streaming.stream import StreamingModel
 
 WAV = torch.randn(1, 5_000, generator=torch.Generator().manual_seed(1))  # 15 frames
 

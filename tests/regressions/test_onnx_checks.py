@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import hubert_eff
-from hubert_eff import onnx_export
 from hubert_eff.cli import main
 from hubert_eff.errors import UserError
+from hubert_eff.exporting import onnx as onnx_export
+from hubert_eff.exporting.onnx import export_onnx
 from hubert_eff.layers.position import by_key
-from hubert_eff.model import HubertModel
-from hubert_eff.onnx_export import export_onnx
+from hubert_eff.models.hubert import HubertModel
 from hubert_eff.quant import pack
 
 onnx = pytest.importorskip("onnx")

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from hubert_eff.binarize_recipe import Recipe
-from hubert_eff.demo import Demo
 from hubert_eff.errors import UserError
-from hubert_eff.pretraining import Pretraining
-from hubert_eff.steps import check_overrides, path_overrides
+from hubert_eff.recipes.base import path_overrides
+from hubert_eff.recipes.binarize import Recipe
+from hubert_eff.recipes.demo import Demo
+from hubert_eff.recipes.pretrain import Pretraining
+from hubert_eff.utils.configurations import check_overrides
 
 pytest.importorskip("fairseq", reason="fairseq is not installed: pip install 'hubert-eff[fairseq]'")
 
@@ -65,7 +66,7 @@ def test_every_recipe_quotes_its_paths(tmp_path: Path) -> None:
 def test_they_are_refused_before_anything_runs(tmp_path: Path) -> None:
     (tmp_path / "speech").mkdir()
     for change in ({"out": tmp_path / "${x}"}, {"out": tmp_path / "o", "overrides": ["optimization.lr=[0.1"]}):
-        with pytest.raises(UserError, match="training cannot be given|cannot be read"):
+        with pytest.raises(UserError, match="training cannot be given|hydra does not read"):
             Pretraining(tmp_path / "speech", config="debug", **change).check()  # type: ignore[arg-type]
     with pytest.raises(UserError, match="training cannot be given"):
         Demo(tmp_path / "two\nlines")

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from hubert_eff.labels.audio import Unusable, check
-from hubert_eff.labels.manifest import Options, make_manifest
+from hubert_eff.data.audio import Unusable, check
+from hubert_eff.data.manifest import Options, make_manifest
 
 RNG = np.random.default_rng(0)
 NOISE = RNG.normal(0.0, 0.1, 8000)

@@ -12,9 +12,10 @@ import pytest
 
 from hubert_eff.analysis.layer_trends import FILE, read_trends
 from hubert_eff.cli import main
-from hubert_eff.profiling import machine, page
+from hubert_eff.profiling import machine
 from hubert_eff.profiling.latency import read
-from hubert_eff.profiling.report import as_text, plain_table
+from hubert_eff.reports import page
+from hubert_eff.reports.tables import as_text, plain_table
 
 LOG = "epoch 001: 10 / 20 loss=6.1, num_updates=10\n"
 TIMING = {

@@ -20,7 +20,7 @@ from fairseq.logging import metrics  # noqa: E402
 from fairseq.trainer import Trainer  # noqa: E402
 from hydra.core.hydra_config import HydraConfig  # noqa: E402
 
-from fairseq_plugins import resuming  # noqa: E402
+from fairseq_plugins.runtime import resuming  # noqa: E402
 
 from ..processes import Training  # noqa: E402
 from ..test_fairseq_plugin import CONFIGS, ROOT, make_data, make_task  # noqa: E402

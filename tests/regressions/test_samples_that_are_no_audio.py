@@ -11,11 +11,11 @@ import torch
 
 import hubert_eff
 from hubert_eff.cli import main
+from hubert_eff.data.audio import Checked, read_mono
 from hubert_eff.errors import UserError
-from hubert_eff.labels import targets
-from hubert_eff.labels.audio import Checked, read_mono
-from hubert_eff.model import HubertModel
-from hubert_eff.streaming import StreamingModel
+from hubert_eff.labels import make as targets
+from hubert_eff.models.hubert import HubertModel
+from hubert_eff.streaming.stream import StreamingModel
 
 NOISE = np.random.default_rng(0).normal(0.0, 0.1, 8000).clip(-1, 1)
 WAV = torch.from_numpy(np.stack([NOISE, NOISE[::-1]])).float()

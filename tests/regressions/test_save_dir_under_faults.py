@@ -15,16 +15,16 @@ from typing import Any
 import pytest
 import torch
 
-from hubert_eff.checkpoint import newest_checkpoint
+from hubert_eff.checkpoints.load import newest_checkpoint
 from hubert_eff.errors import UserError
-from hubert_eff.locks import Lock
+from hubert_eff.utils.locks import Lock
 
 pytest.importorskip("fairseq", reason="fairseq is not installed: pip install 'hubert-eff[fairseq]'")
 
 from fairseq import checkpoint_utils  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
 
-from fairseq_plugins import saving, stopping  # noqa: E402
+from fairseq_plugins.runtime import saving, stopping  # noqa: E402
 
 from ..test_fairseq_plugin import make_data  # noqa: E402
 from ..test_fairseq_training import logged, run, start, update_made  # noqa: E402

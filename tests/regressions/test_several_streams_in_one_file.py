@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from hubert_eff.labels.audio import Unusable, check
+from hubert_eff.data.audio import Unusable, check
 
 RNG = np.random.default_rng(0)
 NOISE = RNG.normal(0.0, 0.1, 16_000)

@@ -17,10 +17,10 @@ import pytest
 import soundfile
 
 from hubert_eff import cli
-from hubert_eff.labels.pool import in_order
-from hubert_eff.model import HubertModel
-from hubert_eff.signals import STEP, held
-from superb_tasks.launch import exit_code
+from hubert_eff.models.hubert import HubertModel
+from hubert_eff.utils.signals import STEP, held
+from hubert_eff.utils.workers import in_order
+from superb_tasks.running.launch import exit_code
 
 SIGNALS = {signal.SIGINT: (130, "interrupted"), signal.SIGTERM: (143, "terminated")}
 

@@ -16,9 +16,11 @@ import torch
 
 import hubert_eff
 from hubert_eff.errors import UserError
-from hubert_eff.model import HubertModel
-from superb_tasks import fingerprints, layouts, results, settings
-from superb_tasks.cache import CachedUpstream
+from hubert_eff.models.hubert import HubertModel
+from superb_tasks.data import layouts
+from superb_tasks.results import tables as results
+from superb_tasks.running import fingerprints, settings
+from superb_tasks.running.cache import CachedUpstream
 from superb_tasks.tasks import TASKS
 from superb_tasks.upstream.expert import UpstreamExpert
 

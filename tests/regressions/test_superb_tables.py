@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hubert_eff.errors import UserError
-from superb_tasks import layouts
+from superb_tasks.data import layouts
 
 
 @pytest.mark.parametrize("line", ["u r 0", "u r 0 1 1", "u r 1 0", "u r 0 nan", "u r x 1", "u r 0 \u00b2", "u r -1 1"])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hubert_eff.analysis.plots import distinct_colors
-from hubert_eff.analysis.training import TrainingLog, draw_curves, read_log
+from hubert_eff.reports.training_log import TrainingLog, draw_curves, read_log
 
 
 def inner(update: float, loss: float) -> str:

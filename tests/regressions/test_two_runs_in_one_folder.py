@@ -14,18 +14,18 @@ from pathlib import Path
 
 import pytest
 
-from hubert_eff import locks
-from hubert_eff.binarize_recipe import Recipe
 from hubert_eff.cli import main
 from hubert_eff.errors import UserError
-from hubert_eff.locks import Lock, locked
-from hubert_eff.pretraining import Pretraining
+from hubert_eff.recipes.binarize import Recipe
+from hubert_eff.recipes.pretrain import Pretraining
+from hubert_eff.utils import locks
+from hubert_eff.utils.locks import Lock, locked
 
 ROOT = Path(__file__).resolve().parents[2]
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from hubert_eff.locks import Lock
+from hubert_eff.utils.locks import Lock
 lock = Lock(Path(sys.argv[1]))
 if len(sys.argv) > 2 and os.fork() == 0:  # a worker that outlives its parent
     os.close(0), os.close(1), os.close(2), time.sleep(60), os._exit(0)
@@ -226,7 +226,7 @@ def test_a_demo_corpus_appears_as_a_whole_and_is_made_once(tmp_path: Path, capsy
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hubert_eff.corpus.demo._write", second)
+        patch.setattr("hubert_eff.data.synthetic.sentences._write", second)
         assert main(["corpus", "demo", "--out", str(tmp_path / "corpus")]) == 130
     said = capsys.readouterr().err.splitlines()
     assert inner == [2, 0] and f"is in use by process {os.getpid()}" in said[0] and said[1:] == ["hubert-eff corpus: interrupted"]
@@ -248,7 +248,8 @@ def test_recipes_have_their_folder_for_themselves(tmp_path: Path, monkeypatch: p
 
 STEP = """
 import signal, sys, time
-from hubert_eff import cli, steps
+from hubert_eff import cli
+from hubert_eff.recipes import base as steps
 if sys.argv[1] == "child":
     signal.signal(signal.SIGINT, lambda *_: (time.sleep(0.3), print("saved", flush=True), sys.exit(130)))
     signal.signal(signal.SIGTERM, lambda *_: (print("saved", flush=True), sys.exit(143)))

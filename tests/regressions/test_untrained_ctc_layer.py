@@ -10,10 +10,10 @@ import torch
 
 from hubert_eff import cli
 from hubert_eff.analysis.alignment import ctc_alignment, gradients
+from hubert_eff.encoders.registry import preset_config
 from hubert_eff.errors import UserError
 from hubert_eff.recognition import load_recognizer, transcribe
 from hubert_eff.recognition.model import Recognizer, RecognizerConfig
-from hubert_eff.registry import preset_config
 
 KEYS = dict(letters="|ENOTW", decoder_layers=1, decoder_ffn_embed_dim=32)
 

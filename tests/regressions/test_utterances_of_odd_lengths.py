@@ -12,7 +12,7 @@ from hubert_eff.errors import UserError
 
 pytest.importorskip("fairseq", reason="fairseq is not installed: pip install 'hubert-eff[fairseq]'")
 
-from fairseq_plugins.checks import estimated_rate  # noqa: E402
+from fairseq_plugins.data.checks import estimated_rate  # noqa: E402
 
 from ..test_fairseq_finetuning import make_data as make_spoken  # noqa: E402
 from ..test_fairseq_finetuning import make_task as make_finetuning  # noqa: E402

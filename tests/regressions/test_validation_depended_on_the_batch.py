@@ -13,7 +13,7 @@ pytest.importorskip("fairseq", reason="fairseq is not installed: pip install 'hu
 
 from fairseq.logging import metrics  # noqa: E402
 
-from fairseq_plugins.transcripts import TranscribedDataset  # noqa: E402
+from fairseq_plugins.data.transcripts import TranscribedDataset  # noqa: E402
 
 from ..test_fairseq_plugin import make_data, make_task  # noqa: E402
 

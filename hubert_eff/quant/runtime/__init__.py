@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .loader import KERNELS, kernel_in_use
+from ...kernels.loader import KERNELS, kernel_in_use
 
 __all__ = ["KERNELS", "kernel_in_use"]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import loader
+from ...kernels import loader
 
 WORD, LANES = 32, 16
 _library: Any = torch.library.Library("hubert_eff", "DEF")  # type: ignore[no-untyped-call]

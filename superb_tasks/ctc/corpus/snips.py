@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from superb_tasks import layouts
+from superb_tasks.data import layouts
 
 from . import Transcribed
 

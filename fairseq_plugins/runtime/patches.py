@@ -1,0 +1,213 @@
+"""What has to change in fairseq itself. Each function is one patch and says why; `apply` makes them all."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import types
+import typing
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from fairseq import checkpoint_utils
+from fairseq.data import Dictionary
+from fairseq.dataclass import utils as dataclass_utils
+from fairseq.distributed import utils as distributed_utils
+from fairseq.models import distributed_fairseq_model
+from fairseq.trainer import Trainer
+from omegaconf import DictConfig, ListConfig
+from omegaconf.base import ContainerMetadata, Metadata
+from omegaconf.errors import OmegaConfBaseException
+from omegaconf.nodes import AnyNode
+
+from hubert_eff.checkpoints.load import DICTIONARY
+from hubert_eff.checkpoints.torchfile import TorchFile, Unreadable
+from hubert_eff.errors import UserError, unknown
+
+from . import epochs, resuming, saving, stopping
+
+logger = logging.getLogger(__name__)
+
+
+def apply() -> None:
+    """Make all patches; fairseq imports the plug-in once per process."""
+    allow_checkpoint_classes()
+    name_bad_keys()
+    read_checkpoints_safely()
+    saving.write_whole_checkpoints()
+    saving.refuse_bad_save_dir()
+    save_no_paths()
+    stop_on_infinite_gradient()
+    wrap_models_on_cpu()
+    gather_on_cpu()
+    leave_out_empty_batches()
+    epochs.apply()
+    resuming.apply()
+    if stopping.in_training_run():
+        stopping.leave_on_interrupt()
+        saving.keep_save_dir()
+        saving.go_on_from_newest()
+        saving.save_on_signals()
+        logging.raiseExceptions = False  # a log file on a full disk is no reason for a traceback per line
+
+
+def allow_checkpoint_classes() -> None:
+    """Resuming on several ranks, the first sends what it has read to the others. torch >= 2.6 loads weights only, so that the harmless
+    classes in it need to be named: of the task's state, placeholders for tensors and omegaconf's containers."""
+    torch.serialization.add_safe_globals(
+        [
+            Dictionary, distributed_utils._TensorPlaceholder, DictConfig, ListConfig, ContainerMetadata, Metadata, AnyNode,
+            typing.Any, defaultdict, dict, list, int,
+        ]  # fmt: skip
+    )
+
+
+def name_bad_keys() -> None:
+    """A key that a model, task, optimizer ... does not have, or a value of the wrong type, ends in a traceback; one line names it."""
+    original = dataclass_utils.merge_with_parent
+
+    @stopping.one_line_errors()
+    def merge(defaults: Any, cfg: DictConfig, remove_missing: bool = False) -> DictConfig:
+        name, known = cfg.get("_name"), [field.name for field in dataclasses.fields(defaults)]
+        for key in () if remove_missing else cfg:
+            if key not in known:
+                raise unknown(f"key of {name}", key, known)
+        try:
+            return original(defaults, cfg, remove_missing)
+        except OmegaConfBaseException as error:
+            raise UserError(f"{name}: {error.full_key}: {str(error).splitlines()[0]}") from error
+
+    dataclass_utils.merge_with_parent = merge
+
+
+def read_checkpoints_safely() -> None:
+    """torch.load takes a file at its word where a tensor is longer than what the file holds of it, and a file that is no checkpoint ends in
+    a traceback. Files are read by `hubert_eff.checkpoints.torchfile`; one line names a bad one and says what to do."""
+    original, reader = checkpoint_utils.load_checkpoint_to_cpu, _Torch("torch")
+    reader.load = _read  # type: ignore[attr-defined]
+    checkpoint_utils.torch = reader
+
+    @stopping.one_line_errors()
+    def load(path: str, *args: Any, **options: Any) -> dict[str, Any]:
+        try:
+            return original(path, *args, **options)
+        except MemoryError:
+            raise
+        except Unreadable as error:
+            reason = error.reason
+        except OSError:
+            raise
+        except Exception:  # what fairseq expects of a checkpoint's content
+            reason = "is no checkpoint"
+        raise UserError(
+            f"{path} {reason}: go on from another with checkpoint.restore_file=FILE, or move it away (or set another "
+            "checkpoint.save_dir) to start anew"
+        )
+
+    checkpoint_utils.load_checkpoint_to_cpu = load
+
+
+class _Torch(types.ModuleType):
+    """torch, for a module that calls one function of it that is to be another."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+def _read(file: BinaryIO, map_location: Any = None) -> dict[str, Any]:
+    """The content of a checkpoint, in place of torch.load."""
+    path = Path(file.name)
+    with TorchFile(path, {DICTIONARY: Dictionary}) as opened:
+        if not isinstance(opened.content, dict) or not isinstance(opened.content.get("model"), dict):
+            raise Unreadable(path, "is no checkpoint of a model")
+        content: dict[str, Any] = opened.whole()
+        return content
+
+
+def save_no_paths() -> None:
+    """fairseq writes its whole configuration into checkpoints, folders of the user's machine included, which travel with the model.
+
+    Of an absolute path the last part is kept. Nothing reads the others: a run that goes on takes its own configuration.
+    """
+    original = Trainer.state_dict
+
+    def state_dict(self: Trainer) -> dict[str, Any]:
+        state = original(self)
+        return {**state, "cfg": resuming.without_folders(state["cfg"])}
+
+    Trainer.state_dict = state_dict
+
+
+def stop_on_infinite_gradient() -> None:
+    """On a gradient that is not finite fairseq writes a second checkpoint and a long traceback; one line says it, or the update is skipped.
+
+    All ranks see the same gradient, so they stop, or skip, together.
+    """
+    original = Trainer._check_grad_norms
+
+    def check(self: Trainer, grad_norm: torch.Tensor) -> None:
+        # AMP skips such an update by itself; fp16 lowers the loss scale before this point
+        if not self.cfg.common.amp and hasattr(self.task, "check_gradient"):
+            self.task.check_gradient(grad_norm, self.get_model(), self.get_num_updates())
+        original(self, grad_norm)
+
+    Trainer._check_grad_norms = check
+
+
+def wrap_models_on_cpu() -> None:
+    """DistributedDataParallel refuses device ids for a model on the CPU; fairseq always passes them."""
+    original = distributed_fairseq_model.DistributedDataParallel
+
+    def wrap(module: torch.nn.Module, *, device_ids: Any, output_device: Any, **options: Any) -> Any:
+        if next(module.parameters()).device.type != "cpu":
+            options.update(device_ids=device_ids, output_device=output_device)
+        return original(module, **options)
+
+    distributed_fairseq_model.DistributedDataParallel = wrap
+
+
+def gather_on_cpu() -> None:
+    """`all_gather_list` allocates its buffers on a GPU, and keeps them: without one, give it buffers on the CPU."""
+    original = distributed_utils.all_gather_list
+
+    def _gather(data: Any, group: Any = None, max_size: int = 16384) -> list[Any]:
+        if not torch.cuda.is_available():
+            size = max_size * distributed_utils.get_world_size(group or distributed_utils.get_global_group())
+            if getattr(gather, "_buffer", torch.empty(0)).numel() < size:
+                # the function finds its buffers under its own name in the module, which is this wrapper
+                gather._buffer, gather._cpu_buffer = torch.ByteTensor(size), torch.ByteTensor(max_size)
+        return original(data, group, max_size)
+
+    gather: Any = _gather
+    distributed_utils.all_gather_list = gather
+
+
+def leave_out_empty_batches() -> None:
+    """A rank that has no batch while others have takes a stand-in, whose loss is multiplied by 0. Let it count for nothing at all.
+
+    fairseq goes by the last batch of an update: with update_freq > 1 it takes all of the rank's batches, or none, for stand-ins. Here each
+    is marked `ignored`, and the task leaves it out (`SafeTask.train_step`). A batch with no readable file is one of these.
+    """
+    prepare, reset = Trainer._prepare_sample, Trainer.reset_dummy_batch
+
+    def _prepare_sample(self: Trainer, sample: Any, is_dummy: bool = False) -> Any:
+        if is_dummy or not hasattr(self.task, "note_unreadable"):
+            return prepare(self, sample, is_dummy)
+        if sample and "net_input" in sample:
+            return prepare(self, sample)
+        if sample:
+            self.task.note_empty(sample, first=self._dummy_batch == "DUMMY")
+        stand_in, _ = prepare(self, {})
+        return {**stand_in, "ignored": True, "unreadable": []}, False
+
+    def reset_dummy_batch(self: Trainer, batch: Any) -> None:
+        if hasattr(self.task, "note_unreadable") and isinstance(batch, dict):
+            self.task.note_unreadable(batch)
+            batch = batch if "net_input" in batch else "DUMMY"  # the first batch that is read becomes the stand-in
+        reset(self, batch)
+
+    Trainer._prepare_sample, Trainer.reset_dummy_batch = _prepare_sample, reset_dummy_batch
+
+

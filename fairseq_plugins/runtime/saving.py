@@ -1,0 +1,190 @@
+"""Checkpoints: written whole, into a folder that is this run's alone and stays in its place; found again; saved when a run is to stop."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing.util import Finalize
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from fairseq import checkpoint_utils
+from fairseq.file_io import PathManager
+from fairseq.trainer import Trainer
+
+from hubert_eff.checkpoints.load import newest_checkpoint
+from hubert_eff.errors import UserError, WriteError
+from hubert_eff.utils.files import replacing, temporary_beside, writable
+from hubert_eff.utils.locks import Lock
+
+from . import stopping
+
+LAST = "checkpoint_last.pt"
+logger = logging.getLogger(__name__)
+_lock: Lock | None = None  # of the rank that writes
+_saved: tuple[int, str | None] = -1, None  # the update of the last save, and its file
+
+
+def write_whole_checkpoints() -> None:
+    """A checkpoint's name always stands for a whole file, also when the process is killed or the disk is full.
+
+    fairseq copies onto checkpoint_last.pt in place: a kill in between leaves it truncated. When writing fails it tries twice again, behind
+    the half that is written, and ends in a traceback; here one line says why, and the half is removed. A checkpoint under a second name,
+    such as checkpoint_last.pt, is the same file: it takes no room, and is there if the first is.
+    """
+    save_remote, copy_remote = checkpoint_utils.torch_persistent_save, PathManager.copy
+
+    def save(content: Any, path: str, async_write: bool = False) -> None:
+        if async_write or not PathManager.supports_rename(path):  # remote storage
+            return save_remote(content, path, async_write)
+        with _ending_the_run(), replacing(path, follow=False) as temporary, temporary.open("wb") as file:
+            torch.save(content, file)
+
+    def copy_file(src_path: str, dst_path: str, overwrite: bool = False) -> Any:
+        if not PathManager.supports_rename(dst_path):
+            return copy_remote(src_path, dst_path, overwrite)
+        temporary = temporary_beside(Path(dst_path))
+        try:
+            os.link(src_path, temporary)
+        except OSError:  # not every file system can
+            with _ending_the_run(), replacing(dst_path, follow=False) as temporary:
+                shutil.copyfile(src_path, temporary)
+        else:
+            os.replace(temporary, dst_path)
+            temporary.unlink(missing_ok=True)  # nothing is renamed where both names are of one file
+        return True
+
+    checkpoint_utils.torch_persistent_save, PathManager.copy = save, staticmethod(copy_file)
+
+
+@contextmanager
+def _ending_the_run() -> Iterator[None]:
+    """A checkpoint that cannot be written ends a training run in one line."""
+    try:
+        yield
+    except WriteError as error:
+        if not stopping.in_training_run():
+            raise
+        stopping.end_run(
+            f"stopped: {error.filename} cannot be written ({error.strerror}). What was saved before is whole: make room, and the same "
+            "command goes on from there", 1,
+        )  # fmt: skip
+
+
+def refuse_bad_save_dir() -> None:
+    """A folder that cannot be written to ends in a traceback, and two runs in one write over each other's checkpoints; one line says so.
+
+    The rank that writes has the folder for itself until the end of its process, however that comes.
+    """
+
+    @stopping.one_line_errors()
+    def verify(save_dir: str) -> None:
+        global _lock
+        folder = writable(save_dir)
+        if stopping.in_training_run():
+            if _lock is not None:
+                _lock.release()  # of an earlier job of a sweep, in this process
+            _lock = Lock(folder)
+            Finalize(None, _lock.release, exitpriority=0)  # also in a process that fairseq has spawned
+        for file in folder.glob("checkpoint*.pt.tmp"):  # of a run of an earlier version that was killed
+            with suppress(OSError):
+                file.unlink()
+
+    checkpoint_utils.verify_checkpoint_directory = verify
+
+
+def keep_save_dir() -> None:
+    """A folder that is moved or removed while a run trains is made again by fairseq, for what is saved from then on: end the run."""
+    original = checkpoint_utils.save_checkpoint
+
+    def save_checkpoint(cfg: Any, trainer: Trainer, epoch_itr: Any, val_loss: Any) -> Any:
+        global _saved
+        check_save_dir(trainer.get_num_updates())
+        _saved = trainer.get_num_updates(), original(cfg, trainer, epoch_itr, val_loss)
+        return _saved[1]
+
+    checkpoint_utils.save_checkpoint = save_checkpoint
+
+
+def forget() -> None:
+    """Begin another run in this process."""
+    global _saved
+    _saved = -1, None
+
+
+def check_save_dir(update: int) -> None:
+    """End the run if the folder of its checkpoints is not in its place any more."""
+    if _lock is None or _lock.in_place:
+        return
+    place = _lock.moved_to()
+    what = f"was moved to {place}" if place else "was removed, or moved to another disk,"
+    remedy = f"move it back, or give checkpoint.save_dir={place}" if place else "move it back, or start anew"
+    stopping.end_run(
+        f"stopped at update {update}: checkpoint.save_dir={_lock.folder} {what} while this run trained, and nothing was saved since: "
+        f"{remedy}; the same command goes on from the last checkpoint there", 1,
+    )  # fmt: skip
+
+
+def go_on_from_newest() -> None:
+    """Without checkpoint_last.pt fairseq starts anew, over the other checkpoints; without the file that is asked for, too."""
+    original = checkpoint_utils.load_checkpoint
+
+    @stopping.one_line_errors()
+    def load_checkpoint(cfg: Any, trainer: Trainer, **options: Any) -> Any:
+        global _saved
+        _saved = -1, None  # a sweep trains one model after the other
+        if cfg.restore_file != LAST:
+            if not trainer.checkpoint_suffix and not PathManager.exists(cfg.restore_file):
+                raise UserError(f"checkpoint.restore_file={cfg.restore_file} is not there")
+        elif not trainer.checkpoint_suffix and not PathManager.exists(os.path.join(cfg.save_dir, LAST)):
+            found = newest_checkpoint(cfg.save_dir)
+            if found:
+                logger.warning(f"{cfg.save_dir} holds no {LAST}: going on from its newest checkpoint, {found[1].name} of update {found[0]}")
+                cfg = copy.deepcopy(cfg)
+                cfg.restore_file, cfg.finetune_from_model = str(found[1]), None
+        return original(cfg, trainer, **options)
+
+    checkpoint_utils.load_checkpoint = load_checkpoint
+
+
+def save_on_signals() -> None:
+    """Clusters send SIGTERM before they kill, users SIGINT; fairseq has no handler and loses all updates since the last save.
+
+    A stop is taken up after an update or a save, or within a validation: checkpoint_last.pt is written, and the run exits with 143 or 130.
+    """
+    import fairseq_cli.train as training
+
+    original = training.validate_and_save
+
+    def validate_and_save(cfg: Any, trainer: Trainer, task: Any, epoch_itr: Any, *rest: Any, **options: Any) -> Any:
+        if number := stopping.requested():
+            _save_and_leave(number, cfg, trainer, epoch_itr)
+        try:
+            result = original(cfg, trainer, task, epoch_itr, *rest, **options)
+        except stopping.StopRequested:
+            _save_and_leave(stopping.requested(), cfg, trainer, epoch_itr)
+        if _saved[0] == trainer.get_num_updates() and (number := stopping.requested()):
+            _save_and_leave(number, cfg, trainer, epoch_itr)
+        return result
+
+    training.validate_and_save = validate_and_save
+
+
+def _save_and_leave(number: int, cfg: Any, trainer: Trainer, epoch_itr: Any) -> NoReturn:
+    update = trainer.get_num_updates()
+    if _saved[0] != update:
+        checkpoint_utils.save_checkpoint(cfg.checkpoint, trainer, epoch_itr, None)
+    if dist.is_initialized():
+        dist.barrier()  # launchers kill all ranks as soon as one has left: the others wait for the one that writes
+    if trainer.is_data_parallel_master:
+        kept = f"saved {_saved[1]}; the same command goes on from there" if _saved[1] else "saved nothing, as the checkpoint section asks"
+        logger.info(f"{signal.Signals(number).name} at update {update}: {kept}")
+    sys.exit(128 + number)

@@ -1,0 +1,1 @@
+"""Reading models: checkpoints of fairseq, exports of this package, presets."""

@@ -1,0 +1,213 @@
+"""Read checkpoints into plain models: our exports, fairseq checkpoints of this plug-in, and stock HuBERT. Nothing is unpickled blindly."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..config import SAMPLE_RATE, HubertConfig
+from ..encoders.registry import list_encoders, stored_config
+from ..errors import UserError, about, short
+from ..models.hubert import HEADS, LABEL_EMBEDDINGS, HubertModel
+from .pickled import NOT_ONE, Stored
+from .safetensors import is_export, read_export
+from .torchfile import TorchFile, Unreadable
+
+# keys of fairseq's HubertConfig that we have no use for: they do not change what the encoder computes
+STOCK_UNUSED = {
+    "_name", "attn_type", "depthwise_conv_kernel_size", "dropout_features", "fp16", "latent_temp", "mask_channel_min_space",
+    "mask_min_space", "no_mask_channel_overlap", "no_mask_overlap", "pos_enc_type",
+}  # fmt: skip
+# keys that do, with the one value that our Transformer computes
+STOCK_FIXED = {"activation_fn": "gelu", "layer_type": "transformer", "conv_pos_batch_norm": False, "pos_conv_depth": 1}
+
+
+FINE_TUNED = ("hubert_eff_ctc", "hubert_eff_aed")  # fairseq models of hubert_eff.recognition
+DICTIONARY = "fairseq.data.dictionary.Dictionary"
+
+
+class Dictionary:
+    """Stands in for fairseq's Dictionary, which checkpoints hold, where fairseq is not installed."""
+
+
+def load(path: str | os.PathLike[str]) -> HubertModel:
+    """Load a model in eval mode, on the CPU: our export (.safetensors), a fairseq checkpoint (.pt) of this plug-in, or stock HuBERT.
+
+    Of a fine-tuned checkpoint this is the encoder; `hubert_eff.recognition.load_recognizer` takes its heads along.
+
+    Raises `UserError` if the file is missing, is no checkpoint, holds pickled code, or is of a model that cannot be rebuilt exactly.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"no checkpoint at {file}")
+    if is_export(file):
+        return read_export(file)
+    with open_fairseq(file) as opened, about(file):
+        return _encoder_in(opened) if is_fine_tuned(opened.content) else _model_in(opened)
+
+
+def is_fine_tuned(content: Mapping[str, Any]) -> bool:
+    """Whether a fairseq checkpoint is a fine-tuned one of this plug-in."""
+    cfg = content.get("cfg")
+    return isinstance(cfg, Mapping) and isinstance(cfg.get("model"), Mapping) and cfg["model"].get("_name") in FINE_TUNED
+
+
+def _encoder_in(opened: TorchFile) -> HubertModel:
+    """The encoder of a fine-tuned checkpoint, without its heads."""
+    values = opened.content["cfg"]["model"]
+    try:
+        config = stored_config(str(values.get("encoder")), values.get("encoder_config") or "")
+    except UserError as error:
+        raise UserError(f"its configuration describes no recognizer: {short(error, 600)}") from error
+    held = {str(name): value for name, value in opened.content["model"].items()}
+    weights = {name.removeprefix("hubert."): value for name, value in held.items() if name.startswith("hubert.")}
+    model = opened.fill(functools.partial(HubertModel, config), weights)
+    model.heads = HEADS[bool(values.get("decoder_layers"))]
+    return model
+
+
+def _model_in(opened: TorchFile) -> HubertModel:
+    """The pre-trained model of a fairseq checkpoint."""
+    content = opened.content
+    config, weights = config_of(content, opened.file), content["model"]
+    embeddings = weights.get(LABEL_EMBEDDINGS)
+    rows = embeddings.shape[0] if isinstance(embeddings, Stored) and embeddings.shape else 0
+    return opened.fill(functools.partial(HubertModel, config, _codebooks(content, rows)), weights)
+
+
+def open_fairseq(file: Path) -> TorchFile:
+    """A fairseq checkpoint, whose tensors are still in the file. Raises `UserError` for a file that is none; unpickles nothing."""
+    hint = "expected a fairseq checkpoint (.pt) or an export of hubert-eff (.safetensors)"
+    try:
+        opened = TorchFile(file, {DICTIONARY: Dictionary})
+    except Unreadable as error:
+        raise UserError(f"{error}: {hint}" if error.reason == NOT_ONE else str(error)) from error
+    if not isinstance(opened.content, dict) or not isinstance(opened.content.get("model"), Mapping):
+        opened.close()
+        raise UserError(f"{file} is no checkpoint of a model: {hint}")
+    return opened
+
+
+def read_fairseq(file: Path) -> dict[str, Any]:
+    """The whole content of a fairseq checkpoint, with its tensors. Raises `UserError` as `open_fairseq` does."""
+    with open_fairseq(file) as opened:
+        content: dict[str, Any] = opened.whole()
+        return content
+
+
+def last_checkpoints(folder: str | os.PathLike[str], count: int) -> list[Path]:
+    """At most `count` of the last checkpoints that a run saved at intervals, the oldest first: checkpoint_EPOCH_UPDATE.pt in its save_dir,
+    and checkpoint_last.pt where it is of another update (fairseq gives no number to what it saves at the end of an epoch).
+
+    Raises `UserError` where there is none.
+    """
+    if count < 1:
+        raise UserError(f"{count} checkpoints cannot be averaged: give at least 1")
+    found = {int(match[1]): file for file in Path(folder).glob("checkpoint_*_*.pt") if (match := re.search(r"_(\d+)\.pt$", file.name))}
+    newest = Path(folder) / "checkpoint_last.pt"
+    if newest.is_file():
+        found.setdefault(updates_of(newest), newest)
+    if not found:
+        raise UserError(
+            f"{folder} holds no checkpoint of a run: give its save_dir, trained with checkpoint.save_interval_updates=N "
+            f"checkpoint.keep_interval_updates={count}"
+        )
+    return [found[update] for update in sorted(found)[-count:]]
+
+
+def newest_checkpoint(folder: str | os.PathLike[str]) -> tuple[int, Path] | None:
+    """The checkpoint in a save_dir, under whatever name, that was trained for the most updates of those that a run can go on from, and
+    their number. None where the folder holds no checkpoint. Raises `UserError` where none of them can be read.
+    """
+    found, broken = [], []
+    for file in sorted(Path(folder).glob("checkpoint*.pt")):
+        try:
+            content = read_fairseq(file)
+        except UserError:
+            broken.append(file.name)
+            continue
+        if content.get("optimizer_history") and content.get("extra_state"):
+            found.append((int(content["optimizer_history"][-1].get("num_updates", 0)), file))
+    if broken and not found:
+        raise UserError(f"{folder} holds {', '.join(broken)}, none of which can be read: move them away to start anew")
+    return max(found, default=None)
+
+
+def average(paths: Sequence[str | os.PathLike[str]]) -> HubertModel:
+    """A model whose weights are the means of those of several checkpoints of one run, in eval mode; counters are those of the last.
+
+    Raises `UserError` as `load` does, and for checkpoints of different models.
+    """
+    *others, last = paths
+    model = load(last)
+    state = model.state_dict()
+    sums = {key: value.double() for key, value in state.items() if value.is_floating_point()}
+    for path in others:
+        other = load(path)
+        if other.config != model.config or other.num_classes != model.num_classes:
+            raise UserError(f"{path} and {last} are not of one run: their models differ")
+        for key, value in other.state_dict().items():
+            if key in sums:
+                sums[key] += value
+    model.load_state_dict({**state, **{key: (total / len(paths)).to(state[key].dtype) for key, total in sums.items()}})
+    return model
+
+
+def updates_of(path: str | os.PathLike[str]) -> int:
+    """How many updates a checkpoint was trained for; 0 for an export, which does not say."""
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"no checkpoint at {file}")
+    if is_export(file):
+        return 0
+    with open_fairseq(file) as opened:
+        history = opened.content.get("optimizer_history")
+    last = history[-1] if isinstance(history, list) and history else {}
+    updates = last.get("num_updates", 0) if isinstance(last, Mapping) else 0
+    return updates if isinstance(updates, int) else 0
+
+
+def config_of(content: Mapping[str, Any], file: Path) -> HubertConfig:
+    """The model configuration of a fairseq checkpoint. Raises `UserError` for another model, or an option that we do not compute."""
+    cfg = content.get("cfg")
+    if not isinstance(cfg, Mapping) or not isinstance(cfg.get("model"), Mapping):
+        raise UserError(f"{file} has no fairseq configuration (cfg.model): it was not written by fairseq-hydra-train")
+    values, task = dict(cfg["model"]), cfg.get("task") or {}
+    if not isinstance(task, Mapping):
+        raise UserError(f"{file} has no fairseq configuration (cfg.task)")
+    if task.get("sample_rate", SAMPLE_RATE) != SAMPLE_RATE:
+        raise UserError(f"{file} was trained on audio of {_said(task['sample_rate'])} Hz: models here take {SAMPLE_RATE} Hz")
+    name = values.pop("_name", "")
+    encoder = name.removeprefix("hubert_") if isinstance(name, str) else ""
+    if name != "hubert":
+        if encoder == name or encoder not in list_encoders():
+            known = ", ".join(["hubert", *(f"hubert_{e}" for e in list_encoders())])
+            raise UserError(f"{file} holds the fairseq model '{_said(name)}', which is none of {known}")
+        return stored_config(encoder, values)
+    for key, value in STOCK_FIXED.items():
+        if values.pop(key, value) != value:
+            raise UserError(f"{file}: stock HuBERT with {key}={_said(cfg['model'][key])} cannot be rebuilt here (only {value})")
+    values = {k: v for k, v in values.items() if k not in STOCK_UNUSED}
+    values["valid_frames"] = "fairseq"
+    values["normalize"] = bool(task.get("normalize", False))
+    return stored_config("transformer", values)
+
+
+def _said(value: object) -> str:
+    """A value of a file as it is shown; of what holds others only the kind."""
+    return short(value) if isinstance(value, (str, int, float)) else f"a {type(value).__name__}"
+
+
+def _codebooks(content: Mapping[str, Any], rows: int) -> tuple[int, ...]:
+    """Sizes of the codebooks: those of the task's dictionaries if they add up, else all codewords are one codebook."""
+    state = content.get("task_state")
+    dictionaries = state.get("dictionaries") if isinstance(state, Mapping) else None
+    symbols = [getattr(d, "symbols", ()) for d in dictionaries] if isinstance(dictionaries, (list, tuple)) else []
+    sizes = tuple(len(s) for s in symbols if isinstance(s, (list, tuple)))
+    if rows and sum(sizes) == rows and all(sizes):
+        return sizes
+    return (rows,) if rows else ()

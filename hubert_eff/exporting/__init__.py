@@ -1,0 +1,1 @@
+"""Writing models: packed or float safetensors with a model card, ONNX."""

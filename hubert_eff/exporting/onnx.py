@@ -1,0 +1,187 @@
+"""ONNX: all hidden states of a batch of equally long waveforms, in float32, of dynamic batch and length; checked by onnxruntime as written.
+
+Through torch's TorchScript exporter: a trace, in which modules take forms without loops over the length (layers/tracing.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import io
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import __version__
+from ..config import FRAME_STRIDE
+from ..encoders.registry import encoder_of
+from ..errors import UserError, missing_extra
+from ..layers.position import PositionalConv1d
+from ..models.extractor import receptive_field
+from ..models.fuse import fuse
+from ..models.hubert import HubertModel
+from ..utils.files import replacing
+
+OPSET = 17
+INPUT, OUTPUT = "wav", "hidden_states"
+TRACED = (2, 16_000)  # shape of the audio that is traced
+ATTEMPTS = 6  # of a one-bit model, recordings of one shape, of which one is to agree: in others a bit may be set the other way at a tie
+TIE = 0.1  # relative difference (L2) of the first state that such a bit changes; more where it changed others within its block
+AGREES = 1e-3  # largest difference of a hidden state, all of which are of order 1, from torch's; usually 1e-5
+FLOAT_FORM, SIGN_FORM = "float weights", "one-bit model in its form of +-1 in floats"
+
+
+class _States(nn.Module):
+    """wav (B, S) -> (L + 1, B, T, D)."""
+
+    def __init__(self, model: HubertModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, wav: Tensor) -> Tensor:
+        return torch.stack(self.model.hidden_states(wav)[0])
+
+
+def require_onnx() -> tuple[Any, Any]:
+    """The modules onnx and onnxruntime. Raises `UserError` where one is not installed."""
+    try:
+        import onnx
+        import onnxruntime
+    except ImportError as error:
+        raise missing_extra(error.name or "onnx", "onnx", "ONNX export") from error
+    return onnx, onnxruntime
+
+
+def require_onnx_form(model: HubertModel) -> None:
+    """Raises `UserError` for a packed or w1a2 model, and for a w1a1 one whose scales never saw data."""
+    from ..quant.modules import unstarted
+    from ..quant.storage import is_packed
+
+    if is_packed(model):
+        raise UserError("packed bits have no ONNX form: export the checkpoint that they were made from, or a file written with --float")
+    if model.config.quant not in ("none", "w1a1"):
+        raise UserError(f"a {model.config.quant} model has no ONNX form: only float and w1a1 models do")
+    if said := unstarted(model):
+        raise UserError(f"nothing to write as ONNX yet: {said}")
+
+
+def export_onnx(model: HubertModel, path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Write `path` (.onnx): input `wav` (batch, samples) at 16 kHz, output `hidden_states` (L + 1, batch, frames, D).
+
+    A float model is fused first. A w1a1 model is written as it is simulated, +-1 in float32: of its speed and size on bits nothing is
+    left, of its outputs all. There is no padding mask. Returns bytes, form, opset and the largest difference between onnxruntime's
+    and torch's output over four shapes, one frame, two, and a batch among them, and the share of elements that differ by more than
+    `AGREES`: none in a float model, and in a one-bit one none but, in a long input, those behind a bit that was set the other way at a tie.
+    Raises `UserError` for a packed or w1a2 model, one whose scales never saw data, another suffix, and a graph that does not compute the
+    same.
+    """
+    onnx, runtime = require_onnx()
+    if Path(path).suffix != ".onnx":
+        raise UserError(f"an ONNX model is an .onnx file, not {path}")
+    require_onnx_form(model)
+    form = FLOAT_FORM if model.config.quant == "none" else SIGN_FORM
+    traced = _States(_prepared(model)).eval()
+    with replacing(path) as temporary:
+        _trace(traced, temporary)
+        graph = onnx.load(os.fspath(temporary))
+        described = {
+            "producer": f"hubert-eff {__version__}", "encoder": encoder_of(model.config).name, "form": form, "sample_rate": "16000"
+        }  # fmt: skip
+        for key, value in described.items():
+            graph.metadata_props.add(key=key, value=value)
+        onnx.save(graph, os.fspath(temporary))
+        difference, share = _compare(traced, temporary, runtime)
+    size = Path(path).stat().st_size
+    return {"file": os.fspath(path), "bytes": size, "form": form, "opset": OPSET, "difference": difference, "share_off": share}
+
+
+def _prepared(model: HubertModel) -> HubertModel:
+    """A copy for tracing: fused, or at least without weight normalisation, in float32 on the CPU."""
+    if model.config.quant == "none":
+        ready = fuse(model)
+    else:
+        ready = copy.deepcopy(model).eval()
+        with torch.no_grad():
+            for module in ready.modules():
+                if isinstance(module, PositionalConv1d):
+                    module.fold()
+    return ready.float().cpu().requires_grad_(False)
+
+
+def _trace(traced: nn.Module, path: Path) -> None:
+    # the other exporter is the default from torch 2.9 on; it takes minutes, and fails where the number of blocks depends on the length
+    keys: dict[str, Any] = {"dynamo": False} if "dynamo" in inspect.signature(torch.onnx.export).parameters else {}
+    axes = {INPUT: {0: "batch", 1: "samples"}, OUTPUT: {1: "batch", 2: "frames"}}
+    printed = contextlib.redirect_stdout(io.StringIO())  # on failure the exporter prints the whole graph
+    with torch.no_grad(), printed, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of every shape that a trace takes for a constant; the check covers what matters
+        try:
+            torch.onnx.export(
+                traced, (_noise(TRACED),), os.fspath(path), input_names=[INPUT], output_names=[OUTPUT], dynamic_axes=axes,
+                opset_version=OPSET, **keys,
+            )  # fmt: skip
+        except (RuntimeError, TypeError, ValueError) as error:  # the exporter's own errors are RuntimeErrors
+            reason = " ".join(str(error).partition("Please feel free")[0].split())[:200]
+            raise UserError(f"this model has an operation without an ONNX form (opset {OPSET}): {reason}") from error
+
+
+def _noise(shape: tuple[int, int], seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _compare(traced: _States, path: Path, runtime: Any) -> tuple[float, float]:
+    """Largest difference between the graph and torch, and the share of elements that differ by more than `AGREES`.
+
+    Raises `UserError` for a graph that does not run, or does not compute the same.
+    """
+    traced.eval()  # the exporter leaves modules as it found their parent
+    config = traced.model.config
+    one = receptive_field(config.conv_layers)
+    try:
+        with _onnxruntime():
+            session = runtime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
+        compared = [_agreement(traced, session, shape) for shape in ((1, one), (2, one + FRAME_STRIDE), (1, 9_001), TRACED)]
+    except UserError as error:
+        raise UserError(f"the ONNX graph of this {encoder_of(config).name} {error}: nothing is written") from error
+    differences = torch.cat([difference.flatten() for difference in compared])
+    return float(differences.max()), float((differences > AGREES).float().mean())
+
+
+@contextlib.contextmanager
+def _onnxruntime() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # its own have no other class in common
+        raise UserError(f"does not run in onnxruntime ({' '.join(str(error).split())[:200]})") from error
+
+
+@torch.no_grad()
+def _agreement(traced: _States, session: Any, shape: tuple[int, int]) -> Tensor:
+    """The differences (L + 1, B, T, D) for audio of a shape. Raises `UserError`, with what the graph does, where they are no rounding."""
+    binary = traced.model.config.quant != "none"
+    worst, kept = 0.0, None
+    for attempt in range(ATTEMPTS if binary else 1):
+        wav = _noise(shape, attempt)
+        with _onnxruntime():
+            (states,) = session.run(None, {INPUT: wav.numpy()})
+        expected: Tensor = traced(wav)
+        if states.shape != tuple(expected.shape):
+            raise UserError(f"returns {states.shape} for audio {shape}, not {tuple(expected.shape)}")
+        difference = (torch.from_numpy(states) - expected).abs()
+        off = [not bool((state <= AGREES).all()) for state in difference]
+        if not any(off):
+            return difference
+        first = off.index(True)
+        relative = float(difference[first].norm() / expected[first].norm())
+        worst = max(worst, float(difference.nan_to_num(nan=torch.inf).max()))
+        if binary and first > 0 and relative <= TIE:
+            kept = difference
+    if kept is not None and traced.model.num_frames(shape[1]) > 2:
+        return kept  # there are so many bits that a deep model may have one at a tie in every recording
+    raise UserError(f"differs from torch by {worst:.2g} for audio {shape}")

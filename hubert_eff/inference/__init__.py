@@ -1,0 +1,5 @@
+"""Hidden states of recordings."""
+
+from .extraction import extract
+
+__all__ = ["extract"]

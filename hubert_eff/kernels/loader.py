@@ -1,0 +1,201 @@
+"""Compile kernels.cpp once per machine, load it, and choose the fastest kernel that this processor can run.
+
+The library goes into `$XDG_CACHE_HOME/hubert-eff` (default ~/.cache), named after its source, its compiler, the processor's family and
+its own content; it holds the kernels of all instruction sets of that family. What another user can have written is not loaded.
+The compiler is `$CXX`, or g++, clang++ or c++, whichever there is. `$HUBERT_EFF_KERNEL` forces a kernel: one of `KERNELS`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import stat
+import subprocess
+import tempfile
+import threading
+import warnings
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError, unknown
+from ..utils.files import replacing
+
+VARIABLE = "HUBERT_EFF_KERNEL"
+TORCH = "torch"
+KERNELS = ("avx512vpopcntdq", "avx512bw", "avx2", "neon", TORCH)  # the fastest first; the last one always runs, and defines the others
+SOURCE = Path(__file__).with_name("kernels.cpp")
+FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-pthread")  # no fused multiply-add: torch rounds twice
+WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
+DIMS = 3
+LONG, POINTER = ctypes.c_int64, ctypes.c_void_p
+_lock = threading.Lock()  # threads of one process would write the same temporary file
+
+
+def _structure(name: str, pointers: str, sizes: str, strides: str = "", last: str = "", end: str = "") -> type[ctypes.Structure]:
+    fields: list[tuple[str, Any]] = [(field, POINTER) for field in pointers.split()]
+    fields += [(field, LONG * DIMS) for field in strides.split()]
+    fields += [(field, LONG) for field in sizes.split()]
+    fields += [(field, POINTER) for field in last.split()]
+    fields += [(field, LONG) for field in end.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
+
+
+# as in kernels.cpp
+Pack = _structure("Pack", "x move factor limit", "columns", "size x_stride move_stride factor_stride", "out", "half")
+Product = _structure("Product", "a b scale size bias limit out", "batch m n k words sizes is_signed half")
+Depthwise = _structure(
+    "Depthwise", "x valid weight scale size bias out", "batch frames channels words kernel stride sizes is_signed half"
+)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The functions of one instruction set."""
+
+    name: str
+    library: ctypes.CDLL
+    functions: int
+
+
+def _compiler() -> list[str] | None:
+    named = shlex.split(os.environ.get("CXX", ""))
+    for command in ([named] if named else []) + [["g++"], ["clang++"], ["c++"]]:
+        if shutil.which(command[0]):
+            return command
+    return None
+
+
+def _folders() -> list[Path]:
+    """Where the library may be kept: among the user's caches, and among temporary files. No folder that another user can write to or put
+    another in the place of."""
+    places = [Path(tempfile.gettempdir()) / f"hubert-eff-{os.geteuid()}"]
+    with suppress(RuntimeError):  # no such user
+        places.insert(0, Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hubert-eff")
+    folders = []
+    for place in places:
+        with suppress(OSError):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.mkdir(mode=0o700, exist_ok=True)
+            folder = place.resolve()
+            if folder.stat().st_uid == os.geteuid() and folder.stat().st_mode & WRITABLE_BY_OTHERS:  # of an earlier version
+                folder.chmod(0o700)
+            shared = [stat.S_IWOTH & mode and not stat.S_ISVTX & mode for mode in (parent.stat().st_mode for parent in folder.parents)]
+            if _is_trusted(folder.stat()) and os.access(folder, os.R_OK | os.X_OK) and not any(shared):
+                folders.append(folder)
+    return folders
+
+
+def _is_trusted(found: os.stat_result) -> bool:
+    """Whether nobody but this user, and root, can have written a file or folder."""
+    return found.st_uid in (os.geteuid(), 0) and not found.st_mode & WRITABLE_BY_OTHERS
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether a library found in the cache was written by this user, or root, and holds what its name says: half of one, as a full disk or
+    a crash of the machine may leave it, ends the process where it is loaded."""
+    try:
+        with library.open("rb") as stream:
+            content = stream.read() if _is_trusted(os.fstat(stream.fileno())) else b""
+    except OSError:
+        return False
+    return library.stem.endswith(f"-{hashlib.sha256(content).hexdigest()}")
+
+
+def compile_library() -> Path:
+    """The compiled library, from the cache if it is there. Raises `RuntimeError`, one line, if it cannot be made."""
+    compiler = _compiler()
+    if compiler is None:
+        raise RuntimeError("no C++ compiler was found (install g++ or clang++, or set CXX)")
+    try:
+        version = subprocess.run([*compiler, "--version"], check=True, capture_output=True, timeout=60).stdout
+        key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), version, repr((compiler, FLAGS, platform.machine())).encode()]))
+        folders, stem = _folders(), f"kernels-{key.hexdigest()[:20]}"
+        for found in (file for folder in folders for file in folder.glob(f"{stem}-*.so")):
+            if _is_whole(found):
+                return found
+        with tempfile.TemporaryDirectory() as work:
+            made = Path(work) / "kernels.so"
+            command = [*compiler, *FLAGS, "-o", str(made), str(SOURCE)]
+            subprocess.run(command, check=True, capture_output=True, timeout=600)
+            content = made.read_bytes()
+        folder = next((f for f in folders if os.access(f, os.W_OK)), None) or Path(tempfile.mkdtemp(prefix="hubert-eff-"))
+        for found in folder.glob(f"{stem}*.so"):
+            if not _is_whole(found):
+                found.unlink(missing_ok=True)
+        target = folder / f"{stem}-{hashlib.sha256(content).hexdigest()}.so"
+        with replacing(target) as temporary:  # two processes may do this at a time: each renames a complete file
+            temporary.write_bytes(content)
+        target.chmod(0o700)  # whatever the umask is
+        return target
+    except subprocess.CalledProcessError as error:
+        lines = (error.stderr or b"").decode(errors="replace").strip().splitlines() or [f"exit code {error.returncode}"]
+        said = next((line for line in lines if "error" in line), lines[-1])
+        raise RuntimeError(f"{compiler[0]} failed: {said}") from error
+    except (OSError, RuntimeError, UserError, subprocess.TimeoutExpired) as error:
+        raise RuntimeError(f"the kernels could not be compiled: {' '.join(str(error).split())}") from error
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | str:
+    """The library, or why there is none."""
+    with _lock:
+        try:
+            library = ctypes.CDLL(str(compile_library()))
+        except (RuntimeError, OSError) as error:
+            return " ".join(str(error).split())
+    library.hubert_eff_find.argtypes, library.hubert_eff_find.restype = [ctypes.c_char_p], POINTER
+    library.hubert_eff_pack.argtypes = [POINTER, POINTER, LONG, LONG]
+    library.hubert_eff_product.argtypes = [POINTER, POINTER, LONG]
+    library.hubert_eff_depthwise.argtypes = [POINTER, POINTER, LONG]
+    for function in (library.hubert_eff_pack, library.hubert_eff_product, library.hubert_eff_depthwise):
+        function.restype = None
+    return library
+
+
+@functools.cache
+def _load(name: str) -> Kernel | str:
+    """A kernel by name, or why it does not run here."""
+    library = _library()
+    if isinstance(library, str):
+        return library
+    functions = library.hubert_eff_find(name.encode())
+    return Kernel(name, library, functions) if functions else f"this processor ({platform.machine()}) cannot run it"
+
+
+@functools.cache
+def _best() -> Kernel | None:
+    kernels = [_load(name) for name in KERNELS if name != TORCH]
+    found = next((kernel for kernel in kernels if isinstance(kernel, Kernel)), None)
+    if found is None:
+        library = _library()
+        reason = library if isinstance(library, str) else "this processor has none of the instruction sets " + ", ".join(KERNELS[:-1])
+        warnings.warn(f"one-bit layers run in plain torch, slower than float ones: {reason}", stacklevel=2)
+    return found
+
+
+def current() -> Kernel | None:
+    """The kernel to use; None: plain torch. Raises `UserError` for a forced kernel that is unknown, or that does not run here."""
+    name = os.environ.get(VARIABLE, "")
+    if not name:
+        return _best()
+    if name not in KERNELS:
+        raise unknown(f"kernel in {VARIABLE}", name, KERNELS)
+    if name == TORCH:
+        return None
+    kernel = _load(name)
+    if isinstance(kernel, str):
+        raise UserError(f"{VARIABLE}={name}: {kernel}; unset it to run on what there is")
+    return kernel
+
+
+def kernel_in_use() -> str:
+    """The name of the kernel that one-bit layers run on: one of `KERNELS`."""
+    kernel = current()
+    return TORCH if kernel is None else kernel.name

@@ -1,0 +1,41 @@
+"""`fuse`: a model for inference, without the operations that fold into weights."""
+
+from __future__ import annotations
+
+import copy
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from ..errors import UserError
+from ..layers.bits import stored_bits
+from ..layers.folding import Foldable
+from .hubert import HubertModel
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def fuse(model: M) -> M:
+    """A copy of a model (or of its encoder) for inference: the same outputs in eval mode from fewer operations.
+
+    BatchNorms fold into the linear or convolutional layer beside them, learned scales and biases likewise, the positional
+    convolution's weight norm into its weight; the modules themselves declare what folds (`hubert_eff.layers.folding.Foldable`). The
+    source is not changed. The copy cannot be trained: its parameters require no gradient, and `train()` leaves a fused HuBERT in
+    eval mode. To fuse it again changes nothing; `hubert_eff.export` and `hubert_eff.load` keep it fused. Raises `UserError` for a
+    binarised model.
+    """
+    if any(stored_bits(module) for module in model.modules()):
+        raise UserError("a binarised model cannot be fused: the signs of folded weights are not those that it was trained with")
+    fused = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        fused = _fold(fused)  # type: ignore[assignment]
+    if isinstance(fused, HubertModel):
+        fused.fused = True
+    return fused.requires_grad_(False)
+
+
+def _fold(module: nn.Module) -> nn.Module:
+    for name, child in module.named_children():
+        setattr(module, name, _fold(child))
+    return module.fold() if isinstance(module, Foldable) else module

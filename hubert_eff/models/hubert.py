@@ -1,0 +1,338 @@
+"""HuBERT in plain torch (Hsu et al. 2021, section II): extractor, masks, encoder, codebook head; hidden states."""
+
+# B batch, S samples at 16 kHz, T frames of 20 ms, D model dim, C codewords, N masked (or unmasked) frames
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..config import FRAME_STRIDE, MEL_FRONTS, SAMPLE_RATE, HubertConfig, read_numbers
+from ..encoders.registry import encoder_of, preset_config
+from ..errors import UserError
+from ..layers.chunks import Chunks
+from ..layers.dropout import Dropout
+from ..layers.kinds import CODEBOOK_HEAD, EXTRACTOR, INPUT_PROJECTION, Kind
+from ..layers.linear import Linear, linear
+from ..layers.precision import wide
+from ..layers.tracing import is_tracing
+from ..quant.convert import convert
+from ..quant.policy import SPECS, read_policy
+from .extractor import check_audio, check_samples, extractor_of, frame_padding_mask, num_frames, receptive_field
+from .masking import batch_mask
+
+HEADS = ("CTC layer", "CTC layer and attention decoder")  # of a fine-tuned model, without and with a decoder
+LABEL_EMBEDDINGS = "label_embs_concat"
+
+M = TypeVar("M", bound="HubertModel")
+Masks = tuple["Tensor | None", "Tensor | None"]  # over time (B, T) and over channels (B, D), bool; None: there is none
+
+
+class ScaleGradient(torch.autograd.Function):
+    """Identity whose gradient is multiplied by a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] * ctx.factor, None
+
+
+class HubertModel(nn.Module):
+    """A HuBERT with any registered encoder.
+
+    `num_classes`: size of each codebook; empty for a model without pre-training head. State names are those of fairseq's HubertModel.
+    """
+
+    fused = False  # whether this is a copy for inference that `hubert_eff.fuse` made
+    heads = ""  # of the encoder of a fine-tuned model: what is not part of it
+    stored_dtype: torch.dtype | None = None  # of a model read from an export: what its float tensors are kept in there
+
+    def __init__(self, config: HubertConfig, num_classes: Sequence[int] = ()) -> None:
+        super().__init__()
+        self.config = config
+        self.num_classes = tuple(num_classes)
+        self.num_updates = 0
+        channels, dim, code = config.conv_layers[-1][0], config.input_dim, config.codebook_dim
+        self.feature_extractor = extractor_of(config)
+        self.layer_norm = nn.LayerNorm(channels)
+        self.post_extract_proj = Linear(channels, dim) if channels != dim else None
+        self.dropout_input = Dropout(config.dropout_input)
+        self.mask_emb = nn.Parameter(torch.empty(dim).uniform_())
+        self.encoder = encoder_of(config).module(config)
+        copies = len(self.num_classes) if config.untie_final_proj and self.num_classes else 1
+        for size in read_numbers("chunk_sizes", config.chunk_sizes):
+            self.chunks(size or None)  # refused now rather than in the batch that draws it
+        self.final_proj = Linear(config.encoder_embed_dim, code * copies)
+        self.target_glu = nn.Sequential(Linear(code, 2 * code), nn.GLU()) if config.target_glu else None
+        if self.num_classes:
+            self.label_embs_concat = nn.Parameter(torch.empty(sum(self.num_classes), code).uniform_())
+        if config.quant != "none":
+            convert(self, SPECS[config.quant], read_policy(config.quant_policy))
+
+    def kinds(self) -> Mapping[str, Kind]:
+        """See `layers.kinds.Declared`."""
+        head = dict.fromkeys(("final_proj", "target_glu"), Kind(CODEBOOK_HEAD))
+        return {"feature_extractor": Kind(EXTRACTOR), "post_extract_proj": Kind(INPUT_PROJECTION), **head}
+
+    def train(self: M, mode: bool = True) -> M:
+        """Set train or eval mode; a fused model stays in eval mode."""
+        return super().train(mode and not self.fused)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, *args: Any, **kwargs: Any) -> Any:
+        """As of any module. If `strict`, raises `UserError` for weights of a binarised model in a float one, and the other way round."""
+        quantisers = [name for name in state_dict if name.endswith(".initialized")]
+        if strict and quantisers and self.config.quant == "none":
+            raise UserError(
+                f"these are the weights of a binarised model ({len(quantisers)} quantisers, the first in {quantisers[0][:-12]}), but "
+                "this model is float: build it with quant=w1a1 or w1a2, as a preset PRESET+w1a1 does"
+            )
+        if strict and not quantisers and self.config.quant != "none":
+            raise UserError(
+                f"these are the weights of a float model, without scales of quantisers, but this model is binarised "
+                f"({self.config.quant}): load them into a float model, then hubert_eff.binarize it"
+            )
+        return super().load_state_dict(state_dict, strict, *args, **kwargs)
+
+    # -- features ----------------------------------------------------------------------------------------------------
+
+    def num_frames(self, samples: int) -> int:
+        """Frames of an utterance of `samples` samples."""
+        return int(num_frames(samples, self.config.conv_layers))
+
+    def _extract(self, source: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Waveform (B, S) -> extractor output (B, T, C) and padding of frames (B, T)."""
+        check_audio(source, padding_mask)
+        if source.size(-1) < 1 or self.num_frames(source.size(-1)) < 1:
+            raise UserError(f"{source.size(-1)} samples are too few: one frame needs {receptive_field(self.config.conv_layers)}")
+        if padding_mask is not None:
+            source = source.masked_fill(padding_mask, 0.0)
+        if self.config.feature_grad_mult > 0:
+            features = self.feature_extractor(source)
+            if self.config.feature_grad_mult != 1.0 and features.requires_grad:
+                features = ScaleGradient.apply(features, self.config.feature_grad_mult)  # type: ignore[no-untyped-call]
+        else:
+            with torch.no_grad():
+                features = self.feature_extractor(source)
+        frames = None if padding_mask is None else frame_padding_mask(padding_mask, features.size(1), self.config)
+        return features, frames
+
+    def project(self, features: Tensor) -> Tensor:
+        """Extractor output (B, T, C) -> encoder input (B, T, D)."""
+        x: Tensor = self.layer_norm(features)
+        if self.post_extract_proj is not None:
+            x = self.post_extract_proj(x)
+        return x
+
+    def chunks(self, chunk_size: int | None, left_chunks: int = -1) -> Chunks | None:
+        """How to run in chunks of `chunk_size` frames of 20 ms that attend to `left_chunks` chunks before them (-1: all); None: whole.
+
+        Raises `UserError` for numbers that are none, and for a model that cannot run in chunks.
+        """
+        if chunk_size is None:
+            return None
+        for name, value, least in (("chunk_size", chunk_size, 1), ("left_chunks", left_chunks, -1)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise UserError(f"{name}={value!r} must be a whole number, at least {least}")
+        multiple = self.encoder.chunk_multiple
+        if self.config.quant != "none":
+            raise UserError(f"this model cannot stream: it is binarised (quant={self.config.quant}), and attends to whole utterances")
+        if not self.config.streaming:
+            reason = "its extractor normalises over the whole utterance (extractor_mode=default)"
+            if self.config.extractor_mode == "layer_norm" or self.config.conv_feature_layers in MEL_FRONTS:
+                reason = "its convolutions over time see beyond the end of a chunk"
+            raise UserError(f"this model cannot stream: {reason}; build and train it with streaming=true")
+        if multiple is None:
+            raise UserError(f"this model cannot stream: a {type(self.encoder).__name__} does not run in chunks")
+        if chunk_size % multiple:
+            raise UserError(f"chunk_size={chunk_size} must be a multiple of {multiple}, the frames that this encoder takes together")
+        return Chunks(chunk_size, left_chunks)
+
+    def hidden_states(
+        self, wav: Tensor, padding_mask: Tensor | None = None, chunk_size: int | None = None, left_chunks: int = -1
+    ) -> tuple[list[Tensor], Tensor]:
+        """All hidden states of 16 kHz audio.
+
+        wav: (B, S) float of any width, within [-1, 1]; padding_mask: (B, S) bool, True = padding (at the end). Returns L + 1 tensors
+        (B, T, D) at 20 ms per frame, zero on padding, and the padding of frames (B, T). State 0 enters block 1, state i leaves block i.
+        `config.normalize` is applied here, over valid samples. Train or eval mode and gradients are the caller's; masks and
+        LayerDrop are off. With `chunk_size` and `left_chunks` (see `chunks`) no frame sees beyond its chunk: what a stream gives.
+
+        Raises `UserError` for audio of another shape or dtype, shorter than one frame, or with samples that are not finite, and for a mask
+        of another shape or dtype.
+        """
+        check_audio(wav, padding_mask)
+        check_samples(wav, padding_mask)
+        chunks = self.chunks(chunk_size, left_chunks)
+        if self.config.normalize:
+            wav = normalize_waveform(wav, padding_mask)
+        features, frames = self._extract(wav, padding_mask)
+        x = self.dropout_input(self.project(features))
+        states = self.encoder.hidden_states(x, frames, chunks)
+        if frames is None:
+            frames = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
+        return states, frames
+
+    # -- pre-training ------------------------------------------------------------------------------------------------
+
+    def set_num_updates(self, num_updates: int) -> None:
+        """Tell the model how many updates have been made: the masks of the next ones depend on it."""
+        self.num_updates = num_updates
+        self.encoder.set_num_updates(num_updates)
+
+    def draw_chunks(self) -> tuple[int | None, int]:
+        """(chunk_size, left_chunks) of the next batch: of the config's `chunk_sizes` and `left_chunks`, by seed and update in training, and
+        the first ones in evaluation."""
+        sizes, lefts = (read_numbers(key, getattr(self.config, key)) for key in ("chunk_sizes", "left_chunks"))
+        if not sizes:
+            return None, -1
+        generator = np.random.default_rng((self.config.seed, self.num_updates + 1, 2))
+        size, left = (numbers[int(generator.integers(len(numbers)))] if self.training else numbers[0] for numbers in (sizes, lefts))
+        return size or None, left
+
+    def forward(
+        self,
+        source: Tensor,
+        target_list: Sequence[Tensor] | None = None,
+        padding_mask: Tensor | None = None,
+        mask: bool = True,
+        features_only: bool = False,
+        output_layer: int | None = None,
+        sample_ids: Tensor | None = None,
+        masks: Masks | None = None,
+        return_states: bool = False,
+    ) -> dict[str, Any]:
+        """Masked prediction, in chunks if the config says so (`draw_chunks`).
+
+        source (B, S): audio, normalised already if the config says so; target_list: labels (B, T') per codebook at
+        `label_rate`; padding_mask (B, S); sample_ids (B,): what seeds each row's mask together with the seed and the update
+        (default: the row's number); masks: the `masks` of another model's output, to see the same frames.
+
+        Returns `x` (B, T, D), `padding_mask` (B, T) or None, `mask_indices` (B, T) or None, `features` (B, T, D) and
+        `features_pen`, the mean square of the extractor's output, in evaluation also of each frame, `features_square` (B, T), and
+        `masks`. With `return_states` also `states`, the hidden states 0 ... L (B, T, D), for which LayerDrop is off. With targets also,
+        for masked (`_m`) and unmasked (`_u`) frames and per codebook, `logits_*` (N, C) and `targets_*` (N,); None where the config
+        skips them.
+        """
+        features, frames = self._extract(source, padding_mask)
+        if target_list is not None:
+            features, frames, target_list = self._align(features, frames, target_list)
+        features_pen = features.float().square().mean()
+        x = self.dropout_input(self.project(features))
+        projected = x
+        if masks is None:
+            masks = self._draw_masks(x, frames, sample_ids) if mask else (None, None)
+        masked, channels = masks
+        if masked is not None:
+            x = torch.where(masked.unsqueeze(-1), self.mask_emb.to(x.dtype), x)
+        if channels is not None:
+            x = x.masked_fill(channels.unsqueeze(1), 0.0)
+        chunks = self.chunks(*self.draw_chunks())
+        states = self.encoder.hidden_states(x, frames, chunks) if return_states else None
+        if states is None:
+            x = self.encoder(x, frames, layer=output_layer, chunks=chunks)
+        else:
+            x = states[-1 if output_layer is None else output_layer]
+        result: dict[str, Any] = {
+            "x": x,
+            "padding_mask": frames,
+            "mask_indices": masked,
+            "masks": masks,
+            "features": projected,
+            "features_pen": features_pen,
+        }
+        if not self.training:
+            result["features_square"] = features.float().square().mean(-1)
+        if states is not None:
+            result["states"] = states
+        if features_only or target_list is None:
+            return result
+        if not self.num_classes:
+            raise UserError("this model has no codebooks: build it with num_classes to pre-train it")
+        if masked is None:
+            masked = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
+        valid = torch.ones_like(masked) if frames is None else ~frames
+        for key, chosen, skip in (
+            ("m", valid & masked, self.config.skip_masked),
+            ("u", valid & ~masked, self.config.skip_nomask),
+        ):
+            result[f"logits_{key}"] = None if skip else self.logits(x[chosen])
+            result[f"targets_{key}"] = None if skip else [t[chosen].long() for t in target_list]
+        return result
+
+    def logits(self, x: Tensor) -> list[Tensor]:
+        """Cosine similarities over temperature of encoder outputs (N, D) to all codewords, (N, C) per codebook (HuBERT, equation 3)."""
+        projected = self.final_proj(x)
+        if self.config.untie_final_proj:
+            parts = projected.chunk(len(self.num_classes), dim=-1)
+        else:
+            parts = (projected,) * len(self.num_classes)
+        logits = []
+        for part, codewords in zip(parts, torch.split(self.label_embs_concat, list(self.num_classes)), strict=True):
+            if self.target_glu is not None:
+                codewords = self.target_glu(codewords)
+            with torch.autocast(part.device.type, enabled=False):  # which would multiply in half precision
+                cosine = linear(F.normalize(part.float(), dim=-1), F.normalize(codewords.float(), dim=-1))
+            logits.append(cosine / self.config.logit_temp)
+        return logits
+
+    def _align(
+        self, features: Tensor, frames: Tensor | None, targets: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """Cut features (B, T, C) and labels to the time both have; pick the label of each frame, (B, T)."""
+        ratio = int(self.config.label_rate * FRAME_STRIDE) // SAMPLE_RATE
+        length = min(features.size(1), *(-(-t.size(1) // ratio) for t in targets))
+        cut = [t[:, : length * ratio : ratio] for t in targets]
+        return features[:, :length], None if frames is None else frames[:, :length], cut
+
+    def _draw_masks(self, x: Tensor, frames: Tensor | None, sample_ids: Tensor | None) -> Masks:
+        """Masks for x (B, T, D), whose padding is `frames`."""
+        config, (batch, length, dim) = self.config, x.shape
+        lengths = [length] * batch if frames is None else (~frames).sum(1).tolist()
+        ids = range(batch) if sample_ids is None else sample_ids.tolist()
+        update = self.num_updates + 1 if self.training else 0  # in evaluation the masks are always the same
+        masked = channels = None
+        if config.mask_prob > 0:
+            seeds = [(config.seed, update, i, 0) for i in ids]
+            masked = batch_mask(
+                lengths, length, seeds, config.mask_prob, config.mask_length, config.mask_selection, config.mask_other, 2
+            ).to(x.device)
+        if config.mask_channel_prob > 0:
+            seeds = [(config.seed, update, i, 1) for i in ids]
+            channels = batch_mask(
+                [dim] * batch, dim, seeds, config.mask_channel_prob, config.mask_channel_length,
+                config.mask_channel_selection, config.mask_channel_other,
+            ).to(x.device)  # fmt: skip
+        return masked, channels
+
+
+def normalize_waveform(wav: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+    """Zero mean and unit variance of each row (B, S) over its valid samples; padding becomes 0."""
+    if padding_mask is None and is_tracing():  # where a length is no constant
+        padding_mask = torch.zeros_like(wav, dtype=torch.bool)
+    if padding_mask is None:
+        return F.layer_norm(wav, wav.shape[-1:])
+    samples = wide(wav)
+    valid = (~padding_mask).to(samples.dtype)
+    count = valid.sum(1, keepdim=True).clamp(min=1)
+    samples = samples.masked_fill(padding_mask, 0.0)  # whatever stands there, even NaN
+    mean = samples.sum(1, keepdim=True) / count
+    centred = (samples - mean) * valid
+    variance = centred.square().sum(1, keepdim=True) / count
+    return (centred * torch.rsqrt(variance + 1e-5)).to(wav.dtype)
+
+
+def build(preset: str, num_classes: Sequence[int] = (), **overrides: Any) -> HubertModel:
+    """A randomly initialised model of a preset, single keys overridden, in train mode.
+
+    num_classes: sizes of the codebooks for pre-training; empty: no head. Raises `UserError` for an unknown preset or key, or bad values.
+    """
+    return HubertModel(preset_config(preset, **overrides), num_classes)

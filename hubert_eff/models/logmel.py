@@ -1,0 +1,123 @@
+"""Fronts on a log-mel spectrogram that the model computes itself from the waveform, with two-dimensional convolutions down to 20 ms.
+
+They stand where HuBERT's waveform extractor does: same frames, same rule of which are valid. A frame's kernels reach beyond its 400
+samples; what lies before the first and behind the last sample is silence, as padding is, so that padding changes nothing.
+"""
+
+# B batch, S samples, M mel frames of 10 ms, T frames, C channels, F mel bins
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..config import MEL_FRONTS, RECEPTIVE_FIELD, SAMPLE_RATE, HubertConfig
+from ..layers.activation import swoosh_l, swoosh_r
+from ..layers.convolution import GroupedConv2d
+from ..layers.linear import Linear
+
+BINS, WINDOW, HOP, FFT = 80, 400, 160, 512
+FLOOR = 1e-10  # of the power in a bin; silence, too
+
+
+def mel_filters(bins: int = BINS, points: int = FFT, rate: int = SAMPLE_RATE) -> Tensor:
+    """Triangles of equal width on the HTK mel scale from 0 Hz to half the rate, (points / 2 + 1, bins)."""
+
+    def mel(hertz: float) -> float:
+        return 2595.0 * math.log10(1.0 + hertz / 700.0)
+
+    corners = 700.0 * (10.0 ** (torch.linspace(0.0, mel(rate / 2), bins + 2, dtype=torch.float64) / 2595.0) - 1.0)
+    hertz = torch.linspace(0.0, rate / 2, points // 2 + 1, dtype=torch.float64).unsqueeze(1)
+    low, centre, high = corners[:-2], corners[1:-1], corners[2:]
+    return torch.minimum((hertz - low) / (centre - low), (high - hertz) / (high - centre)).clamp(min=0.0).float()
+
+
+class LogMel(nn.Module):
+    """Waveform (B, S) -> log-mel spectrogram (B, M, 80): 25 ms Hann windows every 10 ms, log10 of the power, moved to about [-1, 2], in
+    float32."""
+
+    window: Tensor
+    filters: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("window", torch.hann_window(WINDOW), persistent=False)
+        self.register_buffer("filters", mel_filters(), persistent=False)
+
+    def forward(self, source: Tensor) -> Tensor:
+        frames = source.float().unfold(1, WINDOW, HOP) * self.window.float()
+        spectrum = torch.view_as_real(torch.fft.rfft(frames, FFT))  # (B, M, 257, 2)
+        power = spectrum.square().sum(-1) @ self.filters.float()
+        return (power.clamp(min=FLOOR).log10() + 4.0) / 4.0
+
+
+class Subsampling(nn.Module):
+    """Two 3 x 3 convolutions with ReLU and a linear layer: (B, M, 80) -> (B, T, D).
+
+    The second convolution is full, as in the Conformer, or, `separable`, depthwise and then pointwise: (9 + C) / (9 C) of its MACs
+    (Xu et al. 2024, section 3). `rates`: strides in time; (2, 2) is the Conformer's 40 ms, (2, 1) HuBERT's 20 ms.
+    """
+
+    def __init__(self, dim: int, separable: bool, rates: tuple[int, int] = (2, 1)) -> None:
+        super().__init__()
+        first, second = ((rate, 2) for rate in rates)
+        self.conv1 = nn.Conv2d(1, dim, 3, first, padding=(0, 1))
+        self.depthwise = GroupedConv2d(dim, dim, 3, second, padding=(0, 1), groups=dim) if separable else None
+        self.conv2 = nn.Conv2d(dim, dim, 1) if separable else nn.Conv2d(dim, dim, 3, second, padding=(0, 1))
+        self.linear = Linear(dim * BINS // 4, dim)
+
+    def forward(self, mel: Tensor) -> Tensor:
+        x = F.relu(self.conv1(mel.unsqueeze(1)))  # (B, C, M', 40)
+        if self.depthwise is not None:
+            x = self.depthwise(x)
+        x = F.relu(self.conv2(x))  # (B, C, T, 20)
+        return self.linear(x.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+class ConvEmbed(nn.Module):
+    """Zipformer's front (section 3.1): three convolutions to 8, 32, 128 channels with time x frequency strides 1x2, 2x2, 1x2, a ConvNeXt
+    layer, a linear layer; (B, M, 80) -> (B, T, D). Its BiasNorm is left to HuBERT's LayerNorm behind the extractor."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        widths = ((1, 8, (1, 2)), (8, 32, (2, 2)), (32, 128, (1, 2)))
+        self.convs = nn.ModuleList([nn.Conv2d(c, n, 3, stride, padding=(0, 1)) for c, n, stride in widths])
+        self.depthwise = GroupedConv2d(128, 128, 7, padding=(0, 3), groups=128)
+        self.pointwise1 = nn.Conv2d(128, 384, 1)
+        self.pointwise2 = nn.Conv2d(384, 128, 1)
+        self.linear = Linear(128 * BINS // 8, dim)
+
+    def forward(self, mel: Tensor) -> Tensor:
+        x = mel.unsqueeze(1)
+        for conv in self.convs:
+            x = swoosh_r(conv(x))
+        reach = self.depthwise.kernel_size[0] // 2
+        x = x[:, :, reach : x.size(2) - reach] + self.pointwise2(swoosh_l(self.pointwise1(self.depthwise(x))))
+        return self.linear(x.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+# mel frames that a frame sees, by front: 1 + what each kernel adds
+MEL_FRAMES = {"logmel-conv": 1 + 2 + 4, "logmel-dws": 1 + 2 + 4, "conv-embed": 1 + 2 + 2 + 4 + 12}
+
+
+class LogMelExtractor(nn.Module):
+    """Waveform (B, S) -> features (B, T, D), T that of HuBERT's extractor; frame t is centred where its frame is, at sample 320 t + 200."""
+
+    def __init__(self, config: HubertConfig) -> None:
+        super().__init__()
+        front, dim = config.conv_feature_layers, config.input_dim
+        assert front in MEL_FRONTS
+        beyond = WINDOW + (MEL_FRAMES[front] - 1) * HOP - RECEPTIVE_FIELD
+        self.reach = (beyond // 2, beyond // 2)
+        self.mel = LogMel()
+        self.front = ConvEmbed(dim) if front == "conv-embed" else Subsampling(dim, separable=front == "logmel-dws")
+
+    def forward(self, source: Tensor) -> Tensor:
+        return self.of_padded(F.pad(source, self.reach))
+
+    def of_padded(self, source: Tensor) -> Tensor:
+        """Of samples with their neighbours, `reach` many on either side, there already."""
+        return self.front(self.mel(source).to(self.front.linear.weight.dtype))  # type: ignore[no-any-return]

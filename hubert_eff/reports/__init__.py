@@ -1,0 +1,1 @@
+"""Tables, plots and pages of figures: costs, the paper's tables, benchmarks, training logs."""

@@ -1,0 +1,205 @@
+"""Training curves out of fairseq's logs: loss, accuracy beside the share of the most frequent label, perplexity, speed, memory."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..analysis.plots import LINES, distinct_colors, plot_text
+from ..errors import UserError, missing_extra, printable
+
+LOG = "hydra_train.log"  # what hydra writes into a run's save_dir
+Figures = dict[str, float]
+
+_JSON = re.compile(r"\{.*\}$")
+_INNER = re.compile(r"(\w+)=([-+.\w]+)")
+_MEANS = re.compile(r"epoch \d+ \| (?:valid on '(?P<subset>[^']*)' subset \| )?(?P<pairs>.*\bnum_updates \d+.*)$")
+_LOADED = re.compile(r"Loaded checkpoint .* @ (\d+) updates\)")
+_FRESH = "No existing checkpoint found"
+MOST_UPDATES = 10**12  # a larger number is no number of updates
+LONGEST = 20_000  # characters of a line of figures
+
+# (title, logarithmic, lines: key, split, label); a line whose key was not logged is left out, and so is a panel without lines
+PANELS: tuple[tuple[str, bool, tuple[tuple[str, str, str], ...]], ...] = (
+    ("loss, bits", False, (("loss", "train", "train"), ("loss", "valid", "valid"))),
+    (
+        "masked accuracy", False,
+        (("correct_m_0", "train", "train"), ("correct_m_0", "valid", "valid"), ("majority_m_0", "valid", "most frequent label, valid")),
+    ),
+    (
+        "perplexity, valid", False,
+        (("code_ppl_0", "valid", "of the predicted classes"), ("label_ppl_0", "valid", "of the labels")),
+    ),
+    ("errors of greedy CTC, valid, %", False, (("wer", "valid", "words"), ("uer", "valid", "letters"))),
+    ("accuracy of the decoder", False, (("accuracy", "train", "train"), ("accuracy", "valid", "valid"))),
+    ("norm of the gradient", True, (("gnorm", "train", "train"),)),
+    ("learning rate", False, (("lr", "train", "train"),)),
+    ("seconds of audio per second", False, (("audio_per_s", "train", "train"),)),
+    ("memory, GB", False, (("mem_gb", "train", "most so far"),)),
+)  # fmt: skip
+
+
+@dataclass
+class TrainingLog:
+    """What a run logged, by update, each record with its `num_updates`: at every log interval, and at every validation.
+
+    `updates`: how many it has made, as far as the log tells. Where a log holds several runs, or one that was resumed, that is what led to
+    the last state: a run that starts anew drops all before it, one that resumes what came after its checkpoint.
+    """
+
+    name: str
+    train: list[Figures] = field(default_factory=list)
+    valid: list[Figures] = field(default_factory=list)
+    updates: int = 0
+
+    @property
+    def best(self) -> Figures:
+        """The validation with the lowest word error rate, or, where there is none, the lowest loss: that of `checkpoint_best.pt`.
+
+        Raises `UserError` where there has been no validation yet.
+        """
+        if not self.valid:
+            raise UserError(f"{self.name} holds no validation yet")
+        return min(self.valid, key=lambda record: (_sortable(record.get("wer", 0.0)), _sortable(record["loss"])))
+
+    def __str__(self) -> str:
+        text = f"{printable(self.name)}: {self.updates} updates"
+        if not self.valid:
+            return f"{text}, no validation yet"
+        best = self.best
+        text += f"; best validation at {best['num_updates']:.0f}, loss {best['loss']:.3f}"
+        if "correct_m_0" in best and "majority_m_0" in best:
+            text += f", masked accuracy {best['correct_m_0']:.1%} (most frequent label: {best['majority_m_0']:.1%})"
+        return text + (f", WER {best['wer']:.1f}%" if "wer" in best else "")
+
+
+def _sortable(value: float) -> float:
+    return math.inf if math.isnan(value) else value
+
+
+def read_log(path: Path, name: str | None = None) -> TrainingLog:
+    """Read a log of `common.log_format` simple, tqdm or json. Of several validation sets the first one counts, as for `checkpoint_best.pt`.
+
+    Raises `UserError` for a file that cannot be read, or that holds no record of training.
+    """
+    reader = _Reader()
+    try:
+        if not path.is_file():
+            raise UserError(f"{path} cannot be read: it is no regular file" if path.exists() else f"{path} cannot be read: there is none")
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            while line := lines.readline(LONGEST):
+                reader.read(line.rstrip("\n"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    train, valid = ([found[update] for update in sorted(found)] for found in (reader.train, reader.valid))
+    if not train and not valid:
+        raise UserError(f"{path} holds no record of training yet: fairseq writes one every common.log_interval updates")
+    return TrainingLog(name or str(path), train, valid, int(reader.updates))
+
+
+class _Reader:
+    """The state after the lines read so far."""
+
+    def __init__(self) -> None:
+        self.train: dict[float, Figures] = {}
+        self.valid: dict[float, Figures] = {}
+        self.updates = 0.0
+        self.subset: str | None = None  # the first validation set
+
+    def read(self, line: str) -> None:
+        """Take in one line, whatever it says."""
+        if match := _LOADED.search(line):
+            self._go_back(float(match[1]))
+        elif _FRESH in line:
+            self._go_back(-1.0)
+        elif "num_updates" in line:
+            self._take(*_record(line))
+
+    def _take(self, kind: str, record: Figures) -> None:
+        update = record.get("num_updates", math.nan)
+        if not 0 <= update < MOST_UPDATES or "loss" not in record:
+            return
+        if update < self.updates:  # a restart in a log without lines about checkpoints
+            self._go_back(update)
+        self.updates = update
+        if kind == "train":
+            self.train[update] = record
+        elif kind != "epoch":  # a whole epoch's means are no point of the curve
+            self.subset = kind if self.subset is None else self.subset
+            if kind == self.subset:
+                self.valid[update] = record
+
+    def _go_back(self, update: float) -> None:
+        self.updates = min(self.updates, max(update, 0.0))
+        for found in (self.train, self.valid):
+            for later in [known for known in found if known > update]:
+                del found[later]
+
+
+def _record(line: str) -> tuple[str, Figures]:
+    """What a line of the log speaks of - train, epoch, or the name of a validation set behind a colon - and its figures."""
+    if match := _MEANS.search(line):
+        pairs = (part.split(" ", 1) for part in match["pairs"].split(" | "))
+        return "epoch" if match["subset"] is None else f":{match['subset']}", _numbers(pair for pair in pairs if len(pair) == 2)
+    if not (match := _JSON.search(line)):
+        return "train", _numbers(_INNER.findall(line))
+    try:
+        entry = json.loads(match[0])
+    except (ValueError, RecursionError):
+        return "train", {}
+    for key in entry:
+        if key.endswith("_num_updates"):
+            prefix = key.removesuffix("num_updates")
+            record = _numbers((name.removeprefix(prefix), value) for name, value in entry.items())
+            return "epoch" if prefix == "train_" else f":{prefix[:-1]}", record
+    return "train", _numbers(entry.items())
+
+
+def _numbers(pairs: Any) -> Figures:
+    found = {}
+    for key, value in pairs:
+        try:
+            found[str(key)] = float(value)
+        except (TypeError, ValueError, OverflowError):
+            continue
+    return found
+
+
+def draw_curves(runs: Sequence[TrainingLog]) -> Any:
+    """A matplotlib figure of one or more runs, a panel per figure that they logged. Raises `UserError` without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise missing_extra("matplotlib", "plot", "training curves") from error
+    logged = {(key, split) for run in runs for split in ("train", "valid") for record in getattr(run, split) for key in record}
+    panels = [(title, log, [line for line in lines if line[:2] in logged]) for title, log, lines in PANELS]
+    panels = [panel for panel in panels if panel[2]]
+    rows = -(-len(panels) // 3)
+    height = 0.4 + 3.2 * rows
+    figure = Figure(figsize=(13, height))
+    axes, colors = figure.subplots(rows, 3, squeeze=False).flatten(), distinct_colors(max(len(runs), len(LINES)))
+    figure.subplots_adjust(left=0.045, right=0.985, bottom=0.5 / height, top=1 - 0.35 / height, wspace=0.2, hspace=0.38)  # at once
+    for axis, (title, logarithmic, lines) in zip(axes, panels, strict=False):
+        for number, run in enumerate(runs):
+            for style, (key, split, label) in enumerate(lines):
+                points = [(record["num_updates"], record[key]) for record in getattr(run, split) if key in record]
+                shown = plot_text(f"{run.name}, {label}") if len(runs) > 1 else label
+                axis.plot(
+                    *zip(*points, strict=True) if points else ((), ()), label=shown, linestyle=LINES[style],
+                    color=colors[number if len(runs) > 1 else style], marker="." if len(points) < 30 else "",
+                )  # fmt: skip
+        positive = any(value > 0 for line in axis.lines for value in line.get_ydata())
+        axis.set(title=title, xlabel="updates", yscale="log" if logarithmic and positive else "linear")
+        if axis.get_yscale() == "linear":
+            axis.ticklabel_format(axis="y", scilimits=(-2, 5))  # numbers stay narrow
+        axis.grid(alpha=0.3)
+        if len(lines) > 1 or len(runs) > 1:
+            axis.legend(frameon=False, fontsize=8)
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    return figure

@@ -1,0 +1,193 @@
+"""A file or a pipe through a stream, as fast as it comes: `hubert-eff run --stream` and what it reports."""
+
+# S samples at 16 kHz, T frames of 20 ms, D model dim
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..checkpoints.open import open_model
+from ..config import SAMPLE_RATE
+from ..data.containers import Unusable, check_container
+from ..errors import UserError
+from ..models.fuse import fuse
+from ..models.hubert import HubertModel
+from ..utils.files import replacing
+from .stream import StreamingModel, parse_mode
+
+PIECE = 0.1  # seconds of audio that are read at a time
+STDIN = "-"
+
+
+@dataclass
+class StreamReport:
+    """What a stream took. Times are seconds of this process; RTF is computing time over audio time."""
+
+    seconds: float  # of audio
+    frames: int
+    chunks: int
+    mode: str
+    latency: float  # seconds of audio that a chunk waits for
+    compute: float  # seconds, all chunks together
+    chunk_ms: float  # median computing time of a chunk
+    slowest_ms: float
+    state_elements: int  # numbers kept at the end
+
+    @property
+    def rtf(self) -> float:
+        """Real-time factor: below 1 the model keeps up with the audio."""
+        return self.compute / self.seconds
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "rtf": self.rtf}
+
+    def __str__(self) -> str:
+        return (
+            f"{self.seconds:.1f} s in {self.chunks} chunks (mode {self.mode}), {self.frames} frames: RTF {self.rtf:.4f}; "
+            f"a chunk waits {1e3 * self.latency:.0f} ms for its audio and takes {self.chunk_ms:.1f} ms (slowest {self.slowest_ms:.1f} ms); "
+            f"{self.state_elements:,} numbers kept"
+        )
+
+
+def pieces_of(source: str | os.PathLike[str], stdin: BinaryIO | None = None) -> Iterator[Tensor]:
+    """Audio (1, S) of at most `PIECE` seconds at a time: of a 16 kHz mono file, or, from `-`, of raw 16-bit little-endian PCM of that
+    rate on `stdin`. Never more than a piece is in memory. Raises `UserError` for a file that is none, or of another rate."""
+    length = round(PIECE * SAMPLE_RATE)
+    if os.fspath(source) == STDIN:
+        assert stdin is not None
+        odd = b""
+        while data := stdin.read(2 * length):
+            data = odd + data
+            whole = len(data) // 2 * 2
+            odd = data[whole:]
+            yield torch.from_numpy(np.frombuffer(data[:whole], "<i2").astype(np.float32) / 32_768)[None]
+        if odd:
+            raise UserError("standard input ends in the middle of a sample: give 16-bit little-endian mono PCM at 16 kHz")
+        return
+    import soundfile
+
+    path = Path(source)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: a stream takes one audio file")
+    if not path.is_file():
+        raise UserError(f"{path} is no regular file" if path.exists() else f"no audio file at {path}")
+    frames = 0
+    try:
+        check_container(path)
+        with soundfile.SoundFile(os.fsencode(path)) as file:  # of bytes: it encodes names strictly
+            if file.samplerate != SAMPLE_RATE or file.channels != 1:
+                raise UserError(
+                    f"{path} has {file.channels} channels at {file.samplerate} Hz: a stream takes mono at {SAMPLE_RATE} Hz "
+                    "(hubert-eff manifest converts)"
+                )
+            for block in file.blocks(length, dtype="float32"):
+                frames += len(block)
+                yield torch.from_numpy(block)[None]
+            if frames < file.frames < 1 << 40:  # a file that was written to a pipe declares a huge length
+                raise UserError(f"{path} is truncated: {frames / SAMPLE_RATE:.2f} of {file.frames / SAMPLE_RATE:.2f} s")
+    except (soundfile.SoundFileError, Unusable) as error:
+        raise UserError(f"{path} cannot be read as audio ({error})") from error
+
+
+def run_stream(
+    model: HubertModel,
+    source: str | os.PathLike[str],
+    mode: str = "16-4",
+    out: Path | None = None,
+    stdin: BinaryIO | None = None,
+) -> StreamReport:
+    """Feed a file, or standard input, to a `StreamingModel`; the last hidden states go to `out` (.npy, (T, D) float32) as they come.
+
+    mode: see `streaming.parse_mode`; `full` is no stream. Raises `UserError` for audio that is too short for a frame, and what
+    `StreamingModel`, `feed` and `pieces_of` raise.
+    """
+    size, left = parse_mode(mode)
+    if size is None:
+        raise UserError("mode full is the whole utterance at once: leave out --stream")
+    if out is not None and out.suffix != ".npy":
+        raise UserError(f"--out {out}: a stream writes a .npy file, frame after frame")
+    stream = StreamingModel(model, size, left)
+    times: list[float] = []
+    frames = samples = elements = 0
+
+    def timed(compute: Callable[[], Tensor | None]) -> Tensor | None:
+        begin = time.perf_counter()
+        y = compute()
+        if y is not None:
+            times.append(time.perf_counter() - begin)
+        return y
+
+    def outputs() -> Iterator[Tensor]:
+        nonlocal samples, elements
+        for piece in pieces_of(source, stdin):
+            try:
+                y = timed(lambda piece=piece: stream.feed(piece))  # type: ignore[misc]
+            except UserError as error:
+                raise UserError(f"{source}, from {samples / SAMPLE_RATE:.1f} s on: {error}") from error
+            samples += piece.size(1)
+            if y is not None:
+                yield y
+        elements = stream.state().elements
+        y = timed(stream.flush)
+        if y is not None:
+            yield y
+
+    with growing_npy(out) if out is not None else nullcontext() as add:
+        for y in outputs():
+            frames += y.size(1)
+            if add is not None:
+                add(y[0])
+        if not frames:
+            raise UserError(f"{source}: {samples} samples are too few for one frame")
+    ordered = sorted(times)
+    return StreamReport(
+        samples / SAMPLE_RATE, frames, len(times), mode, stream.latency, sum(times), 1e3 * ordered[len(ordered) // 2], 1e3 * ordered[-1],
+        elements,
+    )  # fmt: skip
+
+
+def stream_command(name: str, audio: Sequence[Path], mode: str, out: Path | None, as_json: bool) -> int:
+    """`hubert-eff run NAME AUDIO --stream MODE`: one file, or `-` for standard input, through a fused model; prints the report."""
+    if len(audio) != 1:
+        raise UserError(f"--stream takes one file, or - for standard input, not {len(audio)}")
+    size, left = parse_mode(mode)  # before the model is read
+    model = open_model(name, streaming=True)
+    model.chunks(size, left)  # refused for what it is, rather than by what `fuse` cannot do
+    report = run_stream(fuse(model.eval()), audio[0], mode, out, sys.stdin.buffer)
+    print(json.dumps(report.plain(), indent=2) if as_json else report)
+    return 0
+
+
+@contextmanager
+def growing_npy(path: Path) -> Iterator[Callable[[Tensor], None]]:
+    """A .npy file (T, D) float32 that grows by what the function is called with, (t, D) at a time; T is written at the end."""
+    rows = width = 0
+
+    def header() -> None:
+        file.seek(0)
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (rows, width)})
+
+    def add(part: Tensor) -> None:
+        nonlocal rows, width
+        rows, width = rows + part.size(0), part.size(1)
+        file.write(part.detach().float().cpu().contiguous().numpy().astype("<f4").tobytes())
+
+    with replacing(path) as temporary, temporary.open("w+b") as file:
+        header()
+        start = file.tell()
+        yield add
+        header()  # of the same length: numpy pads it to a multiple of 64 bytes
+        assert file.tell() == start

@@ -1,0 +1,148 @@
+"""Chunk-wise inference: audio goes in piece by piece, hidden states come out chunk by chunk, and memory stays what it is."""
+
+# S samples at 16 kHz, T frames of 20 ms, D model dim
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..config import FRAME_STRIDE, SAMPLE_RATE
+from ..errors import UserError, unknown
+from ..layers.chunks import Chunks
+from ..models.extractor import check_audio, check_samples, receptive_field
+from ..models.hubert import HubertModel
+
+# (chunk_size, left_chunks) of the ways to decode that FusionFormer's table 2 compares, in frames and chunks
+MODES: dict[str, tuple[int | None, int]] = {"16-4": (16, 4), "16-inf": (16, -1), "full": (None, -1)}
+
+
+def parse_mode(text: str) -> tuple[int | None, int]:
+    """(chunk_size, left_chunks) of "16-4", "16-inf", "full" and their like; (None, -1) is the whole utterance. Raises `UserError`."""
+    if text in MODES:
+        return MODES[text]
+    size, _, left = text.partition("-")
+    if not size.isdecimal() or not (left.isdecimal() or left == "inf"):
+        raise unknown("mode (FRAMES-CHUNKS, such as 16-4, or 16-inf, or full)", text, MODES)
+    return int(size), -1 if left == "inf" else int(left)
+
+
+@dataclass
+class StreamState:
+    """Where a stream stands: samples that no frame has used up (1, S), frames so far, and what layers have kept, by module."""
+
+    model: str  # of which model and chunks it is
+    samples: Tensor
+    frames: int
+    kept: dict[str, tuple[Tensor, ...]]
+
+    @property
+    def elements(self) -> int:
+        """Numbers that it holds."""
+        return self.samples.numel() + sum(part.numel() for parts in self.kept.values() for part in parts)
+
+
+class StreamingModel:
+    """One stream through a model that was built with `streaming=True`, which is set to eval mode.
+
+    The states are those of `model.hidden_states(wav, chunk_size=chunk_size, left_chunks=left_chunks)[0][-1]`, however the audio is cut
+    into pieces. A frame comes out when the samples of its chunk are there; with finite `left_chunks` memory is constant in time.
+    Several streams may share a model. Raises `UserError` for a model that cannot stream.
+    """
+
+    def __init__(self, model: HubertModel, chunk_size: int = 16, left_chunks: int = 4) -> None:
+        if not isinstance(model, HubertModel):
+            raise UserError(f"cannot stream a {type(model).__name__}: expected a HubertModel")
+        chunks = model.chunks(chunk_size, left_chunks)
+        if chunks is None:
+            raise UserError("chunk_size=None is the whole utterance: give a number of frames, or call model.hidden_states")
+        self.model = model.eval()
+        self._chunks: Chunks = chunks
+        self._names: dict[nn.Module, str] = {module: name for name, module in model.encoder.named_modules()}
+        self._modules = dict(model.encoder.named_modules())
+        self._receptive = receptive_field(model.config.conv_layers)  # samples of one frame
+        self._fingerprint = ""
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin a new stream."""
+        # the extractor hears silence before the first sample
+        self._samples = torch.zeros(1, self.model.feature_extractor.reach[0], device=self.model.mask_emb.device)
+        self._frames = 0
+        self._chunks = replace(self._chunks, kept={})
+
+    @property
+    def latency(self) -> float:
+        """Seconds of audio from the first sample of a chunk until the chunk can be computed."""
+        return ((self._chunks.size - 1) * FRAME_STRIDE + self._receptive + self.model.feature_extractor.reach[1]) / SAMPLE_RATE
+
+    def feed(self, wav: Tensor) -> Tensor | None:
+        """The next samples (1, S), any number of them -> the frames (1, T, D) of the chunks that are now complete, or None.
+
+        Raises `UserError` for audio of another shape or dtype, and for samples that are not finite; the stream can go on after either.
+        """
+        if isinstance(wav, Tensor) and (wav.dim() != 2 or wav.size(0) != 1):
+            raise UserError(f"a stream takes audio (1, samples), not {tuple(wav.shape)}")
+        check_audio(wav)
+        check_samples(wav, where="this piece")
+        self._samples = torch.cat((self._samples, wav.to(self._samples)), 1)
+        outputs = self._whole_chunks()
+        return torch.cat(outputs, 1) if outputs else None
+
+    def flush(self) -> Tensor | None:
+        """The end of the stream: its last frames (1, T, D), or None. What is fed next begins a new stream."""
+        before, behind = self.model.feature_extractor.reach
+        self._samples = F.pad(self._samples, (0, behind))  # the extractor hears silence behind the last sample, too
+        outputs = self._whole_chunks()
+        if self.model.num_frames(self._samples.size(1) - before - behind):
+            outputs.append(self._run(self._samples))
+        self.reset()
+        return torch.cat(outputs, 1) if outputs else None
+
+    def _whole_chunks(self) -> list[Tensor]:
+        size = self._chunks.size
+        need = (size - 1) * FRAME_STRIDE + self._receptive + sum(self.model.feature_extractor.reach)
+        outputs = []
+        while self._samples.size(1) >= need:
+            outputs.append(self._run(self._samples[:, :need]))
+            self._samples = self._samples[:, size * FRAME_STRIDE :].clone()
+        return outputs
+
+    @torch.no_grad()
+    def _run(self, samples: Tensor) -> Tensor:
+        x = self.model.project(self.model.feature_extractor.of_padded(samples))
+        y: Tensor = self.model.encoder(x, chunks=replace(self._chunks, start=self._frames))
+        self._frames += y.size(1)
+        return y
+
+    # -- a stream that pauses ----------------------------------------------------------------------------------------
+
+    def state(self) -> StreamState:
+        """Where this stream stands; `restore` goes on from there, in this or another `StreamingModel` of the same weights and chunks."""
+        kept = {self._names[module]: parts for module, parts in (self._chunks.kept or {}).items()}
+        return StreamState(self._identity(), self._samples, self._frames, kept)
+
+    def restore(self, state: StreamState) -> None:
+        """Go on from a state. Raises `UserError` if it is another model's, or of other chunks."""
+        if state.model != self._identity():
+            raise UserError(
+                "this state is of another model, or of other chunks: a stream goes on only with the weights, chunk_size and left_chunks "
+                "that it began with"
+            )
+        self._samples, self._frames = state.samples, state.frames
+        self._chunks = replace(self._chunks, kept={self._modules[name]: parts for name, parts in state.kept.items()})
+
+    def _identity(self) -> str:
+        if not self._fingerprint:
+            config = json.dumps(self.model.config.to_dict(), sort_keys=True)
+            digest = hashlib.sha256(f"{config} {self._chunks.size} {self._chunks.left} {self.model.fused}".encode())
+            for name, weight in self.model.state_dict().items():
+                if isinstance(weight, Tensor):
+                    digest.update(f"{name} {float(weight.double().sum())} {float(weight.double().square().sum())}".encode())
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint

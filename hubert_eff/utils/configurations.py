@@ -1,0 +1,126 @@
+"""The training configurations of configs/, composed from groups by hydra as `fairseq-hydra-train` composes them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError, require, unknown
+from .files import config_dir
+
+KINDS = ("pretrain", "quantize", "finetune")
+HYDRA_KEYS = {"job": ("chdir",), "run": ("dir",), "sweep": ("dir", "subdir")}  # what the configurations set of hydra's own
+
+
+def groups_dir() -> Path:
+    """The folder whose folders are the groups (encoder, data, optim ...), and whose files are their members."""
+    return config_dir() / "groups"
+
+
+def list_groups() -> dict[str, list[str]]:
+    """Members by group. A member whose name starts with an underscore is a part of others and cannot be chosen."""
+    groups = sorted(path for path in groups_dir().iterdir() if path.is_dir())
+    return {group.name: sorted(p.stem for p in group.glob("*.yaml") if not p.stem.startswith("_")) for group in groups}
+
+
+def list_configurations(kind: str | None = None) -> list[str]:
+    """Names of the configurations of a kind (pretrain, quantize or finetune), or of all as KIND/NAME."""
+    if kind is not None:
+        return sorted(path.stem for path in (config_dir() / kind).glob("*.yaml"))
+    return [f"{kind}/{name}" for kind in KINDS for name in list_configurations(kind)]
+
+
+def find_configuration(name: str) -> Path:
+    """The primary file of NAME or KIND/NAME; of a name that several kinds have, the first of `KINDS`.
+
+    Raises `UserError` with the nearest name if there is none.
+    """
+    kind, slash, stem = name.rpartition("/")
+    for candidate in (kind,) if slash else KINDS:
+        path = config_dir() / candidate / f"{stem}.yaml"
+        if candidate in KINDS and path.is_file():
+            return path
+    if kind in KINDS:
+        raise unknown("configuration", stem, list_configurations(kind))
+    known = list_configurations()
+    raise unknown("configuration", name, known if slash else sorted({entry.partition("/")[2] for entry in known}))
+
+
+def choices(words: Iterable[str]) -> list[str]:
+    """Those of hydra's overrides that choose a member of a group, GROUP=MEMBER, rather than set a key, which has a dot."""
+    return [word for word in words if re.match(r"\+{0,2}[A-Za-z_]\w*=", word)]
+
+
+def check_choices(overrides: Sequence[str]) -> None:
+    """Raise `UserError`, with the nearest name, for an override GROUP=MEMBER (or GROUP=A,B in a sweep) of no known group or member."""
+    groups = list_groups()
+    for override in choices(overrides):
+        group, _, value = override.lstrip("+").partition("=")
+        if group not in groups:
+            raise unknown(f"group in '{override}'", group, groups)
+        for member in value.split(","):
+            if member.strip() not in groups[group]:
+                raise unknown(f"{group} in '{override}'", member.strip(), groups[group])
+
+
+def check_overrides(words: Iterable[object]) -> None:
+    """Raise `UserError` for a KEY=VALUE that hydra does not read."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    for word in words:
+        try:
+            parser.parse_override(str(word))
+        except HydraException as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"hydra does not read {word} ({reason}): quote what is not plain, as in \"KEY='VALUE'\"") from error
+
+
+def load_config(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The whole configuration NAME or KIND/NAME as fairseq reads it, with hydra's overrides; references such as ${task.data} are kept.
+
+    Raises `UserError` for an unknown name, group, member or key, a malformed override, and where hydra is not installed.
+    """
+    path = find_configuration(name)
+    require("hydra", "fairseq", "composing a training configuration")
+    check_overrides(overrides)
+    check_choices(overrides)
+    from hydra import compose, initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    schemas = ConfigStore.instance().repo
+    schema = schemas.pop(path.name, None)  # fairseq keeps one under the name of the configuration that it runs, with all of its defaults
+    try:
+        with initialize_config_dir(str(path.parent.resolve()), version_base="1.1"):
+            composed = compose(path.stem, list(overrides), return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        missing = re.search(r"Could not find '([\w/]+)'", str(error))
+        if missing and missing[1].startswith("schedule/"):
+            raise UserError(
+                f"{name}: no schedule for {missing[1].removeprefix('schedule/')} (RECIPE_DATA_OPTIM): choose another data= or optim="
+            ) from error
+        key = re.match(r"Could not override '([^']+)'", lines[0])
+        if key:
+            raise unknown(f"key in the overrides of {name}", key[1], _keys(load_config(name))) from error
+        raise UserError(f"{' '.join([name, *overrides])}: {' '.join(lines[0].split())}") from error
+    finally:
+        if schema is not None:
+            schemas[path.name] = schema
+    own: Any = OmegaConf.to_container(composed.hydra, resolve=False)
+    whole: Any = OmegaConf.to_container(composed, resolve=False)
+    whole.pop("hydra")
+    return {**whole, "hydra": {section: {key: own[section][key] for key in keys} for section, keys in HYDRA_KEYS.items()}}
+
+
+def _keys(values: dict[str, Any], above: str = "") -> list[str]:
+    found: list[str] = []
+    for key, value in values.items():
+        found += _keys(value, f"{above}{key}.") if isinstance(value, dict) else [f"{above}{key}"]
+    return found

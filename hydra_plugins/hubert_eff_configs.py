@@ -1,0 +1,45 @@
+"""Hydra finds the groups of hubert-eff's configurations from every folder, and from an installed wheel."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+
+from hubert_eff.errors import UserError
+from hubert_eff.utils.configurations import KINDS, check_choices, choices, groups_dir, load_config
+
+PROGRAM = "fairseq-hydra-train"
+_checked = False  # composing asks for the search path again
+
+
+class HubertEffConfigs(SearchPathPlugin):
+    """Appends the folder of groups to hydra's search path."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Called by hydra once per run. A wrong GROUP=MEMBER for one of our own configurations ends the run with one line."""
+        global _checked
+        search_path.append("hubert-eff", f"file://{groups_dir()}")
+        if Path(sys.argv[0]).stem in (PROGRAM, "hydra_train") and not _checked:
+            _checked = True
+            try:
+                _check_command_line()
+            except UserError as error:
+                sys.exit(f"{PROGRAM}: {error}")
+
+
+def _check_command_line() -> None:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-dir", "-cd", default="")
+    parser.add_argument("--config-name", "-cn", default="")
+    given, rest = parser.parse_known_args(sys.argv[1:])
+    folder = Path(given.config_dir).resolve()
+    if folder.parent != groups_dir().parent.resolve() or folder.name not in KINDS:
+        return  # a configuration of the user's own
+    chosen = choices(word for word in rest if not word.startswith("-"))
+    check_choices(chosen)
+    if chosen and not any("," in word for word in chosen):  # else a sweep, whose jobs are composed one by one
+        load_config(f"{folder.name}/{given.config_name}", chosen)

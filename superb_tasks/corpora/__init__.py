@@ -1,1 +1,0 @@
-"""The generated stand-ins for SUPERB's data sets, one module per data set; `superb_tasks.corpus` makes any of them."""

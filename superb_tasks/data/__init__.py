@@ -1,0 +1,1 @@
+"""SUPERB's data sets: their layouts, what is prepared from them, and generated stand-ins."""

@@ -1,0 +1,93 @@
+"""Configurations composed from groups: from code, on the command line, with overrides."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from hubert_eff.cli import main
+from hubert_eff.errors import UserError
+from hubert_eff.utils.configurations import list_configurations, list_groups, load_config
+
+
+def differences(a, b, above=""):
+    """Keys whose values differ."""
+    if not isinstance(a, dict) or not isinstance(b, dict):
+        return [] if a == b else [above]
+    return [key for k in {**a, **b} for key in differences(a.get(k), b.get(k), f"{above}.{k}".lstrip("."))]
+
+
+def test_every_configuration_composes():
+    names = list_configurations()
+    assert len(names) >= 44
+    for name in names:
+        config = load_config(name)
+        assert config["model"]["_name"].startswith("hubert_") and config["checkpoint"]["save_dir"].startswith("checkpoints/")
+        assert config["hydra"]["job"] == {"chdir": False} and config["hydra"]["run"] == {"dir": "${checkpoint.save_dir}"}
+
+
+def test_choosing_members_equals_the_configurations_that_have_them():
+    chosen = load_config("debug", ["encoder=zipformer_debug", "optim=scaled_adam"])
+    assert differences(chosen, load_config("zipformer_debug")) == ["checkpoint.save_dir"]
+    assert differences(load_config("conformer_s", ["quant=w1a1"]), load_config("conformer_s_w1a1")) == ["checkpoint.save_dir"]
+    distilled = load_config("conformer_s", ["quant=w1a1", "objective=distill"])
+    changed = differences(distilled, load_config("conformer_s_distill"))
+    assert not set(changed) - {"checkpoint.save_dir"}
+
+
+def test_the_second_iteration_changes_rate_and_length():
+    second = load_config("conformer_s", ["data=iter2"])
+    assert second["task"]["label_rate"] == 50 and second["optimization"]["max_update"] == 600_000
+    assert sorted(differences(second, load_config("conformer_s"))) == [
+        "lr_scheduler.warmup_updates", "optimization.max_update", "task.label_rate",
+    ]  # fmt: skip
+    assert differences(load_config("debug", ["data=iter2"]), load_config("debug")) == ["task.label_rate"]
+
+
+def test_every_encoder_of_a_group_fits_every_recipe():
+    for encoder in list_groups()["encoder"]:
+        debug, full = (load_config("debug", [f"encoder={encoder}", f"recipe={recipe}"]) for recipe in ("debug", "hubert_base"))
+        assert debug["model"] == full["model"], "an encoder is its preset, whatever the recipe"
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "words"),
+    [
+        ("conformer_x", [], "conformer_s"),
+        ("pretrain/conformer_s_w1a1", [], "conformer_s"),
+        ("conformer_s", ["encoder=zipfomer_s"], "zipformer_s"),
+        ("conformer_s", ["encodr=zipformer_s"], "encoder"),
+        ("conformer_s", ["encoder=_debug"], "encoder"),
+        ("conformer_s", ["optimization.max_updat=3"], "optimization.max_update"),
+        ("fusionformer_debug", ["optim=noam"], "schedule"),
+        ("conformer_s", ["task.data="], None),
+        ("conformer_s", ["task.data=a=b"], "a=b"),
+        ("conformer_s", ["=3"], "=3"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(name, overrides, words):
+    if words is None:
+        assert load_config(name, overrides)["task"]["data"] == ""
+        return
+    with pytest.raises(UserError) as error:
+        load_config(name, overrides)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_command_prints_what_fairseq_reads(capsys):
+    assert main(["config", "conformer_s", "encoder=zipformer_s", "optimization.lr=[0.1]"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed == load_config("conformer_s", ["encoder=zipformer_s", "optimization.lr=[0.1]"])
+    assert printed["optimization"]["lr"] == [0.1] and printed["model"]["_name"] == "hubert_zipformer"
+    assert main(["config"]) == 0
+    assert {"pretrain/conformer_s", "finetune/debug"} <= set(capsys.readouterr().out.splitlines())
+    assert main(["config", "conformer_s", "encoder=zipfomer_s"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_schema_that_fairseq_keeps_does_not_show():
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store("conformer_s", {"common": {"profile": False}})
+    assert "profile" not in load_config("conformer_s")["common"]
+    assert ConfigStore.instance().repo.pop("conformer_s.yaml").node == {"common": {"profile": False}}
