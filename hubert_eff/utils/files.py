@@ -21,6 +21,7 @@ from typing import Any
 from ..errors import UserError, WriteError
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_OF_RUST = re.compile(r"\(os error (\d{1,5})\)")  # how libraries in Rust, which may remove their file, name an error of the system
 _TEMPORARY = re.compile(r"\.(?P<host>[0-9a-f]{8})-(?P<pid>\d{1,10})-[0-9a-f]{8}\.tmp(\.[^.]*)?$")
 _ABANDONED = 24 * 3600.0  # seconds after which a temporary file of another host is taken for one that is left
 _writes: dict[Path, int] = {}  # per folder, how many more until it is swept again
@@ -112,6 +113,8 @@ def _failure(error: Exception, temporary: Path) -> OSError | None:
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in _DISK_ERRORS and cause.filename in (None, os.fspath(temporary), temporary):
             return cause
+        if (said := _OF_RUST.search(str(cause))) and int(said[1]) in _DISK_ERRORS:
+            return OSError(int(said[1]), os.strerror(int(said[1])))
         cause = cause.__cause__ or cause.__context__
     try:  # libraries hide the reason, and an input/output error may be that of a file which is read
         with temporary.open("ab") as file:

@@ -73,6 +73,17 @@ def test_a_full_disk_leaves_the_old_file_and_names_it(name: str, tmp_path: Path)
     assert os.listdir(tmp_path) == [name] and target.stat().st_size > 20_000
 
 
+def test_a_full_disk_is_named_where_the_library_removes_its_file(tmp_path: Path) -> None:
+    target = tmp_path / "x.safetensors"
+    with pytest.raises(WriteError, match="No space left on device") as caught, replacing(target) as temporary:
+        temporary.unlink()
+        raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")  # as safetensors' 0.8
+    assert caught.value.filename == str(target)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(RuntimeError, match="os error 2"), replacing(target):
+        raise RuntimeError("I/O error: No such file or directory (os error 2)")
+
+
 def test_other_errors_keep_what_they_are(tmp_path: Path) -> None:
     for error in (ValueError("no number"), UserError("bad"), FileNotFoundError(2, "No such file", "source.wav"), KeyboardInterrupt()):
         with pytest.raises(type(error)) as caught, replacing(tmp_path / "x") as temporary:
