@@ -29,7 +29,7 @@ import numpy as np
 from ..config import LOUDEST, SAMPLE_RATE
 from ..data.lines import read_json
 from ..data.tsv import Manifest, read_manifest
-from ..errors import UserError, unknown
+from ..errors import UserError, short, unknown
 from ..utils.files import replacing, sync_folder, writable, write_json, write_text
 from .classes import file_digest, read_dictionary
 from .features import Array, Extractor, FeatureSource
@@ -259,7 +259,7 @@ def _read(path: Path, samples: int) -> Array:
     try:
         audio, rate = soundfile.read(path, dtype="float32")
     except (soundfile.LibsndfileError, OSError) as error:
-        raise UserError(f"{path} cannot be read any more: make the manifest again") from error
+        raise UserError(f"{short(path)} cannot be read any more: make the manifest again") from error
     if rate != SAMPLE_RATE or audio.shape != (samples,):
         raise UserError(
             f"{path} is not what its manifest says: {audio.shape[0]} samples at {rate} Hz, expected {samples} at {SAMPLE_RATE} "

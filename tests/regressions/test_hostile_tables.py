@@ -20,6 +20,7 @@ from hubert_eff.data.transcripts import Transcripts
 from hubert_eff.data.tsv import read_manifest, read_parts
 from hubert_eff.errors import UserError
 from hubert_eff.labels.classes import read_dictionary, read_labels
+from hubert_eff.labels.make import make_labels
 from hubert_eff.labels.quality import _read_alignments, _sources, label_quality
 from hubert_eff.labels.record import read_record
 
@@ -308,3 +309,11 @@ def test_mutations(reader: str, tmp_path: Path) -> None:
             message = str(error)
             assert message.isprintable() and len(message) < 700 and str(tmp_path) in message, (changed, message)
     assert taken < 200 or reader == "transcripts"
+
+
+def test_a_path_of_any_length_is_named_in_a_short_line(tmp_path: Path) -> None:
+    for split in ("train", "valid"):
+        (tmp_path / f"{split}.tsv").write_text(f"{tmp_path}\n{'x' * 131_073}\t16000\n")
+    with pytest.raises(UserError, match="cannot be read any more") as caught:
+        make_labels(tmp_path, tmp_path / "labels", clusters=5)
+    assert len(str(caught.value)) < 400
