@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from types import BuiltinFunctionType, FunctionType
 
 from safetensors.torch import save_file
 
@@ -24,6 +25,8 @@ from ..models.hubert import LABEL_EMBEDDINGS, HubertModel
 from ..quant.modules import unstarted
 from ..quant.storage import is_packed, tensors
 from ..utils.files import replacing
+
+FUNCTIONS = (FunctionType, BuiltinFunctionType)
 
 
 def export(
@@ -80,7 +83,9 @@ def export(
     weights = tensors(model, DTYPES[dtype], LABEL_EMBEDDINGS)
     found = {name: (NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape)) for name, tensor in weights.items()}
     try:
-        compare(structure_of(metadata, found), metadata, found)
+        rebuilt = structure_of(metadata, found)
+        compare(rebuilt, metadata, found)
+        _compare_modules(model, rebuilt)
     except UserError as error:
         raise UserError(
             f"cannot export this model, which could not be read back ({error}): export the one that it was made from, by edge.rewrite, "
@@ -89,6 +94,24 @@ def export(
     with replacing(path) as temporary:
         save_file(weights, temporary, metadata)
         _sort_metadata(temporary)
+
+
+def _compare_modules(model: HubertModel, rebuilt: HubertModel) -> None:
+    """Raise `UserError` where a module of the model, or a function that it holds, such as an activation, is not what `load` would build."""
+    ours, theirs = _computing(model), _computing(rebuilt)
+    for name in ours.keys() | theirs.keys():
+        if ours.get(name) != theirs.get(name):
+            raise UserError(f"'{name}' is {ours.get(name, 'there')}, where the configuration has {theirs.get(name, 'nothing')}")
+
+
+def _computing(model: HubertModel) -> dict[str, str]:
+    """What computes in a model, by its place: classes of modules, and functions that are their attributes."""
+    found = {}
+    for path, module in model.named_modules():
+        found[path] = f"{type(module).__module__}.{type(module).__qualname__}"
+        functions = {key: value for key, value in vars(module).items() if isinstance(value, FUNCTIONS)}
+        found.update({f"{path}.{key}": f"{value.__module__}.{value.__qualname__}" for key, value in functions.items()})
+    return found
 
 
 def require_no_heads(model: HubertModel) -> None:

@@ -47,9 +47,20 @@ def reparametrized(model: HubertModel) -> HubertModel:
     return model
 
 
+class Doubled(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def doubled(model: HubertModel) -> HubertModel:
+    model.post_extract_proj.__class__ = Doubled
+    return model
+
+
 @pytest.mark.parametrize(
     "change, reason",
     [
+        (doubled, "Doubled, where the configuration has hubert_eff.layers.linear.Linear"),
         (rewrite, "lacks encoder.layer"),
         (lambda model: rewrite(model, half=True), "lacks encoder.layer"),
         (lambda model: at_precision(model, "int8"), "lacks encoder.layers.0.fc1.bias"),
