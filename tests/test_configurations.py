@@ -7,7 +7,7 @@ import yaml
 
 from hubert_eff.cli import main
 from hubert_eff.errors import UserError
-from hubert_eff.utils.configurations import list_configurations, list_groups, load_config
+from hubert_eff.utils.configurations import choices, list_configurations, list_groups, load_config
 
 
 def differences(a, b, above=""):
@@ -72,6 +72,13 @@ def test_what_is_wrong_is_said_in_one_line(name, overrides, words):
     with pytest.raises(UserError) as error:
         load_config(name, overrides)
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_section_can_be_set_as_a_whole():
+    changed = load_config("debug", ["optimizer={weight_decay:0.5}", "criterion={log_keys:[a]}"])
+    assert changed["optimizer"]["weight_decay"] == 0.5 and changed["optimizer"]["_name"] == "adam"
+    assert changed["criterion"]["log_keys"] == ["a"] and changed["criterion"]["_name"] == "hubert_eff"
+    assert choices(["optimizer={_name:scaled_adam}", "optim=adam", "optimization.lr=[1]"]) == ["optim=adam"]
 
 
 def test_the_command_prints_what_fairseq_reads(capsys):

@@ -49,8 +49,8 @@ def find_configuration(name: str) -> Path:
 
 
 def choices(words: Iterable[str]) -> list[str]:
-    """Those of hydra's overrides that choose a member of a group, GROUP=MEMBER, rather than set a key, which has a dot."""
-    return [word for word in words if re.match(r"\+{0,2}[A-Za-z_]\w*=", word)]
+    """Those of hydra's overrides that choose a member of a group, GROUP=MEMBER: a key has a dot, and a whole section is {...}."""
+    return [word for word in words if re.match(r"\+{0,2}[A-Za-z_]\w*=(?!\{)", word)]
 
 
 def check_choices(overrides: Sequence[str]) -> None:
