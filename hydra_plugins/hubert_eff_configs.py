@@ -28,7 +28,8 @@ class HubertEffConfigs(SearchPathPlugin):
             try:
                 _check_command_line()
             except UserError as error:
-                sys.exit(f"{PROGRAM}: {error}")
+                print(f"{PROGRAM}: {error}", file=sys.stderr)
+                sys.exit(2)
 
 
 def _check_command_line() -> None:

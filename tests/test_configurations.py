@@ -8,6 +8,7 @@ import yaml
 from hubert_eff.cli import main
 from hubert_eff.errors import UserError
 from hubert_eff.utils.configurations import choices, list_configurations, list_groups, load_config
+from hubert_eff.utils.files import config_dir
 
 
 def differences(a, b, above=""):
@@ -98,3 +99,20 @@ def test_a_schema_that_fairseq_keeps_does_not_show():
     ConfigStore.instance().store("conformer_s", {"common": {"profile": False}})
     assert "profile" not in load_config("conformer_s")["common"]
     assert ConfigStore.instance().repo.pop("conformer_s.yaml").node == {"common": {"profile": False}}
+
+
+def test_fairseqs_command_line_is_refused_in_one_line_with_the_code_of_bad_input(monkeypatch, capsys):
+    plugin = pytest.importorskip("hydra_plugins.hubert_eff_configs")
+    from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
+
+    def started_with(*words):
+        monkeypatch.setattr(plugin, "_checked", False)
+        folder = str(config_dir() / "pretrain")
+        monkeypatch.setattr("sys.argv", ["fairseq-hydra-train", "--config-dir", folder, "--config-name", "debug", *words])
+        plugin.HubertEffConfigs().manipulate_search_path(ConfigSearchPathImpl())
+
+    started_with("encoder=zipformer_debug", "optimization.lr=[0.1]")
+    with pytest.raises(SystemExit) as stopped:
+        started_with("encoder=zipfomer_debug")
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1 and "did you mean 'zipformer_debug'" in error

@@ -102,8 +102,8 @@ def read_checkpoints_safely() -> None:
         except Exception:  # what fairseq expects of a checkpoint's content
             reason = "is no checkpoint"
         raise UserError(
-            f"{path} {reason}: go on from another with checkpoint.restore_file=FILE, or move it away (or set another "
-            "checkpoint.save_dir) to start anew"
+            f"{path} {reason}: go on from another with checkpoint.restore_file=FILE (without this one, training takes the newest that is "
+            "whole), or set another checkpoint.save_dir to start anew"
         )
 
     checkpoint_utils.load_checkpoint_to_cpu = load

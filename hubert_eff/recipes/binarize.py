@@ -20,7 +20,7 @@ from ..errors import StepFailed, UserError, unknown
 from ..models.hubert import HubertModel
 from ..quant.distill import check_teacher, start_from
 from ..quant.policy import POLICIES, read_policy
-from ..utils.configurations import check_overrides, list_configurations, load_config
+from ..utils.configurations import list_configurations, load_config
 from ..utils.files import config_dir, write_json, write_text
 from ..utils.locks import locked
 from .base import best_validation, path_overrides, plugin_dir, run_command, say
@@ -84,7 +84,6 @@ class Recipe:
                 raise UserError(f"--set {override}: expected KEY=VALUE, such as optimization.lr=[0.001]")
             if key.lstrip("+~") in SET_HERE:
                 raise UserError(f"--set {override}: the recipe decides {key} itself")
-        check_overrides(self.overrides)
         for stage in self.stages:
             self.command(stage)  # raises for a path that training cannot be given
         # builds the model: the policy may name modules that are not there

@@ -27,7 +27,7 @@ from ..errors import UserError
 from ..models.hubert import HubertModel
 from ..profiling.training_cost import training_needs
 from ..reports.training_log import LOG, read_log
-from ..utils.configurations import check_overrides, find_configuration, load_config
+from ..utils.configurations import find_configuration, load_config
 from ..utils.files import config_dir, writable, write_json
 from ..utils.locks import locked
 from .base import Steps, command_line, path_overrides, plugin_dir, say
@@ -200,7 +200,6 @@ class Pretraining:
         for program in ("fairseq-hydra-train", "hubert-eff"):
             command_line(program)
         self.commands()  # raises for a path that training cannot be given
-        check_overrides(self.overrides)
         if self.superb:
             if not self.superb.is_dir():
                 raise UserError(f"--superb {self.superb} is no folder: give the one that holds SUPERB's data sets")
