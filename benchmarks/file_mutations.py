@@ -131,8 +131,6 @@ def tensor(content: bytes, r: random.Random) -> bytes:
     return joined(header, data)
 
 
-
-
 EXPORTS: dict[Callable[[bytes, random.Random], bytes], int] = {  # and their shares
     flip_data: 250, flip_header: 2_700, cut: 3_600, length: 2_600, describe: 200, configure: 200, tensor: 500
 }  # fmt: skip

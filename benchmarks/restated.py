@@ -121,9 +121,7 @@ class TransformerLayer(nn.Module):
         super().__init__()
         dim, inner = config.encoder_embed_dim, config.encoder_ffn_embed_dim
         self.self_attn = Attention(dim, config.encoder_attention_heads, config.attention_dropout)
-        self.dropout1, self.dropout2, self.dropout3 = (
-            nn.Dropout(p) for p in (config.dropout, config.activation_dropout, config.dropout)
-        )
+        self.dropout1, self.dropout2, self.dropout3 = (nn.Dropout(p) for p in (config.dropout, config.activation_dropout, config.dropout))
         self.self_attn_layer_norm, self.final_layer_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.fc1, self.fc2 = nn.Linear(dim, inner), nn.Linear(inner, dim)
 

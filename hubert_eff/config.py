@@ -154,16 +154,32 @@ class HubertConfig:
             choices, value = entry.metadata.get("choices"), getattr(self, entry.name)
             if choices and value not in choices:
                 raise unknown(f"value of {entry.name}", value, choices)
-        for name in ("encoder_layers", "encoder_embed_dim", "encoder_ffn_embed_dim", "encoder_attention_heads",
-                     "conv_pos", "conv_pos_groups", "mask_length", "mask_channel_length", "required_seq_len_multiple"):
+        for name in (
+            "encoder_layers",
+            "encoder_embed_dim",
+            "encoder_ffn_embed_dim",
+            "encoder_attention_heads",
+            "conv_pos",
+            "conv_pos_groups",
+            "mask_length",
+            "mask_channel_length",
+            "required_seq_len_multiple",
+        ):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
         if self.encoder_layers > MOST_LAYERS:
             raise UserError(f"encoder_layers={self.encoder_layers}: at most {MOST_LAYERS} blocks are built")
         if self.required_seq_len_multiple > 1000:
             raise UserError(f"required_seq_len_multiple={self.required_seq_len_multiple} pads every input beyond 20 s: at most 1000")
-        for name in ("dropout", "attention_dropout", "activation_dropout", "encoder_layerdrop", "dropout_input", "mask_prob",
-                     "mask_channel_prob"):
+        for name in (
+            "dropout",
+            "attention_dropout",
+            "activation_dropout",
+            "encoder_layerdrop",
+            "dropout_input",
+            "mask_prob",
+            "mask_channel_prob",
+        ):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise UserError(f"{name}={getattr(self, name)} is no probability: it must be in [0, 1]")
         for name in ("seed", "feature_grad_mult", "final_dim", "mask_other", "mask_channel_other"):
@@ -176,8 +192,10 @@ class HubertConfig:
             other, span = getattr(self, f"{axis}_other"), getattr(self, f"{axis}_length")
             if getattr(self, f"{axis}_selection") == "uniform" and other > 2 * span:
                 raise UserError(f"{axis}_other={other} must be in [0, 2 * {axis}_length = {2 * span}]: the shortest uniform span")
-        for name, width, dim in (("encoder_attention_heads", "encoder_embed_dim", self.encoder_embed_dim),
-                                 ("conv_pos_groups", "the encoder's input width", self.input_dim)):
+        for name, width, dim in (
+            ("encoder_attention_heads", "encoder_embed_dim", self.encoder_embed_dim),
+            ("conv_pos_groups", "the encoder's input width", self.input_dim),
+        ):
             if dim % getattr(self, name):
                 raise UserError(f"{name}={getattr(self, name)} does not divide {width}={dim}: change one of the two")
         self._check_streaming()

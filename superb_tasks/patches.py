@@ -227,9 +227,7 @@ def _resample(wav: Tensor, rate: int, new_rate: int) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(soxr.resample(wav.T.numpy(), rate, new_rate, quality="HQ").T))
 
 
-def apply_effects_file(
-    path: str | os.PathLike[str], effects: Sequence[Sequence[str]], channels_first: bool = True
-) -> tuple[Tensor, int]:
+def apply_effects_file(path: str | os.PathLike[str], effects: Sequence[Sequence[str]], channels_first: bool = True) -> tuple[Tensor, int]:
     """`torchaudio.sox_effects.apply_effects_file` for the effects of `apply_effects_tensor`."""
     samples, rate = sf.read(path, dtype="float32", always_2d=True)  # (samples, channels)
     wav, rate = apply_effects_tensor(torch.from_numpy(samples.T), rate, effects)

@@ -303,9 +303,7 @@ def epoch_iterator(ranks: int, rank: int, batches: int = 11) -> EpochBatchIterat
 
 @pytest.mark.parametrize(("before", "now"), [(2, 1), (1, 2), (1, 4), (4, 3), (2, 2)])
 @pytest.mark.parametrize("steps", [1, 3, 5])
-def test_an_epoch_is_finished_by_another_number_of_ranks(
-    before: int, now: int, steps: int, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_epoch_is_finished_by_another_number_of_ranks(before: int, now: int, steps: int, caplog: pytest.LogCaptureFixture) -> None:
     def batches(iterators: list[EpochBatchIterator], count: int | None = None) -> list[int]:
         found: list[int] = []
         for iterator in iterators:

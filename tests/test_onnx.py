@@ -79,9 +79,7 @@ def test_options(preset: str, keys: dict[str, Any], tmp_path: Path) -> None:
     assert all(largest < 1e-4 for largest, _ in differences(model, path))
 
 
-@pytest.mark.parametrize(
-    "encoder", [e if e == "sparseformer" else pytest.param(e, marks=pytest.mark.long) for e in ENCODERS]
-)
+@pytest.mark.parametrize("encoder", [e if e == "sparseformer" else pytest.param(e, marks=pytest.mark.long) for e in ENCODERS])
 @torch.no_grad()
 def test_one_bit_models_in_their_float_form(encoder: str, tmp_path: Path) -> None:
     """Equal but for bits at ties: float operations between binary layers round in their own order there."""

@@ -490,9 +490,7 @@ def test_every_encoder_is_counted_and_twice_the_same(encoder):
 LARGE = ("-m", "-ml", "-l")  # these add seconds, and differ from the small ones in their sizes only
 
 
-@pytest.mark.parametrize(
-    "preset", [pytest.param(p, marks=pytest.mark.long) if p.endswith(LARGE) else p for p in hubert_eff.list_presets()]
-)
+@pytest.mark.parametrize("preset", [pytest.param(p, marks=pytest.mark.long) if p.endswith(LARGE) else p for p in hubert_eff.list_presets()])
 def test_every_preset_is_counted(preset):
     model = open_model(preset, structure=True)
     result = hubert_eff.profile(model, seconds=0.5)

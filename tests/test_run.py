@@ -50,7 +50,9 @@ def test_a_batch_equals_one_by_one(audio: list[Path], tmp_path: Path) -> None:
     soxr = pytest.importorskip("soxr")
     assert soxr
     for preset, keys in (
-        ("conformer-debug", {}), ("conformer-debug", {"extractor_mode": "default", "normalize": True}), ("zipformer-debug", {})
+        ("conformer-debug", {}),
+        ("conformer-debug", {"extractor_mode": "default", "normalize": True}),
+        ("zipformer-debug", {}),
     ):
         ours = model(preset, **keys)
         together = extract(ours, audio, tmp_path / "together.npz")

@@ -182,9 +182,7 @@ def test_a_stream_pauses_and_goes_on_elsewhere() -> None:
     first.feed(torch.randn(1, 30_000))  # which the state does not see
     second.feed(torch.randn(1, 5_000))
     second.restore(state)
-    torch.testing.assert_close(
-        torch.cat((head, fed(second, [wav[:, 17_000:]])), 1), reference(model, wav, 16, 4), rtol=0, atol=1e-4
-    )
+    torch.testing.assert_close(torch.cat((head, fed(second, [wav[:, 17_000:]])), 1), reference(model, wav, 16, 4), rtol=0, atol=1e-4)
     second.restore(state)  # again, from where it was
     torch.testing.assert_close(fed(second, [wav[:, 17_000:]]), reference(model, wav, 16, 4)[:, 48:], rtol=0, atol=1e-4)
     for other in (StreamingModel(model, 16, 3), StreamingModel(streaming_model("zipformer-debug"))):
@@ -244,9 +242,7 @@ def test_bad_audio_is_refused_and_the_stream_goes_on() -> None:
     torch.testing.assert_close(torch.cat((head, rest), 1), reference(model, wav, 16, 4), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "text, mode", [("16-4", (16, 4)), ("16-inf", (16, -1)), ("full", (None, -1)), ("8-0", (8, 0))]
-)
+@pytest.mark.parametrize("text, mode", [("16-4", (16, 4)), ("16-inf", (16, -1)), ("full", (None, -1)), ("8-0", (8, 0))])
 def test_modes(text: str, mode: tuple[int | None, int]) -> None:
     assert parse_mode(text) == mode
 

@@ -410,9 +410,7 @@ def read_text_task(problem, target: Path, **prepare) -> tuple[list, dict]:
 
 def test_s3prl_reads_asr(s3prl, data, tmp_path):
     frames, batch = read_text_task(s3prl.SuperbASR(), tmp_path, dataset_root=str(data / "LibriSpeech"), n_jobs=1)
-    assert [len(frame) for frame in frames] == [
-        len(list((data / "LibriSpeech" / split).rglob("*.flac"))) for split in librispeech.SPLITS
-    ]
+    assert [len(frame) for frame in frames] == [len(list((data / "LibriSpeech" / split).rglob("*.flac"))) for split in librispeech.SPLITS]
     assert batch["x"].shape[1] > 16000 and batch["labels"][0] in frames[1]["transcription"].tolist()
     assert 2 not in batch["class_ids"]  # no unknown character
 

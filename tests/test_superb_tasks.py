@@ -189,7 +189,8 @@ def test_mtwv_is_the_best_threshold_of_the_formula():
     documents = [f"d{i}" for i in range(200)]
     truth = {(f"q{q}", documents[i]) for q in range(5) for i in generator.choice(200, 3, replace=False)}
     scores = {
-        f"q{q}": {d: float(generator.normal() + 3 * ((f"q{q}", d) in truth)) for d in documents} for q in range(6)  # q5 occurs nowhere
+        f"q{q}": {d: float(generator.normal() + 3 * ((f"q{q}", d) in truth)) for d in documents}
+        for q in range(6)  # q5 occurs nowhere
     }
     values = [0.0]
     for threshold in sorted({score for documents in scores.values() for score in documents.values()}):

@@ -62,9 +62,7 @@ def check_audio(manifest: Manifest, sample_rate: int, skip: bool = False) -> Non
                 f"{file} has {info.samplerate} Hz, not task.sample_rate={sample_rate}: make the manifest with `hubert-eff manifest`"
             )
         if info.frames != manifest.samples[i] and not skip:
-            raise UserError(
-                f"{file} has {info.frames} samples, not {manifest.samples[i]} as {manifest.path} says: make the manifest again"
-            )
+            raise UserError(f"{file} has {info.frames} samples, not {manifest.samples[i]} as {manifest.path} says: make the manifest again")
     logger.info(f"{manifest.path}: {manifest.seconds / 3600:.2f} h; {len(chosen)} of {len(manifest.names)} audio files looked up")
 
 

@@ -43,8 +43,7 @@ def fairseq_model(entry: EncoderEntry) -> type[BaseFairseqModel]:
     return type(
         f"FairseqHubert{entry.name.title()}",
         (HubertModel, BaseFairseqModel),
-        {"build_model": classmethod(build_model), "__doc__": f"HuBERT with the encoder `{entry.name}`.",
-         "__module__": __name__},
+        {"build_model": classmethod(build_model), "__doc__": f"HuBERT with the encoder `{entry.name}`.", "__module__": __name__},
     )
 
 

@@ -58,8 +58,18 @@ def allow_checkpoint_classes() -> None:
     classes in it need to be named: of the task's state, placeholders for tensors and omegaconf's containers."""
     torch.serialization.add_safe_globals(
         [
-            Dictionary, distributed_utils._TensorPlaceholder, DictConfig, ListConfig, ContainerMetadata, Metadata, AnyNode,
-            typing.Any, defaultdict, dict, list, int,
+            Dictionary,
+            distributed_utils._TensorPlaceholder,
+            DictConfig,
+            ListConfig,
+            ContainerMetadata,
+            Metadata,
+            AnyNode,
+            typing.Any,
+            defaultdict,
+            dict,
+            list,
+            int,
         ]  # fmt: skip
     )
 
@@ -209,5 +219,3 @@ def leave_out_empty_batches() -> None:
         reset(self, batch)
 
     Trainer._prepare_sample, Trainer.reset_dummy_batch = _prepare_sample, reset_dummy_batch
-
-

@@ -39,8 +39,6 @@ def run(args: argparse.Namespace) -> int:
         return 0
     table = Table("stage", "updates", "masked accuracy, valid", "most frequent label", "checkpoint")
     for stage, figures in done.items():
-        table.add_row(
-            stage, f"{figures['updates']:.0f}", f"{figures['accuracy']:.1%}", f"{figures['majority']:.1%}", figures["checkpoint"]
-        )
+        table.add_row(stage, f"{figures['updates']:.0f}", f"{figures['accuracy']:.1%}", f"{figures['majority']:.1%}", figures["checkpoint"])
     Console(width=max(Console().width, 110)).print(table)
     return 0

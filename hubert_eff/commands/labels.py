@@ -46,9 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     make.add_argument("--workers", type=int, help="processes (default: one per core; 1 on an accelerator)")
     make.add_argument("--device", default="auto", help="torch device of the checkpoint (default: cuda where there is one)")
-    make.add_argument(
-        "--batch-seconds", type=float, default=60.0, metavar="S", help="audio per forward pass (default: %(default)g)"
-    )
+    make.add_argument("--batch-seconds", type=float, default=60.0, metavar="S", help="audio per forward pass (default: %(default)g)")
     make.add_argument(
         "--nshard", type=int, metavar="N", help="with --rank I: one of N jobs that share LABELDIR, on as many machines; it labels its part"
     )

@@ -20,9 +20,7 @@ from .containers import Unusable as Unusable  # for those who call `check`
 
 SUFFIXES = frozenset((".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3"))
 # audio by its name, but not decoded here
-FOREIGN_SUFFIXES = frozenset(
-    (".aac", ".aif", ".aiff", ".amr", ".au", ".caf", ".m4a", ".mka", ".mp4", ".raw", ".sph", ".webm", ".wma")
-)
+FOREIGN_SUFFIXES = frozenset((".aac", ".aif", ".aiff", ".amr", ".au", ".caf", ".m4a", ".mka", ".mp4", ".raw", ".sph", ".webm", ".wma"))
 DIRECT_SUFFIXES = frozenset((".wav", ".flac", ".ogg"))  # what fairseq opens by itself, spelt exactly so
 FORMATS = frozenset(("WAV", "WAVEX", "RF64", "FLAC", "OGG", "MP3"))  # whose containers are checked, whatever a file's name says
 BLOCK = 1 << 18  # samples decoded at a time

@@ -225,8 +225,7 @@ def _kaldi(root: Path) -> Listing:
         items = [Item(name, path, "", "", seconds=lengths.get(name)) for name, path in recordings.items()]
         unused = []
     items = [
-        replace(i, speaker=speakers.get(i.name, ""), group=speakers.get(i.name, ""), text=one_line(texts.get(i.name, "")))
-        for i in items
+        replace(i, speaker=speakers.get(i.name, ""), group=speakers.get(i.name, ""), text=one_line(texts.get(i.name, ""))) for i in items
     ]
     return Listing(root, "Kaldi", items, left_out=unused)
 

@@ -78,9 +78,7 @@ class Options:
             raise UserError("--folder-level and --workers must be at least 1")
 
 
-def make_manifest(
-    source: str | Path, out: str | Path, cache: str | Path | None = None, options: Options | None = None
-) -> dict[str, Any]:
+def make_manifest(source: str | Path, out: str | Path, cache: str | Path | None = None, options: Options | None = None) -> dict[str, Any]:
     """Check every recording of `source`, convert what needs it, and write the manifests to `out`.
 
     Args:
@@ -231,9 +229,7 @@ def _splits_by_folder(recordings: Iterable[Recording], options: Options, root: P
     return options.split_by == "folder" or (options.split_by == "auto" and count >= MIN_FOLDERS)
 
 
-def _split(
-    utterances: list[Utterance], by_folder: bool, options: Options
-) -> tuple[list[Utterance], list[Utterance], list[str]]:
+def _split(utterances: list[Utterance], by_folder: bool, options: Options) -> tuple[list[Utterance], list[Utterance], list[str]]:
     """(train, valid, folders held out). Random groups join valid while that brings it closer to the wanted share."""
     groups: dict[str, list[Utterance]] = defaultdict(list)
     for number, utterance in enumerate(utterances):

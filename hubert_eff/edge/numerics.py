@@ -43,9 +43,7 @@ def mad_normalize(x: Tensor, deviation: float | None = None) -> tuple[Tensor, Te
     return (y / mad) * scale, 0.5 * scale / mad
 
 
-def mad_layer_norm(
-    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, bounded: bool = True
-) -> Tensor:
+def mad_layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, bounded: bool = True) -> Tensor:
     """LayerNorm over the last dimension (..., C) with the mean-absolute-deviation pre-normaliser; `bounded`: with the bound D.
 
     LayerNorm does not change when its input is scaled, if eps is scaled as well. In float16 the result differs from float64's by at most

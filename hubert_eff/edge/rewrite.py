@@ -46,9 +46,7 @@ class GridEncoder(nn.Module):
         self.layer_norm_first = source.layer_norm_first
         self.positions = source.positions  # without parameters
 
-    def forward(
-        self, x: Tensor, padding_mask: Tensor | None = None, layer: int | None = None, chunks: Chunks | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None, layer: int | None = None, chunks: Chunks | None = None) -> Tensor:
         """As `Encoder.forward`."""
         return self.hidden_states(x, padding_mask, chunks)[-1 if layer is None else layer]
 

@@ -143,9 +143,7 @@ class Encoder(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def forward(
-        self, x: Tensor, padding_mask: Tensor | None = None, layer: int | None = None, chunks: Chunks | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None, layer: int | None = None, chunks: Chunks | None = None) -> Tensor:
         """Output of block `layer` (1 ... L, or 0 for what enters block 1; default: the last), (B, T, D). LayerDrop is on in train mode.
 
         padding_mask: (B, T) bool, True = padding; chunks: those of `HubertModel.chunks`. Raises `UserError` for a layer that is not there.
@@ -159,9 +157,7 @@ class Encoder(nn.Module):
         """State 0 (what enters block 1) and the output of every block, each (B, T, D); LayerDrop is off."""
         return self._run(x, padding_mask, len(self.layers), 0.0, chunks)
 
-    def _run(
-        self, x: Tensor, padding_mask: Tensor | None, depth: int, layerdrop: float, chunks: Chunks | None = None
-    ) -> list[Tensor]:
+    def _run(self, x: Tensor, padding_mask: Tensor | None, depth: int, layerdrop: float, chunks: Chunks | None = None) -> list[Tensor]:
         length = x.size(1)
         if padding_mask is not None:
             x = x.masked_fill(padding_mask.unsqueeze(-1), 0.0)

@@ -55,9 +55,7 @@ class ConformerConfig(HubertConfig):
 class ConvolutionModule(nn.Module):
     """LayerNorm (or `norm`), pointwise D -> 2D, GLU, depthwise, BatchNorm, SiLU, pointwise D -> D (Conformer, section 2.2)."""
 
-    def __init__(
-        self, dim: int, kernel: int, bias: bool, dropout: float, norm: str = "layer_norm", causal: bool = False
-    ) -> None:
+    def __init__(self, dim: int, kernel: int, bias: bool, dropout: float, norm: str = "layer_norm", causal: bool = False) -> None:
         super().__init__()
         self.layer_norm = norm_of(norm, dim)
         self.pointwise_conv1 = Linear(dim, 2 * dim, bias=bias)
@@ -150,7 +148,10 @@ class ConformerBlock(nn.Module):
         "conformer-l": published_size(17, 512, 8),
         # what Table 1 of "Attention or Convolution" counts: fairseq's defaults around the sizes of Conformer (S)
         "conformer-s-table1": {
-            **published_size(16, 144, 4), "encoder_ffn_embed_dim": 3072, "pos_enc_type": "abs", "required_seq_len_multiple": 2
+            **published_size(16, 144, 4),
+            "encoder_ffn_embed_dim": 3072,
+            "pos_enc_type": "abs",
+            "required_seq_len_multiple": 2,
         },
         "conformer-debug": {**DEBUG, "depthwise_conv_kernel_size": 15},
     },

@@ -30,9 +30,7 @@ class EncoderEntry:
 _encoders: dict[str, EncoderEntry] = {}
 
 
-def register_encoder(
-    name: str, config: type[HubertConfig], presets: Mapping[str, Mapping[str, Any]]
-) -> Callable[[E], E]:
+def register_encoder(name: str, config: type[HubertConfig], presets: Mapping[str, Mapping[str, Any]]) -> Callable[[E], E]:
     """Class decorator: register an encoder, its config dataclass and its presets (preset -> keys that differ from the defaults).
 
     Raises `UserError` when the encoder's name or one of its presets is taken.

@@ -296,9 +296,7 @@ class ZipformerEncoder(Encoder):
             if isinstance(module, Scheduled):
                 module.update = num_updates
 
-    def _run(
-        self, x: Tensor, padding_mask: Tensor | None, depth: int, layerdrop: float, chunks: Chunks | None = None
-    ) -> list[Tensor]:
+    def _run(self, x: Tensor, padding_mask: Tensor | None, depth: int, layerdrop: float, chunks: Chunks | None = None) -> list[Tensor]:
         # features of D channels are accepted as well, and cut as between stacks
         return super()._run(x[..., : self.shapes[0].dim], padding_mask, depth, layerdrop, chunks)
 

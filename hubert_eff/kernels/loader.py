@@ -50,9 +50,7 @@ def _structure(name: str, pointers: str, sizes: str, strides: str = "", last: st
 # as in kernels.cpp
 Pack = _structure("Pack", "x move factor limit", "columns", "size x_stride move_stride factor_stride", "out", "half")
 Product = _structure("Product", "a b scale size bias limit out", "batch m n k words sizes is_signed half")
-Depthwise = _structure(
-    "Depthwise", "x valid weight scale size bias out", "batch frames channels words kernel stride sizes is_signed half"
-)
+Depthwise = _structure("Depthwise", "x valid weight scale size bias out", "batch frames channels words kernel stride sizes is_signed half")
 
 
 @dataclass(frozen=True)

@@ -280,9 +280,7 @@ class RelativeSelfAttention(SelfAttention):
         return self.linear_pos(positions).view(positions.size(0), self.heads, -1).transpose(0, 1)  # type: ignore[no-any-return]  # (H, 2T - 1, d)
 
     @counted_as("attention", _relative_cost)
-    def _chunked(
-        self, content: Tensor, position: Tensor, k: Tensor, v: Tensor, p: Tensor, attend: Tensor | None, dropout: float
-    ) -> Tensor:
+    def _chunked(self, content: Tensor, position: Tensor, k: Tensor, v: Tensor, p: Tensor, attend: Tensor | None, dropout: float) -> Tensor:
         queries, frames = content.size(2), k.size(2)  # the last query is at the last key
         mixed = []
         step = queries if is_tracing() or follows_shapes(k) else CHUNK  # one chunk, whatever the length

@@ -146,9 +146,7 @@ class NonlinearAttention(nn.Module):
         inner = 3 * dim // 4
         self.in_proj = Linear(dim, 3 * inner)
         self.out_proj = scaled_linear(inner, dim, 0.05)
-        self.balancer = Balancer(
-            (Schedule(((0, 0.25), (20_000, 0.05))), Schedule(((0, 0.75), (20_000, 0.95)))), (0.5, 5.0)
-        )
+        self.balancer = Balancer((Schedule(((0, 0.25), (20_000, 0.05))), Schedule(((0, 0.75), (20_000, 0.95)))), (0.5, 5.0))
         self.whiten1 = whitener(5.0)
         self.whiten2 = whitener(5.0, growth=3.0)
         self.mixer: nn.Module | None = None  # in place of `weights.mix`, once binarised
@@ -212,12 +210,8 @@ class ConvolutionModule(nn.Module):
         self.in_proj = Linear(dim, 2 * dim)
         self.depthwise_conv = DepthwiseConv(dim, kernel, bias=True, causal=causal)
         self.out_proj = scaled_linear(dim, dim, 0.05)
-        self.balancer1 = Balancer(
-            (Schedule(((0, 0.05), (8_000, 0.025))), 1.0), (1.5, Schedule(((0, 5.0), (8_000, 10.0))))
-        )
-        self.balancer2 = Balancer(
-            (Schedule(((0, 0.1), (8_000, 0.05))), 1.0), (Schedule(((0, 0.2), (20_000, 0.5))), 10.0)
-        )
+        self.balancer1 = Balancer((Schedule(((0, 0.05), (8_000, 0.025))), 1.0), (1.5, Schedule(((0, 5.0), (8_000, 10.0)))))
+        self.balancer2 = Balancer((Schedule(((0, 0.1), (8_000, 0.05))), 1.0), (Schedule(((0, 0.2), (20_000, 0.5))), 10.0))
         self.whiten = whitener(7.5)
         self.activation = swoosh_r
 

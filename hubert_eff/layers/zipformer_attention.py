@@ -70,9 +70,7 @@ def _softmax(scores: Tensor, seen: Tensor | None) -> Tensor:
     return torch.softmax(scores, -1, out=scores) if not torch.compiler.is_compiling() else torch.softmax(scores, -1)
 
 
-def _weights(
-    q: Tensor, k: Tensor, p: Tensor, offsets: Tensor, seen: Tensor | None, penalise: bool
-) -> tuple[Tensor, list[Tensor]]:
+def _weights(q: Tensor, k: Tensor, p: Tensor, offsets: Tensor, seen: Tensor | None, penalise: bool) -> tuple[Tensor, list[Tensor]]:
     """Weights (N, queries, keys) and, to penalise them, the signs of the scores that are beyond the limit, block by block."""
     weights = q.new_empty(*q.shape[:2], k.size(1))
     beyond = []

@@ -284,9 +284,7 @@ class HubertModel(nn.Module):
             logits.append(cosine / self.config.logit_temp)
         return logits
 
-    def _align(
-        self, features: Tensor, frames: Tensor | None, targets: Sequence[Tensor]
-    ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    def _align(self, features: Tensor, frames: Tensor | None, targets: Sequence[Tensor]) -> tuple[Tensor, Tensor | None, list[Tensor]]:
         """Cut features (B, T, C) and labels to the time both have; pick the label of each frame, (B, T)."""
         ratio = int(self.config.label_rate * FRAME_STRIDE) // SAMPLE_RATE
         length = min(features.size(1), *(-(-t.size(1) // ratio) for t in targets))

@@ -109,8 +109,15 @@ class Profile:
 
         def tree(module: ModuleCost, left: int | None) -> dict[str, Any]:
             below = [] if left == 0 else [tree(c, None if left is None else left - 1) for c in module.children]
-            return {"name": module.name, "kind": module.kind, "params": module.params, "macs": module.macs,
-                    "macs_by_bits": _plain(module.macs_by_bits), "element_ops": module.element_ops, "children": below}
+            return {
+                "name": module.name,
+                "kind": module.kind,
+                "params": module.params,
+                "macs": module.macs,
+                "macs_by_bits": _plain(module.macs_by_bits),
+                "element_ops": module.element_ops,
+                "children": below,
+            }
 
         def rows(tallies: dict[str, Tally]) -> dict[str, Any]:
             return {

@@ -131,9 +131,7 @@ class BinaryAttention(nn.Module):
 
         return self._mixed(scores, q, self.value(v), attend, dropout)
 
-    def _mixed(
-        self, scores: Callable[[int, int], Tensor], q: Tensor, value: Codes, attend: Tensor | None, dropout: float
-    ) -> Tensor:
+    def _mixed(self, scores: Callable[[int, int], Tensor], q: Tensor, value: Codes, attend: Tensor | None, dropout: float) -> Tensor:
         """`scores(start, stop)`: (B, H, n, T) of the queries start ... stop - 1."""
         frames = q.size(2)
         visible = frames if attend is None else attend.sum(-1, keepdim=True)
@@ -254,9 +252,7 @@ class BinaryWeights(nn.Module):
         self.probabilities = Probabilities(bits)
 
     @counted_as("attention")
-    def forward(
-        self, q: Tensor, k: Tensor, p: Tensor, offsets: Tensor, seen: Tensor | None, dropout: float
-    ) -> SharedProbabilities:
+    def forward(self, q: Tensor, k: Tensor, p: Tensor, offsets: Tensor, seen: Tensor | None, dropout: float) -> SharedProbabilities:
         """q, k (B, H, T, d), p (B, H, T, e), offsets (H, 2T - 1, e), those of -(T-1) .. T-1; seen (B, T) bool."""
         frames, valid = q.size(2), self.query.frames.valid
         query, key, position = self.query(q), self.key(k), self.position(p)

@@ -193,9 +193,7 @@ class Recognizer(nn.Module):
         scores = self.decoder(letters, encoded, padding, valid)[valid].float()  # (N, V)
         attention = F.cross_entropy(scores, wanted[valid], reduction="sum", label_smoothing=self.config.label_smoothing)
         result["loss"] = self.config.ctc_weight * loss + (1 - self.config.ctc_weight) * attention
-        result.update(
-            loss_attention=attention.detach(), correct=(scores.argmax(-1) == wanted[valid]).sum(), count=valid.sum()
-        )
+        result.update(loss_attention=attention.detach(), correct=(scores.argmax(-1) == wanted[valid]).sum(), count=valid.sum())
         return result
 
     def check_length(self, numbers: list[int], samples: int, where: str) -> None:

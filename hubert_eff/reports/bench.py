@@ -25,9 +25,7 @@ LEAST = 0.05  # groups below this share, in %, of parameters, operations and tim
 
 def render(timings: Sequence[Timing], shares: Sequence[Shares], facts: dict[str, Any]) -> Group:
     """Latencies, then for each model and length where the time goes."""
-    table = plain_table(
-        "model", "audio s", "batch", "median ms", "p5", "p95", "RTF", "audio s / s", "peak MB", "x first", "p5 x", "p95 x"
-    )
+    table = plain_table("model", "audio s", "batch", "median ms", "p5", "p95", "RTF", "audio s / s", "peak MB", "x first", "p5 x", "p95 x")
     for t in timings:
         peak = "-" if t.peak_memory_mb is None else f"{t.peak_memory_mb:,.0f}"
         cells = [f"{t.seconds:g}", f"{t.batch}", *(f"{ms:,.2f}" for ms in (t.median_ms, t.p5_ms, t.p95_ms)), f"{t.rtf:.5f}"]

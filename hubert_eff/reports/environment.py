@@ -177,9 +177,7 @@ def check_core(env: Environment) -> Iterator[Finding]:
     if torch is not None and torch < (2, 4):
         yield Finding("broken", f"torch {_text(torch)} is older than 2.4", "pip install 'torch>=2.4'")
     if env.torch_error:
-        yield Finding(
-            "broken", f"torch does not import: {env.torch_error}", "pip install --force-reinstall the same torch version"
-        )
+        yield Finding("broken", f"torch does not import: {env.torch_error}", "pip install --force-reinstall the same torch version")
     threads = env.variables.get("OMP_NUM_THREADS", "")
     if threads.isdigit() and int(threads) > env.cpus:
         yield Finding(
@@ -226,13 +224,9 @@ def check_fairseq(env: Environment) -> Iterator[Finding]:
     elif stock is not None and env.python >= (3, 11):
         yield Finding("broken", f"stock fairseq {_text(stock)} does not import on Python {_text(env.python[:2])}", replace)
     elif stock is not None:
-        yield Finding(
-            "broken", f"stock fairseq {_text(stock)} needs omegaconf < 2.1, hubert-eff and s3prl need >= 2.1.1", replace
-        )
+        yield Finding("broken", f"stock fairseq {_text(stock)} needs omegaconf < 2.1, hubert-eff and s3prl need >= 2.1.1", replace)
     elif fixed is not None and fixed != (0, 12, 3, 1):
-        yield Finding(
-            "warning", f"fairseq-fixed {_text(fixed)} is not the tested 0.12.3.1", "pip install fairseq-fixed==0.12.3.1"
-        )
+        yield Finding("warning", f"fairseq-fixed {_text(fixed)} is not the tested 0.12.3.1", "pip install fairseq-fixed==0.12.3.1")
     if fixed is None:
         return
     hydra = env.version("hydra-core")
@@ -261,9 +255,7 @@ def check_superb(env: Environment) -> Iterator[Finding]:
     setuptools = env.version("setuptools")
     if setuptools is None or setuptools >= (81,):
         found = f"setuptools {_text(setuptools)} does not have it" if setuptools else "setuptools is not installed"
-        yield Finding(
-            "broken", f"s3prl's dcase_util imports pkg_resources: {found}", "pip install 'setuptools>=65.5.1,<81'"
-        )
+        yield Finding("broken", f"s3prl's dcase_util imports pkg_resources: {found}", "pip install 'setuptools>=65.5.1,<81'")
     for name, limit, reason in (
         ("transformers", 5, "s3prl does not work with transformers 5"),
         ("huggingface_hub", 1, "s3prl's run_downstream imports HfFolder, gone from huggingface_hub 1"),
@@ -306,9 +298,7 @@ def check_extras(env: Environment) -> Iterator[Finding]:
         if names:
             yield Finding("missing", f"{PURPOSE[extra]}: no {', '.join(names)}", _install(env, extra))
     if env.compiler is None and absent["fairseq"]:
-        yield Finding(
-            "missing", "no C++ compiler, and fairseq-fixed is built from source", "install g++ (Debian: apt-get install g++)"
-        )
+        yield Finding("missing", "no C++ compiler, and fairseq-fixed is built from source", "install g++ (Debian: apt-get install g++)")
 
 
 CHECKS: tuple[Callable[[Environment], Iterator[Finding]], ...] = (

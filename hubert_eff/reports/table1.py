@@ -135,9 +135,7 @@ def _row(row: Row, bops: str, counted: Count) -> dict[str, Any]:
         "storage_file_mb": counted.file_bytes / 1e6,
     }
     values["paper"] = paper
-    values["difference_percent"] = {
-        name: 100 * (values[name] / figure - 1) if figure else None for name, figure in paper.items()
-    }
+    values["difference_percent"] = {name: 100 * (values[name] / figure - 1) if figure else None for name, figure in paper.items()}
     values["note"] = "; ".join(filter(None, (row.note, *_findings(row, counted))))
     return values
 

@@ -145,9 +145,7 @@ def utterances(batches: Any, count: int | None = None) -> list[int]:
 
 
 @pytest.mark.parametrize(("before", "now"), [(60_000, 30_000), (30_000, 100_000), (100_000, 60_000)])
-def test_an_epoch_is_finished_in_batches_of_another_size(
-    before: int, now: int, data: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_epoch_is_finished_in_batches_of_another_size(before: int, now: int, data: Path, caplog: pytest.LogCaptureFixture) -> None:
     first = iterator(data, before)
     done = utterances(first.next_epoch_itr(), 2)
     second = iterator(data, now)

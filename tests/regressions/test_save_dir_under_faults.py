@@ -94,6 +94,7 @@ def test_a_moved_save_dir_ends_the_run(tmp_path: Path, monkeypatch: pytest.Monke
 
 # -- SIGINT --------------------------------------------------------------------------------------------------------------
 
+
 def interrupted(when: str, folder: Path) -> tuple[int, str, str]:
     """Exit code and outputs of a process that is sent SIGINT."""
     child = os.fork()
@@ -132,9 +133,7 @@ def interrupted(when: str, folder: Path) -> tuple[int, str, str]:
         ("twice", 130, "", ["interrupted: the update", "interrupted twice: left at once"]),
     ],
 )
-def test_sigint_is_one_line(
-    when: str, code: int, printed: str, said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sigint_is_one_line(when: str, code: int, printed: str, said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fairseq_cli.train", ModuleType("fairseq_cli.train"))  # a training run
     ended, out, err = interrupted(when, tmp_path)
     lines = err.splitlines()

@@ -36,7 +36,12 @@ def validated(data: Path, *changes: str, size: int, ranks: int = 1) -> tuple[dic
     with metrics.aggregate("valid") as found, torch.no_grad():
         for rank in range(ranks):
             batches = task.get_batch_iterator(
-                task.dataset("valid"), max_tokens=512_000, max_sentences=size, num_shards=ranks, shard_id=rank, seed=1,
+                task.dataset("valid"),
+                max_tokens=512_000,
+                max_sentences=size,
+                num_shards=ranks,
+                shard_id=rank,
+                seed=1,
                 disable_iterator_cache=True,
             ).next_epoch_itr(shuffle=False, set_dataset_epoch=False)
             for batch in (b for b in batches if b):

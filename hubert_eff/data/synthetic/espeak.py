@@ -192,9 +192,7 @@ def _loaded() -> Iterator[tuple[Any, int, str]]:
     with _lock:
         library = ctypes.CDLL(library_path)
         try:
-            rate = library.espeak_Initialize(
-                _SYNCHRONOUS, 0, data_path.encode(), _PHONEME_EVENTS | _PHONEME_IPA | _DONT_EXIT
-            )
+            rate = library.espeak_Initialize(_SYNCHRONOUS, 0, data_path.encode(), _PHONEME_EVENTS | _PHONEME_IPA | _DONT_EXIT)
             if rate <= 0:
                 raise UserError(f"espeak-ng cannot read its data in {data_path}: reinstall the package espeakng-loader")
             try:
@@ -205,9 +203,7 @@ def _loaded() -> Iterator[tuple[Any, int, str]]:
             _unload(library)
 
 
-def _synthesise(
-    text: str, voice: Voice, seed: int
-) -> tuple[npt.NDArray[np.int16], int, list[tuple[int, int, int, str]]]:
+def _synthesise(text: str, voice: Voice, seed: int) -> tuple[npt.NDArray[np.int16], int, list[tuple[int, int, int, str]]]:
     """Samples, their rate, and the events (type, sample, text position, phoneme)."""
     chunks: list[npt.NDArray[np.int16]] = []
     events: list[tuple[int, int, int, str]] = []
@@ -229,9 +225,7 @@ def _synthesise(
         _set_voice(library, voice, data_path)
         library.espeak_SetSynthCallback(callback)
         encoded = text.encode("utf-8") + b"\0"
-        status = library.espeak_Synth(
-            encoded, ctypes.c_size_t(len(encoded)), 0, _POSITION_CHARACTER, 0, _UTF8, None, None
-        )
+        status = library.espeak_Synth(encoded, ctypes.c_size_t(len(encoded)), 0, _POSITION_CHARACTER, 0, _UTF8, None, None)
     if status != 0 or not chunks:
         raise UserError(f"espeak-ng made no audio of {text[:60]!r} with the voice {voice.name} (status {status})")
     return np.concatenate(chunks), rate, events
@@ -244,9 +238,7 @@ def _set_voice(library: ctypes.CDLL, voice: Voice, data_path: str) -> None:
             raise unknown("voice variant", voice.variant, variants)
     if library.espeak_SetVoiceByName(voice.name.encode()) != 0:
         raise UserError(f"espeak-ng has no voice '{voice.name}': languages are such as en-us, en, en-gb-scotland, de, fr")
-    for parameter, value, low, high in (
-        (_RATE, voice.rate, 80, 450), (_PITCH, voice.pitch, 0, 99), (_RANGE, voice.pitch_range, 0, 99)
-    ):
+    for parameter, value, low, high in ((_RATE, voice.rate, 80, 450), (_PITCH, voice.pitch, 0, 99), (_RANGE, voice.pitch_range, 0, 99)):
         if not low <= value <= high:
             raise UserError(f"{voice} is out of range: {value} is not within {low} to {high}")
         library.espeak_SetParameter(parameter, value, 0)

@@ -51,9 +51,7 @@ _WORDS: dict[str, tuple[str, ...]] = {
         "letter garden bottle ladder chair window basket picture hammer engine kettle blanket map boat lamp coin bridge "
         "pocket fire box measure vision jacket mirror cushion watch feather needle stamp wheel voice toy path jar".split()
     ),
-    "food": tuple(
-        "bread cheese soup apples rice fish honey pears butter onions coffee milk carrots cake juice beans oysters".split()
-    ),
+    "food": tuple("bread cheese soup apples rice fish honey pears butter onions coffee milk carrots cake juice beans oysters".split()),
     "place": tuple(
         "market river village station harbour church kitchen forest mountain school beach library hospital office "
         "valley theatre cottage stable orchard museum".split()
@@ -66,14 +64,24 @@ _WORDS: dict[str, tuple[str, ...]] = {
         "carried found painted dropped watched bought repaired followed forgot noticed measured borrowed pushed "
         "remembered chose threw hid polished exchanged enjoyed described counted".split()
     ),
-    "verb": tuple(
-        "bring sell clean leave show open choose paint check share move fetch watch finish send lose keep join".split()
-    ),
+    "verb": tuple("bring sell clean leave show open choose paint check share move fetch watch finish send lose keep join".split()),
     "went": tuple("walked drove hurried travelled wandered ran returned climbed sailed rode moved".split()),
     "adverb": tuple("slowly yesterday again together quickly often carefully alone early never usually gladly".split()),
     "time": tuple(
-        ("this morning", "before lunch", "on Thursday", "last winter", "after the storm", "at noon", "every evening",
-         "in July", "two years ago", "during the voyage", "until midnight", "next week")
+        (
+            "this morning",
+            "before lunch",
+            "on Thursday",
+            "last winter",
+            "after the storm",
+            "at noon",
+            "every evening",
+            "in July",
+            "two years ago",
+            "during the voyage",
+            "until midnight",
+            "next week",
+        )
     ),
     "number": tuple("two three four five six seven eight nine ten twelve fourteen thirty fifty".split()),
     "weather": tuple("rain snow thunder fog sunshine wind ice heat cloud".split()),

@@ -91,9 +91,7 @@ class PackedAttention(_Packed):
     value: PackedQuantizer
 
     @counted_as("attention")
-    def forward(
-        self, q: Tensor | PackedCodes, k: Tensor | PackedCodes, v: Tensor, attend: Tensor | None, dropout: float
-    ) -> Tensor:
+    def forward(self, q: Tensor | PackedCodes, k: Tensor | PackedCodes, v: Tensor, attend: Tensor | None, dropout: float) -> Tensor:
         """As `BinaryAttention`."""
         query, key = _codes(q, self.query), _codes(k, self.key)
         scale: Tensor = query.scale * key.scale * v.size(-1) ** -0.5
@@ -165,9 +163,7 @@ class PackedSparseAttention(PackedAttention):
         return y.bfloat16() if query.half else y
 
     @staticmethod
-    def _blocked(
-        q: PackedCodes, k: Tensor, v: Tensor, attend: Tensor | None, scale: Tensor, pattern: SparsePattern
-    ) -> Iterator[Rows]:
+    def _blocked(q: PackedCodes, k: Tensor, v: Tensor, attend: Tensor | None, scale: Tensor, pattern: SparsePattern) -> Iterator[Rows]:
         width = v.size(-1)
         segments = pattern.segments(v.size(2))
         keys, summaries = gather_summaries(k, segments), gather_summaries(v, segments)  # (B, H, G, W), (B, H, G, d)
@@ -193,9 +189,7 @@ class PackedSparseAttention(PackedAttention):
             yield scores, product, seen, scores.size(-1)
 
     @staticmethod
-    def _banded(
-        q: PackedCodes, k: Tensor, v: Tensor, attend: Tensor | None, scale: Tensor, pattern: SparsePattern
-    ) -> Iterator[Rows]:
+    def _banded(q: PackedCodes, k: Tensor, v: Tensor, attend: Tensor | None, scale: Tensor, pattern: SparsePattern) -> Iterator[Rows]:
         frames, window, width = v.size(2), pattern.window, v.size(-1)
         place = torch.arange(frames, device=v.device)
         for start in range(0, frames, CHUNK):
@@ -221,9 +215,7 @@ class PackedWeights(_Packed):
     offset: PackedQuantizer
 
     @counted_as("attention")
-    def forward(
-        self, q: Tensor, k: Tensor, p: Tensor, offsets: Tensor, seen: Tensor | None, dropout: float
-    ) -> PackedSharedProbabilities:
+    def forward(self, q: Tensor, k: Tensor, p: Tensor, offsets: Tensor, seen: Tensor | None, dropout: float) -> PackedSharedProbabilities:
         """As `BinaryWeights`."""
         frames = q.size(2)
         query, key, position, offset = self.query(q), self.key(k), self.position(p), self.offset(offsets)
