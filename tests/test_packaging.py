@@ -7,11 +7,13 @@ import sys
 import zipfile
 from pathlib import Path
 
+from hubert_eff.kernels import loader
+
 from .conftest import ROOT
 
 
 def test_wheel_is_complete(tmp_path: Path) -> None:
-    """All modules, the kernels' source, the configurations and S3PRL's configuration; no tests."""
+    """All modules, the kernels' sources, the configurations and S3PRL's configuration; no tests."""
     source = tmp_path / "source"
     subprocess.run(["git", "-C", str(ROOT), "checkout-index", "-a", f"--prefix={source}/"], check=True)
     options = ["--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path)]
@@ -19,7 +21,8 @@ def test_wheel_is_complete(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     held = set(zipfile.ZipFile(wheel).namelist())
     modules = [p for room in ("hubert_eff", "fairseq_plugins", "superb_tasks", "hydra_plugins") for p in (source / room).rglob("*.py")]
-    expected = {str(p.relative_to(source)) for p in modules} | {"hubert_eff/kernels/kernels.cpp", "hubert_eff/py.typed"}
+    expected = {str(p.relative_to(source)) for p in modules} | {"hubert_eff/py.typed"}
+    expected |= {f"hubert_eff/kernels/{p.name}" for p in loader.SOURCES}
     expected |= {f"hubert_eff/{p.relative_to(source)}" for p in (source / "configs").rglob("*.yaml")}
     expected |= {str(p.relative_to(source)) for p in (source / "superb_tasks").rglob("*.yaml")}
     assert len([name for name in expected if name.endswith(".yaml")]) >= 4

@@ -1,6 +1,6 @@
-"""Compile kernels.cpp once per machine, load it, and choose the fastest kernel that this processor can run.
+"""Compile the kernels once per machine, load it, and choose the fastest kernel that this processor can run.
 
-The library goes into `$XDG_CACHE_HOME/hubert-eff` (default ~/.cache), named after its source, its compiler, the processor's family and
+The library goes into `$XDG_CACHE_HOME/hubert-eff` (default ~/.cache), named after its sources, its compiler, the processor's family and
 its own content; it holds the kernels of all instruction sets of that family. What another user can have written is not loaded.
 The compiler is `$CXX`, or g++, clang++ or c++, whichever there is. `$HUBERT_EFF_KERNEL` forces a kernel: one of `KERNELS`.
 """
@@ -31,6 +31,7 @@ VARIABLE = "HUBERT_EFF_KERNEL"
 TORCH = "torch"
 KERNELS = ("avx512vpopcntdq", "avx512bw", "avx2", "neon", TORCH)  # the fastest first; the last one always runs, and defines the others
 SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCES = (SOURCE, *sorted(SOURCE.parent.glob("*.h")))
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-pthread")  # no fused multiply-add: torch rounds twice
 WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 DIMS = 3
@@ -47,7 +48,7 @@ def _structure(name: str, pointers: str, sizes: str, strides: str = "", last: st
     return type(name, (ctypes.Structure,), {"_fields_": fields})
 
 
-# as in kernels.cpp
+# as in pack.h, product.h and depthwise.h
 Pack = _structure("Pack", "x move factor limit", "columns", "size x_stride move_stride factor_stride", "out", "half")
 Product = _structure("Product", "a b scale size bias limit out", "batch m n k words sizes is_signed half")
 Depthwise = _structure("Depthwise", "x valid weight scale size bias out", "batch frames channels words kernel stride sizes is_signed half")
@@ -113,7 +114,8 @@ def compile_library() -> Path:
         raise RuntimeError("no C++ compiler was found (install g++ or clang++, or set CXX)")
     try:
         version = subprocess.run([*compiler, "--version"], check=True, capture_output=True, timeout=60).stdout
-        key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), version, repr((compiler, FLAGS, platform.machine())).encode()]))
+        made_by = repr((compiler, FLAGS, platform.machine())).encode()
+        key = hashlib.sha256(b"\0".join([*(source.read_bytes() for source in SOURCES), version, made_by]))
         folders, stem = _folders(), f"kernels-{key.hexdigest()[:20]}"
         for found in (file for folder in folders for file in folder.glob(f"{stem}-*.so")):
             if _is_whole(found):

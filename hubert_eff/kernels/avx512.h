@@ -1,0 +1,117 @@
+// AVX-512, with and without an instruction that counts bits.
+#pragma once
+
+#include "common.h"
+
+#if defined(__x86_64__)
+
+namespace {
+
+struct Popcnt512 {
+    using Operands = InPlace<Popcnt512>;
+    static constexpr int rows = 8;
+    static constexpr bool native = true;  // popcounts
+
+    template <int R, int P>
+    AVX512POPCNT static void tile(const uint32_t* a, int64_t stride, const uint32_t* b, int64_t words, int32_t* out) {
+        __m512i sum[R][P];
+        for (int r = 0; r < R; ++r)
+            for (int p = 0; p < P; ++p) sum[r][p] = _mm512_setzero_si512();
+        for (int64_t w = 0; w < words; ++w) {
+            __m512i column[P];
+            for (int p = 0; p < P; ++p) column[p] = _mm512_loadu_si512(b + (p * words + w) * LANES);
+            for (int r = 0; r < R; ++r) {
+                const __m512i row = _mm512_set1_epi32(static_cast<int32_t>(a[r * stride + w]));
+                for (int p = 0; p < P; ++p)
+                    sum[r][p] = _mm512_add_epi32(sum[r][p], _mm512_popcnt_epi32(_mm512_xor_si512(row, column[p])));
+            }
+        }
+        for (int r = 0; r < R; ++r)
+            for (int p = 0; p < P; ++p) _mm512_storeu_si512(out + r * PAIR + p * LANES, sum[r][p]);
+    }
+
+    AVX512POPCNT static inline uint32_t above(const float* x, float factor, const float* move, float limit) {
+        const __m512 f = _mm512_set1_ps(factor), t = _mm512_set1_ps(limit);
+        __m512 low = _mm512_mul_ps(_mm512_loadu_ps(x), f), high = _mm512_mul_ps(_mm512_loadu_ps(x + LANES), f);
+        if (move) low = _mm512_add_ps(low, _mm512_loadu_ps(move)), high = _mm512_add_ps(high, _mm512_loadu_ps(move + LANES));
+        return static_cast<uint32_t>(_mm512_cmp_ps_mask(low, t, _CMP_GT_OQ)) |
+               static_cast<uint32_t>(_mm512_cmp_ps_mask(high, t, _CMP_GT_OQ)) << 16;
+    }
+
+    AVX512POPCNT static inline uint32_t at_most(const int32_t* x, const int32_t* limit) {
+        const uint32_t low = _mm512_cmple_epi32_mask(_mm512_loadu_si512(x), _mm512_loadu_si512(limit));
+        const uint32_t high = _mm512_cmple_epi32_mask(_mm512_loadu_si512(x + LANES), _mm512_loadu_si512(limit + LANES));
+        return low | high << 16;
+    }
+
+    AVX512POPCNT static inline void collect(const float* x, float limit, int64_t i, uint32_t* words) {
+        const __mmask16 set = _mm512_cmp_ps_mask(_mm512_loadu_ps(x), _mm512_set1_ps(limit), _CMP_GT_OQ);
+        const __m512i old = _mm512_loadu_si512(words);
+        _mm512_storeu_si512(words, _mm512_mask_or_epi32(old, set, old, _mm512_set1_epi32(static_cast<int32_t>(1u << i))));
+    }
+};
+
+struct Shuffle512 {
+    using Operands = InPlace<Shuffle512>;
+    static constexpr int rows = 4;
+    static constexpr bool native = false;
+
+    template <int R, int P>
+    AVX512BW static void tile(const uint32_t* a, int64_t stride, const uint32_t* b, int64_t words, int32_t* out) {
+        const __m512i counts = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
+        const __m512i nibble = _mm512_set1_epi8(15), ones8 = _mm512_set1_epi8(1), ones16 = _mm512_set1_epi16(1);
+        __m512i sum[R][P];
+        for (int r = 0; r < R; ++r)
+            for (int p = 0; p < P; ++p) sum[r][p] = _mm512_setzero_si512();
+        for (int64_t begin = 0; begin < words; begin += 31) {  // bytes of `part` grow by up to 8 per word
+            const int64_t end = std::min<int64_t>(words, begin + 31);
+            __m512i part[R][P];
+            for (int r = 0; r < R; ++r)
+                for (int p = 0; p < P; ++p) part[r][p] = _mm512_setzero_si512();
+            for (int64_t w = begin; w < end; ++w) {
+                __m512i column[P];
+                for (int p = 0; p < P; ++p) column[p] = _mm512_loadu_si512(b + (p * words + w) * LANES);
+                for (int r = 0; r < R; ++r) {
+                    const __m512i row = _mm512_set1_epi32(static_cast<int32_t>(a[r * stride + w]));
+                    for (int p = 0; p < P; ++p) {
+                        const __m512i x = _mm512_xor_si512(row, column[p]);
+                        const __m512i low = _mm512_shuffle_epi8(counts, _mm512_and_si512(x, nibble));
+                        const __m512i high = _mm512_shuffle_epi8(counts, _mm512_and_si512(_mm512_srli_epi16(x, 4), nibble));
+                        part[r][p] = _mm512_add_epi8(part[r][p], _mm512_add_epi8(low, high));
+                    }
+                }
+            }
+            for (int r = 0; r < R; ++r)
+                for (int p = 0; p < P; ++p) {
+                    const __m512i in_words = _mm512_madd_epi16(_mm512_maddubs_epi16(part[r][p], ones8), ones16);
+                    sum[r][p] = _mm512_add_epi32(sum[r][p], in_words);
+                }
+        }
+        for (int r = 0; r < R; ++r)
+            for (int p = 0; p < P; ++p) _mm512_storeu_si512(out + r * PAIR + p * LANES, sum[r][p]);
+    }
+
+    AVX512BW static inline uint32_t above(const float* x, float factor, const float* move, float limit) {
+        const __m512 f = _mm512_set1_ps(factor), t = _mm512_set1_ps(limit);
+        __m512 low = _mm512_mul_ps(_mm512_loadu_ps(x), f), high = _mm512_mul_ps(_mm512_loadu_ps(x + LANES), f);
+        if (move) low = _mm512_add_ps(low, _mm512_loadu_ps(move)), high = _mm512_add_ps(high, _mm512_loadu_ps(move + LANES));
+        return static_cast<uint32_t>(_mm512_cmp_ps_mask(low, t, _CMP_GT_OQ)) |
+               static_cast<uint32_t>(_mm512_cmp_ps_mask(high, t, _CMP_GT_OQ)) << 16;
+    }
+
+    AVX512BW static inline uint32_t at_most(const int32_t* x, const int32_t* limit) {
+        const uint32_t low = _mm512_cmple_epi32_mask(_mm512_loadu_si512(x), _mm512_loadu_si512(limit));
+        const uint32_t high = _mm512_cmple_epi32_mask(_mm512_loadu_si512(x + LANES), _mm512_loadu_si512(limit + LANES));
+        return low | high << 16;
+    }
+
+    AVX512BW static inline void collect(const float* x, float limit, int64_t i, uint32_t* words) {
+        const __mmask16 set = _mm512_cmp_ps_mask(_mm512_loadu_ps(x), _mm512_set1_ps(limit), _CMP_GT_OQ);
+        const __m512i old = _mm512_loadu_si512(words);
+        _mm512_storeu_si512(words, _mm512_mask_or_epi32(old, set, old, _mm512_set1_epi32(static_cast<int32_t>(1u << i))));
+    }
+};
+
+}  // namespace
+
+#endif

@@ -1,0 +1,66 @@
+// NEON of 64-bit Arm.
+#pragma once
+
+#include "common.h"
+
+#if defined(__aarch64__)
+
+namespace {
+
+struct Neon {
+    using Operands = InPlace<Neon>;
+    static constexpr int rows = 4;
+    static constexpr bool native = false;
+
+    template <int R, int P>
+    static void tile(const uint32_t* a, int64_t stride, const uint32_t* b, int64_t words, int32_t* out) {
+        for (int p = 0; p < 2 * P; ++p) half<R>(a, stride, b + (p / 2 * words) * LANES + p % 2 * 8, words, out + p * 8);
+    }
+
+    template <int R>
+    static void half(const uint32_t* a, int64_t stride, const uint32_t* b, int64_t words, int32_t* out) {
+        uint32x4_t sum[R][2];
+        for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = vdupq_n_u32(0);
+        for (int64_t begin = 0; begin < words; begin += 31) {
+            const int64_t end = std::min<int64_t>(words, begin + 31);
+            uint8x16_t part[R][2];
+            for (int r = 0; r < R; ++r) part[r][0] = part[r][1] = vdupq_n_u8(0);
+            for (int64_t w = begin; w < end; ++w)
+                for (int h = 0; h < 2; ++h) {
+                    const uint32x4_t column = vld1q_u32(b + w * LANES + 4 * h);
+                    for (int r = 0; r < R; ++r) {
+                        const uint32x4_t x = veorq_u32(vdupq_n_u32(a[r * stride + w]), column);
+                        part[r][h] = vaddq_u8(part[r][h], vcntq_u8(vreinterpretq_u8_u32(x)));
+                    }
+                }
+            for (int r = 0; r < R; ++r)
+                for (int h = 0; h < 2; ++h) sum[r][h] = vpadalq_u16(sum[r][h], vpaddlq_u8(part[r][h]));
+        }
+        for (int r = 0; r < R; ++r)
+            for (int h = 0; h < 2; ++h) vst1q_s32(out + r * PAIR + 4 * h, vreinterpretq_s32_u32(sum[r][h]));
+    }
+
+    static inline uint32_t above(const float* x, float factor, const float* move, float limit) {
+        uint32_t word = 0;
+        for (int i = 0; i < PAIR; ++i) word |= static_cast<uint32_t>(x[i] * factor + (move ? move[i] : 0.0f) > limit) << i;
+        return word;
+    }
+
+    static inline uint32_t at_most(const int32_t* x, const int32_t* limit) {
+        uint32_t word = 0;
+        for (int i = 0; i < PAIR; ++i) word |= static_cast<uint32_t>(x[i] <= limit[i]) << i;
+        return word;
+    }
+
+    static inline void collect(const float* x, float limit, int64_t i, uint32_t* words) {
+        const uint32x4_t one = vdupq_n_u32(1u << i);
+        for (int h = 0; h < 4; ++h) {
+            const uint32x4_t set = vcgtq_f32(vld1q_f32(x + 4 * h), vdupq_n_f32(limit));
+            vst1q_u32(words + 4 * h, vorrq_u32(vld1q_u32(words + 4 * h), vandq_u32(set, one)));
+        }
+    }
+};
+
+}  // namespace
+
+#endif
