@@ -3,8 +3,9 @@
 What decides speed and memory is kept as fairseq has it: audio as (B, C, T) convolutions, blocks on (T, B, D), every codeword expanded
 over all frames before the cosine (`compute_nce`), logits of masked and of unmasked frames, relative scores shifted through a padded
 (T, 2T) tensor, LayerNorm and GroupNorm in float32 where fairseq casts, figures that are logged through `.item()`, Adam tensor by tensor
-in Python, and half-precision weights with float32 copies. Parameter names are fairseq's. tests/test_train_gpu.py holds loss, gradients
-and updates equal to those of the real classes. Dropout of features, GLU on targets, masks over channels and LayerDrop are left out.
+in Python, and half-precision weights with float32 copies. Parameter names are fairseq's. tests/benchmarks/test_train_gpu.py holds
+loss, gradients and updates equal to those of the real classes. Dropout of features, GLU on targets,
+masks over channels and LayerDrop are left out.
 """
 
 # B batch, S samples, T frames, D model dim, H heads, d = D / H, N frames of one kind, C codewords

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else every process that compiles a model starts a pool of others
+from .helpers.paths import FSDD
 
-ROOT = Path(__file__).resolve().parents[1]
-FSDD = Path(os.environ.get("FSDD", ROOT.parent / "shared" / "data" / "fsdd"))
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else every process that compiles a model starts a pool of others
 
 
 @pytest.hookimpl(trylast=True)

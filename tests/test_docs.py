@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 
 import hubert_eff
 
-PAGE = (Path(__file__).resolve().parents[1] / "docs" / "encoders.md").read_text(encoding="utf-8")
+from .helpers.paths import ROOT
+
+PAGE = (ROOT / "docs" / "encoders.md").read_text(encoding="utf-8")
 PARAMETERS = {name: int(count.replace(",", "")) for name, count in re.findall(r"\| `([a-z0-9-]+)` \| ([\d,]+) \|", PAGE)}
 
 

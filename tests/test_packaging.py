@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hubert_eff.kernels import loader
 
-from .conftest import ROOT
+from .helpers.paths import ROOT
 
 
 def test_wheel_is_complete(tmp_path: Path) -> None:

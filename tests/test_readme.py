@@ -15,7 +15,7 @@ import pytest
 from hubert_eff import cli
 from hubert_eff.recipes import base as steps
 
-from .conftest import FSDD, ROOT
+from .helpers.paths import FSDD, ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PRETRAINING = "fairseq-hydra-train --config-dir configs/pretrain --config-name debug"

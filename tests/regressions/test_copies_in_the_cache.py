@@ -14,7 +14,8 @@ from hubert_eff.data import convert as conversion
 from hubert_eff.data.audio import write_flac
 from hubert_eff.data.manifest import make_manifest
 from hubert_eff.errors import WriteError
-from tests.regressions.test_half_written_files import files_of_at_most
+
+from ..helpers.disks import files_of_at_most
 
 NOISE = np.random.default_rng(0).uniform(-0.5, 0.5, (6, 8000)).astype(np.float32)
 

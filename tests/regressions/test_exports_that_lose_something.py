@@ -18,7 +18,7 @@ from hubert_eff.errors import UserError
 from hubert_eff.models.hubert import HubertModel
 from hubert_eff.profiling.precision import at_precision
 
-from ..test_recognition import make, save
+from ..helpers.recognizers import make, save
 
 PRUNED = "its configuration has 2 blocks, its weights have 1"
 

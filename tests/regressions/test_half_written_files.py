@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import resource
 import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,16 +19,7 @@ from hubert_eff.labels.make import make_labels
 from hubert_eff.utils import files
 from hubert_eff.utils.files import replacing, temporary_beside, temporary_folder, write_text
 
-
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """A disk on which no file can grow further: as on a full one, writing fails in the middle."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+from ..helpers.disks import files_of_at_most
 
 
 def _numpy(path: Path) -> None:

@@ -15,7 +15,8 @@ from hubert_eff.commands import align
 from hubert_eff.errors import UserError
 from hubert_eff.inference import extraction
 from hubert_eff.streaming import live
-from tests.test_recognition import make, save
+
+from ..helpers.recognizers import make, save
 
 ODD = (b"a\x1b[31m\nb.wav", "字".encode() * 83 + b".wav", b" .wav", "é\u0301\u202e.wav".encode(), b"a\xff\xfe.wav")
 

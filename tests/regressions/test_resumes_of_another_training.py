@@ -22,8 +22,9 @@ from hydra.core.hydra_config import HydraConfig  # noqa: E402
 
 from fairseq_plugins.runtime import resuming  # noqa: E402
 
-from ..processes import Training  # noqa: E402
-from ..test_fairseq_plugin import CONFIGS, ROOT, make_data, make_task  # noqa: E402
+from ..helpers.paths import ROOT  # noqa: E402
+from ..helpers.pretraining import CONFIGS, make_data, make_task  # noqa: E402
+from ..helpers.processes import Training  # noqa: E402
 
 SECONDS = {"train": [0.6 + 0.05 * i for i in range(16)], "valid": [1.0]}
 

@@ -26,8 +26,7 @@ from omegaconf import OmegaConf  # noqa: E402
 
 from fairseq_plugins.runtime import saving, stopping  # noqa: E402
 
-from ..test_fairseq_plugin import make_data  # noqa: E402
-from ..test_fairseq_training import logged, run, start, update_made  # noqa: E402
+from ..helpers.pretraining import logged, make_data, run, start, update_made  # noqa: E402
 
 
 def checkpoint(file: Path, update: int, **more: Any) -> None:

@@ -21,7 +21,8 @@ from hubert_eff.recipes.pretrain import Pretraining
 from hubert_eff.utils import locks
 from hubert_eff.utils.locks import Lock, locked
 
-ROOT = Path(__file__).resolve().parents[2]
+from ..helpers.paths import ROOT
+
 HOLD = """
 import os, sys, time
 from pathlib import Path

@@ -49,7 +49,7 @@ def test_nothing_is_told_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize("metric", ["wer", "uer"])
 def test_it_is_refused_as_what_the_best_checkpoint_goes_by(metric: str, tmp_path: Path) -> None:
     pytest.importorskip("fairseq", reason="fairseq is not installed: pip install 'hubert-eff[fairseq]'")
-    from ..test_fairseq_finetuning import TEXTS, make_data, make_task
+    from ..helpers.finetuning import TEXTS, make_data, make_task
 
     data = make_data(tmp_path / "data", {"train": TEXTS, "valid": ["one ten"]})
     keys = (f"task.data={data}", "model.w2v_path=null", "model.preset=conformer-debug", "model.ctc_weight=0")

@@ -21,6 +21,8 @@ from hubert_eff.errors import UserError
 from hubert_eff.quant.policy import read_policy
 from hubert_eff.recognition import load_recognizer
 
+from ..helpers.paths import ROOT
+
 CODE = "is refused: it holds pickled code, not only weights"
 
 
@@ -274,7 +276,7 @@ def test_fairseq_reads_checkpoints_by_the_same_reader(tmp_path: Path) -> None:
 @pytest.mark.long
 def test_changed_files_are_refused_or_sound(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few of those of benchmarks/fuzz_files.py, each read in a process that may die."""
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import fuzz_files
 
     lost: list[str] = []
@@ -285,7 +287,7 @@ def test_changed_files_are_refused_or_sound(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_search_for_foreign_numbers_finds_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import fuzz_files
 
     model = hubert_eff.build("transformer-debug", **TINY)

@@ -14,9 +14,9 @@ pytest.importorskip("fairseq", reason="fairseq is not installed: pip install 'hu
 
 from fairseq_plugins.data.checks import estimated_rate  # noqa: E402
 
-from ..test_fairseq_finetuning import make_data as make_spoken  # noqa: E402
-from ..test_fairseq_finetuning import make_task as make_finetuning  # noqa: E402
-from ..test_fairseq_plugin import make_data, make_task  # noqa: E402
+from ..helpers.finetuning import make_data as make_spoken  # noqa: E402
+from ..helpers.finetuning import make_task as make_finetuning  # noqa: E402
+from ..helpers.pretraining import make_data, make_task  # noqa: E402
 
 
 def batches(task: Any, max_tokens: int) -> list[Any]:

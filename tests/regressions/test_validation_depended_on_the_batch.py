@@ -15,7 +15,7 @@ from fairseq.logging import metrics  # noqa: E402
 
 from fairseq_plugins.data.transcripts import TranscribedDataset  # noqa: E402
 
-from ..test_fairseq_plugin import make_data, make_task  # noqa: E402
+from ..helpers.pretraining import make_data, make_task  # noqa: E402
 
 LENGTHS = [0.6, 0.75, 0.9, 1.2, 1.21, 1.5, 1.9, 2.3, 2.3, 2.6, 3.1, 0.64]
 
