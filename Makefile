@@ -46,8 +46,8 @@ test-long: $(READY)
 
 # kills training and label making at random moments; nothing may be lost
 kill-test: $(READY)
-	$(BIN)/python benchmarks/kill_training.py --kills 30
-	$(BIN)/python benchmarks/kill_labels.py --kills 30
+	$(BIN)/python benchmarks/reliability/kill_training.py --kills 30
+	$(BIN)/python benchmarks/reliability/kill_labels.py --kills 30
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -21,13 +21,13 @@ from ..helpers.paths import ROOT
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The benchmark's module; its neighbours can be imported too."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "speed"))
     import train_gpu
 
     yield train_gpu
     compiling.BACKEND = "inductor"
     compiling.compiled_call.cache_clear()
-    for path in (ROOT / "benchmarks").glob("*.py"):
+    for path in (ROOT / "benchmarks" / "speed").glob("*.py"):
         sys.modules.pop(path.stem, None)
 
 

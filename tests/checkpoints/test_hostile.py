@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import hubert_eff
-from benchmarks.file_mutations import Header, joined, split, tiny
+from benchmarks.reliability.file_mutations import Header, joined, split, tiny
 from hubert_eff.checkpoints.safetensors import FORMAT_VERSION
 from hubert_eff.errors import UserError
 

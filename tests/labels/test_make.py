@@ -165,7 +165,7 @@ def test_a_run_killed_while_it_cleared_up_leaves_nothing(manifest, tmp_path, mon
 
 @pytest.mark.long
 def test_killed_label_runs_lose_nothing() -> None:
-    from benchmarks.kill_labels import kill_labels
+    from benchmarks.reliability.kill_labels import kill_labels
 
     result = kill_labels(kills=3, seed=1, minutes=8.0, workers=1)
     assert result["kills"] == 3 and result["losses"] == []

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import hubert_eff
-from benchmarks.file_mutations import TINY, checkpoint, recognizer, records, saved, zipped
+from benchmarks.reliability.file_mutations import TINY, checkpoint, recognizer, records, saved, zipped
 from hubert_eff.checkpoints.load import read_fairseq, updates_of
 from hubert_eff.checkpoints.torchfile import TorchFile, Unreadable
 from hubert_eff.config import parse_conv_layers
@@ -275,8 +275,8 @@ def test_fairseq_reads_checkpoints_by_the_same_reader(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_changed_files_are_refused_or_sound(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few of those of benchmarks/fuzz_files.py, each read in a process that may die."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    """A few of those of benchmarks/reliability/fuzz_files.py, each read in a process that may die."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "reliability"))
     import fuzz_files
 
     lost: list[str] = []
@@ -287,7 +287,7 @@ def test_changed_files_are_refused_or_sound(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_search_for_foreign_numbers_finds_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "reliability"))
     import fuzz_files
 
     model = hubert_eff.build("transformer-debug", **TINY)

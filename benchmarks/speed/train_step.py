@@ -1,6 +1,6 @@
 """One pre-training step (forward, loss, backward, Adam): our HuBERT against fairseq's stock HubertModel and criterion.
 
-    python benchmarks/train_step.py [--threads 1] [--batch 2] [--seconds 10] [--only default|fastconv|head]
+    python benchmarks/speed/train_step.py [--threads 1] [--batch 2] [--seconds 10] [--only default|fastconv|head]
 
 transformer-base with one codebook of 504 classes, with the default and with the FastConv extractor on both sides, and the loss
 head alone. Both sides hold the same weights and get the same audio, labels and masks; loss and gradients are compared, without
@@ -32,7 +32,7 @@ from fairseq_plugins.criterions.hubert_eff import HubertEffCriterion
 
 CLASSES = 504
 TARGETS = {"default": 2.0, "fastconv": 3.0, "head": 100.0}
-CONFIG = Path(__file__).parents[1] / "configs" / "pretrain" / "transformer_base.yaml"
+CONFIG = Path(__file__).parents[2] / "configs" / "pretrain" / "transformer_base.yaml"
 
 
 def stock_model(config: Any, classes: int = CLASSES) -> fairseq_hubert.HubertModel:

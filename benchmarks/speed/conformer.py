@@ -1,6 +1,6 @@
 """Conformer-S, inference and training: our blocks against fairseq's layers (relative positions) and torchaudio's (absolute ones).
 
-    python benchmarks/conformer.py [--seconds 30] [--threads 1]
+    python benchmarks/speed/conformer.py [--seconds 30] [--threads 1]
 
 fairseq's ConformerEncoder cannot run in this version; its layer can, and is stacked here. Both sides hold the same weights, and
 their outputs are compared before anything is timed. Training is forward and backward in train mode with the preset's dropout; both

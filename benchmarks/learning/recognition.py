@@ -1,6 +1,6 @@
 """Word error rates of fine-tuned models: first and second pass, in chunks and with the whole utterance.
 
-    python benchmarks/recognition.py DIR/valid.tsv CKPT... --out FILE.json
+    python benchmarks/learning/recognition.py DIR/valid.tsv CKPT... --out FILE.json
 
 First pass: CTC prefix beam search. Second pass: its texts ranked by the attention decoder as well. 16-4: chunks of 16 frames that
 attend to 4 chunks before them; 16-inf: to all before; full: the whole utterance. Transcripts are those of parts.tsv beside the

@@ -1,11 +1,11 @@
 """Four Conformers at a high learning rate: which diverge, and whether the layer trends say so before the loss does.
 
-    python benchmarks/layer_trends.py runs/digits runs/digits/mfcc --out runs/trends
+    python benchmarks/speed/layer_trends.py runs/digits runs/digits/mfcc --out runs/trends
 
 trains a Conformer without norms in its blocks, with BatchNorm, with LayerNorm, and a FusionFormer, each of debug size with more blocks, by
 fairseq-hydra-train. Printed per model: the first alarm of the trends; the update at which the loss shows trouble, that is, it is not finite
 or exceeds its value over the first ten updates by a tenth; and the loss at the end. Pictures and figures stand in --out. What a record
-costs: python benchmarks/layer_trends.py --overhead
+costs: python benchmarks/speed/layer_trends.py --overhead
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from hubert_eff import cli
 from hubert_eff.analysis.layer_trends import LayerTrends, alarms, look, read_trends
 from hubert_eff.utils.files import write_json
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MODELS = {
     "Conformer, no norm": ("debug", ["model.block_norm=none", "model.pos_enc_type=abs"]),
     "Conformer, BatchNorm": ("debug", ["model.block_norm=batch_norm", "model.pos_enc_type=abs"]),

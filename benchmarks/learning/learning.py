@@ -3,7 +3,7 @@
     hubert-eff corpus demo --out runs/corpus --speakers 24
     hubert-eff manifest runs/corpus --out runs/data --valid-percent 10
     hubert-eff labels runs/data --out runs/data/mfcc --features mfcc --clusters 50
-    python benchmarks/learning.py runs/data runs/data/mfcc --out runs/learning
+    python benchmarks/learning/learning.py runs/data runs/data/mfcc --out runs/learning
 
 A model that has learned nothing reaches the share of the most frequent label. Prints a Markdown table as it goes, and writes it, with the
 same figures in JSON, beside the logs of the runs.

@@ -1,6 +1,6 @@
 """Keyword spotting and speaker identification on real speech: a pre-trained upstream, an untrained one, S3PRL's FBANK and MFCC.
 
-    python benchmarks/superb_fsdd.py $FSDD --upstream runs/speech-pretrain/checkpoint_best.pt --out runs/superb-fsdd
+    python benchmarks/learning/superb_fsdd.py $FSDD --upstream runs/speech-pretrain/checkpoint_best.pt --out runs/superb-fsdd
 
 $FSDD is the Free Spoken Digit Dataset (Jakobovski and contributors, CC BY-SA 4.0): DIGIT_SPEAKER_INDEX.wav or .flac at any depth. By its
 own convention the recordings of index 0 to 4 are the test set; here 5 to 7 validate, the rest trains: all speakers are in all three. It is

@@ -1,6 +1,6 @@
 """A fused FusionFormer against our own Conformer of the same size, inference: float32 and int8, 10 s and streaming chunks.
 
-    python benchmarks/fusionformer.py [--frames 16 499] [--ffn 2048] [--pos-enc-type abs rel_pos]
+    python benchmarks/speed/fusionformer.py [--frames 16 499] [--ffn 2048] [--pos-enc-type abs rel_pos]
 
 Both sides are encoder blocks of 12 layers, D 256, 4 heads, kernel 15, in the same code and both through `hubert_eff.fuse`, which takes the
 Conformer's BatchNorm too, joins its projections and lays out its weights. What differs is what FusionFormer changes: LayerNorm,

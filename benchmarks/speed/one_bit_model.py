@@ -1,6 +1,6 @@
 """Whole models at one bit against their own float forms, and where the time of the one-bit ones goes.
 
-    python benchmarks/one_bit_model.py [--models transformer-base sparseformer-dn-s conformer-s] [--seconds 10] [--rounds 7] [--json]
+    python benchmarks/speed/one_bit_model.py [--models transformer-base sparseformer-dn-s conformer-s] [--seconds 10] [--rounds 7] [--json]
 
 Sides, all in the same rounds: the float model with torch's own products (`F.linear`, `F.scaled_dot_product_attention`), with oneDNN's
 (as this package runs it), in bfloat16, with int8 linear layers; one bit with what is not binary in float32 and in bfloat16. Before

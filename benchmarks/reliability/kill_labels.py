@@ -1,6 +1,6 @@
 """Kills `hubert-eff labels` again and again at random moments, and looks whether anything is lost.
 
-    python benchmarks/kill_labels.py --kills 30
+    python benchmarks/reliability/kill_labels.py --kills 30
 
 A reference run is made without disturbance. Then runs of 1 or 2 processes are started in a folder of their own, and their whole process
 group is killed with SIGKILL after a time drawn uniformly between the reference's first output and its end. A killed run is started again

@@ -20,7 +20,7 @@ import fairseq_plugins  # noqa: F401  (registers the task)
 from hubert_eff.profiling.machine import cpu_name
 
 CONFIG = "transformer_base"
-CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "pretrain"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "pretrain"
 UPDATES = (1, 2, 5, 10)  # per second
 GPUS = (1, 8, 32)
 

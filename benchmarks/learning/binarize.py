@@ -2,7 +2,7 @@
 
     hubert-eff manifest $FSDD --out runs/digits --join 4 --split-by file
     hubert-eff labels runs/digits --out runs/digits/mfcc --features mfcc --clusters 50
-    python benchmarks/binarize.py runs/digits runs/digits/mfcc --out runs/binarize
+    python benchmarks/learning/binarize.py runs/digits runs/digits/mfcc --out runs/binarize
 
 With 5n updates in all, 3n of them for the float model, which has to learn before it can teach:
 

@@ -1,6 +1,6 @@
 """How far aligned word boundaries are from the true ones: gradients at every place of the encoder, beside CTC forced alignment.
 
-    python benchmarks/alignment.py CKPT DIR/valid.tsv --truth FILE
+    python benchmarks/learning/alignment.py CKPT DIR/valid.tsv --truth FILE
 
 FILE is `alignments.tsv` of `hubert-eff corpus demo`, or `parts.tsv` of `hubert-eff manifest --join`, where the words are the recordings
 that an utterance was joined of. Printed per way: mean and median of |difference| in ms over all starts and ends of words.

@@ -1,4 +1,4 @@
-"""benchmarks/kill_training.py, by which training is killed at random moments: it finds nothing, and it would find something."""
+"""benchmarks/reliability/kill_training.py, by which training is killed at random moments: it finds nothing, and it would find something."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..helpers.paths import ROOT  # noqa: E402
 
 pytest.importorskip("fairseq", reason="fairseq is not installed: pip install 'hubert-eff[fairseq]'")
 
-BENCHMARKS = ROOT / "benchmarks"
+BENCHMARKS = ROOT / "benchmarks" / "reliability"
 
 
 @pytest.fixture

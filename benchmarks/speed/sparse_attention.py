@@ -1,6 +1,6 @@
 """Sparse self-attention against dense scaled dot-product attention, projections included.
 
-    python benchmarks/sparse_attention.py [--frames 499 1500 6000] [--threads 1] [--no-memory]
+    python benchmarks/speed/sparse_attention.py [--frames 499 1500 6000] [--threads 1] [--no-memory]
 
 One layer of D 256 with 4 heads on random input: the dense side is the same module around torch's F.scaled_dot_product_attention; both have
 the same weights. Training is forward and backward, without dropout (where torch's dense attention is at its fastest) and with 0.1, as in

@@ -1,8 +1,8 @@
 """Small devices: LayerNorm in half precision, what subsampling costs, and a rewritten encoder beside the plain one.
 
-    python benchmarks/edge.py norms
-    python benchmarks/edge.py subsampling
-    python benchmarks/edge.py graph --rounds 9
+    python benchmarks/speed/edge.py norms
+    python benchmarks/speed/edge.py subsampling
+    python benchmarks/speed/edge.py graph --rounds 9
 
 The paper behind all three is Xu et al. 2024, "Conformer-Based Speech Recognition on Extreme Edge-Computing Devices".
 """

@@ -1,6 +1,6 @@
 """Linear layers at one bit, packing of their input included, against torch's float and int8 ones.
 
-    python benchmarks/one_bit.py [--kernels avx512vpopcntdq avx2] [--threads 1] [--rounds 15] [--cpu-time]
+    python benchmarks/speed/one_bit.py [--kernels avx512vpopcntdq avx2] [--threads 1] [--rounds 15] [--cpu-time]
 
 One binary layer of each shape is packed and compared with its simulation to the last bit before anything is timed; the others are
 `F.linear` in float32 (what `nn.Linear` calls), the same product by oneDNN, bfloat16, and int8 with dynamic quantisation of the input. A

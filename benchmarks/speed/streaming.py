@@ -1,8 +1,8 @@
 """Streams of a FusionFormer beside those of a Conformer of its size, as they are built, fused, and fused with int8 linear layers: time of
 one chunk and RTF; and whether memory stays flat over a long stream.
 
-    python benchmarks/streaming.py --rounds 15
-    python benchmarks/streaming.py --minutes 30
+    python benchmarks/speed/streaming.py --rounds 15
+    python benchmarks/speed/streaming.py --minutes 30
 
 RTF is computing time over audio time, extractor included, one stream. The paper that asks (Song et al. 2022, table 3) has 0.1053 for its
 Conformer and 0.0896 for FusionFormer, 1.17x, on another machine.

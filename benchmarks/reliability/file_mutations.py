@@ -1,4 +1,4 @@
-"""Exports and checkpoints changed at random: what benchmarks/fuzz_files.py, and tests, give to the readers."""
+"""Exports and checkpoints changed at random: what benchmarks/reliability/fuzz_files.py, and tests, give to the readers."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Gives changed exports (.safetensors) and checkpoints (.pt) to the readers, and looks what becomes of them.
 
-    python benchmarks/fuzz_files.py --count 1000 10000 --seed 0 --workers 2
+    python benchmarks/reliability/fuzz_files.py --count 1000 10000 --seed 0 --workers 2
 
-Each file is one of a few sound ones, changed at random (benchmarks/file_mutations.py): cut, bits flipped, numbers and names in it replaced,
+Each file is one of a few sound ones, changed at random (file_mutations.py): cut, bits flipped, numbers and names in it replaced,
 records swapped, configurations absurd, pickles made to do harm. It is read in a process of its own memory limit, which is followed by
 another when it dies. A file counts as
 

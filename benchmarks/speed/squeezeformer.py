@@ -1,6 +1,6 @@
 """Squeezeformer-XS against our own Conformer-S, both with relative positions: inference of the whole encoder.
 
-python benchmarks/squeezeformer.py [--seconds 10 30] [--threads 1]
+python benchmarks/speed/squeezeformer.py [--seconds 10 30] [--threads 1]
 """
 
 from __future__ import annotations

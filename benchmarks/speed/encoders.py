@@ -1,6 +1,6 @@
 """All encoders against their peers: each script beside this one in a process of its own, one after the other, both sides in each.
 
-    python benchmarks/encoders.py [--out DIR]
+    python benchmarks/speed/encoders.py [--out DIR]
 
 Conformer-S against fairseq and torchaudio; where PyPI has no peer, against the plain form of the same computation: sparse attention
 against dense, the fused FusionFormer and Squeezeformer-XS against our own Conformer.

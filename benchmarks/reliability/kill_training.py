@@ -1,6 +1,6 @@
 """A training run that is killed again and again: is anything lost, or different in the end?
 
-    python benchmarks/kill_training.py --kills 30 --out runs/kill-training.json
+    python benchmarks/reliability/kill_training.py --kills 30 --out runs/kill-training.json
 
 A model of few channels trains by fairseq-hydra-train on noise that is made here, and saves every other update. First it runs through, then
 runs are killed (SIGKILL to the whole process group, loading processes and all) and started again by the same command: two kills of three
