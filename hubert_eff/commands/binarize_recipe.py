@@ -9,7 +9,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ..recipes.binarize import Recipe
+from ..recipes.base import plan_text
+from ..recipes.binarize import Binarization
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,15 +25,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--updates", type=int, nargs="+", default=[], metavar="N", help="updates of each stage (default: the files')")
     parser.add_argument("--policy", default="default", metavar="POLICY", help="what is binarised: default | paper | a YAML file")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other keys of the configurations, for all stages")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the commands, and stop")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON, not as a table")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the stages that have not ended; print what they reached."""
-    recipe = Recipe(
-        str(args.data.resolve()), str(args.labels.resolve()), str(args.out.resolve()), args.config,
-        str(args.teacher.resolve()) if args.teacher else None, args.updates, args.policy, args.set,
-    )  # fmt: skip
+    recipe = Binarization(args.data, args.labels, args.out, args.config, args.teacher, args.updates, args.policy, args.set)
+    if args.dry_run:
+        steps = recipe.plan()
+        print(json.dumps({"steps": steps}, indent=2) if args.json else plan_text(steps))
+        return 0
     done = recipe.run()
     if args.json:
         print(json.dumps(done, indent=2))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +55,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _plan(found: dict[str, Any]) -> None:
+    from ..recipes.base import plan_text
     from ..reports.tables import plain_table, show
 
-    for step in found["steps"]:
-        print(f"# {step['title']}{' (done before)' if step['done'] else ''}\n{shlex.join(step['command'])}\n")
+    print(plan_text(found["steps"]))
     table = plain_table(
         "", "parameters", "updates", "hours of audio", "PFLOP", "GPU-hours", "GB of each GPU, at least", "GB per checkpoint"
     )  # fmt: skip

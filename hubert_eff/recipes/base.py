@@ -1,4 +1,7 @@
-"""Commands one after the other, each kept when it has succeeded: what a demo and the recipes are made of."""
+"""What the demo and the recipes have in common: settings, the order of steps, resuming, dry runs, command lines.
+
+A recipe lists its steps; here they are run.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,18 @@ import subprocess
 import sys
 import time
 import unicodedata
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Container, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from ..data.lines import read_json
 from ..errors import StepFailed, UserError
 from ..reports.training_log import read_log
-from ..utils.files import write_json
+from ..utils.files import check_writable, config_dir, writable, write_json
+from ..utils.locks import locked
 from ..utils.signals import STEP
 
 INTERRUPT_SECONDS = 2.0  # after which a command that was interrupted is asked to stop
@@ -88,41 +95,167 @@ def run_command(words: Sequence[object]) -> int:
     return code if code >= 0 else 128 - code
 
 
-class Steps:
-    """Runs commands for one folder, and remembers there which have succeeded."""
+@dataclass(frozen=True)
+class Step:
+    """A command of a recipe. `result`: a file that it leaves behind, without which it is run again though it has succeeded before."""
 
-    def __init__(self, out: Path) -> None:
-        self.out = out.resolve()
+    title: str
+    words: tuple[object, ...]
+    result: Path | None = None
 
-    def record(self, *words: object) -> Path:
-        """Where it is remembered that a command has succeeded with just these words."""
-        return self.out / "steps" / f"{hashlib.sha256(shlex.join(map(str, words)).encode()).hexdigest()[:16]}.json"
+    @property
+    def shown(self) -> str:
+        """The command as a shell reads it."""
+        return shlex.join(map(str, self.words))
 
-    def done(self, *words: object) -> bool:
-        """Whether it has."""
-        return self.record(*words).is_file()
 
-    def step(self, title: str, *words: object) -> float:
-        """Run a command unless it has succeeded before with the same words; returns its seconds. Raises `StepFailed`."""
-        shown, record = shlex.join(map(str, words)), self.record(*words)
-        if record.is_file():
-            say(f"\n== {title} (done before)\n$ {shown}")
-            return float(json.loads(record.read_text())["seconds"])
-        say(f"\n== {title}\n$ {shown}")
+class Recipe(ABC):
+    """Steps, one after the other, in a folder that is this recipe's alone. A step that has succeeded is not run again.
+
+    The folder keeps `recipe.json`, the settings that decide the results (one that its version did not know yet counts as None), and for
+    every step that has succeeded `steps/HASH.json`, by the words of its command. A stage is some steps of the list: to let one follow
+    another, append its steps, which take the files of those before.
+    """
+
+    SETTINGS: ClassVar[tuple[str, ...]] = ()  # fields that decide the results: a folder holds those of one set of them
+    out: Path
+
+    @abstractmethod
+    def steps(self) -> list[Step]:
+        """The steps in order. Raises `UserError` for a path that a command cannot be given."""
+
+    @abstractmethod
+    def results(self) -> dict[str, Any]:
+        """The figures, once all steps have succeeded."""
+
+    def check(self) -> None:
+        """Raise `UserError` for what would only fail in a later step. Changes nothing."""
+        check_writable(self.out)
+        self._check_settings()
+        for step in self.steps():
+            command_line(*step.words)
+
+    def prepare(self) -> None:  # noqa: B027 - not every recipe needs it
+        """Write what steps read, and refuse a run where only a dry run can be had."""
+
+    def plan(self) -> list[dict[str, Any]]:
+        """Check everything, and say what the steps are: title, command, and whether it is done."""
+        self.check()
+        done = self._done_before()
+        return [
+            {"title": step.title, "command": [str(word) for word in step.words], "done": self._is_done(step, done)} for step in self.steps()
+        ]
+
+    def run(self) -> dict[str, Any]:
+        """Run the steps that have not succeeded; the figures.
+
+        Raises `UserError` for bad input, and if `out` holds a recipe with other settings or is in use, and `StepFailed`.
+        """
+        self.check()
+        with locked(self.out):
+            self._check_settings()  # another process may have begun meanwhile
+            self.prepare()
+            if self.SETTINGS and not self._record.is_file():
+                write_json(self._record, {"settings": self.settings})
+            done = self._done_before()
+            for step in self.steps():
+                self._run(step, done)
+            return self.results()
+
+    # -- what the folder keeps ---------------------------------------------------------------------------------------
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings as `recipe.json` holds them: plain values, paths as text."""
+        found = {name: getattr(self, name) for name in self.SETTINGS}
+        return json.loads(json.dumps(found, default=str))  # type: ignore[no-any-return]
+
+    @property
+    def _record(self) -> Path:
+        return self.out / "recipe.json"
+
+    def _read_record(self) -> dict[str, Any]:
+        """What `recipe.json` holds: dicts of settings and, in those of earlier versions, of the stages that are done."""
+        if not self._record.exists():
+            return {"settings": {}, "done": {}}
+        hint = "move it away, and run the recipe with the settings of before"
+        found = {"done": {}, **read_json(self._record, hint)}
+        if not isinstance(found.get("settings"), dict) or not isinstance(found["done"], dict):
+            raise UserError(f"{self._record} holds no settings of a recipe: {hint}")
+        return found
+
+    def _check_settings(self) -> None:
+        before = self._read_record()["settings"]
+        for key, value in self.settings.items() if before else ():
+            if before.get(key) != value:
+                raise UserError(f"{self._record} is of a recipe with {key}={before.get(key)}, not {value}: take another --out")
+
+    def _done_before(self) -> set[str]:
+        """Titles of the steps that an earlier version of the recipe wrote down as done."""
+        return set(self._read_record()["done"])
+
+    def _step_record(self, step: Step) -> Path:
+        return self.out / "steps" / f"{hashlib.sha256(step.shown.encode()).hexdigest()[:16]}.json"
+
+    def _is_done(self, step: Step, before: Container[str]) -> bool:
+        known = step.title in before or self._step_record(step).is_file()
+        return known and (step.result is None or step.result.is_file())
+
+    def _run(self, step: Step, before: Container[str]) -> None:
+        done = self._is_done(step, before)
+        say(f"\n== {step.title}{' (done before)' if done else ''}\n$ {step.shown}")
+        if done:
+            return
+        if step.result is not None:
+            writable(step.result.parent)
         start = time.monotonic()
-        code = run_command(words)
+        code = run_command(step.words)
         if code:
-            raise StepFailed(title, code)
-        seconds = time.monotonic() - start
-        write_json(record, {"title": title, "command": shown, "seconds": round(seconds, 1)})
-        return seconds
+            raise StepFailed(step.title, code)
+        seconds = round(time.monotonic() - start, 1)
+        write_json(self._step_record(step), {"title": step.title, "command": step.shown, "seconds": seconds})
 
-    def figures(self, *words: object) -> Any:
-        """The JSON that a command prints. Raises `StepFailed`."""
-        done = subprocess.run(command_line(*words, "--json"), check=False, stdout=subprocess.PIPE, text=True, env={**os.environ, STEP: "1"})
-        if done.returncode:
-            raise StepFailed(shlex.join(map(str, words)), done.returncode)
-        return json.loads(done.stdout)
+    def seconds(self, step: Step) -> float:
+        """How long a step that has succeeded took."""
+        record = self._step_record(step)
+        hint = "delete it, and the step is run again"
+        seconds = read_json(record, hint).get("seconds")
+        if not isinstance(seconds, (int, float)):
+            raise UserError(f"{record} does not say how long the step took: {hint}")
+        return float(seconds)
+
+
+# -- for the lists of steps ----------------------------------------------------------------------------------------------
+
+
+def training(kind: str, config: str, paths: Mapping[str, str | Path], *overrides: str) -> tuple[object, ...]:
+    """The words of a training run of the configuration KIND/CONFIG: keys with a path, then other overrides."""
+    plugin = {"common.user_dir": plugin_dir()}
+    keys = (*path_overrides({**plugin, **paths}), *overrides)
+    return ("fairseq-hydra-train", "--config-dir", config_dir() / kind, "--config-name", config, *keys)
+
+
+def check_keys(overrides: Sequence[str], decided: Container[str], example: str) -> None:
+    """Raise `UserError` for an override of `--set` that is none, or that sets what the recipe decides itself."""
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals:
+            raise UserError(f"--set {override}: expected SECTION.KEY=VALUE, such as {example}, or GROUP=MEMBER")
+        if key.lstrip("+~") in decided:
+            raise UserError(f"--set {override}: the recipe decides {key.lstrip('+~')} itself")
+
+
+def plan_text(plan: Sequence[Mapping[str, Any]]) -> str:
+    """The steps of `Recipe.plan` as a shell reads them, each under its title."""
+    return "\n".join(f"# {step['title']}{' (done before)' if step['done'] else ''}\n{shlex.join(step['command'])}\n" for step in plan)
+
+
+def figures(*words: object) -> Any:
+    """The JSON that a command prints. Raises `StepFailed`."""
+    done = subprocess.run(command_line(*words, "--json"), check=False, stdout=subprocess.PIPE, text=True, env={**os.environ, STEP: "1"})
+    if done.returncode:
+        raise StepFailed(shlex.join(map(str, words)), done.returncode)
+    return json.loads(done.stdout)
 
 
 def best_validation(log: Path) -> dict[str, float]:

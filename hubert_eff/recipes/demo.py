@@ -1,6 +1,6 @@
 """The whole way through on a small synthetic corpus: the commands that a user would type, one after the other.
 
-Each step runs as a command of its own and is kept when it has succeeded, so that an interrupted demo goes on where it stopped.
+An interrupted demo goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -11,77 +11,75 @@ from typing import Any
 
 from rich.table import Table
 
-from ..utils.files import config_dir, write_json
-from ..utils.locks import locked
-from .base import Steps, best_validation, path_overrides, plugin_dir
+from ..utils.files import write_json
+from .base import Recipe, Step, best_validation, figures, training
 
 CLUSTERS = 50
 UNTRAINED = "conformer-debug@0"
 
 
-class Demo(Steps):
-    """Runs the steps into one folder."""
+class Demo(Recipe):
+    """The steps in one folder, whose figures go into its `summary.json`."""
 
     def __init__(self, out: Path) -> None:
-        super().__init__(out)
+        self.out = out.resolve()
         self.checkpoint = self.out / "pretrain" / "checkpoint_best.pt"
-        paths: dict[str, str | Path] = {
-            "common.user_dir": plugin_dir(), "task.data": self.out / "data", "task.label_dir": self.out / "labels-mfcc",
-            "checkpoint.save_dir": self.checkpoint.parent, "common.log_file": self.out / "train.log",
-        }  # fmt: skip
-        self.training = path_overrides(paths)
 
-    def run(self) -> dict[str, Any]:
-        """All steps; returns the figures. Raises `UserError` where another process has the folder, and `StepFailed`."""
-        with locked(self.out):
-            return self._run()
+    def steps(self) -> list[Step]:
+        """The steps in order."""
+        return list(self._steps().values())
 
-    def _run(self) -> dict[str, Any]:
+    def _steps(self) -> dict[str, Step]:
+        """The steps by what the summary calls them."""
         out, checkpoint = self.out, self.checkpoint
         corpus, data, keywords = out / "corpus", out / "data", out / "keywords"
         first, second = out / "labels-mfcc", out / "labels-layer"
-        seconds = {
-            "corpus": self.step("A speech corpus", "hubert-eff", "corpus", "demo", "--out", corpus, "--speakers", 24),
-            "manifest": self.step("Check the audio, split it", "hubert-eff", "manifest", corpus, "--out", data, "--valid-percent", 10),
-            "labels": self.step(
-                "First labels: k-means on MFCC",
-                "hubert-eff", "labels", data, "--out", first, "--features", "mfcc", "--clusters", CLUSTERS,
-            ),
-            "pre-training": self.step(
-                "Pre-train a Conformer HuBERT",
-                "fairseq-hydra-train", "--config-dir", config_dir() / "pretrain", "--config-name", "debug",
-                *self.training,
-            ),
-            "second labels": self.step(
-                "Second labels: k-means on the model's last layer",
-                "hubert-eff", "labels", data, "--out", second, "--checkpoint", checkpoint, "--layer", 2, "--clusters", CLUSTERS,
-            ),
-            "keyword corpus": self.step(
-                "A Speech-Commands-shaped corpus", "hubert-eff", "corpus", "superb", "--out", keywords, "--task", "ks"
-            ),
-            "keyword spotting, pre-trained": self.step(
-                "Keyword spotting on the pre-trained model, through S3PRL",
-                "hubert-eff", "superb", "run", "--task", "ks", "--upstream", checkpoint, "--data", keywords, "--out", out / "ks-pretrained",
-                "--steps", 300, "--lr", 0.01,
-            ),
-            "keyword spotting, untrained": self.step(
-                "The same probe on an untrained model",
-                "hubert-eff", "superb", "run", "--task", "ks", "--upstream", UNTRAINED, "--data", keywords, "--out", out / "ks-untrained",
-                "--steps", 300, "--lr", 0.01,
-            ),
+        paths: dict[str, str | Path] = {
+            "task.data": data, "task.label_dir": first, "checkpoint.save_dir": checkpoint.parent, "common.log_file": out / "train.log"
         }  # fmt: skip
-        alignments = corpus / "alignments.tsv"
+        return {
+            "corpus": Step("A speech corpus", ("hubert-eff", "corpus", "demo", "--out", corpus, "--speakers", 24)),
+            "manifest": Step("Check the audio, split it", ("hubert-eff", "manifest", corpus, "--out", data, "--valid-percent", 10)),
+            "labels": Step(
+                "First labels: k-means on MFCC",
+                ("hubert-eff", "labels", data, "--out", first, "--features", "mfcc", "--clusters", CLUSTERS),
+            ),
+            "pre-training": Step("Pre-train a Conformer HuBERT", training("pretrain", "debug", paths)),
+            "second labels": Step(
+                "Second labels: k-means on the model's last layer",
+                ("hubert-eff", "labels", data, "--out", second, "--checkpoint", checkpoint, "--layer", 2, "--clusters", CLUSTERS),
+            ),
+            "keyword corpus": Step(
+                "A Speech-Commands-shaped corpus", ("hubert-eff", "corpus", "superb", "--out", keywords, "--task", "ks")
+            ),
+            "keyword spotting, pre-trained": Step(
+                "Keyword spotting on the pre-trained model, through S3PRL", self._probe(checkpoint, keywords, out / "ks-pretrained")
+            ),
+            "keyword spotting, untrained": Step(
+                "The same probe on an untrained model", self._probe(UNTRAINED, keywords, out / "ks-untrained")
+            ),
+        }
+
+    def _probe(self, upstream: str | Path, keywords: Path, out: Path) -> tuple[object, ...]:
+        return (
+            "hubert-eff", "superb", "run", "--task", "ks", "--upstream", upstream, "--data", keywords, "--out", out, "--steps", 300,
+            "--lr", 0.01,
+        )  # fmt: skip
+
+    def results(self) -> dict[str, Any]:
+        """All figures, which are written to `summary.json` too."""
+        out, alignments = self.out, self.out / "corpus" / "alignments.tsv"
         results = {
             "valid": best_validation(out / "train.log"),
             "labels": {
-                name: self.figures("hubert-eff", "labels", "quality", folder, "--alignments", alignments)
-                for name, folder in (("mfcc", first), ("layer 2", second))
+                name: figures("hubert-eff", "labels", "quality", out / folder, "--alignments", alignments)
+                for name, folder in (("mfcc", "labels-mfcc"), ("layer 2", "labels-layer"))
             },
             "keyword spotting": {
                 name: json.loads((out / f"ks-{name}" / "ks" / "result.json").read_text()) for name in ("pretrained", "untrained")
             },
-            "profile": self.figures("hubert-eff", "profile", checkpoint, "--seconds", 10),
-            "seconds": {name: round(value, 1) for name, value in seconds.items()},
+            "profile": figures("hubert-eff", "profile", self.checkpoint, "--seconds", 10),
+            "seconds": {name: round(self.seconds(step), 1) for name, step in self._steps().items()},
         }
         write_json(out / "summary.json", results)
         return results

@@ -2,13 +2,12 @@
 
     manifest -> MFCC labels -> phase 1 -> labels of one of its layers -> phase 2 -> mean of the last checkpoints -> export (-> SUPERB)
 
-Every step is a command that a user could type. A step that has ended is not run again, and one that was stopped goes on.
+Every step is a command that a user could type.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -28,25 +27,29 @@ from ..models.hubert import HubertModel
 from ..profiling.training_cost import training_needs
 from ..reports.training_log import LOG, read_log
 from ..utils.configurations import find_configuration, load_config
-from ..utils.files import config_dir, writable, write_json
-from ..utils.locks import locked
-from .base import Steps, command_line, path_overrides, plugin_dir, say
+from ..utils.files import check_writable
+from .base import Recipe, Step, check_keys, path_overrides, say, training
 
 PAPER_GPUS = 32  # "Attention or Convolution", section 4.1: the batch is that of 32 GPUs
 PAPER_UPDATES = (250_000, 600_000)  # of its two phases
 AVERAGED = 5  # checkpoints
+LABEL_RATES = (100, 50)  # Hz, of the two phases: MFCC, the model's frames
 PROBED = 100  # recordings whose headers a dry run reads
 SET_HERE = {
     "common.user_dir", "task.data", "task.label_dir", "task.label_rate", "checkpoint.save_dir", "checkpoint.keep_interval_updates",
     "checkpoint.no_save", "checkpoint.no_last_checkpoints", "optimization.max_update", "distributed_training.distributed_world_size",
 }  # fmt: skip
-Command = tuple[str, tuple[object, ...]]  # title, words
 
 
 @dataclass
-class Pretraining:
+class Pretraining(Recipe):
     """What to train on what. `updates`: of the two phases (default: the configuration's, and 2.4 times as many, as in the paper);
-    `clusters`: of their labels; `layer`: of phase 1's model (default: the middle one); `superb`: folder of SUPERB's data."""
+    `clusters`: of their labels; `layer`: of phase 1's model (default: the middle one); `superb`: folder of SUPERB's data.
+
+    Between two runs in one folder the number of GPUs and SUPERB's data may change.
+    """
+
+    SETTINGS = ("speech", "config", "updates", "clusters", "layer", "folder_level", "valid_percent", "fit_hours", "overrides")
 
     speech: Path
     out: Path
@@ -69,7 +72,8 @@ class Pretraining:
             raise UserError("--valid-percent must be above 0 and below 100, --fit-hours above 0, --folder-level at least 1")
         if self.gpus < 1 or min(self.clusters) < 2 or any(n < 1 for n in self.updates) or len(self.updates) not in (0, 2):
             raise UserError("--gpus and both --updates must be at least 1, both --clusters at least 2")
-        self.written = self._written()
+        check_keys(self.overrides, SET_HERE, "dataset.max_tokens=1400000")
+        self.written = load_config(f"pretrain/{self.config}", self.overrides)
         with torch.device("meta"):
             depth = len(HubertModel(written_config(self.written)).encoder.layers)
         self.layer = depth // 2 if self.layer is None else self.layer
@@ -87,136 +91,98 @@ class Pretraining:
         self.speech, self.out = self.speech.resolve(), self.out.resolve()
         self.superb = self.superb.resolve() if self.superb else None
 
-    def _written(self) -> dict[str, Any]:
-        """The configuration with the user's overrides."""
-        for override in self.overrides:
-            key, equals, _ = override.partition("=")
-            if not equals:
-                raise UserError(f"--set {override}: expected SECTION.KEY=VALUE, such as dataset.max_tokens=1400000, or GROUP=MEMBER")
-            if key.lstrip("+") in SET_HERE:
-                raise UserError(f"--set {override}: the recipe decides {key.lstrip('+')} itself")
-        return load_config(f"pretrain/{self.config}", self.overrides)
-
     @property
     def on_cpu(self) -> bool:
         """Whether the configuration is one for a CPU, whose batch is that of one process."""
         return bool(self.written["common"].get("cpu"))
 
-    @property
-    def record(self) -> Path:
-        """Where it is written what `out` was made of."""
-        return self.out / "recipe.json"
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What decides the results: a folder holds those of one set of them. The number of GPUs and SUPERB's data may change."""
-        names = ("config", "updates", "clusters", "layer", "folder_level", "valid_percent", "fit_hours", "overrides")
-        return json.loads(json.dumps({"speech": str(self.speech), **{name: getattr(self, name) for name in names}}))  # type: ignore[no-any-return]
-
     # -- the commands ------------------------------------------------------------------------------------------------
 
-    def commands(self) -> list[Command]:
+    def steps(self) -> list[Step]:
         """The steps in order."""
         out, data = self.out, self.out / "data"
         first, second = out / "labels-mfcc", out / "labels-layer"
         fit = ("--fit-hours", f"{self.fit_hours:g}")
-        found: list[Command] = [
-            (
-                "Check the audio, split it",
-                ("hubert-eff", "manifest", self.speech, "--out", data, "--folder-level", self.folder_level, "--valid-percent",
-                 f"{self.valid_percent:g}"),
-            ),
-            (
+        split = ("--folder-level", self.folder_level, "--valid-percent", f"{self.valid_percent:g}")
+        layer = ("--checkpoint", out / "phase1" / "checkpoint_last.pt", "--layer", self.layer)
+        found = [
+            Step("Check the audio, split it", ("hubert-eff", "manifest", self.speech, "--out", data, *split)),
+            Step(
                 "Labels of phase 1: k-means on MFCC",
                 ("hubert-eff", "labels", data, "--out", first, "--features", "mfcc", "--clusters", self.clusters[0], *fit),
             ),
-            ("Phase 1", self._training(1, first)),
-            (
+            Step("Phase 1", self._training(1, first)),
+            Step(
                 "Labels of phase 2: k-means on a layer of phase 1's model",
-                ("hubert-eff", "labels", data, "--out", second, "--checkpoint", out / "phase1" / "checkpoint_last.pt", "--layer",
-                 self.layer, "--clusters", self.clusters[1], *fit),
+                ("hubert-eff", "labels", data, "--out", second, *layer, "--clusters", self.clusters[1], *fit),
             ),
-            ("Phase 2", self._training(2, second)),
-            (
+            Step("Phase 2", self._training(2, second)),
+            Step(
                 "The mean of the last checkpoints, as one file",
                 ("hubert-eff", "export", out / "phase2", "--average", AVERAGED, "--out", out / "model.safetensors"),
             ),
-        ]  # fmt: skip
+        ]
         if self.superb:
             upstream = ("--upstream", out / "model.safetensors", "--data", self.superb, "--out", out / "superb")
-            found.append(("SUPERB's ten tasks", ("hubert-eff", "superb", "run", "--task", "all", *upstream)))
-            found.append(("Their table", ("hubert-eff", "superb", "report", out / "superb", "--out", out / "superb-report")))
+            found.append(Step("SUPERB's ten tasks", ("hubert-eff", "superb", "run", "--task", "all", *upstream)))
+            found.append(Step("Their table", ("hubert-eff", "superb", "report", out / "superb", "--out", out / "superb-report")))
         return found
 
     def _training(self, phase: int, labels: Path) -> tuple[object, ...]:
         updates = self.updates[phase - 1]
-        words = [
-            "fairseq-hydra-train", "--config-dir", config_dir() / "pretrain", "--config-name", self.config,
-            *path_overrides({"common.user_dir": plugin_dir(), "task.data": self.out / "data", "task.label_dir": labels}),
-            f"task.label_rate={(100, 50)[phase - 1]}", *path_overrides({"checkpoint.save_dir": self.out / f"phase{phase}"}),
+        keys = [
+            f"task.label_rate={LABEL_RATES[phase - 1]}", *path_overrides({"checkpoint.save_dir": self.out / f"phase{phase}"}),
             f"optimization.max_update={updates}",
         ]  # fmt: skip
         before, schedule = int(self.written["optimization"]["max_update"]), self.written["lr_scheduler"]
         if updates != before and "warmup_updates" in schedule:
-            words.append(f"lr_scheduler.warmup_updates={round(schedule['warmup_updates'] * updates / before)}")  # the same share
+            keys.append(f"lr_scheduler.warmup_updates={round(schedule['warmup_updates'] * updates / before)}")  # the same share
         if not self.on_cpu:
-            words.append(f"distributed_training.distributed_world_size={self.gpus}")
+            keys.append(f"distributed_training.distributed_world_size={self.gpus}")
         if self._accumulated() != self.written["optimization"]["update_freq"][0]:
-            words.append(f"optimization.update_freq=[{self._accumulated()}]")
+            keys.append(f"optimization.update_freq=[{self._accumulated()}]")
         if phase == 2:
-            words.append(f"checkpoint.keep_interval_updates={AVERAGED}")
-        return (*words, *self.overrides)
+            keys.append(f"checkpoint.keep_interval_updates={AVERAGED}")
+        return training("pretrain", self.config, {"task.data": self.out / "data", "task.label_dir": labels}, *keys, *self.overrides)
 
     def _accumulated(self) -> int:
         if self.on_cpu or any(override.startswith("optimization.update_freq=") for override in self.overrides):
             return int(self.written["optimization"]["update_freq"][0])
         return max(1, round(PAPER_GPUS / self.gpus))
 
-    def run(self) -> dict[str, Any]:
-        """Run the steps that have not ended; the figures of both phases. Raises `StepFailed`."""
-        self.check()
-        if not self.on_cpu and torch.cuda.device_count() < self.gpus:
-            raise UserError(
-                f"--gpus {self.gpus}: this machine has {torch.cuda.device_count()} GPUs that torch can use; `debug` and its siblings train "
-                "on a CPU, and --dry-run needs none"
-            )
-        with locked(self.out):
-            write_json(self.record, {"settings": self.settings})
-            steps = Steps(self.out)
-            for title, words in self.commands():
-                steps.step(title, *words)
+    def results(self) -> dict[str, Any]:
+        """The best validation of both phases, and the file of the model."""
         phases = {f"phase {n}": read_log(self.out / f"phase{n}" / LOG).best for n in (1, 2)}
         return {"phases": phases, "model": str(self.out / "model.safetensors")}
 
     # -- before anything runs ----------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Raise `UserError` for what would only fail in a later step."""
-        if self.record.is_file():
-            before = json.loads(self.record.read_text(encoding="utf-8"))["settings"]
-            for key, value in self.settings.items():
-                if before.get(key) != value:
-                    raise UserError(f"{self.record} is of a recipe with {key}={before.get(key)}, not {value}: take another --out")
-        for program in ("fairseq-hydra-train", "hubert-eff"):
-            command_line(program)
-        self.commands()  # raises for a path that training cannot be given
+        """Raise `UserError` for what would only fail in a later step. Changes nothing."""
+        super().check()
         if self.superb:
             if not self.superb.is_dir():
                 raise UserError(f"--superb {self.superb} is no folder: give the one that holds SUPERB's data sets")
             if importlib.util.find_spec("s3prl") is None:
                 raise UserError("--superb needs the package 's3prl': pip install 'hubert-eff[superb]'")
-        writable(self.out)
+
+    def prepare(self) -> None:
+        """Raise `UserError` where GPUs are missing."""
+        if not self.on_cpu and torch.cuda.device_count() < self.gpus:
+            raise UserError(
+                f"--gpus {self.gpus}: this machine has {torch.cuda.device_count()} GPUs that torch can use; `debug` and its siblings train "
+                "on a CPU, and --dry-run needs none"
+            )
 
     def dry_run(self, device: str, mfu: float) -> dict[str, Any]:
         """Check everything, and say what the steps are and what they need: hours of speech, GPU-hours, memory, disk, 10^9 bytes.
 
         `device`, `mfu`: see `profiling.needs`. Raises `UserError` as `check`, for a folder without recordings, and for too small a disk.
         """
-        self.check()
+        steps = self.plan()
         speech = look_at(self.speech)
-        steps = Steps(self.out)
         phases = []
-        for clusters, updates, rate in zip(self.clusters, self.updates, (100, 50), strict=True):
+        for clusters, updates, rate in zip(self.clusters, self.updates, LABEL_RATES, strict=True):
             sections: dict[str, dict[str, Any]] = {
                 "optimization": {"max_update": updates, "update_freq": [self._accumulated()]}, "task": {"label_rate": rate}
             }  # fmt: skip
@@ -228,21 +194,18 @@ class Pretraining:
         disk = {
             "converted audio": speech["convert_hours"] * 3600 * SAMPLE_RATE * 2 * 0.6e-9,  # FLAC takes about 0.6 of 16-bit samples
             "labels": sum(
-                speech["hours"] * 3600 * rate * (len(str(k - 1)) + 1) * 1e-9 for k, rate in zip(self.clusters, (100, 50), strict=True)
+                speech["hours"] * 3600 * rate * (len(str(k - 1)) + 1) * 1e-9 for k, rate in zip(self.clusters, LABEL_RATES, strict=True)
             ),
             "features while k-means runs": fitted * max(100 * 39, 50 * width) * 4e-9,
             "checkpoints": sum(n * phase.checkpoint_gb for n, phase in zip(kept, phases, strict=True)),
         }
-        free = shutil.disk_usage(self.out).free / 1e9
+        free = shutil.disk_usage(check_writable(self.out)).free / 1e9
         total = sum(disk.values())
         if total > free:
             raise UserError(f"{self.out} has {free:.1f} GB free, and about {total:.1f} GB are needed: {', '.join(_sizes(disk))}")
         return {
             "config": self.config, "speech": speech, "device": device, "mfu": mfu, "gpus": self.gpus,
-            "phases": [vars(phase) for phase in phases], "disk_gb": disk, "disk_free_gb": free,
-            "steps": [
-                {"title": title, "command": [str(word) for word in words], "done": steps.done(*words)} for title, words in self.commands()
-            ],
+            "phases": [vars(phase) for phase in phases], "disk_gb": disk, "disk_free_gb": free, "steps": steps,
         }  # fmt: skip
 
 

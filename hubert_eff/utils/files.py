@@ -45,6 +45,23 @@ def writable(folder: str | os.PathLike[str]) -> Path:
     return path
 
 
+def check_writable(folder: str | os.PathLike[str]) -> Path:
+    """The folder if it is there, else the nearest one above it that is; makes nothing.
+
+    Raises `UserError` where the folder could not be made or written to.
+    """
+    path = Path(folder).absolute()
+    try:
+        there = next(place for place in (path, *path.parents) if place.exists())
+    except OSError as error:  # such as a name that is too long
+        raise UserError(f"the folder {path} cannot be made: {error.strerror}") from error
+    if not there.is_dir():
+        raise UserError(f"{there} is a file: name a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"the folder {there} cannot be written to")
+    return there
+
+
 @contextmanager
 def replacing(path: str | os.PathLike[str], sync: bool = True, follow: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is renamed onto `path`, on error it is removed and what was there stays whole.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from hubert_eff.quant import Quantizer
 from hubert_eff.quant.distill import check_teacher, codebook_divergence, hidden_distances, start_from
 from hubert_eff.quant.functional import FLOOR
 from hubert_eff.quant.monitor import Monitor, scales
-from hubert_eff.recipes import binarize as recipes
-from hubert_eff.recipes.binarize import Recipe
+from hubert_eff.recipes import base
+from hubert_eff.recipes.binarize import Binarization
 
 from ..helpers.checkpoints import checkpoint
 from ..helpers.paths import ROOT
@@ -224,9 +225,10 @@ class FakeRuns:
         self.stages: list[str] = []
         self.commands: list[list[str]] = []
         self.failing = ""
-        monkeypatch.setattr(recipes, "run_command", self.run)
+        monkeypatch.setattr(base, "run_command", self.run)
 
-    def run(self, words: list[str]) -> int:
+    def run(self, words: Sequence[object]) -> int:
+        words = [str(word) for word in words]
         (target,) = [Path(word.partition("=")[2]) for word in words if word.startswith("checkpoint.save_dir=")]
         self.stages.append(target.name)
         self.commands.append(words)
@@ -238,8 +240,8 @@ class FakeRuns:
         return 0
 
 
-def make(folder: Path, **keys: Any) -> Recipe:
-    return Recipe(str(folder), str(folder), str(folder / "out"), **keys)
+def make(folder: Path, **keys: Any) -> Binarization:
+    return Binarization(folder, folder, folder / "out", **keys)
 
 
 def test_recipe_chains_the_stages(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,15 +287,15 @@ def test_recipe_takes_a_teacher_for_the_first_stages(folder: Path, monkeypatch: 
     for quant, stages in (("none", ["w1a2", "w1a1"]), ("w1a2", ["w1a1"])):
         teacher = checkpoint(build(quant=quant, label_rate=100.0, normalize=True), folder / f"{quant}.pt")
         runs.stages, runs.commands = [], []
-        Recipe(str(folder), str(folder), str(folder / quant), teacher=str(teacher)).run()
+        Binarization(folder, folder, folder / quant, teacher=teacher).run()
         assert runs.stages == stages and f"criterion.teacher={teacher}" in runs.commands[0]
     binary, export = checkpoint(build(quant="w1a1"), folder / "w1a1.pt"), folder / "export.safetensors"
     hubert_eff.export(build(label_rate=100.0, normalize=True), export)
     for teacher, message in ((binary, "at one bit already"), (export, "no codebooks, which exports leave out")):
         with pytest.raises(UserError, match=message):
-            make(folder, teacher=str(teacher)).run()
+            make(folder, teacher=teacher).run()
     with pytest.raises(UserError, match="encoder transformer cannot start"):
-        make(folder, teacher=str(folder / "none.pt"), config="transformer_debug").run()
+        make(folder, teacher=folder / "none.pt", config="transformer_debug").run()
 
 
 @pytest.mark.parametrize(
@@ -304,12 +306,12 @@ def test_recipe_takes_a_teacher_for_the_first_stages(folder: Path, monkeypatch: 
         ({"updates": [1, 0, 2]}, "one positive number"),
         ({"policy": "papr"}, "unknown policy 'papr'"),
         ({"policy": '{"modules": {"encoder.layers.7": "float"}}'}, "unknown module in the policy 'encoder.layers.7'"),
-        ({"overrides": ["lr"]}, "expected KEY=VALUE"),
+        ({"overrides": ["lr"]}, "expected SECTION.KEY=VALUE"),
         ({"overrides": ["model.quant=w1a2"]}, "the recipe decides model.quant itself"),
         ({"overrides": ["model.encoder_layrs=3"]}, "did you mean 'model.encoder_layers'"),
-        ({"teacher": "nowhere.pt"}, "no checkpoint at nowhere.pt"),
-        ({"data": "nowhere"}, "nowhere holds no train.tsv"),
-        ({"labels": "nowhere"}, "nowhere holds no labels"),
+        ({"teacher": Path("nowhere.pt")}, "no checkpoint at .*nowhere.pt"),
+        ({"data": Path("nowhere")}, "nowhere holds no train.tsv"),
+        ({"labels": Path("nowhere")}, "nowhere holds no labels"),
     ],
 )
 def test_recipe_refuses_bad_input_before_any_work(
@@ -317,5 +319,5 @@ def test_recipe_refuses_bad_input_before_any_work(
 ) -> None:
     runs = FakeRuns(monkeypatch)
     with pytest.raises(UserError, match=message) as caught:
-        Recipe(**{"data": str(folder), "labels": str(folder), "out": str(folder / "out"), **keys}).run()
+        Binarization(**{"data": folder, "labels": folder, "out": folder / "out", **keys}).run()
     assert "\n" not in str(caught.value) and runs.stages == [] and not (folder / "out").exists()

@@ -15,7 +15,7 @@ from hubert_eff.cli import main
 from hubert_eff.encoders.registry import preset_config
 from hubert_eff.errors import UserError
 from hubert_eff.profiling.training_cost import kept_bytes, training_needs
-from hubert_eff.recipes.base import Steps
+from hubert_eff.recipes import base
 from hubert_eff.recipes.pretrain import Pretraining, look_at
 from hubert_eff.reports.training_log import TrainingLog
 from hubert_eff.utils.configurations import load_config
@@ -36,7 +36,7 @@ def speech(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_commands_of_the_papers_recipe(speech: Path, tmp_path: Path) -> None:
-    commands = [words for _, words in Pretraining(speech, tmp_path, "conformer_s", gpus=8).commands()]
+    commands = [step.words for step in Pretraining(speech, tmp_path, "conformer_s", gpus=8).steps()]
     assert [words[0] for words in commands] == [*("hubert-eff", "hubert-eff", "fairseq-hydra-train") * 2][:3] + [
         "hubert-eff", "fairseq-hydra-train", "hubert-eff"
     ]  # fmt: skip
@@ -45,7 +45,7 @@ def test_commands_of_the_papers_recipe(speech: Path, tmp_path: Path) -> None:
     assert {"optimization.max_update=600000", "task.label_rate=50", "lr_scheduler.warmup_updates=48000"} <= second
     assert f"task.label_dir={tmp_path / 'labels-layer'}" in second and "checkpoint.keep_interval_updates=5" in second
     assert commands[3][commands[3].index("--layer") + 1] == 8 and commands[3][commands[3].index("--clusters") + 1] == 500
-    alone = [str(w) for _, words in Pretraining(speech, tmp_path, "debug", updates=(500, 900)).commands() for w in words]
+    alone = [str(w) for step in Pretraining(speech, tmp_path, "debug", updates=(500, 900)).steps() for w in step.words]
     # the batch of a configuration for a CPU is its own
     assert not any(word.startswith(("optimization.update_freq", "distributed_training")) for word in alone)
     assert "distributed_training.distributed_world_size=8" in first & second
@@ -78,7 +78,7 @@ def test_activations_are_those_that_autograd_keeps(preset: str) -> None:
 
 
 def test_dry_run_says_what_is_needed(speech: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["recipe", str(speech), "--config", "conformer_s", "--out", str(tmp_path), "--gpus", "4", "--dry-run"]
+    arguments = ["recipe", str(speech), "--config", "conformer_s", "--out", str(tmp_path / "out"), "--gpus", "4", "--dry-run"]
     assert main([*arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["speech"]["recordings"] == 16 and found["speech"]["hours"] == pytest.approx(32 / 3600)
@@ -115,8 +115,8 @@ def test_bad_input_is_one_line(change: list[str], message: str, speech: Path, tm
 
 
 def test_a_folder_is_of_one_recipe_and_gpus_must_be_there(speech: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ran: list[str] = []
-    monkeypatch.setattr(Steps, "step", lambda _self, title, *_words: ran.append(title))
+    ran: list[object] = []
+    monkeypatch.setattr(base, "run_command", lambda words: ran.append(words) or 0)
     monkeypatch.setattr("hubert_eff.recipes.pretrain.read_log", lambda *_: TrainingLog("run", [], [{"loss": 1.0, "num_updates": 1.0}]))
     Pretraining(speech, tmp_path, "debug").run()
     assert len(ran) == 6

@@ -9,7 +9,7 @@ import pytest
 
 from hubert_eff.errors import UserError
 from hubert_eff.recipes.base import path_overrides
-from hubert_eff.recipes.binarize import Recipe
+from hubert_eff.recipes.binarize import Binarization
 from hubert_eff.recipes.demo import Demo
 from hubert_eff.recipes.pretrain import Pretraining
 from hubert_eff.utils.configurations import check_overrides
@@ -55,9 +55,10 @@ def test_every_recipe_quotes_its_paths(tmp_path: Path) -> None:
     (tmp_path / ODD / "speech").mkdir(parents=True)
     recipe = Pretraining(tmp_path / ODD / "speech", tmp_path / ODD / "out", "debug")
     recipe.check()
-    trained = [words for _, words in recipe.commands() if words[0] == "fairseq-hydra-train"]
-    staged = Recipe(str(tmp_path / ODD), str(tmp_path / ODD), str(tmp_path / ODD), teacher=None)
-    commands = [*trained, staged.command("float"), staged.command("w1a1"), Demo(tmp_path / ODD / "demo").training]
+    folder = tmp_path / ODD
+    listed = [*recipe.steps(), *Binarization(folder, folder, folder).steps(), *Demo(folder / "demo").steps()]
+    commands = [step.words for step in listed if step.words[0] == "fairseq-hydra-train"]
+    assert len(commands) == 2 + 3 + 1
     for words in commands:
         odd = [read_back(str(word)) for word in words if "a=b" in str(word)]
         assert len(odd) >= 3 and all(value.startswith(str(tmp_path / ODD)) for value in odd)
@@ -69,7 +70,7 @@ def test_they_are_refused_before_anything_runs(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="training cannot be given|hydra does not read"):
             Pretraining(tmp_path / "speech", config="debug", **change).check()  # type: ignore[arg-type]
     with pytest.raises(UserError, match="training cannot be given"):
-        Demo(tmp_path / "two\nlines")
+        Demo(tmp_path / "two\nlines").run()
     with pytest.raises(UserError, match="the recipe decides checkpoint.no_save itself"):
         Pretraining(tmp_path / "speech", tmp_path / "o", "debug", overrides=["checkpoint.no_save=true"])
     assert [path.name for path in tmp_path.iterdir()] == ["speech"]

@@ -16,7 +16,7 @@ import pytest
 
 from hubert_eff.cli import main
 from hubert_eff.errors import UserError
-from hubert_eff.recipes.binarize import Recipe
+from hubert_eff.recipes.binarize import Binarization
 from hubert_eff.recipes.pretrain import Pretraining
 from hubert_eff.utils import locks
 from hubert_eff.utils.locks import Lock, locked
@@ -237,11 +237,11 @@ def test_a_demo_corpus_appears_as_a_whole_and_is_made_once(tmp_path: Path, capsy
 def test_recipes_have_their_folder_for_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "speech").mkdir()
     monkeypatch.setattr(Pretraining, "check", lambda _self: None)
-    monkeypatch.setattr(Recipe, "check", lambda _self: None)
+    monkeypatch.setattr(Binarization, "check", lambda _self: None)
     with locked(tmp_path / "out"):
-        for recipe in (Pretraining(tmp_path / "speech", tmp_path / "out", "debug"), Recipe("data", "labels", str(tmp_path / "out"))):
+        for recipe in (Pretraining(tmp_path / "speech", tmp_path / "out", "debug"), Binarization(tmp_path, tmp_path, tmp_path / "out")):
             with pytest.raises(UserError, match="is in use by process"):
-                recipe.run()  # type: ignore[attr-defined]
+                recipe.run()
         assert os.listdir(tmp_path / "out") == [NAME]
 
 
