@@ -16,6 +16,7 @@ from fairseq.logging import metrics
 from torch import Tensor
 
 from hubert_eff.errors import UserError
+from hubert_eff.models.output import HubertOutput
 
 from ..runtime.stopping import one_line_errors
 from .throughput import audio_seconds, log_throughput
@@ -79,7 +80,7 @@ class HubertEffCriterion(FairseqCriterion):
         )  # fmt: skip
         return loss, sample_size, log
 
-    def _penalty(self, output: dict[str, Any]) -> Tensor:
+    def _penalty(self, output: HubertOutput) -> Tensor:
         """The feature penalty of a validation, a sum over the frames that count: of each utterance by itself, whatever its batch."""
         square, masked, padding = output["features_square"], output["mask_indices"], output["padding_mask"]  # (B, T)
         valid = torch.ones_like(square, dtype=torch.bool) if padding is None else ~padding
@@ -89,7 +90,7 @@ class HubertEffCriterion(FairseqCriterion):
         means = (square * valid).sum(1) / valid.sum(1).clamp(min=1)
         return (means * frames).sum()
 
-    def label_losses(self, output: dict[str, Any]) -> tuple[Tensor, int, dict[str, Any]]:
+    def label_losses(self, output: HubertOutput) -> tuple[Tensor, int, dict[str, Any]]:
         """The weighted cross entropy of a model's output with the labels, the number of frames it counts, what to log of both kinds."""
         loss = output["features_pen"].new_zeros((), dtype=torch.float32)
         log: dict[str, Any] = {}

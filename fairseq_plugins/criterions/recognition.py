@@ -12,6 +12,7 @@ from fairseq.logging import metrics
 from torch import Tensor
 
 from hubert_eff.errors import missing_extra
+from hubert_eff.models.output import RecognizerOutput
 from hubert_eff.recognition.search import greedy
 
 from .throughput import audio_seconds, log_throughput
@@ -62,7 +63,7 @@ class HubertEffAsrCriterion(FairseqCriterion):
         return True
 
 
-def _errors(model: Any, sample: dict[str, Any], output: dict[str, Tensor]) -> dict[str, int]:
+def _errors(model: Any, sample: dict[str, Any], output: RecognizerOutput) -> dict[str, int]:
     """Word and letter errors of a batch, by jiwer."""
     try:
         import jiwer

@@ -25,12 +25,12 @@ from ..quant.convert import convert
 from ..quant.policy import SPECS, read_policy
 from .extractor import check_audio, check_samples, extractor_of, frame_padding_mask, num_frames, receptive_field
 from .masking import batch_mask
+from .output import HubertOutput, Masks
 
 HEADS = ("CTC layer", "CTC layer and attention decoder")  # of a fine-tuned model, without and with a decoder
 LABEL_EMBEDDINGS = "label_embs_concat"
 
 M = TypeVar("M", bound="HubertModel")
-Masks = tuple["Tensor | None", "Tensor | None"]  # over time (B, T) and over channels (B, D), bool; None: there is none
 
 
 class ScaleGradient(torch.autograd.Function):
@@ -209,18 +209,14 @@ class HubertModel(nn.Module):
         sample_ids: Tensor | None = None,
         masks: Masks | None = None,
         return_states: bool = False,
-    ) -> dict[str, Any]:
+    ) -> HubertOutput:
         """Masked prediction, in chunks if the config says so (`draw_chunks`).
 
         source (B, S): audio, normalised already if the config says so; target_list: labels (B, T') per codebook at
         `label_rate`; padding_mask (B, S); sample_ids (B,): what seeds each row's mask together with the seed and the update
         (default: the row's number); masks: the `masks` of another model's output, to see the same frames.
 
-        Returns `x` (B, T, D), `padding_mask` (B, T) or None, `mask_indices` (B, T) or None, `features` (B, T, D) and
-        `features_pen`, the mean square of the extractor's output, in evaluation also of each frame, `features_square` (B, T), and
-        `masks`. With `return_states` also `states`, the hidden states 0 ... L (B, T, D), for which LayerDrop is off. With targets also,
-        for masked (`_m`) and unmasked (`_u`) frames and per codebook, `logits_*` (N, C) and `targets_*` (N,); None where the config
-        skips them.
+        With `return_states` LayerDrop is off. Raises `UserError` for audio that is too short, and for targets without codebooks.
         """
         features, frames = self._extract(source, padding_mask)
         if target_list is not None:
@@ -241,32 +237,25 @@ class HubertModel(nn.Module):
             x = self.encoder(x, frames, layer=output_layer, chunks=chunks)
         else:
             x = states[-1 if output_layer is None else output_layer]
-        result: dict[str, Any] = {
-            "x": x,
-            "padding_mask": frames,
-            "mask_indices": masked,
-            "masks": masks,
-            "features": projected,
-            "features_pen": features_pen,
-        }
+        output = HubertOutput(x, frames, masked, masks, projected, features_pen, states=states)
         if not self.training:
-            result["features_square"] = features.float().square().mean(-1)
-        if states is not None:
-            result["states"] = states
+            output.features_square = features.float().square().mean(-1)
         if features_only or target_list is None:
-            return result
+            return output
         if not self.num_classes:
             raise UserError("this model has no codebooks: build it with num_classes to pre-train it")
         if masked is None:
             masked = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
         valid = torch.ones_like(masked) if frames is None else ~frames
-        for key, chosen, skip in (
-            ("m", valid & masked, self.config.skip_masked),
-            ("u", valid & ~masked, self.config.skip_nomask),
-        ):
-            result[f"logits_{key}"] = None if skip else self.logits(x[chosen])
-            result[f"targets_{key}"] = None if skip else [t[chosen].long() for t in target_list]
-        return result
+        if not self.config.skip_masked:
+            output.logits_m, output.targets_m = self._classify(x, valid & masked, target_list)
+        if not self.config.skip_nomask:
+            output.logits_u, output.targets_u = self._classify(x, valid & ~masked, target_list)
+        return output
+
+    def _classify(self, x: Tensor, chosen: Tensor, targets: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Logits (N, C) and labels (N,) of the chosen frames (B, T) bool, per codebook."""
+        return self.logits(x[chosen]), [labels[chosen].long() for labels in targets]
 
     def logits(self, x: Tensor) -> list[Tensor]:
         """Cosine similarities over temperature of encoder outputs (N, D) to all codewords, (N, C) per codebook (HuBERT, equation 3)."""

@@ -21,6 +21,7 @@ from ..errors import UserError, unknown
 from ..layers.dropout import Dropout
 from ..layers.linear import Linear
 from ..models.hubert import HEADS, HubertModel, normalize_waveform
+from ..models.output import RecognizerOutput
 from .alphabet import BLANK, Alphabet, frames_needed
 from .decoder import AttentionDecoder, shifted
 
@@ -168,32 +169,28 @@ class Recognizer(nn.Module):
 
     def forward(
         self, source: Tensor, targets: Tensor, target_lengths: Tensor, padding_mask: Tensor | None = None, sample_ids: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """source (B, S), targets (B, U) of target_lengths (B,), padding_mask (B, S), sample_ids (B,): what seeds the masks.
-
-        Returns `loss_ctc`, `log_probs` (B, T, V) and `lengths` (B,), frames, if the CTC layer learns; with a decoder `loss_attention`
-        (nats, summed over letters), `correct` and `count` (letters that the decoder has right); `loss`, the weighted sum.
-        """
+    ) -> RecognizerOutput:
+        """source (B, S), targets (B, U) of target_lengths (B,), padding_mask (B, S), sample_ids (B,): what seeds the masks."""
         if self.hubert.config.normalize:
             source = normalize_waveform(source, padding_mask)
         frozen = self.training and self.num_updates < self.config.freeze_finetune_updates
         with torch.no_grad() if frozen else nullcontext():
             masked = self.config.apply_mask and self.training
             output = self.hubert(source, padding_mask=padding_mask, mask=masked, features_only=True, sample_ids=sample_ids)
-        encoded, padding = output["x"], output["padding_mask"]
-        loss, result = encoded.new_zeros((), dtype=torch.float32), {}
+        encoded, padding = output.x, output.padding_mask
+        result = RecognizerOutput(encoded.new_zeros((), dtype=torch.float32))
         if self.learns_ctc:
             lengths = torch.full_like(target_lengths, encoded.size(1)) if padding is None else (~padding).sum(1)
             log_probs = self.ctc_log_probs(encoded)
             loss = F.ctc_loss(log_probs.transpose(0, 1), targets, lengths, target_lengths, blank=BLANK, reduction="sum")
-            result = {"loss": loss, "loss_ctc": loss.detach(), "log_probs": log_probs.detach(), "lengths": lengths}
+            result = RecognizerOutput(loss, loss.detach(), log_probs.detach(), lengths)
         if self.decoder is None:
             return result
         letters, wanted, valid = shifted(targets, target_lengths, self.alphabet.end)
         scores = self.decoder(letters, encoded, padding, valid)[valid].float()  # (N, V)
         attention = F.cross_entropy(scores, wanted[valid], reduction="sum", label_smoothing=self.config.label_smoothing)
-        result["loss"] = self.config.ctc_weight * loss + (1 - self.config.ctc_weight) * attention
-        result.update(loss_attention=attention.detach(), correct=(scores.argmax(-1) == wanted[valid]).sum(), count=valid.sum())
+        result.loss = self.config.ctc_weight * result.loss + (1 - self.config.ctc_weight) * attention
+        result.loss_attention, result.correct, result.count = attention.detach(), (scores.argmax(-1) == wanted[valid]).sum(), valid.sum()
         return result
 
     def check_length(self, numbers: list[int], samples: int, where: str) -> None:
