@@ -9,7 +9,8 @@ from torch import nn
 
 from ..config import HubertConfig, option
 from ..errors import UserError
-from ..layers.sparse import SparsePattern, SparseSelfAttention
+from ..layers.sparse import SparseSelfAttention
+from ..layers.sparse_pattern import SparsePattern
 from .base import DEBUG, HUBERT_BASE, Encoder
 from .registry import register_encoder
 from .transformer import TransformerBlock

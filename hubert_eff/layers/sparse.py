@@ -1,16 +1,11 @@
-"""Self-attention in which a frame sees some of the others, exact, and never through a (T, T) tensor.
-
-fixed (Child et al. 2019, section 4.2, without its causal mask): frame i sees its own block of l frames, and the last c frames of every
-block. The keys fall into two parts that no query has in common: what is seen within one block only, and the summaries that all see.
-"""
+"""Self-attention in which a frame sees some of the others (`sparse_pattern`), exact, and never through a (T, T) tensor."""
 
 # B batch, T frames, D model dim, H heads, d = D / H, l stride, c expressivity, n blocks, L frames of a block, G summaries, W window
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,106 +19,16 @@ from .attention import SelfAttention, attention
 from .bits import Cost, counted_as
 from .chunks import Chunks
 from .dropout import Dropout
+from .flex import compiled_flex, takes_flex
 from .grid import GridAttention
 from .kinds import Kind
+from .sparse_pattern import Segment, SparsePattern, chunks, gather_summaries, put_summaries, split_blocks
 from .tracing import follows_shapes, is_tracing
 
-try:
-    from torch.nn.attention.flex_attention import BlockMask, flex_attention
-except ImportError:  # torch < 2.5
-    flex_attention = None  # type: ignore[assignment]
-
-ROWS = 512  # queries whose scores exist at a time in `_plain`
 SPAN = 128  # queries that share one window of keys in `_windowed`
-TILE = 128  # queries and keys of a block in FlexAttention's block mask
 
 _FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)  # private: torch may change them
 _FLASH_BACKWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
-
-
-@dataclass(frozen=True)
-class Segment:
-    """`count` blocks of `length` frames, one after the other from frame `start`; all but the first `own` frames of each are summaries."""
-
-    start: int
-    count: int
-    length: int
-    own: int
-
-    @property
-    def place(self) -> slice:
-        """The frames of this segment."""
-        return slice(self.start, self.start + self.count * self.length)
-
-    def blocks(self, x: Tensor) -> Tensor:
-        """This segment of x (B, H, T, d) as a view (B, H, n, L, d)."""
-        return split_blocks(x[:, :, self.place], self.count)
-
-
-@dataclass(frozen=True)
-class SparsePattern:
-    """Which keys a query sees, in frames.
-
-    fixed: {j: j // l = i // l} and {j: j mod l >= l - c}. fairseq: what fairseq's SparseMultiheadAttention describes, that is `fixed`
-    with c + 1 summaries on the frames 1, 2, ..., and frame 0 in front of their first block. local: {j: |i - j| <= W}.
-    """
-
-    kind: str
-    stride: int
-    expressivity: int
-    window: int
-
-    def segments(self, frames: int) -> list[Segment]:
-        """The blocks of `frames` frames; the last one may be cut short."""
-        length, summaries, start, segments = self.stride, self.expressivity, 0, []
-        if self.kind == "fairseq":
-            start, own = min(length + 1, frames), min(length - summaries, frames)
-            segments.append(Segment(0, 1, start, own))
-            summaries += 1
-        count, rest = divmod(frames - start, length)
-        if count:
-            segments.append(Segment(start, count, length, length - summaries))
-        if rest:
-            segments.append(Segment(frames - rest, 1, rest, min(rest, length - summaries)))
-        return segments
-
-    def sees(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """Which of the keys, frame numbers (T',), each of the queries (T,) sees: (T, T') bool."""
-        i, j = queries.unsqueeze(1), keys.unsqueeze(0)
-        if self.kind == "local":
-            return (i - j).abs() <= self.window
-        first, summaries = 0, self.expressivity
-        if self.kind == "fairseq":
-            i, j, first, summaries = (i - 1).clamp(min=0), j - 1, -1, summaries + 1
-        block = torch.div(j.clamp(min=0), self.stride, rounding_mode="floor")
-        shared = (j % self.stride >= self.stride - summaries) & (j > first)
-        return shared | (torch.div(i, self.stride, rounding_mode="floor") == block)
-
-    def visible(self, frames: Tensor) -> Tensor:
-        """About how many keys a query sees in inputs of `frames` frames: all but cut-off blocks and the ends counted."""
-        if self.kind == "local":
-            return frames.clamp(max=2 * self.window + 1)
-        return self.stride + self.expressivity * (frames / self.stride - 1).clamp(min=0.0)
-
-
-def split_blocks(x: Tensor, count: int) -> Tensor:
-    """(B, H, n L, d) -> (B, H, n, L, d)."""
-    return torch.unflatten(x, 2, (count, -1))
-
-
-def gather_summaries(x: Tensor, segments: list[Segment]) -> Tensor:
-    """The summaries among the frames of x, (B, H, G, d)."""
-    return torch.cat([s.blocks(x)[:, :, :, s.own :].flatten(2, 3) for s in segments], 2)
-
-
-def _put_summaries(whole: Tensor, summaries: Tensor, segments: list[Segment]) -> None:
-    """The inverse of `gather_summaries`, into `whole` (B, H, T, d)."""
-    begin = 0
-    for s in segments:
-        end = begin + s.count * (s.length - s.own)
-        if end > begin:
-            s.blocks(whole)[:, :, :, s.own :] = split_blocks(summaries[:, :, begin:end], s.count)
-        begin = end
 
 
 def _fold(blocks: Tensor) -> Tensor:
@@ -180,8 +85,8 @@ class _Flash(torch.autograd.Function):
         if keys.size(2):
             kept = None if bias is None else _row(gather_summaries(bias, segments))
             grad_q, *shares = _FLASH_BACKWARD(grad, q, keys, values, out, total, 0.0, False, attn_mask=kept)
-            _put_summaries(grad_k, shares[0], segments)
-            _put_summaries(grad_v, shares[1], segments)
+            put_summaries(grad_k, shares[0], segments)
+            put_summaries(grad_v, shares[1], segments)
         else:
             grad_q = torch.zeros_like(q)
         for s in segments:
@@ -222,16 +127,6 @@ def _rows(
     near, far = probs[..., :own], probs[..., own:]
     mixed = (split_blocks(near, count) @ split_blocks(v, count)[:, :, :, :own]).flatten(2, 3)
     return mixed + far @ values
-
-
-def chunks(segments: list[Segment]) -> list[Segment]:
-    """The segments in pieces of about `ROWS` queries."""
-    pieces = []
-    for s in segments:
-        group = max(1, ROWS // s.length)
-        for first in range(0, s.count, group):
-            pieces.append(Segment(s.start + first * s.length, min(group, s.count - first), s.length, s.own))
-    return pieces
 
 
 def _plain(
@@ -288,8 +183,8 @@ class _Recomputed(torch.autograd.Function):
                     whole[:, :, part] = share
                 grad_keys += shares[3]
                 grad_values += shares[4]
-        _put_summaries(grads[1], grad_keys, ctx.segments)
-        _put_summaries(grads[2], grad_values, ctx.segments)
+        put_summaries(grads[1], grad_keys, ctx.segments)
+        put_summaries(grads[2], grad_values, ctx.segments)
         return grads[0], grads[1], grads[2], None, None, None
 
 
@@ -326,74 +221,6 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None, window: in
     return _unfold(mixed, count).flatten(2, 3)[:, :, :frames]
 
 
-@lru_cache(maxsize=16)
-def _tiles(pattern: SparsePattern, frames: int, device: torch.device) -> tuple[Tensor, BlockMask]:
-    """The order of the keys for FlexAttention (T,), and the mask of `frames` frames padded to whole tiles.
-
-    Summaries come first: in the order of time there is one in nearly every tile, and none could be left out. A key is seen if it is a
-    summary or not further than `reach` from the query, in block numbers, or in frames with the local pattern.
-    """
-    size = -(-frames // TILE) * TILE
-    place = torch.arange(frames, device=device)
-    if pattern.kind == "local":
-        order, query_at, key_at, summaries, reach = place, place, place, 0, pattern.window
-    else:
-        segments, grid = pattern.segments(frames), place.view(1, 1, -1, 1)
-        first = [gather_summaries(grid, segments).flatten()]
-        order = torch.cat(first + [s.blocks(grid)[:, :, :, : s.own].flatten() for s in segments])
-        starts = torch.tensor([s.start + n * s.length for s in segments for n in range(s.count)], device=device)
-        query_at = torch.searchsorted(starts, place, right=True)  # number of the block
-        key_at, summaries, reach = query_at[order], first[0].numel(), 0
-    shared = torch.arange(size, device=device) < summaries
-    query_at = F.pad(query_at, (0, size - frames), value=int(query_at[-1]))
-    nowhere = -2 * size  # further than any reach
-    key_at = F.pad(key_at, (0, size - frames), value=nowhere).masked_fill(shared, nowhere)
-
-    def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return shared[j] | ((query_at[i] - key_at[j]).abs() <= reach)
-
-    queries, keys = query_at.view(-1, TILE), key_at.view(-1, TILE)
-    real = keys != nowhere
-    low, high = keys.masked_fill(~real, 2 * size).amin(1), keys.amax(1)
-    table = (low - reach <= queries.amax(1, True)) & (high + reach >= queries.amin(1, True)) | shared.view(-1, TILE).any(1)
-    indices = table.int().argsort(dim=1, descending=True, stable=True)
-    return order, BlockMask.from_kv_blocks(table.sum(1)[None, None].int(), indices[None, None].int(), BLOCK_SIZE=TILE, mask_mod=visible)
-
-
-def _flex(q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None, pattern: SparsePattern, kernel: Callable[..., Any]) -> Tensor:
-    """The same through `kernel`, which is `flex_attention`, compiled."""
-    frames = q.size(2)
-    order, mask = _tiles(pattern, frames, q.device)
-    behind = -frames % TILE
-    q, k, v = (F.pad(x, (0, 0, 0, behind)) for x in (q, k.index_select(2, order), v.index_select(2, order)))
-    score = None
-    if attend is not None:
-        seen = F.pad(attend[:, 0, 0].index_select(1, order), (0, behind), value=True)  # (B, T)
-        never = torch.finfo(q.dtype).min / 2
-
-        def score(value: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            return torch.where(seen[b, j], value, never)
-
-    mixed: Tensor = kernel(q, k, v, score_mod=score, block_mask=mask)
-    return mixed[:, :, :frames]
-
-
-@lru_cache(maxsize=1)
-def _compiled_flex() -> Callable[..., Tensor]:
-    """`_flex` around the compiled kernel. A compiled block calls it as it is, so that its mask is kept from call to call."""
-    kernel = torch.compile(flex_attention)
-
-    def run(q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None, pattern: SparsePattern) -> Tensor:
-        return _flex(q, k, v, attend, pattern, kernel)
-
-    return torch.compiler.disable(run)  # type: ignore[no-any-return,no-untyped-call]
-
-
-def _takes_flex(q: Tensor) -> bool:
-    width = q.size(-1)
-    return flex_attention is not None and q.is_cuda and q.numel() > 0 and width >= 16 and width & (width - 1) == 0
-
-
 def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
     """0 where `seen`, else so low that it is never chosen; finite, so that a query that sees nothing makes no 0 / 0."""
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min / 2)
@@ -423,7 +250,7 @@ def sparse_attention(
     probabilities. `flex`: FlexAttention, taken on a GPU where nothing is dropped. No tensor has T squared elements.
     """
     drops = dropout is not None and dropout.training and dropout.p > 0
-    if flex is not None and not drops and _takes_flex(q):
+    if flex is not None and not drops and takes_flex(q):
         return flex(q, k, v, attend, pattern)
     if is_tracing():
         place = torch.arange(q.size(2), device=q.device)
@@ -447,7 +274,7 @@ class SparseSelfAttention(SelfAttention):
     def __init__(self, dim: int, heads: int, dropout: float, pattern: SparsePattern, flex: bool = False) -> None:
         super().__init__(dim, heads, dropout)
         self.pattern = pattern
-        self.flex = _compiled_flex() if flex and flex_attention is not None else None
+        self.flex = compiled_flex() if flex else None
         self.attention_dropout = Dropout(dropout)
 
     def kinds(self) -> Mapping[str, Kind]:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ..layers.bits import Cost, counted_as, offsets_seen
 from ..layers.position import by_key
 from ..layers.precision import wide
-from ..layers.sparse import Segment, SparsePattern, chunks, gather_summaries, split_blocks
+from ..layers.sparse_pattern import Segment, SparsePattern, chunks, gather_summaries, split_blocks
 from ..layers.tracing import follows_shapes, is_tracing
 from .functional import initial_scale, scaled, unsigned_codes
 from .modules import Codes, Quantizer

@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 import hubert_eff
 from hubert_eff.errors import UserError
-from hubert_eff.layers import sparse
+from hubert_eff.layers import sparse, sparse_pattern
 from hubert_eff.layers.dropout import Dropout
+from hubert_eff.layers.flex import sparse_flex, takes_flex, tiles
 from hubert_eff.layers.sparse import SparsePattern, SparseSelfAttention, sparse_attention
 
 PATTERNS = [SparsePattern(kind, l, c, w) for kind in ("fixed", "fairseq", "local") for l, c, w in ((8, 3, 5), (8, 7, 1), (5, 1, 200))]
@@ -60,7 +61,7 @@ def attend_of(valid: torch.Tensor) -> torch.Tensor:
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "plain":  # as with a torch that lacks the private operation
         monkeypatch.setattr(sparse, "_FLASH", None)
-        monkeypatch.setattr(sparse, "ROWS", 16)
+        monkeypatch.setattr(sparse_pattern, "ROWS", 16)
     return request.param
 
 
@@ -222,18 +223,18 @@ def test_flex_attention_sees_the_same(kind: str) -> None:
         attend = attend_of(valid) if frames > 1 else None
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "called without torch.compile"
-            ours = sparse._flex(q, k, v, attend, pattern, flex)
+            ours = sparse_flex(q, k, v, attend, pattern, flex)
             plain = sparse_attention(q, k, v, pattern, attend)
         rows = valid[:, None, :, None]
         torch.testing.assert_close(ours * rows, plain * rows, rtol=0, atol=1e-5)
 
-        order, mask = sparse._tiles(pattern, frames, q.device)
+        order, mask = tiles(pattern, frames, q.device)
         i, j = torch.arange(frames)[:, None], torch.arange(frames)
         assert torch.equal(mask.mask_mod(0, 0, i, j), definition(pattern, frames)[:, order])
         held = mask.to_dense()[0, 0].bool().repeat_interleave(128, 0).repeat_interleave(128, 1)
         assert held[:frames, :frames][mask.mask_mod(0, 0, i, j)].all()
-    assert not sparse._tiles(SparsePattern(kind, 128, 8, 64), 4_096, q.device)[1].to_dense().all()  # some are left out
-    assert not sparse._takes_flex(q)  # a CPU tensor
+    assert not tiles(SparsePattern(kind, 128, 8, 64), 4_096, q.device)[1].to_dense().all()  # some are left out
+    assert not takes_flex(q)  # a CPU tensor
 
 
 # -- the encoder ----------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import hubert_eff
 from hubert_eff.errors import UserError
 from hubert_eff.layers import compiling, sparse
+from hubert_eff.layers.flex import compiled_flex
 
 KEYS = {"num_classes": (5,), "dropout": 0.0, "attention_dropout": 0.0}
 
@@ -88,15 +89,15 @@ def test_flex_attention_is_called_between_compiled_parts(graphs: list[Any], monk
 
     with monkeypatch.context() as patched:
         patched.setattr(torch, "compile", lambda _: kernel)
-        sparse._compiled_flex.cache_clear()
+        compiled_flex.cache_clear()
         plain, compiled = pair("sparseformer-debug", sparse_stride=32, flex_attention=True)
-    monkeypatch.setattr(sparse, "_takes_flex", lambda q: True)
+    monkeypatch.setattr(sparse, "takes_flex", lambda q: True)
     wav = 0.1 * torch.randn(2, 6720)
     expected = plain.hidden_states(wav)[0][-1]
     assert len(calls) == 2
     torch.testing.assert_close(compiled.hidden_states(wav)[0][-1], expected, rtol=1e-4, atol=1e-5)
     assert len(calls) == 4 and len(graphs) > 1
-    sparse._compiled_flex.cache_clear()
+    compiled_flex.cache_clear()
 
 
 @pytest.mark.parametrize(("preset", "reason"), [("zipformer-debug", "Zipformer"), ("conformer-debug+w1a1", "binarised")])

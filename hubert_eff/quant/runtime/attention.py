@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...layers.bits import counted_as
-from ...layers.sparse import SparsePattern, chunks, gather_summaries, split_blocks
+from ...layers.sparse_pattern import SparsePattern, chunks, gather_summaries, split_blocks
 from ...layers.tracing import follows_shapes
 from ..attention import CHUNK, Probabilities, chunk, offsets_cost
 from ..modules import Quantizer
