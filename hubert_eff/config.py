@@ -47,19 +47,54 @@ _TYPES = {bool: "true or false", int: "a whole number", float: "a finite number"
 Config = TypeVar("Config", bound="HubertConfig")
 
 
-def option(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
-    """A dataclass field with its help and, for a word, its allowed values."""
-    metadata = {"help": text + (f" ({' | '.join(choices)})" if choices else ""), "choices": choices}
-    return field(default=default, metadata=metadata)
+@dataclass(frozen=True)
+class Bounds:
+    """Which numbers an option takes; as text what is said of it in help and errors, such as "at least 0 and below 1"."""
+
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    odd: bool = False
+
+    def holds(self, value: float) -> bool:
+        """Whether a number, which may be NaN, is among them."""
+        return (
+            (self.least is None or value >= self.least)
+            and (self.most is None or value <= self.most)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+            and not (self.odd and value % 2 == 0)
+        )
+
+    def __str__(self) -> str:
+        odd = "odd, " if self.odd else ""
+        if self.least is not None and self.most is not None:
+            return f"{odd}{self.least:.12g} to {self.most:.12g}"
+        named = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
+        return odd + " and ".join(f"{word} {value:.12g}" for word, value in named.items() if value is not None)
+
+
+PROBABILITY = Bounds(least=0, most=1)
+POSITIVE = Bounds(above=0)
+NOT_NEGATIVE = Bounds(least=0)
+COUNT = Bounds(least=1)
+ODD = Bounds(least=1, odd=True)
+
+
+def option(default: Any, text: str, choices: tuple[str, ...] = (), bounds: Bounds | None = None) -> Any:
+    """A dataclass field with its help and, for a word, its allowed values, or for a number its bounds, which `check_options` checks."""
+    said = str(bounds) if bounds else " | ".join(choices)
+    return field(default=default, metadata={"help": f"{text} ({said})" if said else text, "choices": choices, "bounds": bounds})
 
 
 @dataclass
 class HubertConfig:
     """Keys shared by all encoders. Sizes are in channels or frames of 20 ms, probabilities in [0, 1]."""
 
-    label_rate: float = option(50.0, "labels per second of every target; a multiple of the frame rate 50")
+    label_rate: float = option(50.0, "labels per second of every target; a multiple of the frame rate 50", bounds=POSITIVE)
     normalize: bool = option(False, "scale each waveform to zero mean and unit variance over its valid samples")
-    seed: int = option(1, "seed of the masks, together with the update number and the utterance")
+    seed: int = option(1, "seed of the masks, together with the update number and the utterance", bounds=NOT_NEGATIVE)
 
     # waveform extractor
     extractor_mode: str = option(
@@ -73,7 +108,7 @@ class HubertConfig:
         "and conv_bias do nothing: " + " | ".join(MEL_FRONTS),
     )
     conv_bias: bool = option(False, "bias in the extractor's convolutions")
-    feature_grad_mult: float = option(1.0, "factor on the gradient that reaches the extractor; 0 freezes it")
+    feature_grad_mult: float = option(1.0, "factor on the gradient that reaches the extractor; 0 freezes it", bounds=NOT_NEGATIVE)
     valid_frames: str = option(
         "receptive_field",
         "a frame is valid if its whole receptive field is audio, or by fairseq's rule (any sample of its slot is)",
@@ -92,54 +127,58 @@ class HubertConfig:
     left_chunks: str = option("-1", "chunks before its own that a frame attends to in training, drawn from such as '4,-1'; -1: all")
 
     # encoder
-    encoder_layers: int = option(12, "number of blocks")
-    encoder_embed_dim: int = option(768, "model dimension D")
-    encoder_ffn_embed_dim: int = option(3072, "inner dimension of the feed-forward modules")
-    encoder_attention_heads: int = option(12, "number of attention heads")
+    encoder_layers: int = option(12, "number of blocks", bounds=Bounds(1, MOST_LAYERS))
+    encoder_embed_dim: int = option(768, "model dimension D", bounds=COUNT)
+    encoder_ffn_embed_dim: int = option(3072, "inner dimension of the feed-forward modules", bounds=COUNT)
+    encoder_attention_heads: int = option(12, "number of attention heads", bounds=COUNT)
     layer_norm_first: bool = option(False, "LayerNorm after the last block instead of before the first (pre-LN Transformer)")
-    conv_pos: int = option(128, "kernel of the convolutional positional embedding, in frames")
-    conv_pos_groups: int = option(16, "groups of the convolutional positional embedding")
-    required_seq_len_multiple: int = option(2, "the sequence is padded to a multiple of this inside the encoder")
+    conv_pos: int = option(128, "kernel of the convolutional positional embedding, in frames", bounds=COUNT)
+    conv_pos_groups: int = option(16, "groups of the convolutional positional embedding", bounds=COUNT)
+    required_seq_len_multiple: int = option(2, "the sequence is padded to a multiple of this inside the encoder", bounds=Bounds(1, 1000))
     checkpoint_activations: bool = option(False, "recompute each block in the backward pass to save memory")
     compile_blocks: bool = option(
         False, "torch.compile of the blocks in training, once per shape of the batch: for a GPU, with task.length_buckets"
     )
     identity_attention_updates: int = option(
-        0, "updates at the start of training in which every frame attends to itself alone, so that the encoder cannot turn time round"
+        0,
+        "updates at the start of training in which every frame attends to itself alone, so that the encoder cannot turn time round",
+        bounds=NOT_NEGATIVE,
     )
 
     # dropout
-    dropout: float = option(0.1, "dropout on the output of every module")
-    attention_dropout: float = option(0.1, "dropout on attention probabilities")
-    activation_dropout: float = option(0.0, "dropout after the activation of the feed-forward modules")
-    encoder_layerdrop: float = option(0.0, "probability of skipping a block in training")
-    dropout_input: float = option(0.0, "dropout on the projected features before masking")
+    dropout: float = option(0.1, "dropout on the output of every module", bounds=PROBABILITY)
+    attention_dropout: float = option(0.1, "dropout on attention probabilities", bounds=PROBABILITY)
+    activation_dropout: float = option(0.0, "dropout after the activation of the feed-forward modules", bounds=PROBABILITY)
+    encoder_layerdrop: float = option(0.0, "probability of skipping a block in training", bounds=PROBABILITY)
+    dropout_input: float = option(0.0, "dropout on the projected features before masking", bounds=PROBABILITY)
 
     # codebook head
-    final_dim: int = option(0, "dimension of the codebook space; 0 is encoder_embed_dim")
+    final_dim: int = option(0, "dimension of the codebook space; 0 is encoder_embed_dim", bounds=NOT_NEGATIVE)
     untie_final_proj: bool = option(False, "one projection per codebook")
-    logit_temp: float = option(0.1, "temperature that divides the cosine similarities")
+    logit_temp: float = option(0.1, "temperature that divides the cosine similarities", bounds=POSITIVE)
     target_glu: bool = option(False, "a linear layer and GLU on the codewords")
     skip_masked: bool = option(False, "no loss on masked frames")
     skip_nomask: bool = option(False, "no loss on unmasked frames")
 
     # masks over time
-    mask_prob: float = option(0.65, "share of frames to start from, before overlaps: spans = mask_prob * T / mask_length")
-    mask_length: int = option(10, "length of a masked span, in frames")
+    mask_prob: float = option(
+        0.65, "share of frames to start from, before overlaps: spans = mask_prob * T / mask_length", bounds=PROBABILITY
+    )
+    mask_length: int = option(10, "length of a masked span, in frames", bounds=COUNT)
     mask_selection: str = option("static", "distribution of span lengths", ("static", "uniform", "normal", "poisson"))
-    mask_other: float = option(0.0, "second parameter of that distribution: lower bound (uniform), deviation (normal)")
+    mask_other: float = option(0.0, "second parameter of that distribution: lower bound (uniform), deviation (normal)", bounds=NOT_NEGATIVE)
     # masks over channels
-    mask_channel_prob: float = option(0.0, "the same over channels; 0 is off")
-    mask_channel_length: int = option(10, "length of a masked span of channels")
+    mask_channel_prob: float = option(0.0, "the same over channels; 0 is off", bounds=PROBABILITY)
+    mask_channel_length: int = option(10, "length of a masked span of channels", bounds=COUNT)
     mask_channel_selection: str = option("static", "distribution of its lengths", ("static", "uniform", "normal", "poisson"))
-    mask_channel_other: float = option(0.0, "second parameter of that distribution")
+    mask_channel_other: float = option(0.0, "second parameter of that distribution", bounds=NOT_NEGATIVE)
 
     # quantisation
     quant: str = option("none", "float; or one-bit weights with activations of one bit, or of two", ("none", "w1a1", "w1a2"))
     quant_policy: str = option("default", "what is binarised: default | paper | a YAML file, or its content as {...}")
 
     def __post_init__(self) -> None:
-        check_types(self)
+        check_options(self)
         if self.streaming:
             self.extractor_mode = "layer_norm"
         self.validate()
@@ -150,44 +189,6 @@ class HubertConfig:
 
     def validate(self) -> None:
         """Raise `UserError` for a value that cannot be built or trained. Encoders extend it."""
-        for entry in dataclasses.fields(self):
-            choices, value = entry.metadata.get("choices"), getattr(self, entry.name)
-            if choices and value not in choices:
-                raise unknown(f"value of {entry.name}", value, choices)
-        for name in (
-            "encoder_layers",
-            "encoder_embed_dim",
-            "encoder_ffn_embed_dim",
-            "encoder_attention_heads",
-            "conv_pos",
-            "conv_pos_groups",
-            "mask_length",
-            "mask_channel_length",
-            "required_seq_len_multiple",
-        ):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.encoder_layers > MOST_LAYERS:
-            raise UserError(f"encoder_layers={self.encoder_layers}: at most {MOST_LAYERS} blocks are built")
-        if self.required_seq_len_multiple > 1000:
-            raise UserError(f"required_seq_len_multiple={self.required_seq_len_multiple} pads every input beyond 20 s: at most 1000")
-        for name in (
-            "dropout",
-            "attention_dropout",
-            "activation_dropout",
-            "encoder_layerdrop",
-            "dropout_input",
-            "mask_prob",
-            "mask_channel_prob",
-        ):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise UserError(f"{name}={getattr(self, name)} is no probability: it must be in [0, 1]")
-        for name in ("seed", "feature_grad_mult", "final_dim", "mask_other", "mask_channel_other"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name}={getattr(self, name)} must not be negative")
-        for name in ("logit_temp", "label_rate"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name}={getattr(self, name)} must be positive")
         for axis in ("mask", "mask_channel"):
             other, span = getattr(self, f"{axis}_other"), getattr(self, f"{axis}_length")
             if getattr(self, f"{axis}_selection") == "uniform" and other > 2 * span:
@@ -199,10 +200,9 @@ class HubertConfig:
             if dim % getattr(self, name):
                 raise UserError(f"{name}={getattr(self, name)} does not divide {width}={dim}: change one of the two")
         self._check_streaming()
-        if self.identity_attention_updates < 0 or (self.identity_attention_updates and self.quant != "none"):
+        if self.identity_attention_updates and self.quant != "none":
             raise UserError(
-                f"identity_attention_updates={self.identity_attention_updates} must be 0 or more, and 0 for a binarised model "
-                f"(quant={self.quant})"
+                f"identity_attention_updates={self.identity_attention_updates} must be 0 for a binarised model (quant={self.quant})"
             )
         if self.compile_blocks and self.quant != "none":
             raise UserError(f"compile_blocks=true: the blocks of a binarised model (quant={self.quant}) are not compiled; set it to false")
@@ -271,8 +271,11 @@ class HubertConfig:
         return dataclasses.asdict(self)
 
 
-def check_types(config: Any) -> None:
-    """Raise `UserError` where a value of a dataclass of `option`s is not of its key's type, is not finite, or is absurdly large."""
+def check_options(config: Any) -> None:
+    """Check a dataclass of `option`s.
+
+    Raises `UserError` where a value is not of its key's type, is not finite or absurdly large, or is not what the key allows.
+    """
     kinds = typing.get_type_hints(type(config))
     for entry in dataclasses.fields(config):
         key, kind = entry.name, kinds[entry.name]
@@ -286,6 +289,11 @@ def check_types(config: Any) -> None:
             raise UserError(f"{key}={short(hex(value))} is too large: at most {LARGEST}")
         if kind is str and len(value) > LONGEST:
             raise UserError(f"{key} has {len(value)} characters: at most {LONGEST}")
+        choices, bounds = entry.metadata.get("choices"), entry.metadata.get("bounds")
+        if choices and value not in choices:
+            raise unknown(f"value of {key}", value, choices)
+        if bounds and not bounds.holds(value):
+            raise UserError(f"{key}={value} must be {bounds}")
 
 
 def read_numbers(key: str, text: str) -> tuple[int, ...]:

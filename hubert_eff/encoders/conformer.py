@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config import HubertConfig, option
+from ..config import ODD, HubertConfig, option
 from ..errors import UserError
 from ..layers.activation import silu
 from ..layers.attention import RelativeSelfAttention, SelfAttention
@@ -33,7 +33,7 @@ from .registry import register_encoder
 class ConformerConfig(HubertConfig):
     """A Conformer HuBERT."""
 
-    depthwise_conv_kernel_size: int = option(31, "kernel of the depthwise convolution, in frames; odd")
+    depthwise_conv_kernel_size: int = option(31, "kernel of the depthwise convolution, in frames", bounds=ODD)
     pos_enc_type: str = option(
         "rel_pos",
         "relative positions in the attention, or none beside the convolutional positional embedding",
@@ -46,8 +46,6 @@ class ConformerConfig(HubertConfig):
 
     def validate(self) -> None:
         super().validate()
-        if self.depthwise_conv_kernel_size < 1 or self.depthwise_conv_kernel_size % 2 == 0:
-            raise UserError(f"depthwise_conv_kernel_size={self.depthwise_conv_kernel_size} must be odd and positive")
         if self.layer_norm_first and self.block_norm != "layer_norm":
             raise UserError(f"layer_norm_first=True: with block_norm={self.block_norm} there is no such LayerNorm; set it to false")
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config import HubertConfig, option
+from ..config import ODD, Bounds, HubertConfig, option
 from ..errors import UserError
 from ..layers.attention import attention
 from ..layers.chunks import Chunks
@@ -30,9 +30,11 @@ from .registry import register_encoder
 class FusionformerConfig(HubertConfig):
     """A FusionFormer HuBERT. Where the paper leaves the convolution module open there is an option; the default is the cheapest reading."""
 
-    depthwise_conv_kernel_size: int = option(15, "kernel of the depthwise convolution, in frames; odd")
+    depthwise_conv_kernel_size: int = option(15, "kernel of the depthwise convolution, in frames", bounds=ODD)
     conv_module_expansion: int = option(
-        1, "channels inside the convolution module, in units of D: 1, or the 2 that a Conformer's first pointwise convolution has"
+        1,
+        "channels inside the convolution module, in units of D: 1, or the 2 that a Conformer's first pointwise convolution has",
+        bounds=Bounds(1, 2),
     )
     conv_module_relu: str = option(
         "both", "layers of the convolution module that a ReLU follows: the first pointwise, the depthwise, or both",
@@ -41,10 +43,6 @@ class FusionformerConfig(HubertConfig):
 
     def validate(self) -> None:
         super().validate()
-        if self.depthwise_conv_kernel_size < 1 or self.depthwise_conv_kernel_size % 2 == 0:
-            raise UserError(f"depthwise_conv_kernel_size={self.depthwise_conv_kernel_size} must be odd and positive")
-        if self.conv_module_expansion not in (1, 2):
-            raise UserError(f"conv_module_expansion={self.conv_module_expansion} must be 1 or 2")
         if self.layer_norm_first:
             raise UserError("layer_norm_first=True: a FusionFormer has no LayerNorm; set it to false")
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..config import HubertConfig, option
+from ..config import COUNT, NOT_NEGATIVE, HubertConfig, option
 from ..errors import UserError
 from ..layers.sparse import SparseSelfAttention
 from ..layers.sparse_pattern import SparsePattern
@@ -26,10 +26,12 @@ class SparseformerConfig(HubertConfig):
         "fairseq shifts it, with one more; or the frames up to sparse_window away",
         ("fixed", "fairseq", "local"),
     )
-    sparse_stride: int = option(32, "length of a block, in frames; 0: round(sqrt(sparse_expressivity * sparse_max_frames)), the cheapest")
-    sparse_expressivity: int = option(8, "frames at the end of each block that all frames see")
-    sparse_max_frames: int = option(1500, "length of the input that sparse_stride=0 is the best for, in frames")
-    sparse_window: int = option(64, "how far a frame sees to each side with sparse_pattern=local, in frames")
+    sparse_stride: int = option(
+        32, "length of a block, in frames; 0: round(sqrt(sparse_expressivity * sparse_max_frames)), the cheapest", bounds=NOT_NEGATIVE
+    )
+    sparse_expressivity: int = option(8, "frames at the end of each block that all frames see", bounds=COUNT)
+    sparse_max_frames: int = option(1500, "length of the input that sparse_stride=0 is the best for, in frames", bounds=COUNT)
+    sparse_window: int = option(64, "how far a frame sees to each side with sparse_pattern=local, in frames", bounds=COUNT)
     flex_attention: bool = option(False, "FlexAttention on a GPU where no attention probabilities are dropped; compiles at first use")
 
     def __post_init__(self) -> None:
@@ -43,11 +45,6 @@ class SparseformerConfig(HubertConfig):
 
     def validate(self) -> None:
         super().validate()
-        for name in ("sparse_expressivity", "sparse_max_frames", "sparse_window"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.sparse_stride < 0:
-            raise UserError(f"sparse_stride={self.sparse_stride} must be positive, or 0 to be chosen for sparse_max_frames")
         if self.sparse_stride == 0 and self._automatic_stride() <= self.sparse_expressivity:
             raise UserError(
                 f"sparse_max_frames={self.sparse_max_frames} is too short for blocks of more than sparse_expressivity="

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..config import HubertConfig, option
+from ..config import NOT_NEGATIVE, ODD, HubertConfig, option
 from ..errors import UserError
 from ..layers.activation import silu
 from ..layers.attention import RelativeSelfAttention, SelfAttention
@@ -36,9 +36,9 @@ BATCH_NORM_MOMENTUM = 0.015  # Keras' 0.985, as torch counts it
 class SqueezeformerConfig(HubertConfig):
     """A Squeezeformer HuBERT. Blocks are counted from 0."""
 
-    time_reduce_idx: int = option(5, "block before which the frame rate is halved (20 to 40 ms)")
+    time_reduce_idx: int = option(5, "block before which the frame rate is halved (20 to 40 ms)", bounds=NOT_NEGATIVE)
     time_recover_idx: int = option(11, "block before which it is restored; the blocks from time_reduce_idx on up to it run at 40 ms")
-    depthwise_conv_kernel_size: int = option(31, "kernel of the depthwise convolution, in frames of the block's own rate; odd")
+    depthwise_conv_kernel_size: int = option(31, "kernel of the depthwise convolution, in frames of the block's own rate", bounds=ODD)
     pos_enc_type: str = option(
         "rel_pos",
         "relative positions in the attention, or none beside the convolutional positional embedding",
@@ -48,8 +48,6 @@ class SqueezeformerConfig(HubertConfig):
 
     def validate(self) -> None:
         super().validate()
-        if self.depthwise_conv_kernel_size < 1 or self.depthwise_conv_kernel_size % 2 == 0:
-            raise UserError(f"depthwise_conv_kernel_size={self.depthwise_conv_kernel_size} must be odd and positive")
         if not 0 <= self.time_reduce_idx < self.time_recover_idx < self.encoder_layers:
             raise UserError(
                 f"time_reduce_idx={self.time_reduce_idx}, time_recover_idx={self.time_recover_idx}, encoder_layers={self.encoder_layers}: "

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..config import HubertConfig, option, read_numbers
+from ..config import COUNT, MOST_LAYERS, Bounds, HubertConfig, option, read_numbers
 from ..errors import UserError, short
 from ..layers.chunks import Chunks
 from ..layers.position import repeated
@@ -58,10 +58,10 @@ STACK_KEYS = {  # key -> (field of `Stack`, fairseq's key that must agree with i
 class ZipformerConfig(HubertConfig):
     """A Zipformer HuBERT; the defaults are the sizes of Zipformer-S. Keys of several numbers have one per stack."""
 
-    encoder_layers: int = option(12, "number of blocks: the sum of zipformer_layers")
-    encoder_embed_dim: int = option(256, "model dimension D: the maximum of zipformer_dims")
-    encoder_ffn_embed_dim: int = option(768, "the maximum of zipformer_ffn_dims")
-    encoder_attention_heads: int = option(8, "the maximum of zipformer_heads")
+    encoder_layers: int = option(12, "number of blocks: the sum of zipformer_layers", bounds=Bounds(1, MOST_LAYERS))
+    encoder_embed_dim: int = option(256, "model dimension D: the maximum of zipformer_dims", bounds=COUNT)
+    encoder_ffn_embed_dim: int = option(768, "the maximum of zipformer_ffn_dims", bounds=COUNT)
+    encoder_attention_heads: int = option(8, "the maximum of zipformer_heads", bounds=COUNT)
     zipformer_layers: str = option("2,2,2,2,2,2", "blocks of each stack")
     zipformer_dims: str = option("192,256,256,256,256,256", "model dimension of each stack; multiples of 4")
     zipformer_ffn_dims: str = option(
@@ -70,10 +70,10 @@ class ZipformerConfig(HubertConfig):
     zipformer_heads: str = option("4,4,4,8,4,4", "attention heads of each stack")
     zipformer_kernels: str = option("31,31,15,15,15,31", "kernel of the depthwise convolutions of each stack, in its frames; odd")
     zipformer_rates: str = option("1,2,4,8,4,2", "frames of 20 ms per frame of each stack")
-    zipformer_query_dim: int = option(32, "dimension of a head's queries and keys")
-    zipformer_value_dim: int = option(12, "dimension of a head's values")
-    zipformer_position_dim: int = option(4, "dimension of a head's positional queries")
-    zipformer_table_dim: int = option(48, "dimension of the table of relative positions; even")
+    zipformer_query_dim: int = option(32, "dimension of a head's queries and keys", bounds=COUNT)
+    zipformer_value_dim: int = option(12, "dimension of a head's values", bounds=COUNT)
+    zipformer_position_dim: int = option(4, "dimension of a head's positional queries", bounds=COUNT)
+    zipformer_table_dim: int = option(48, "dimension of the table of relative positions; even", bounds=COUNT)
 
     @property
     def stacks(self) -> tuple[Stack, ...]:
@@ -111,9 +111,6 @@ class ZipformerConfig(HubertConfig):
             if stack.dim % 4 or stack.ffn_dim % 4:
                 key, value = ("zipformer_dims", stack.dim) if stack.dim % 4 else ("zipformer_ffn_dims", stack.ffn_dim)
                 raise UserError(f"{key}={getattr(self, key)!r}: {value} must be a multiple of 4")
-        for key in ("zipformer_query_dim", "zipformer_value_dim", "zipformer_position_dim", "zipformer_table_dim"):
-            if getattr(self, key) < 1:
-                raise UserError(f"{key}={getattr(self, key)} must be at least 1")
         if self.zipformer_table_dim % 2:
             raise UserError(f"zipformer_table_dim={self.zipformer_table_dim} must be even: cosines and sines alternate")
         super().validate()

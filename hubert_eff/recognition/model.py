@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config import MOST_LAYERS, HubertConfig, check_types, option
+from ..config import COUNT, MOST_LAYERS, NOT_NEGATIVE, PROBABILITY, Bounds, HubertConfig, check_options, option
 from ..encoders.registry import encoder_of, preset_config, stored_config
 from ..errors import UserError, unknown
 from ..layers.dropout import Dropout
@@ -47,6 +47,9 @@ PRESETS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
+DROPOUT = Bounds(least=0, below=1)
+
+
 @dataclass
 class RecognizerConfig:
     """What a recogniser is; `encoder` and `encoder_config` say what its encoder is, so that a checkpoint needs no other file."""
@@ -54,35 +57,23 @@ class RecognizerConfig:
     encoder: str = option("", "name of the encoder")
     encoder_config: str = option("", "its configuration, as JSON; both are filled in when fine-tuning begins")
     letters: str = option("", "the dictionary, one character per letter; filled in from the task")
-    final_dropout: float = option(0.1, "dropout on the encoder's output")
+    final_dropout: float = option(0.1, "dropout on the encoder's output", bounds=DROPOUT)
     apply_mask: bool = option(True, "mask spans of frames and channels in training, as mask_* and mask_channel_* say")
-    freeze_finetune_updates: int = option(0, "updates at the start in which only what is new learns, not the encoder")
-    ctc_weight: float = option(0.3, "weight of the CTC loss; the decoder's has 1 - ctc_weight. Without a decoder CTC is all there is")
-    label_smoothing: float = option(0.1, "label smoothing of the decoder's loss")
-    decoder_layers: int = option(0, "blocks of the attention decoder; 0 is none")
-    decoder_ffn_embed_dim: int = option(2048, "inner dimension of its feed-forward modules")
-    decoder_attention_heads: int = option(4, "its attention heads")
-    decoder_dropout: float = option(0.1, "its dropout")
+    freeze_finetune_updates: int = option(0, "updates at the start in which only what is new learns, not the encoder", bounds=NOT_NEGATIVE)
+    ctc_weight: float = option(
+        0.3, "weight of the CTC loss; the decoder's has 1 - ctc_weight. Without a decoder CTC is all there is", bounds=PROBABILITY
+    )
+    label_smoothing: float = option(0.1, "label smoothing of the decoder's loss", bounds=DROPOUT)
+    decoder_layers: int = option(0, "blocks of the attention decoder; 0 is none", bounds=Bounds(0, MOST_LAYERS))
+    decoder_ffn_embed_dim: int = option(2048, "inner dimension of its feed-forward modules", bounds=COUNT)
+    decoder_attention_heads: int = option(4, "its attention heads", bounds=COUNT)
+    decoder_dropout: float = option(0.1, "its dropout", bounds=DROPOUT)
     decoder_norm: str = option(
         "layer_norm", "LayerNorm before each of its modules, or BatchNorm after each linear layer", ("layer_norm", "batch_norm")
     )
 
     def __post_init__(self) -> None:
-        check_types(self)
-        for name in ("final_dropout", "decoder_dropout", "label_smoothing"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
-        if not 0 <= self.ctc_weight <= 1:
-            raise UserError(f"ctc_weight={self.ctc_weight} must be 0 to 1")
-        if self.decoder_layers > MOST_LAYERS or min(self.decoder_ffn_embed_dim, self.decoder_attention_heads) < 1:
-            raise UserError(
-                f"decoder_layers={self.decoder_layers} must be at most {MOST_LAYERS}, and decoder_ffn_embed_dim="
-                f"{self.decoder_ffn_embed_dim} and decoder_attention_heads={self.decoder_attention_heads} at least 1"
-            )
-        if self.decoder_layers < 0 or self.freeze_finetune_updates < 0:
-            raise UserError("decoder_layers and freeze_finetune_updates must be 0 or more")
-        if self.decoder_norm not in ("layer_norm", "batch_norm"):
-            raise unknown("value of decoder_norm", self.decoder_norm, ("layer_norm", "batch_norm"))
+        check_options(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RecognizerConfig:

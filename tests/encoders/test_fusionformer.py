@@ -198,7 +198,7 @@ def test_preset_is_the_papers() -> None:
     ("keys", "message"),
     [
         ({"depthwise_conv_kernel_size": 6}, "must be odd"),
-        ({"conv_module_expansion": 3}, "conv_module_expansion=3 must be 1 or 2"),
+        ({"conv_module_expansion": 3}, "conv_module_expansion=3 must be 1 to 2"),
         ({"conv_module_relu": "none"}, "unknown value of conv_module_relu"),
         ({"layer_norm_first": True}, "no LayerNorm"),
         ({"encoder_attention_heads": 7}, "does not divide"),

@@ -358,7 +358,7 @@ def test_automatic_stride_is_fixed_when_the_model_is_built(tmp_path) -> None:
     "keys, message",
     [
         ({"sparse_stride": 8, "sparse_expressivity": 8}, "sparse_stride=8 must be more than sparse_expressivity=8"),
-        ({"sparse_stride": -1}, "sparse_stride=-1 must be positive"),
+        ({"sparse_stride": -1}, "sparse_stride=-1 must be at least 0"),
         ({"sparse_expressivity": 0}, "sparse_expressivity=0 must be at least 1"),
         ({"sparse_stride": 0, "sparse_expressivity": 8, "sparse_max_frames": 8}, "sparse_max_frames=8 is too short"),
         ({"sparse_window": 0}, "sparse_window=0 must be at least 1"),

@@ -1,0 +1,64 @@
+"""Options: what a key allows stands beside its default, is said in its help, and is checked by one function."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+
+import hubert_eff
+from hubert_eff.config import Bounds, check_options, option
+from hubert_eff.encoders.registry import get_encoder
+from hubert_eff.errors import UserError
+from hubert_eff.recognition.model import RecognizerConfig
+
+
+@dataclasses.dataclass
+class Keys:
+    """One key of each kind."""
+
+    share: float = option(0.5, "a share", bounds=Bounds(least=0, below=1))
+    size: int = option(3, "a size", bounds=Bounds(least=1, odd=True))
+    speed: float = option(1.0, "a speed", bounds=Bounds(above=0))
+    kind: str = option("a", "a kind", ("a", "b"))
+    free: int = option(0, "a number")
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"share": 1.0}, "share=1.0 must be at least 0 and below 1"),
+        ({"share": -0.1}, "share=-0.1 must be at least 0 and below 1"),
+        ({"size": 4}, "size=4 must be odd, at least 1"),
+        ({"size": -1}, "size=-1 must be odd, at least 1"),
+        ({"speed": 0.0}, "speed=0.0 must be above 0"),
+        ({"speed": math.nan}, "speed=nan must be a finite number"),
+        ({"kind": "c"}, "unknown value of kind 'c'. Known: a, b"),
+        ({"free": "3"}, "free='3' must be a whole number"),
+    ],
+)
+def test_what_is_not_allowed_is_one_line(keys: dict[str, Any], message: str) -> None:
+    check_options(Keys())
+    check_options(Keys(share=0.0, size=1, speed=1e-9, kind="b", free=-5))
+    with pytest.raises(UserError) as error:
+        check_options(Keys(**keys))
+    assert str(error.value) == message
+
+
+def test_help_says_what_is_allowed() -> None:
+    helps = [field.metadata["help"] for field in dataclasses.fields(Keys)]
+    assert helps == ["a share (at least 0 and below 1)", "a size (odd, at least 1)", "a speed (above 0)", "a kind (a | b)", "a number"]
+    assert str(Bounds(1, 100)) == "1 to 100" and str(Bounds(most=2)) == "at most 2"
+
+
+CONFIGS = [*(get_encoder(name).config for name in hubert_eff.list_encoders()), RecognizerConfig]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=[config.__name__ for config in CONFIGS])
+def test_every_number_of_a_model_has_bounds_that_hold_its_default(config: type) -> None:
+    for field in dataclasses.fields(config):
+        if isinstance(field.default, (int, float)) and not isinstance(field.default, bool) and field.name != "time_recover_idx":
+            bounds = field.metadata["bounds"]
+            assert bounds is not None and bounds.holds(field.default) and not bounds.holds(-1) and not bounds.holds(math.nan), field.name
