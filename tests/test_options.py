@@ -7,8 +7,10 @@ import math
 from typing import Any
 
 import pytest
+import yaml
 
 import hubert_eff
+from hubert_eff.cli import main
 from hubert_eff.config import Bounds, check_options, option
 from hubert_eff.encoders.registry import get_encoder
 from hubert_eff.errors import UserError
@@ -62,3 +64,16 @@ def test_every_number_of_a_model_has_bounds_that_hold_its_default(config: type) 
         if isinstance(field.default, (int, float)) and not isinstance(field.default, bool) and field.name != "time_recover_idx":
             bounds = field.metadata["bounds"]
             assert bounds is not None and bounds.holds(field.default) and not bounds.holds(-1) and not bounds.holds(math.nan), field.name
+
+
+@pytest.mark.parametrize("name", ["conformer_s", "quantize/conformer_s_w1a1", "finetune/debug"])
+def test_a_configuration_can_be_explained(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("hydra", reason="fairseq is not installed: pip install 'hubert-eff[fairseq]'")
+    policy = 'model.quant_policy=\'{"feed_forward": "float", "modules": {"encoder.layers.0": "float"}}\''
+    words = ["config", name, *[policy] * name.startswith("quantize")]
+    assert main(words) == 0
+    plain = capsys.readouterr().out
+    assert main([*words, "--explain"]) == 0
+    explained = capsys.readouterr().out
+    assert yaml.safe_load(explained) == yaml.safe_load(plain)
+    assert any(line.startswith("  mask_prob: ") and line.endswith("(0 to 1)") for line in explained.splitlines())
