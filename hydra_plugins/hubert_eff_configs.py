@@ -40,7 +40,7 @@ def _check_command_line() -> None:
     folder = Path(given.config_dir).resolve()
     if folder.parent != groups_dir().parent.resolve() or folder.name not in KINDS:
         return  # a configuration of the user's own
+    check_choices(rest)
     chosen = choices(word for word in rest if not word.startswith("-"))
-    check_choices(chosen)
     if chosen and not any("," in word for word in chosen):  # else a sweep, whose jobs are composed one by one
         load_config(f"{folder.name}/{given.config_name}", chosen)

@@ -116,3 +116,12 @@ def test_fairseqs_command_line_is_refused_in_one_line_with_the_code_of_bad_input
         started_with("encoder=zipfomer_debug")
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and error.count("\n") == 1 and "did you mean 'zipformer_debug'" in error
+    for word, message in (
+        ("~optim", "~optim: a group cannot be left out: choose a member, optim=adam | "), ("~encoder=conformer_s", "a group cannot"),
+        ("~optimizer", "~optimizer: a whole section cannot be left out"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit) as stopped:
+            started_with(word)
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2 and error.count("\n") == 1 and message in error
+    started_with("~common.seed")

@@ -54,8 +54,17 @@ def choices(words: Iterable[str]) -> list[str]:
 
 
 def check_choices(overrides: Sequence[str]) -> None:
-    """Raise `UserError`, with the nearest name, for an override GROUP=MEMBER (or GROUP=A,B in a sweep) of no known group or member."""
+    """Raise `UserError`, with the nearest name, for an override GROUP=MEMBER (or GROUP=A,B in a sweep) of no known group or member.
+
+    Also for one that deletes a group or a whole section (~GROUP): every run needs one member of each.
+    """
     groups = list_groups()
+    for override in overrides:
+        deleted = re.fullmatch(r"~([A-Za-z_]\w*)(=.*)?", override)
+        if deleted and deleted[1] in groups:
+            raise UserError(f"{override}: a group cannot be left out: choose a member, {deleted[1]}={' | '.join(groups[deleted[1]])}")
+        if deleted:
+            raise UserError(f"{override}: a whole section cannot be left out: choose another member of a group ({', '.join(groups)})")
     for override in choices(overrides):
         group, _, value = override.lstrip("+").partition("=")
         if group not in groups:
