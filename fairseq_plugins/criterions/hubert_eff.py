@@ -44,6 +44,8 @@ class HubertEffCriterion(FairseqCriterion):
     `correct_u_i` accuracy on unmasked frames; losses in bits per frame; `audio_per_s` and `mem_gb` (`throughput`).
     """
 
+    only_in_validation: tuple[str, ...] = ()  # figures that training does not log
+
     def __init__(
         self,
         task: Any,

@@ -27,6 +27,8 @@ class HubertEffAsrCriterion(FairseqCriterion):
     learns nothing, and nothing of it is logged.
     """
 
+    only_in_validation = ("wer", "uer")  # figures that training does not log
+
     def forward(self, model: Any, sample: dict[str, Any]) -> tuple[Tensor, int, dict[str, Any]]:
         """Returns the loss (a sum over letters), the number of letters, and what to log."""
         output = model(targets=sample["targets"], target_lengths=sample["target_lengths"], **sample["net_input"])

@@ -50,6 +50,7 @@ def apply() -> None:
         saving.keep_save_dir()
         saving.go_on_from_newest()
         saving.save_on_signals()
+        saving.refuse_unknown_metric()
         logging.raiseExceptions = False  # a log file on a full disk is no reason for a traceback per line
 
 

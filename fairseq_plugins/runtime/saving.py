@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.util import Finalize
 from pathlib import Path
@@ -18,16 +18,18 @@ import torch
 import torch.distributed as dist
 from fairseq import checkpoint_utils
 from fairseq.file_io import PathManager
+from fairseq.logging import metrics
 from fairseq.trainer import Trainer
 
 from hubert_eff.checkpoints.load import newest_checkpoint
-from hubert_eff.errors import UserError, WriteError
+from hubert_eff.errors import UserError, WriteError, unknown
 from hubert_eff.utils.files import replacing, temporary_beside, writable
 from hubert_eff.utils.locks import Lock
 
 from . import stopping
 
 LAST = "checkpoint_last.pt"
+ONLY_IN_TRAINING = {"ups", "gnorm", "clip", "lr", "loss_scale", "gb_free", "num_updates", "train_wall", "wall"}  # figures of fairseq
 logger = logging.getLogger(__name__)
 _lock: Lock | None = None  # of the rank that writes
 _saved: tuple[int, str | None] = -1, None  # the update of the last save, and its file
@@ -188,3 +190,32 @@ def _save_and_leave(number: int, cfg: Any, trainer: Trainer, epoch_itr: Any) -> 
         kept = f"saved {_saved[1]}; the same command goes on from there" if _saved[1] else "saved nothing, as the checkpoint section asks"
         logger.info(f"{signal.Signals(number).name} at update {update}: {kept}")
     sys.exit(128 + number)
+
+
+def refuse_unknown_metric() -> None:
+    """A figure for `checkpoint.best_checkpoint_metric` that nothing logs ends in a KeyError after the first validation; one line says so.
+
+    After the first update, before anything is saved, where the criterion says in `only_in_validation` what only its validations log.
+    """
+    import fairseq_cli.train as training
+
+    validate, get_stats = training.validate_and_save, training.get_valid_stats
+
+    @stopping.one_line_errors()
+    def validate_and_save(cfg: Any, trainer: Trainer, *rest: Any, **options: Any) -> Any:
+        logged, later = metrics.get_smoothed_values("train"), getattr(trainer.get_criterion(), "only_in_validation", None)
+        if later is not None and "loss" in logged:
+            _check_metric(cfg.checkpoint.best_checkpoint_metric, {*logged, *later} - ONLY_IN_TRAINING)
+        return validate(cfg, trainer, *rest, **options)
+
+    @stopping.one_line_errors()
+    def get_valid_stats(cfg: Any, trainer: Trainer, stats: dict[str, Any], *rest: Any) -> Any:
+        _check_metric(cfg.checkpoint.best_checkpoint_metric, stats)
+        return get_stats(cfg, trainer, stats, *rest)
+
+    training.validate_and_save, training.get_valid_stats = validate_and_save, get_valid_stats
+
+
+def _check_metric(metric: str, known: Iterable[str]) -> None:
+    if metric not in known:
+        raise unknown("figure for checkpoint.best_checkpoint_metric", metric, known)

@@ -73,6 +73,7 @@ def test_it_trains_in_chunks_on_log_mel_and_the_checkpoint_streams(data: Path, t
         ("task.label_rate=50", "task.label_rate=50, but"),
         ("+model.encoder_layer=2", "unknown key of hubert_conformer 'encoder_layer' - did you mean 'encoder_layers'?"),
         ("model.depthwise_conv_kernel_size=4", "depthwise_conv_kernel_size=4 must be odd"),
+        ("checkpoint.best_checkpoint_metric=gnorm", "unknown figure for checkpoint.best_checkpoint_metric 'gnorm'. Known: audio_per_s"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(override: str, start: str, data: Path, tmp_path: Path) -> None:
