@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,13 @@ from typing import Any
 import torch
 from fairseq.criterions import register_criterion
 from fairseq.dataclass import FairseqDataclass
+from fairseq.logging import metrics
 from omegaconf import MISSING
 from torch import Tensor
 
 import hubert_eff
 from hubert_eff.errors import UserError
-from hubert_eff.quant.distill import check_teacher, codebook_divergence, hidden_distances
+from hubert_eff.quant.distill import check_teacher, codebook_divergence, distances_of, hidden_distances, hidden_sums
 
 from ..runtime.stopping import one_line_errors
 from .hubert_eff import HubertEffCriterion
@@ -85,10 +88,28 @@ class HubertDistillCriterion(HubertEffCriterion):
         for i, (ours, theirs) in enumerate(zip(output["logits_m"], wanted)):
             log[f"correct_t_{i}"], log[f"count_t_{i}"] = (ours.argmax(-1) == theirs.argmax(-1)).sum(), frames
         log.update(
-            loss_kl=divergence.detach(), log_hidden_mse=distance.detach() * frames, loss=loss.detach(), ntokens=frames,
-            nsentences=sample["id"].numel(), sample_size=frames, audio_seconds=audio_seconds(sample),
+            loss_kl=divergence.detach(), ntokens=frames, nsentences=sample["id"].numel(), sample_size=frames,
+            audio_seconds=audio_seconds(sample),
         )  # fmt: skip
+        if model.training:
+            log.update(loss=loss.detach(), log_hidden_mse=distance.detach() * frames)
+        else:
+            sums, count = hidden_sums(output["states"], taught["states"], valid)
+            weights = torch.tensor([self.codebook_weight, self.hidden_weight, float(self.hidden_normalize), 1.0])
+            log.update(hidden_sums=sums.detach(), hidden_count=count, hidden_weights=weights)
         return loss, frames, log
+
+    @staticmethod
+    def reduce_metrics(logging_outputs: Sequence[dict[str, Any]]) -> None:
+        """As of `hubert_eff`; in validation the loss is that of all frames together, however they lie in batches."""
+        HubertEffCriterion.reduce_metrics(logging_outputs)
+        if "hidden_sums" not in logging_outputs[0]:
+            return
+        for key in ("hidden_sums", "hidden_count", "hidden_weights", "loss_kl", "sample_size"):
+            total = sum(log[key] for log in logging_outputs)
+            metrics.log_scalar_sum(f"_{key}", torch.as_tensor(total).double().cpu())
+        metrics.log_derived("hidden_mse", lambda meters: round(_hidden(meters), 4), priority=40)
+        metrics.log_derived("loss", _loss, priority=0)
 
     def _placed(self, source: Tensor) -> Any:
         """The teacher where the audio (B, S) is, in its precision."""
@@ -97,3 +118,25 @@ class HubertDistillCriterion(HubertEffCriterion):
         if first.device != source.device or first.dtype != source.dtype:
             teacher.to(source.device, source.dtype)
         return teacher
+
+
+# Values derived from summed meters. A meter that was just reset holds the number 0.
+
+
+def _weights(meters: Any) -> list[float]:
+    """Weight of the codebook's loss, of the hidden states', and whether these are normalized."""
+    total = torch.as_tensor(meters["_hidden_weights"].sum).expand(4)
+    return (total / total[-1].clamp(min=1.0)).tolist()
+
+
+def _hidden(meters: Any) -> float:
+    sums = torch.as_tensor(meters["_hidden_sums"].sum)
+    if sums.dim() < 2:
+        return 0.0
+    return float(distances_of(sums, float(meters["_hidden_count"].sum), _weights(meters)[2] > 0).sum())
+
+
+def _loss(meters: Any) -> float:
+    codebook, hidden, *_ = _weights(meters)
+    divergence = float(meters["_loss_kl"].sum) / max(float(meters["_sample_size"].sum), 1.0)
+    return round((codebook * divergence + hidden * _hidden(meters)) / math.log(2), 3)

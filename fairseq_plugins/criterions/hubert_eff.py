@@ -129,7 +129,8 @@ class HubertEffCriterion(FairseqCriterion):
         """Log one update or validation batch. Sums go to hidden meters, so that ratios are exact over any interval."""
         total = {key: sum(log[key] for log in logging_outputs) for key in logging_outputs[0]}
         frames = max(float(total["sample_size"]), 1.0)
-        metrics.log_scalar("loss", float(total["loss"]) / frames / math.log(2), frames, priority=0, round=3)
+        if "loss" in total:
+            metrics.log_scalar("loss", float(total["loss"]) / frames / math.log(2), frames, priority=0, round=3)
         log_throughput(float(total["audio_seconds"]))
         for key, value in total.items():
             name, _, index = key.rpartition("_")

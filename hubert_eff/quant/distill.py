@@ -49,6 +49,27 @@ def hidden_distances(student: Sequence[Tensor], teacher: Sequence[Tensor], valid
     return torch.stack(distances)
 
 
+def hidden_sums(student: Sequence[Tensor], teacher: Sequence[Tensor], valid: Tensor | None) -> tuple[Tensor, int]:
+    """What `hidden_distances` over any number of batches is made of, and over how many elements each of the sums goes.
+
+    Per pair of hidden states the squared differences, the teacher's values and their squares, summed: (3, L + 1), double.
+    """
+    sums, count = [], 0
+    for ours, theirs in zip(student, teacher, strict=True):
+        if valid is not None:
+            ours, theirs = ours[valid], theirs[valid]
+        ours, theirs, count = ours.double(), theirs.double(), theirs.numel()
+        sums.append(torch.stack(((ours - theirs).square().sum(), theirs.sum(), theirs.square().sum())))
+    return torch.stack(sums, 1), count
+
+
+def distances_of(sums: Tensor, count: float, normalize: bool) -> Tensor:
+    """The distances (L + 1,) that `hidden_sums` of one or more batches, added up, come to."""
+    squares, values, energy = sums / max(count, 1.0)
+    distances: Tensor = squares / (energy - values.square()).clamp(min=1e-6) if normalize else squares
+    return distances
+
+
 def check_teacher(teacher: HubertModel, student: HubertModel) -> None:
     """Raise `UserError` unless each of the student's states and logits has a counterpart in the teacher."""
 

@@ -1,0 +1,73 @@
+"""The loss of a distillation's validation is that of all its frames: batches of any size come to the same."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import hubert_eff
+from hubert_eff.quant.distill import distances_of, hidden_distances, hidden_sums
+
+pytest.importorskip("fairseq", reason="fairseq is not installed: pip install 'hubert-eff[fairseq]'")
+
+from fairseq.dataclass.initialize import hydra_init  # noqa: E402
+from fairseq.logging import metrics  # noqa: E402
+from fairseq.tasks import setup_task  # noqa: E402
+from hydra import compose, initialize_config_dir  # noqa: E402
+from omegaconf import OmegaConf  # noqa: E402
+
+from ..helpers.checkpoints import checkpoint  # noqa: E402
+from ..helpers.paths import ROOT  # noqa: E402
+from ..helpers.pretraining import CLASSES, completed, make_data  # noqa: E402
+
+LENGTHS = [0.6, 0.75, 1.9, 1.2, 2.6, 0.64]
+WEIGHTS = {"codebook_weight": 0.5, "hidden_weight": 2.0}
+
+
+def test_sums_of_batches_come_to_the_distances_of_all_frames() -> None:
+    ours, theirs, valid = torch.randn(3, 6, 4), 2 + 3 * torch.randn(3, 6, 4), torch.rand(3, 6) < 0.7
+    for normalize in (False, True):
+        expected = hidden_distances([ours, theirs], [theirs, ours], valid, normalize)
+        parts = [hidden_sums([ours[rows], theirs[rows]], [theirs[rows], ours[rows]], valid[rows]) for rows in ([0], [1, 2])]
+        found = distances_of(sum(sums for sums, _ in parts), sum(count for _, count in parts), normalize)  # type: ignore[arg-type]
+        torch.testing.assert_close(found.float(), expected)
+    assert not distances_of(*hidden_sums([ours], [theirs], torch.zeros_like(valid)), True).any()
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_the_loss_is_that_of_any_batch(normalize: bool, tmp_path: Path) -> None:
+    data = make_data(tmp_path / "data", {"train": [1.0], "valid": LENGTHS})
+    teacher = checkpoint(hubert_eff.build("conformer-debug", (CLASSES + 4,), label_rate=100.0, normalize=True), tmp_path / "teacher.pt")
+    hydra_init("debug_distill")
+    with initialize_config_dir(str(ROOT / "configs" / "quantize"), version_base="1.1"):
+        given = ["common.user_dir=DIR", f"task.data={data}", f"task.label_dir={data}", f"criterion.teacher={teacher}"]
+        cfg = copy.deepcopy(compose("debug_distill", given))
+    OmegaConf.set_struct(cfg, False)
+    cfg = completed(OmegaConf.merge(cfg, {"task": {"init_from": None}, "criterion": {"hidden_normalize": normalize, **WEIGHTS}}))
+    task = setup_task(cfg.task)
+    torch.manual_seed(1)
+    model, criterion = task.build_model(cfg.model), task.build_criterion(cfg.criterion)
+    task.load_dataset("valid")
+    dataset: Any = task.dataset("valid")
+    items = [dataset[i] for i in range(len(LENGTHS))]
+    model.train()(**dataset.collater(items)["net_input"], features_only=True)  # scales
+    model.eval()
+
+    def validated(size: int) -> dict[str, float]:
+        metrics.reset()
+        with metrics.aggregate("valid") as found, torch.no_grad():
+            for first in range(0, len(items), size):
+                _, _, log = criterion(model, dataset.collater(items[first : first + size]))
+                criterion.reduce_metrics([log])
+        values = found.get_smoothed_values()
+        return {key: values[key] for key in ("loss", "loss_kl", "hidden_mse", "correct_t_0")}
+
+    expected = validated(1)
+    assert expected["hidden_mse"] > 0.01
+    assert expected["loss"] == pytest.approx(0.5 * expected["loss_kl"] + 2 * expected["hidden_mse"] / 0.6931, rel=0.02, abs=0.01)
+    for size in (2, 4, 6):
+        assert validated(size) == pytest.approx(expected, rel=2e-3, abs=2e-3), size
