@@ -7,7 +7,9 @@ import json
 import sys
 from pathlib import Path
 
+from ..config import COUNT
 from ..errors import UserError
+from ._numbers import whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,14 +21,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds", type=float, nargs="+", default=[1.0, 5.0, 10.0, 30.0], metavar="S", help="lengths of audio (default: 1 5 10 30)"
     )
-    parser.add_argument("--batch", type=int, nargs="+", default=[1], metavar="B", help="utterances at a time (default: 1)")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: %(default)d)")
+    parser.add_argument("--batch", type=whole(COUNT), nargs="+", default=[1], metavar="B", help="utterances at a time (default: 1)")
+    parser.add_argument("--threads", type=whole(COUNT), default=1, help="threads of torch (default: %(default)d)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: %(default)s)")
     parser.add_argument(
         "--precision", choices=("float32", "bfloat16", "int8"), nargs="+", default=["float32"],
         help="measure each model at these (default: float32); int8: a fused copy with int8 linear layers in the encoder"
     )  # fmt: skip
-    parser.add_argument("--rounds", type=int, default=20, help="timed calls of each model on each input (default: %(default)d)")
+    parser.add_argument("--rounds", type=whole(COUNT), default=20, help="timed calls of each model on each input (default: %(default)d)")
     parser.add_argument("--roofline", action="store_true", help="measure the peak rates of this CPU: a device file for hubert-eff profile")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write bench.json, bench.svg and bench.png there; with --roofline cpu.yaml")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
@@ -38,8 +40,6 @@ def run(args: argparse.Namespace) -> int:
 
     from ..profiling.machine import SlowProcessError
 
-    if args.threads < 1:
-        raise UserError(f"--threads {args.threads} must be at least 1")
     if args.device == "cuda" and "int8" in args.precision:
         raise UserError("--precision int8 runs on a CPU only: leave out --device cuda")
     if args.device == "cuda" and not torch.cuda.is_available():

@@ -9,8 +9,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from ..config import COUNT
 from ..recipes.base import plan_text
 from ..recipes.binarize import Binarization
+from ._numbers import whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--config", default="debug", metavar="NAME", help="pretrain/NAME.yaml and quantize/NAME_distill.yaml in configs (default: debug)"
     )
     parser.add_argument("--teacher", type=Path, metavar="FILE", help="a float checkpoint in place of the first stage, stock HuBERT's too")
-    parser.add_argument("--updates", type=int, nargs="+", default=[], metavar="N", help="updates of each stage (default: the files')")
+    parser.add_argument(
+        "--updates", type=whole(COUNT), nargs="+", default=[], metavar="N", help="updates of each stage (default: the files')"
+    )
     parser.add_argument("--policy", default="default", metavar="POLICY", help="what is binarised: default | paper | a YAML file")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other keys of the configurations, for all stages")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the commands, and stop")

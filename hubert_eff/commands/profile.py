@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 
+from ..config import NOT_NEGATIVE
 from ..errors import UserError
+from ._numbers import whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--table1", action="store_true", help="the ten models of the paper's Table 1, ours beside the paper's figures")
     parser.add_argument("--seconds", type=float, default=None, help="length of the 16 kHz input (default: 10)")
-    parser.add_argument("--depth", type=int, default=None, help="levels of modules shown (default: 3; with --json: all)")
+    parser.add_argument("--depth", type=whole(NOT_NEGATIVE), default=None, help="levels of modules shown (default: 3; with --json: all)")
     parser.add_argument(
         "--bops", choices=("paper", "product"), default="paper",
         help="bit operations of a MAC: the wider operand's width, or the product of both widths (default: %(default)s)",
@@ -45,8 +47,6 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if not args.models:
         raise UserError("name a preset or the path of a checkpoint, or ask for --table1")
-    if args.depth is not None and args.depth < 0:
-        raise UserError(f"--depth {args.depth} must be 0 or more")
     seconds = 10.0 if args.seconds is None else args.seconds
     results = [profile(model, seconds, args.bops, args.device or "a100") for model in args.models]
     if args.json:

@@ -7,6 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..config import COUNT, NOT_NEGATIVE, POSITIVE, Bounds
+from ._numbers import real, whole
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
@@ -14,21 +17,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, metavar="NAME", help="pretrain/NAME.yaml in configs, such as conformer_s")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where everything goes")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the commands and what they need, and stop")
-    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="of this machine; the batch is that of 32 GPUs (default: 1)")
     parser.add_argument(
-        "--updates", type=int, nargs=2, default=(), metavar=("N1", "N2"), help="of the two phases (default: the file's, and 2.4 times)"
+        "--gpus", type=whole(COUNT), default=1, metavar="N", help="of this machine; the batch is that of 32 GPUs (default: 1)"
     )
     parser.add_argument(
-        "--clusters", type=int, nargs=2, default=(100, 500), metavar=("K1", "K2"), help="of the two phases' labels (default: 100 500)"
+        "--updates",
+        type=whole(COUNT),
+        nargs=2,
+        default=(),
+        metavar=("N1", "N2"),
+        help="of the two phases (default: the file's, and 2.4 times)",
     )
-    parser.add_argument("--layer", type=int, metavar="L", help="of phase 1's model, whose output is clustered (default: the middle one)")
-    parser.add_argument("--folder-level", type=int, default=1, metavar="N", help="which names the speaker (default: 1; LibriSpeech: 2)")
-    parser.add_argument("--valid-percent", type=float, default=1.0, metavar="P", help="share of the audio in valid (default: %(default)g)")
-    parser.add_argument("--fit-hours", type=float, default=10.0, metavar="H", help="that k-means learns from (default: %(default)g)")
+    parser.add_argument(
+        "--clusters",
+        type=whole(Bounds(least=2)),
+        nargs=2,
+        default=(100, 500),
+        metavar=("K1", "K2"),
+        help="of the two phases' labels (default: 100 500)",
+    )
+    parser.add_argument(
+        "--layer", type=whole(NOT_NEGATIVE), metavar="L", help="of phase 1's model, whose output is clustered (default: the middle one)"
+    )
+    parser.add_argument(
+        "--folder-level", type=whole(COUNT), default=1, metavar="N", help="which names the speaker (default: 1; LibriSpeech: 2)"
+    )
+    parser.add_argument(
+        "--valid-percent",
+        type=real(Bounds(above=0, below=100)),
+        default=1.0,
+        metavar="P",
+        help="share of the audio in valid (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--fit-hours", type=real(POSITIVE), default=10.0, metavar="H", help="that k-means learns from (default: %(default)g)"
+    )
     parser.add_argument("--superb", type=Path, metavar="DIR", help="SUPERB's data: evaluate the ten tasks at the end")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other keys of the configuration, for both phases")
     parser.add_argument("--device", default="a100", help="whose rates a dry run takes: in configs/device, or a file (default: %(default)s)")
-    parser.add_argument("--mfu", type=float, metavar="SHARE", help="of that device's peak a dry run assumes (default: 0.05)")
+    parser.add_argument(
+        "--mfu", type=real(Bounds(above=0, most=1)), metavar="SHARE", help="of that device's peak a dry run assumes (default: 0.05)"
+    )
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
 
 

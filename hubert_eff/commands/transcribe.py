@@ -7,7 +7,9 @@ import json
 import sys
 from pathlib import Path
 
+from ..config import COUNT
 from ..errors import UnusableFile, printable
+from ._numbers import whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--search", choices=("greedy", "beam", "rescore"), default="greedy",
         help="the best label of each frame; CTC prefix beam search; its texts ranked by the attention decoder too (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--beam", type=int, default=10, help="texts that the beam search keeps (default: %(default)d)")
+    parser.add_argument("--beam", type=whole(COUNT), default=10, help="texts that the beam search keeps (default: %(default)d)")
     parser.add_argument(
         "--ctc-weight", type=float, default=0.5, help="weight of CTC's log-probability beside the decoder's (default: %(default)g)"
     )

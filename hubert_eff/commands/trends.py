@@ -11,7 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..config import Bounds
 from ..errors import UserError, require
+from ._numbers import whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a run's save_dir, trained with task.trends_interval=N; or checkpoints, whose encoders are run on Gaussian input",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="DIR", help="write trends.json and trends.png there")
-    parser.add_argument("--blocks", type=int, default=8, help="blocks that the picture shows, evenly spread (default: %(default)d)")
+    parser.add_argument(
+        "--blocks", type=whole(Bounds(least=2)), default=8, help="blocks that the picture shows, evenly spread (default: %(default)d)"
+    )
     parser.add_argument("--json", action="store_true", help="print all figures and alarms as JSON")
 
 
@@ -30,8 +34,6 @@ def run(args: argparse.Namespace) -> int:
     from ..analysis.layer_trends import EXPLODED, Record, alarms
     from ..utils.files import writable, write_json
 
-    if args.blocks < 2:
-        raise UserError(f"--blocks {args.blocks} must be at least 2")
     if args.out is not None:
         require("matplotlib", "plot", "--out")
         writable(args.out)

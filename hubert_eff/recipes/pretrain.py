@@ -68,10 +68,6 @@ class Pretraining(Recipe):
         find_configuration(f"pretrain/{self.config}")
         if not self.speech.exists():
             raise UserError(f"{self.speech} is not there: name the folder of recordings, such as LibriSpeech as it was unpacked")
-        if not 0 < self.valid_percent < 100 or self.fit_hours <= 0 or self.folder_level < 1:
-            raise UserError("--valid-percent must be above 0 and below 100, --fit-hours above 0, --folder-level at least 1")
-        if self.gpus < 1 or min(self.clusters) < 2 or any(n < 1 for n in self.updates) or len(self.updates) not in (0, 2):
-            raise UserError("--gpus and both --updates must be at least 1, both --clusters at least 2")
         check_keys(self.overrides, SET_HERE, "dataset.max_tokens=1400000")
         self.written = load_config(f"pretrain/{self.config}", self.overrides)
         with torch.device("meta"):

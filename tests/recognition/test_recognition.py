@@ -182,7 +182,7 @@ def test_transcribe_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         ([path, tmp_path / "none.wav"], "no recording at"),
         ([path, tmp_path / "short.wav"], "short.wav: 300 samples are too few"),
         ([path, good, "--search", "rescore"], "but no attention decoder"),
-        ([path, good, "--search", "beam", "--beam", "0"], "--beam 0 must be at least 1"),
+        ([path, good, "--search", "beam", "--beam", "0"], "--beam: 0 must be at least 1"),
         ([path, good, "--chunk-size", "16"], "streaming"),
     ):
         assert cli.main(["transcribe", *map(str, arguments)]) == 2
