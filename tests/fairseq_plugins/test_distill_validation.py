@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import hubert_eff
+from hubert_eff.models.hubert import HubertModel
+from hubert_eff.models.output import HubertOutput
 from hubert_eff.quant.distill import distances_of, hidden_distances, hidden_sums
 
 pytest.importorskip("fairseq", reason="fairseq is not installed: pip install 'hubert-eff[fairseq]'")
@@ -38,6 +41,20 @@ def test_sums_of_batches_come_to_the_distances_of_all_frames() -> None:
     assert not distances_of(*hidden_sums([ours], [theirs], torch.zeros_like(valid)), True).any()
 
 
+class Uneven(nn.Module):
+    """A student that is the farther from its teacher the higher the number of the utterance."""
+
+    def __init__(self, model: HubertModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: Any) -> HubertOutput:
+        output: HubertOutput = self.model(**inputs)
+        assert output.states is not None
+        output.states = [state + 0.2 * inputs["sample_ids"].view(-1, 1, 1) for state in output.states]
+        return output
+
+
 @pytest.mark.parametrize("normalize", [False, True])
 def test_the_loss_is_that_of_any_batch(normalize: bool, tmp_path: Path) -> None:
     data = make_data(tmp_path / "data", {"train": [1.0], "valid": LENGTHS})
@@ -55,13 +72,13 @@ def test_the_loss_is_that_of_any_batch(normalize: bool, tmp_path: Path) -> None:
     dataset: Any = task.dataset("valid")
     items = [dataset[i] for i in range(len(LENGTHS))]
     model.train()(**dataset.collater(items)["net_input"], features_only=True)  # scales
-    model.eval()
+    student = Uneven(model).eval()
 
     def validated(size: int) -> dict[str, float]:
         metrics.reset()
         with metrics.aggregate("valid") as found, torch.no_grad():
             for first in range(0, len(items), size):
-                _, _, log = criterion(model, dataset.collater(items[first : first + size]))
+                _, _, log = criterion(student, dataset.collater(items[first : first + size]))
                 criterion.reduce_metrics([log])
         values = found.get_smoothed_values()
         return {key: values[key] for key in ("loss", "loss_kl", "hidden_mse", "correct_t_0")}
