@@ -1,0 +1,51 @@
+"""The demo's steps and figures, without running the commands (`test_demo` runs them)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from hubert_eff.cli import main
+from hubert_eff.recipes import base, demo
+
+pytest.importorskip("fairseq", reason="fairseq is not installed: pip install 'hubert-eff[fairseq]'")
+
+
+def test_it_runs_every_step_once_and_collects_the_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[list[str]] = []
+    out = tmp_path / "demo"
+
+    def run(words: Sequence[object]) -> int:
+        ran.append([str(word) for word in words])
+        if ran[-1][0] == "fairseq-hydra-train":
+            figures = "loss 1.5 | correct_m_0 0.4 | majority_m_0 0.1 | code_ppl_0 9 | label_ppl_0 10 | num_updates 5"
+            (out / "train.log").write_text(f"valid: epoch 001 | valid on 'valid' subset | {figures}\n")
+        if "superb" in ran[-1] and "run" in ran[-1]:
+            folder = Path(ran[-1][ran[-1].index("--out") + 1]) / "ks"
+            folder.mkdir(parents=True)
+            (folder / "result.json").write_text(json.dumps({"accuracy": 0.5, "chance": 0.25}))
+        return 0
+
+    def figures(*words: object) -> dict[str, object]:
+        if words[1] == "profile":
+            return {"params_without_labels": 3, "storage_mb": {"file": 1.0}, "macs": 1e9, "gflop": 2.0}
+        return {"splits": {"valid": {"pnmi": 0.2, "phone_purity": 0.3}}}
+
+    monkeypatch.setattr(base, "run_command", run)
+    monkeypatch.setattr(demo, "figures", figures)
+    assert main(["demo", "--out", str(out), "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert len(ran) == 8 == len(results["seconds"]) and results["valid"]["accuracy"] == 0.4
+    assert results["keyword spotting"]["untrained"]["accuracy"] == 0.5 and json.loads((out / "summary.json").read_text()) == results
+    assert main(["demo", "--out", str(out)]) == 0
+    said = capsys.readouterr()
+    assert len(ran) == 8 and said.err.count("(done before)") == 8 and "40.0% (most frequent label: 10.0%)" in said.out
+    assert not (out / "recipe.json").exists()  # there are no settings
+    (out / "train.log").unlink()
+    assert main(["demo", "--out", str(out)]) == 2
+    assert f"delete the folder {out} and run the command again" in capsys.readouterr().err
