@@ -174,6 +174,36 @@ struct Nibbles256 {
         return ~word;
     }
 
+    AVX2 static inline uint64_t weigh(const uint8_t* d, int64_t n, uint8_t best, const uint8_t (*bytes)[256], int64_t windows) {
+        const __m256i zero = _mm256_setzero_si256(), past = _mm256_set1_epi8(0x70);  // as in avx512.h
+        __m256i sum[3] = {zero, zero, zero};
+        for (int64_t w = 0; w < windows; ++w) {
+            const __m256i first = _mm256_set1_epi8(static_cast<char>(best + w * LANES));
+            __m256i table[3];
+            for (int b = 0; b < 3; ++b)
+                table[b] = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes[b] + w * LANES)));
+            for (int64_t j = 0; j < n; j += 32) {
+                const __m256i distance = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(d + j));
+                const __m256i place = _mm256_adds_epu8(_mm256_sub_epi8(distance, first), past);
+                for (int b = 0; b < 3; ++b)
+                    sum[b] = _mm256_add_epi64(sum[b], _mm256_sad_epu8(_mm256_shuffle_epi8(table[b], place), zero));
+            }
+        }
+        uint64_t total = 0;
+        for (int b = 0; b < 3; ++b) {
+            alignas(32) uint64_t parts[4];
+            _mm256_store_si256(reinterpret_cast<__m256i*>(parts), sum[b]);
+            total += (parts[0] + parts[1] + parts[2] + parts[3]) << 8 * b;
+        }
+        return total;
+    }
+
+    AVX2 static inline uint32_t within(const uint8_t* d, uint8_t furthest) {
+        const __m256i distance = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(d));
+        const __m256i nearer = _mm256_min_epu8(distance, _mm256_set1_epi8(static_cast<char>(furthest)));
+        return static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_cmpeq_epi8(nearer, distance)));
+    }
+
     AVX2 static inline void collect(const float* x, float limit, int64_t i, uint32_t* words) {
         const __m256i one = _mm256_set1_epi32(static_cast<int32_t>(1u << i));
         for (int h = 0; h < 2; ++h) {

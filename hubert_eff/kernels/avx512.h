@@ -7,6 +7,30 @@
 
 namespace {
 
+// The sum of the weights of n distances (whole vectors), of which those up to 16 windows beyond `best` count: by tables of sixteen bytes.
+AVX512BW inline uint64_t weigh512(const uint8_t* d, int64_t n, uint8_t best, const uint8_t (*bytes)[256], int64_t windows) {
+    const __m512i zero = _mm512_setzero_si512(), past = _mm512_set1_epi8(0x70);  // with it, what is not 0 ... 15 has its highest bit set
+    __m512i sum[3] = {zero, zero, zero};
+    for (int64_t w = 0; w < windows; ++w) {
+        const __m512i first = _mm512_set1_epi8(static_cast<char>(best + w * LANES));
+        __m512i table[3];
+        for (int b = 0; b < 3; ++b)
+            table[b] = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes[b] + w * LANES)));
+        for (int64_t j = 0; j < n; j += 64) {
+            const __m512i place = _mm512_adds_epu8(_mm512_sub_epi8(_mm512_loadu_si512(d + j), first), past);
+            for (int b = 0; b < 3; ++b)
+                sum[b] = _mm512_add_epi64(sum[b], _mm512_sad_epu8(_mm512_shuffle_epi8(table[b], place), zero));
+        }
+    }
+    uint64_t total = 0;
+    for (int b = 0; b < 3; ++b) total += static_cast<uint64_t>(_mm512_reduce_add_epi64(sum[b])) << 8 * b;
+    return total;
+}
+
+AVX512BW inline uint32_t within512(const uint8_t* d, uint8_t furthest) {
+    return _mm256_cmple_epu8_mask(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(d)), _mm256_set1_epi8(static_cast<char>(furthest)));
+}
+
 struct Popcnt512 {
     using Operands = InPlace<Popcnt512>;
     static constexpr int rows = 8;
@@ -43,6 +67,12 @@ struct Popcnt512 {
         const uint32_t high = _mm512_cmple_epi32_mask(_mm512_loadu_si512(x + LANES), _mm512_loadu_si512(limit + LANES));
         return low | high << 16;
     }
+
+    AVX512POPCNT static inline uint64_t weigh(const uint8_t* d, int64_t n, uint8_t best, const uint8_t (*bytes)[256], int64_t windows) {
+        return weigh512(d, n, best, bytes, windows);
+    }
+
+    AVX512POPCNT static inline uint32_t within(const uint8_t* d, uint8_t furthest) { return within512(d, furthest); }
 
     AVX512POPCNT static inline void collect(const float* x, float limit, int64_t i, uint32_t* words) {
         const __mmask16 set = _mm512_cmp_ps_mask(_mm512_loadu_ps(x), _mm512_set1_ps(limit), _CMP_GT_OQ);
@@ -104,6 +134,12 @@ struct Shuffle512 {
         const uint32_t high = _mm512_cmple_epi32_mask(_mm512_loadu_si512(x + LANES), _mm512_loadu_si512(limit + LANES));
         return low | high << 16;
     }
+
+    AVX512BW static inline uint64_t weigh(const uint8_t* d, int64_t n, uint8_t best, const uint8_t (*bytes)[256], int64_t windows) {
+        return weigh512(d, n, best, bytes, windows);
+    }
+
+    AVX512BW static inline uint32_t within(const uint8_t* d, uint8_t furthest) { return within512(d, furthest); }
 
     AVX512BW static inline void collect(const float* x, float limit, int64_t i, uint32_t* words) {
         const __mmask16 set = _mm512_cmp_ps_mask(_mm512_loadu_ps(x), _mm512_set1_ps(limit), _CMP_GT_OQ);

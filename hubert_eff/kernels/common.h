@@ -23,7 +23,8 @@ constexpr int LANES = 16, PAIR = 2 * LANES;
 
 // An instruction set is a class: its `Operands` hold some rows and some panels, and write popcounts of tiles of them to
 // out[panels / 2][rows][32]; `above` compares 32 numbers x * factor + move with a limit, `at_most` 32 integers; `collect` sets bit i of
-// each of 16 words whose number is above a limit; `native` says whether it counts bits in one instruction.
+// each of 16 words whose number is above a limit; `weigh` sums the weights of bytes, whole vectors of 64, by how far beyond `best` they
+// are, and `within` compares 32 bytes with one; `native` says whether it counts bits in one instruction.
 
 // Operands of a product as they lie in memory, for an instruction set whose `tile` reads them so: popcounts of R rows and P panels,
 // out[R][32].

@@ -15,6 +15,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "attention.h"
 #include "avx2.h"
 #include "avx512.h"
 #include "common.h"
@@ -59,6 +60,7 @@ struct Functions {
     void (*pack_panels)(const Pack&, int64_t, int64_t);
     void (*product)(const Product&, int64_t, int64_t);
     void (*depthwise)(const Depthwise&, int64_t, int64_t);
+    void (*attention)(const Attention&, int64_t, int64_t);
 };
 
 #define FUNCTIONS(NAME, ISA, TARGET)                                                                                       \
@@ -66,7 +68,8 @@ struct Functions {
     TARGET void NAME##_panels(const Pack& p, int64_t begin, int64_t end) { pack_panels<ISA>(p, begin, end); }               \
     TARGET void NAME##_product(const Product& p, int64_t begin, int64_t end) { product<ISA>(p, begin, end); }               \
     TARGET void NAME##_depthwise(const Depthwise& p, int64_t begin, int64_t end) { depthwise<ISA>(p, begin, end); }         \
-    constexpr Functions NAME = {NAME##_rows, NAME##_panels, NAME##_product, NAME##_depthwise};
+    TARGET void NAME##_attention(const Attention& p, int64_t begin, int64_t end) { attention<ISA>(p, begin, end); }         \
+    constexpr Functions NAME = {NAME##_rows, NAME##_panels, NAME##_product, NAME##_depthwise, NAME##_attention};
 
 #if defined(__x86_64__)
 FUNCTIONS(avx512vpopcntdq, Popcnt512, AVX512POPCNT)
@@ -117,5 +120,11 @@ void hubert_eff_depthwise(const void* functions, const Depthwise* p, int64_t thr
     const int64_t panels = (p->channels + LANES - 1) / LANES;
     const double work = static_cast<double>(p->batch) * p->frames * panels * 40 * ((p->kernel + 31) / 32);
     spread(static_cast<const Functions*>(functions)->depthwise, *p, p->batch * panels, work, threads);
+}
+
+void hubert_eff_attention(const void* functions, const Attention* p, int64_t threads) {
+    const int64_t keys = p->key_count + p->shared_count, words = p->words + (p->p ? p->position_words + 8 : 0);
+    const double work = static_cast<double>(p->batch) * p->blocks * p->n * keys * (3 * words + 8) / LANES;
+    spread(static_cast<const Functions*>(functions)->attention, *p, p->batch * p->blocks * attention_groups(*p), work, threads);
 }
 }

@@ -52,6 +52,30 @@ struct Neon {
         return word;
     }
 
+    static inline uint64_t weigh(const uint8_t* d, int64_t n, uint8_t best, const uint8_t (*bytes)[256], int64_t windows) {
+        uint64_t sum[3] = {0, 0, 0};
+        for (int64_t w = 0; w < windows; ++w) {
+            const uint8x16_t first = vdupq_n_u8(static_cast<uint8_t>(best + w * LANES));
+            uint8x16_t table[3];
+            for (int b = 0; b < 3; ++b) table[b] = vld1q_u8(bytes[b] + w * LANES);
+            for (int64_t j = 0; j < n; j += 64) {
+                uint16x8_t part[3] = {vdupq_n_u16(0), vdupq_n_u16(0), vdupq_n_u16(0)};
+                for (int64_t i = j; i < j + 64; i += 16) {
+                    const uint8x16_t place = vsubq_u8(vld1q_u8(d + i), first);  // a table returns 0 for what is not 0 ... 15
+                    for (int b = 0; b < 3; ++b) part[b] = vpadalq_u8(part[b], vqtbl1q_u8(table[b], place));
+                }
+                for (int b = 0; b < 3; ++b) sum[b] += vaddlvq_u16(part[b]);
+            }
+        }
+        return sum[0] + (sum[1] << 8) + (sum[2] << 16);
+    }
+
+    static inline uint32_t within(const uint8_t* d, uint8_t furthest) {
+        uint32_t word = 0;
+        for (int i = 0; i < PAIR; ++i) word |= static_cast<uint32_t>(d[i] <= furthest) << i;
+        return word;
+    }
+
     static inline void collect(const float* x, float limit, int64_t i, uint32_t* words) {
         const uint32x4_t one = vdupq_n_u32(1u << i);
         for (int h = 0; h < 4; ++h) {

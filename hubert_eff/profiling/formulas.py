@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 from ..errors import UserError
-from ..layers.bits import Bits, attention_cost
+from ..layers.bits import Bits, attention_cost, offsets_seen
 
 Formula = Callable[..., int]
 F = TypeVar("F", bound=Formula)
@@ -24,6 +24,8 @@ F = TypeVar("F", bound=Formula)
 MATRIX, ATTENTION, NORM, ELEMENTWISE, COPY = "matrix product", "attention", "norm", "element-wise", "copy"
 CONVOLUTION, GROUPED, DEPTHWISE = "convolution", "grouped convolution", "depthwise convolution"
 KINDS = (MATRIX, CONVOLUTION, GROUPED, DEPTHWISE, ATTENTION, NORM, ELEMENTWISE, COPY)
+
+BLOCK = 128  # queries of packed relative attention that are counted together: as the simulation computes them
 
 _MACS: dict[str, Formula] = {}  # the operation's own arguments, and out=result -> MACs
 _KIND: dict[str, str] = {}  # products that are no matrix products
@@ -202,6 +204,24 @@ def _add_matrix_vector(_: Tensor, matrix: Tensor, *__: Any, **___: Any) -> int:
 @_own("hubert_eff.product", "hubert_eff.product_bits")
 def _packed_product(rows: Tensor, _: Tensor, outputs: int, inputs: int, *__: Any, **___: Any) -> int:  # (..., M, words)
     return rows.shape[:-1].numel() * outputs * inputs
+
+
+@_own("hubert_eff.attention")
+def _packed_attention(q: Tensor, _: Tensor, keys: int, inputs: int, *__: Any, **___: Any) -> int:  # (B, H, n, words)
+    return q.shape[:-1].numel() * keys * inputs
+
+
+@_own("hubert_eff.relative_attention")
+def _packed_relative(
+    q: Tensor, _: Tensor, __: Tensor, ___: Tensor, keys: int, inputs: int, positions: int, *____: Any, **_____: Any
+) -> int:
+    places = offsets_seen(q.size(2), keys, BLOCK) * positions
+    return q.shape[:-1].numel() * keys * inputs + q.shape[:2].numel() * places
+
+
+@_own("hubert_eff.blocked_attention")
+def _packed_blocks(q: Tensor, _: Tensor, __: Tensor, keys: int, shared: int, inputs: int, *___: Any, **____: Any) -> int:
+    return q.shape[:-1].numel() * (keys + shared) * inputs
 
 
 _KIND["hubert_eff.depthwise"] = DEPTHWISE

@@ -1,16 +1,18 @@
 """Attention products of bits: queries times keys, and probabilities times values.
 
 Queries, keys and values are signed; probabilities are unsigned, and it is (number of visible keys) x P that is quantised: its mean is 1
-whatever the length, so that its scale is of order 1 and one step of an optimiser changes it by little. Scores, softmax and dropout are
-float. Queries go in chunks; each chunk has one softmax over all visible keys, and then its product with the values.
+whatever the length, so that its scale is of order 1 and one step of an optimiser changes it by little. Queries go in chunks; each chunk
+has one softmax over all visible keys, and then its product with the values. In training and in traced graphs scores, softmax and dropout
+are float; in eval mode one-bit probabilities are found by integers (integer_softmax.py), as a packed model finds them.
 """
 
 # B batch, T frames, H heads, d head dim, e position head dim, n queries of a chunk, G summaries
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +24,22 @@ from ..layers.precision import wide
 from ..layers.sparse_pattern import Segment, SparsePattern, chunks, gather_summaries, split_blocks
 from ..layers.tracing import follows_shapes, is_tracing
 from .functional import initial_scale, scaled, unsigned_codes
+from .integer_softmax import HIDDEN, attended_, cost_of_bit
 from .modules import Codes, Quantizer
 
 CHUNK = 128  # queries that are worked on at a time
 KEPT = 1 << 26  # without gradient, shared probabilities of more elements than this are computed anew for each use
 
 Shapes = Mapping[str, tuple[int, ...]]
-Rows = tuple[Tensor, Callable[[Tensor], Tensor], "Tensor | None", int]  # scores, codes -> product with the values, keys seen, their number
+Rows = tuple[Tensor, Callable[[Tensor], Tensor], "Tensor | None", int]  # sums, codes -> product with the values, keys seen, their number
+
+
+class Term(NamedTuple):
+    """What scores are a sum of: a product of codes times its scale."""
+
+    sums: Tensor  # (..., keys)
+    scale: Tensor  # (1,)
+    inputs: int  # channels summed over
 
 
 def chunk(x: Tensor) -> int:
@@ -79,11 +90,36 @@ class Probabilities(nn.Module):
         initial = 2.0 if bits == 1 else float(initial_scale(1.0, False, 2**bits - 1))
         self.quantizer = Quantizer(bits, signed=False, initial=initial)
 
-    def forward(self, scores: Tensor, seen: Tensor | None, visible: Tensor | int, scale: Tensor, dropout: float) -> Tensor:
+    def forward(self, terms: Sequence[Term], seen: Tensor | None, visible: Tensor | int, scale: Tensor, dropout: float) -> Tensor:
         """Codes of softmax(scores), scores (..., keys); seen: bool, broadcast to scores; visible: number of keys seen, (..., 1).
 
         `scale`: `quantizer.effective` of the whole tensor of which these are a part.
         """
+        by_integers = self.quantizer.bits == 1 and not self.training and not is_tracing()
+        if not by_integers:
+            return self._codes(terms, seen, visible, scale, dropout)
+        with torch.no_grad():
+            codes = self._attended(terms, seen, visible, scale)
+        if self.quantizer.watch is None and not (torch.is_grad_enabled() and any(term.sums.requires_grad for term in terms)):
+            return codes
+        soft = self._codes(terms, seen, visible, scale, dropout)
+        return soft - soft.detach() + codes  # the gradient of training
+
+    def _attended(self, terms: Sequence[Term], seen: Tensor | None, visible: Tensor | int, scale: Tensor) -> Tensor:
+        costs = None
+        for sums, factor, inputs in terms:
+            differing = torch.rsub(sums, inputs / 2, alpha=0.5).to(torch.int32)
+            cost = differing.mul_(cost_of_bit(factor, inputs))
+            costs = cost if costs is None else costs.add_(cost)
+        assert costs is not None
+        if seen is not None:
+            costs.masked_fill_(~seen, HIDDEN)
+        return attended_(costs, visible, scale / 2)
+
+    def _codes(self, terms: Sequence[Term], seen: Tensor | None, visible: Tensor | int, scale: Tensor, dropout: float) -> Tensor:
+        scores = scaled(terms[0].sums, terms[0].scale, self.quantizer.dtype)
+        for term in terms[1:]:
+            scores = scores + scaled(term.sums, term.scale, self.quantizer.dtype)
         if seen is not None:
             scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min / 2)  # finite: a query may see nothing
         probs = F.dropout(torch.softmax(scores, -1), dropout, dropout > 0.0)
@@ -125,21 +161,20 @@ class BinaryAttention(nn.Module):
         query, key = self.query(q), self.key(k)
         scale: Tensor = query.scale * key.scale * q.size(-1) ** -0.5
 
-        def scores(start: int, stop: int) -> Tensor:
-            sums: Tensor = query.values[:, :, start:stop] @ key.values.transpose(-1, -2)
-            return scaled(sums, scale, self.query.dtype)
+        def terms(start: int, stop: int) -> list[Term]:
+            return [Term(query.values[:, :, start:stop] @ key.values.transpose(-1, -2), scale, q.size(-1))]
 
-        return self._mixed(scores, q, self.value(v), attend, dropout)
+        return self._mixed(terms, q, self.value(v), attend, dropout)
 
-    def _mixed(self, scores: Callable[[int, int], Tensor], q: Tensor, value: Codes, attend: Tensor | None, dropout: float) -> Tensor:
-        """`scores(start, stop)`: (B, H, n, T) of the queries start ... stop - 1."""
+    def _mixed(self, terms: Callable[[int, int], list[Term]], q: Tensor, value: Codes, attend: Tensor | None, dropout: float) -> Tensor:
+        """`terms(start, stop)`: sums (B, H, n, T) of the queries start ... stop - 1."""
         frames = q.size(2)
-        visible = frames if attend is None else attend.sum(-1, keepdim=True)
+        visible = frames if attend is None else attend.sum(-1, keepdim=True).clamp(min=1)
         scale = self.probabilities.quantizer.effective(_pairs(q.size(1), q, self.value.frames.valid))
         mixed = []
         step = chunk(q)
         for start in range(0, frames, step):
-            codes = self.probabilities(scores(start, min(start + step, frames)), attend, visible, scale, dropout)
+            codes = self.probabilities(terms(start, min(start + step, frames)), attend, visible, scale, dropout)
             mixed.append(codes.to(value.values.dtype) @ value.values)
         return scaled(torch.cat(mixed, 2), scale * value.scale / visible, self.value.dtype)
 
@@ -162,12 +197,12 @@ class BinaryRelativeAttention(BinaryAttention):
         scale: Tensor = contents.scale * key.scale * width
         position_scale: Tensor = positions.scale * offset.scale * width
 
-        def scores(start: int, stop: int) -> Tensor:
-            sums: Tensor = contents.values[:, :, start:stop] @ key.values.transpose(-1, -2)
+        def terms(start: int, stop: int) -> list[Term]:
+            sums = contents.values[:, :, start:stop] @ key.values.transpose(-1, -2)
             places = at_keys(positions.values[:, :, start:stop], offset.values, start)
-            return scaled(sums, scale, self.key.dtype) + scaled(places, position_scale, self.key.dtype)
+            return [Term(sums, scale, k.size(-1)), Term(places, position_scale, k.size(-1))]
 
-        return self._mixed(scores, k, self.value(v), attend, dropout)
+        return self._mixed(terms, k, self.value(v), attend, dropout)
 
 
 class BinarySparseAttention(BinaryAttention):
@@ -187,9 +222,9 @@ class BinarySparseAttention(BinaryAttention):
         if is_tracing():
             rows = self._dense
         mixed = []
-        for scores, product, seen, keys in rows(query.values, key.values, value.values, attend, pattern):
+        for sums, product, seen, keys in rows(query.values, key.values, value.values, attend, pattern):
             visible = keys if seen is None else seen.sum(-1, keepdim=True).clamp(min=1)
-            codes = self.probabilities(scaled(scores, scale, self.query.dtype), seen, visible, own_scale, dropout)
+            codes = self.probabilities([Term(sums, scale, q.size(-1))], seen, visible, own_scale, dropout)
             mixed.append(scaled(product(codes.to(value.values.dtype)), own_scale * value.scale / visible, self.value.dtype))
         return torch.cat(mixed, 2)
 
@@ -264,10 +299,10 @@ class BinaryWeights(nn.Module):
 
         def codes(start: int, heads: int) -> Tensor:
             part = slice(start, min(start + chunk(q), frames))
-            sums: Tensor = query.values[:, :heads, part] @ key.values[:, :heads].transpose(-1, -2)
+            sums = query.values[:, :heads, part] @ key.values[:, :heads].transpose(-1, -2)
             places = at_keys(position.values[:, :heads, part], offset.values[:heads], start)
-            scores = scaled(sums, scale, self.query.dtype) + scaled(places, position_scale, self.query.dtype)
-            return self.probabilities(scores, attend, visible, own_scale, dropout)  # type: ignore[no-any-return]
+            terms = [Term(sums, scale, q.size(-1)), Term(places, position_scale, p.size(-1))]
+            return self.probabilities(terms, attend, visible, own_scale, dropout)  # type: ignore[no-any-return]
 
         kept = torch.is_grad_enabled() or dropout > 0.0 or q.is_meta or q.size(0) * q.size(1) * frames**2 <= KEPT
         starts = range(0, frames, chunk(q))

@@ -1,10 +1,10 @@
-"""Attention products of packed bits, form by form what quant/attention.py computes with +-1 in floats, in the same chunks and order.
+"""Attention products of packed bits, form by form what quant/attention.py computes with +-1 in floats.
 
-Scores leave the kernel as float32 (or bfloat16), softmax is torch's, and probabilities are packed as they are compared; values are
-packed along time. They run in eval mode: dropout is not applied.
+Kernels find the bits of the probabilities by integers (quant/integer_softmax.py), so that neither scores nor probabilities are written
+as floats; values are packed along time, and a product of bits mixes them. They run in eval mode: dropout is not applied.
 """
 
-# B batch, T frames, H heads, d head dim, e position head dim, n queries of a chunk, G summaries
+# B batch, T frames, H heads, d head dim, e position head dim, n queries of a piece, G summaries
 
 from __future__ import annotations
 
@@ -15,60 +15,45 @@ import torch
 from torch import Tensor, nn
 
 from ...layers.bits import counted_as
-from ...layers.sparse_pattern import SparsePattern, chunks, gather_summaries, split_blocks
+from ...layers.sparse_pattern import SparsePattern, chunks, gather_summaries
 from ...layers.tracing import follows_shapes
-from ..attention import CHUNK, Probabilities, chunk, offsets_cost
+from ..attention import CHUNK, Probabilities
+from ..integer_softmax import cost_of_bit
 from ..modules import Quantizer
 from . import ops
 from .modules import PackedCodes, PackedQuantizer
 
-Rows = tuple[Tensor, Callable[[Callable[[slice], Tensor]], Tensor], "Tensor | None", int]  # scores, product, keys seen, their number
+BITS = 1 << 26  # bits of probabilities that exist at a time
+KEPT = 1 << 29  # bits of shared probabilities that are kept; those of longer input are computed anew for each use
+
+Rows = tuple[Tensor, Callable[[Tensor], Tensor], "Tensor | int"]  # bits of probabilities, their product with the values, keys seen
 
 
-def _times(a: PackedCodes, b: Tensor, scale: Tensor) -> Tensor:
-    """a (..., n, W) times the transpose of rows b (..., T, W), times scale: (..., n, T)."""
-    panels = ops.panels_from(b)
-    return ops.product(a.bits, panels, b.size(-2), a.inputs, True, scale, None, None, a.half)
+def _pieces(v: Tensor) -> Iterator[tuple[int, int]]:
+    """Queries start ... stop - 1 of dense attention to v (B, H, T, d), whose probabilities exist at a time."""
+    batch, heads, frames, _ = v.shape
+    step = frames if follows_shapes(v) else max(1, BITS // (batch * heads * frames * CHUNK)) * CHUNK
+    return ((start, min(start + step, frames)) for start in range(0, frames, step))
 
 
-def _part(codes: PackedCodes, start: int, stop: int) -> PackedCodes:
-    return codes.part(codes.bits[:, :, start:stop])
+def _words(seen: Tensor | None) -> Tensor | None:
+    """Bits of a mask (..., T)."""
+    return None if seen is None else ops.pack(seen.float())
 
 
-@counted_as("attention", lambda q, table, *_: offsets_cost(q.bits.shape[:2].numel(), q.bits.size(2), table, q.inputs))
-def _offsets(queries: PackedCodes, table: Tensor, start: int, scale: Tensor) -> Tensor:
-    """`quant.attention.at_keys` times scale: table (H, 2T - 1, W)."""
-    batch, heads, n, _ = queries.bits.shape
-    frames = (table.size(1) + 1) // 2
-    first, span = frames - start - n, frames + n - 1
-    near = table[:, first : first + span].expand(batch, heads, span, -1)
-    by_offset = _times(queries, near, scale).contiguous()
-    return by_offset.as_strided((batch, heads, n, frames), (heads * n * span, n * span, span - 1, 1), n - 1)
+def _visible(attend: Tensor | None, frames: int) -> Tensor | int:
+    return frames if attend is None else attend.sum(-1, keepdim=True).clamp(min=1)
 
 
-class PackedProbabilities(nn.Module):
-    """`Probabilities` as bits."""
-
-    def __init__(self, source: Probabilities) -> None:
-        super().__init__()
-        self.quantizer = PackedQuantizer(source.quantizer)
-
-    def forward(self, scores: Tensor, seen: Tensor | None, visible: Tensor | int) -> Callable[[slice], Tensor]:
-        """As `Probabilities`; returned is a function that packs a range of the keys. `scores` are overwritten."""
-        if seen is not None:  # added, which is faster than masked_fill: a score is nothing beside this number
-            unseen = torch.finfo(scores.dtype).min / 2
-            scores.add_(torch.zeros(seen.shape, dtype=scores.dtype, device=scores.device).masked_fill_(~seen, unseen))
-        probs = torch.softmax(scores, -1, out=scores)
-        factor = torch.as_tensor(visible, dtype=torch.float32, device=scores.device)
-        factor = factor if factor.dim() else factor.view(1)
-        return lambda keys: ops.pack(probs[..., keys], None, factor, self.quantizer.limit)
+def _costs(*terms: tuple[Tensor, int]) -> Tensor:
+    """What a bit costs in each of the terms, of these scales and numbers of channels."""
+    return torch.cat([cost_of_bit(scale, inputs) for scale, inputs in terms])
 
 
 class _Packed(nn.Module):
     """What all forms share: the quantisers of the binary module, by their names."""
 
     operand_bits = (1, 1)
-    probabilities: PackedProbabilities
 
     def __init__(self, source: nn.Module) -> None:
         super().__init__()
@@ -76,7 +61,7 @@ class _Packed(nn.Module):
             if isinstance(child, Quantizer):
                 self.add_module(name, PackedQuantizer(child))
             elif isinstance(child, Probabilities):
-                self.add_module(name, PackedProbabilities(child))
+                self.add_module(name, PackedQuantizer(child.quantizer))
 
 
 def _codes(x: Tensor | PackedCodes, quantizer: PackedQuantizer) -> PackedCodes:
@@ -89,31 +74,29 @@ class PackedAttention(_Packed):
     query: PackedQuantizer
     key: PackedQuantizer
     value: PackedQuantizer
+    probabilities: PackedQuantizer
 
     @counted_as("attention")
     def forward(self, q: Tensor | PackedCodes, k: Tensor | PackedCodes, v: Tensor, attend: Tensor | None, dropout: float) -> Tensor:
         """As `BinaryAttention`."""
         query, key = _codes(q, self.query), _codes(k, self.key)
-        scale: Tensor = query.scale * key.scale * v.size(-1) ** -0.5
-        panels = ops.panels_from(key.bits)
+        frames, width = v.shape[2:]
+        cost = _costs((query.scale * key.scale * width**-0.5, width))
+        keys, seen, threshold = ops.panels_from(key.bits), _words(None if attend is None else attend[:, 0, 0]), self.probabilities.scale / 2
 
-        def scores(start: int, stop: int) -> Tensor:
-            rows = query.bits[:, :, start:stop]
-            return ops.product(rows, panels, v.size(2), v.size(-1), True, scale, None, None, query.half)
+        def attended(start: int, stop: int) -> Tensor:
+            return ops.attention(query.bits[:, :, start:stop], keys, frames, width, cost, threshold, seen)
 
-        return self._mixed(scores, v, attend)
+        return self._mixed(attended, v, attend)
 
-    def _mixed(self, scores: Callable[[int, int], Tensor], v: Tensor, attend: Tensor | None) -> Tensor:
-        frames, width, half = v.size(2), v.size(-1), v.dtype == torch.bfloat16
-        values = self.value.columns(v)
-        visible = frames if attend is None else attend.sum(-1, keepdim=True)
-        mixed = []
-        step = chunk(v)
-        for start in range(0, frames, step):
-            codes = self.probabilities(scores(start, min(start + step, frames)), attend, visible)
-            mixed.append(ops.product(codes(slice(None)), values, width, frames, False, None, None, None, False))
-        y = torch.cat(mixed, 2) * (self.probabilities.quantizer.scale * self.value.scale / visible)
-        return y.bfloat16() if half else y
+    def _mixed(self, attended: Callable[[int, int], Tensor], v: Tensor, attend: Tensor | None) -> Tensor:
+        """`attended(start, stop)`: bits (B, H, n, W) of the queries start ... stop - 1."""
+        frames, width = v.shape[2:]
+        values, scale = self.value.columns(v), self.probabilities.scale * self.value.scale / _visible(attend, frames)
+        own, half = (scale, v.dtype == torch.bfloat16) if attend is None else (None, False)
+        mixed = [ops.product(attended(*piece), values, width, frames, False, own, None, None, half) for piece in _pieces(v)]
+        y = mixed[0] if len(mixed) == 1 else torch.cat(mixed, 2)
+        return y if attend is None else (y * scale).to(v.dtype)
 
 
 class PackedRelativeAttention(PackedAttention):
@@ -128,18 +111,17 @@ class PackedRelativeAttention(PackedAttention):
         self, content: Tensor, position: Tensor, k: Tensor, r: Tensor, v: Tensor, attend: Tensor | None, dropout: float
     ) -> Tensor:
         """As `BinaryRelativeAttention`."""
-        contents, positions, key, width = self.content(content), self.position(position), self.key(k), k.size(-1) ** -0.5
-        offset = self.offset(r)
-        scale: Tensor = contents.scale * key.scale * width
-        position_scale: Tensor = positions.scale * offset.scale * width
-        panels = ops.panels_from(key.bits)
+        contents, positions, key, offset = self.content(content), self.position(position), self.key(k), self.offset(r)
+        (frames, width), root = k.shape[2:], k.size(-1) ** -0.5
+        cost = _costs((contents.scale * key.scale * root, width), (positions.scale * offset.scale * root, width))
+        keys, offsets = ops.panels_from(key.bits), ops.panels_from(offset.bits)
+        seen, threshold = _words(None if attend is None else attend[:, 0, 0]), self.probabilities.scale / 2
 
-        def scores(start: int, stop: int) -> Tensor:
-            rows = contents.bits[:, :, start:stop]
-            sums = ops.product(rows, panels, k.size(2), k.size(-1), True, scale, None, None, contents.half)
-            return sums.add_(_offsets(_part(positions, start, stop), offset.bits, start, position_scale))
+        def attended(start: int, stop: int) -> Tensor:
+            q, p = contents.bits[:, :, start:stop], positions.bits[:, :, start:stop]
+            return ops.relative_attention(q, p, keys, offsets, frames, width, width, cost, threshold, seen, start)
 
-        return self._mixed(scores, v, attend)
+        return self._mixed(attended, v, attend)
 
 
 class PackedSparseAttention(PackedAttention):
@@ -152,58 +134,57 @@ class PackedSparseAttention(PackedAttention):
         """As `BinarySparseAttention`."""
         query, key = _codes(q, self.query), _codes(k, self.key)
         moved = v if self.value.move is None else v + self.value.move
-        scale = query.scale * key.scale * v.size(-1) ** -0.5
+        cost = _costs((query.scale * key.scale * v.size(-1) ** -0.5, v.size(-1)))
         rows = self._banded if pattern.kind == "local" else self._blocked
         mixed = []
-        for scores, product, seen, keys in rows(query, key.bits, moved, attend, scale, pattern):
-            visible = keys if seen is None else seen.sum(-1, keepdim=True).clamp(min=1)
-            sums = product(self.probabilities(scores, seen, visible))
-            mixed.append(sums * (self.probabilities.quantizer.scale * self.value.scale / visible))
+        for bits, product, visible in rows(query.bits, key.bits, moved, attend, cost, pattern):
+            mixed.append(product(bits) * (self.probabilities.scale * self.value.scale / visible))
         y = torch.cat(mixed, 2)
         return y.bfloat16() if query.half else y
 
-    @staticmethod
-    def _blocked(q: PackedCodes, k: Tensor, v: Tensor, attend: Tensor | None, scale: Tensor, pattern: SparsePattern) -> Iterator[Rows]:
-        width = v.size(-1)
+    def _blocked(self, q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None, cost: Tensor, pattern: SparsePattern) -> Iterator[Rows]:
+        width, threshold = v.size(-1), self.probabilities.scale / 2
         segments = pattern.segments(v.size(2))
-        keys, summaries = gather_summaries(k, segments), gather_summaries(v, segments)  # (B, H, G, W), (B, H, G, d)
-        values, far = ops.pack_columns(summaries), summaries.size(2)
+        shared, values = ops.panels_from(gather_summaries(k, segments)), gather_summaries(v, segments)  # (B, H, .., W, 16), (B, H, G, d)
+        far, columns = values.size(2), ops.pack_columns(values)
         column = None if attend is None else attend.mT  # (B, 1, T, 1)
-        far_seen = None if column is None else gather_summaries(column, segments).mT  # (B, 1, 1, G)
+        far_seen = None if column is None else gather_summaries(column, segments)[:, 0, :, 0]  # (B, G)
         for s in segments if follows_shapes(v) else chunks(segments):
-            ours = q.part(q.bits[:, :, s.place])  # (B, H, n L, W)
-            blocks = q.part(split_blocks(ours.bits, s.count))
-            near = _times(blocks, s.blocks(k)[:, :, :, : s.own], scale).flatten(2, 3)  # (B, H, n L, own)
-            scores = torch.cat((near, _times(ours, keys, scale)), -1)
-            seen = None
-            if column is not None and far_seen is not None:
-                near_seen = s.blocks(column)[:, :, :, : s.own].mT.expand(-1, -1, -1, s.length, -1).flatten(2, 3)
-                seen = torch.cat((near_seen, far_seen.expand(-1, -1, ours.bits.size(2), -1)), -1)
-            own = ops.pack_columns(s.blocks(v)[:, :, :, : s.own])
+            near_seen = None if column is None else s.blocks(column)[:, 0, :, : s.own, 0]  # (B, n, own)
+            visible: Tensor | int = s.own + far
+            if near_seen is not None and far_seen is not None:
+                count = near_seen.sum(-1) + far_seen.sum(-1, keepdim=True)
+                visible = count.clamp(min=1).repeat_interleave(s.length, 1)[:, None, :, None]  # (B, 1, n L, 1)
+            own_keys, own_values = ops.panels_from(s.blocks(k)[:, :, :, : s.own]), ops.pack_columns(s.blocks(v)[:, :, :, : s.own])
+            bits = ops.blocked_attention(
+                s.blocks(q), own_keys, shared, s.own, far, width, cost, threshold, _words(near_seen), _words(far_seen)
+            )  # (B, H, n, L, ..)
 
-            def product(codes: Callable[[slice], Tensor], s: Any = s, own: Tensor = own) -> Tensor:
-                rows = split_blocks(codes(slice(0, s.own)), s.count)
-                sums = ops.product(rows, own, width, s.own, False).flatten(2, 3)
-                return sums.add_(ops.product(codes(slice(s.own, None)), values, width, far, False))
+            def product(bits: Tensor, s: Any = s, own: Tensor = own_values) -> Tensor:
+                split = ops.words_of(s.own)
+                sums = ops.product(bits[..., :split], own, width, s.own, False).flatten(2, 3)
+                return sums.add_(ops.product(bits[..., split:].flatten(2, 3), columns, width, far, False))
 
-            yield scores, product, seen, scores.size(-1)
+            yield bits, product, visible
 
-    @staticmethod
-    def _banded(q: PackedCodes, k: Tensor, v: Tensor, attend: Tensor | None, scale: Tensor, pattern: SparsePattern) -> Iterator[Rows]:
-        frames, window, width = v.size(2), pattern.window, v.size(-1)
+    def _banded(self, q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None, cost: Tensor, pattern: SparsePattern) -> Iterator[Rows]:
+        frames, window, width, threshold = v.size(2), pattern.window, v.size(-1), self.probabilities.scale / 2
         place = torch.arange(frames, device=v.device)
         for start in range(0, frames, CHUNK):
             stop = min(start + CHUNK, frames)
-            near = slice(max(0, start - window), min(frames, stop + window))
+            first, last = max(0, start - window), min(frames, stop + window)
+            near = slice(first, last)
             seen = ((place[start:stop, None] - place[near]).abs() <= window)[None, None]  # (1, 1, n, keys)
             if attend is not None:
                 seen = seen & attend[..., near]
+            keys, words = ops.panels_from(k[:, :, near]), _words(None if attend is None else attend[:, 0, 0, near])
+            bits = ops.attention(q[:, :, start:stop], keys, last - first, width, cost, threshold, words, start - first, window)
             values = ops.pack_columns(v[:, :, near])
 
-            def product(codes: Callable[[slice], Tensor], values: Tensor = values, near: slice = near) -> Tensor:
-                return ops.product(codes(slice(None)), values, width, near.stop - near.start, False)
+            def product(bits: Tensor, values: Tensor = values, count: int = last - first) -> Tensor:
+                return ops.product(bits, values, width, count, False)
 
-            yield _times(_part(q, start, stop), k[:, :, near], scale), product, seen, 0
+            yield bits, product, seen.sum(-1, keepdim=True).clamp(min=1)
 
 
 class PackedWeights(_Packed):
@@ -213,36 +194,43 @@ class PackedWeights(_Packed):
     key: PackedQuantizer
     position: PackedQuantizer
     offset: PackedQuantizer
+    probabilities: PackedQuantizer
 
     @counted_as("attention")
     def forward(self, q: Tensor, k: Tensor, p: Tensor, offsets: Tensor, seen: Tensor | None, dropout: float) -> PackedSharedProbabilities:
         """As `BinaryWeights`."""
-        frames = q.size(2)
+        frames, width = q.shape[2:]
         query, key, position, offset = self.query(q), self.key(k), self.position(p), self.offset(offsets)
-        scale, position_scale = query.scale * key.scale, position.scale * offset.scale
-        attend = None if seen is None else seen[:, None, None]
-        visible = frames if attend is None else attend.sum(-1, keepdim=True).clamp(min=1)
-        panels = ops.panels_from(key.bits)
-        parts = []
-        step = chunk(q)
-        for start in range(0, frames, step):
-            rows = _part(query, start, min(start + step, frames))
-            sums = ops.product(rows.bits, panels, frames, q.size(-1), True, scale, None, None, query.half)
-            sums.add_(_offsets(_part(position, start, start + rows.bits.size(2)), offset.bits, start, position_scale))
-            parts.append(self.probabilities(sums, attend, visible)(slice(None)))
-        return PackedSharedProbabilities(torch.cat(parts, 2), frames, self.probabilities.quantizer.scale / visible)
+        cost = _costs((query.scale * key.scale, width), (position.scale * offset.scale, p.size(-1)))
+        keys, table, words = ops.panels_from(key.bits), ops.panels_from(offset.bits), _words(seen)
+        threshold = self.probabilities.scale / 2
+
+        def attended(start: int, stop: int, heads: int) -> Tensor:
+            rows, places = query.bits[:, :heads, start:stop], position.bits[:, :heads, start:stop]
+            return ops.relative_attention(
+                rows, places, keys[:, :heads], table[:heads], frames, width, p.size(-1), cost, threshold, words, start
+            )
+
+        visible = _visible(None if seen is None else seen[:, None, None], frames)
+        return PackedSharedProbabilities(attended, q, self.probabilities.scale / visible)
 
 
 class PackedSharedProbabilities:
-    """`SharedProbabilities` as bits (B, H, T, W): few enough to be kept whatever the length."""
+    """`SharedProbabilities` as bits; those of long input are computed anew for each user."""
 
-    def __init__(self, bits: Tensor, frames: int, scale: Tensor) -> None:
-        self.bits, self.frames, self.scale = bits, frames, scale
+    def __init__(self, attended: Callable[[int, int, int], Tensor], q: Tensor, scale: Tensor) -> None:
+        self.attended, self.frames, self.scale = attended, q.size(2), scale
+        self.pieces = list(_pieces(q))
+        kept = q.is_meta or q.shape[:3].numel() * q.size(2) <= KEPT
+        self.bits = [attended(*piece, q.size(1)) for piece in self.pieces] if kept else None
 
     def mix(self, columns: Tensor, width: int, scale: Tensor) -> Tensor:
         """Values, packed along time, of all heads or of the first one, with `width` channels."""
-        sums = ops.product(self.bits[:, : columns.size(1)], columns, width, self.frames, False)
-        return sums * (self.scale * scale)
+        heads, mixed = columns.size(1), []
+        for index, piece in enumerate(self.pieces):
+            bits = self.attended(*piece, heads) if self.bits is None else self.bits[index][:, :heads]
+            mixed.append(ops.product(bits, columns, width, self.frames, False))
+        return torch.cat(mixed, 2) * (self.scale * scale)
 
 
 class PackedMix(_Packed):

@@ -7,6 +7,7 @@ all right ones, else for 0. Nothing here has a gradient.
 """
 
 # M rows, K inputs, N outputs, W = ceil(K / 32) words, B batch, T frames, C channels, k kernel
+# attention: H heads, n queries, N blocks of L queries, T keys, G shared keys, E words of a position
 
 from __future__ import annotations
 
@@ -20,8 +21,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...kernels import loader
+from ..integer_softmax import HIDDEN, attended_
 
 WORD, LANES = 32, 16
+MOST = 239  # distances of bits that the attention kernels hold
+QUERIES = 128  # whose costs exist at a time in plain torch
 _library: Any = torch.library.Library("hubert_eff", "DEF")  # type: ignore[no-untyped-call]
 
 
@@ -315,3 +319,178 @@ def depthwise(
     if out.numel():
         native.library.hubert_eff_depthwise(native.functions, ctypes.byref(task), torch.get_num_threads())
     return out
+
+
+def _distances(rows: Tensor, panels: Tensor, outputs: int, inputs: int) -> Tensor:
+    return torch.rsub(_sums(rows, panels, outputs, inputs, True), inputs).to(torch.int32) >> 1
+
+
+def _attended(costs: Tensor, seen: Tensor | None, threshold: Tensor) -> Tensor:
+    """Words of costs (..., n, keys), of which bool `seen` (..., 1 or n, keys) are visible."""
+    if seen is not None:
+        costs = costs.masked_fill_(~seen, HIDDEN)
+    return words_from(attended_(costs.contiguous(), costs.size(-1) if seen is None else seen.sum(-1, keepdim=True), threshold).bool())
+
+
+def _by_key(by_offset: Tensor, keys: int, start: int) -> Tensor:
+    """Distances (B, H, n, 2T - 1) to all offsets as those (B, H, n, T) to the offsets of the keys, of queries from `start` on."""
+    place = torch.arange(start, start + by_offset.size(2), device=by_offset.device)
+    column = keys - 1 - place.unsqueeze(1) + torch.arange(keys, device=by_offset.device)
+    return by_offset.gather(-1, column.expand(*by_offset.shape[:2], -1, -1))
+
+
+def _native(q: Tensor, *inputs: int) -> loader.Kernel | None:
+    """The kernel that runs an attention, whose distances must fit into its bytes."""
+    return loader.current() if q.device.type == "cpu" and max(inputs) <= MOST else None
+
+
+def _attend(
+    kernel: loader.Kernel, q: Tensor, k: Tensor, shared: Tensor | None, p: Tensor | None, offsets: Tensor | None, keys: int,
+    shared_keys: int, inputs: int, cost: Tensor, threshold: Tensor, seen: Tensor | None, shared_seen: Tensor | None, start: int,
+    window: int,
+) -> Tensor:  # fmt: skip
+    lead, (n, words), blocks = q.shape[:-2], q.shape[-2:], math.prod(q.shape[2:-2])
+    batch, heads = q.shape[:2]
+    _expect(words >= words_of(inputs), f"rows of {words} words for {inputs} inputs")
+    _expect(k.shape == (*lead, panels_of(keys), words, LANES), f"panels {tuple(k.shape)} of {keys} keys for queries {tuple(q.shape)}")
+    _expect(seen is None or seen.shape == (batch, *lead[2:], words_of(keys)), "visible keys must be words (B, ceil(T / 32))")
+    if shared is not None:
+        _expect(shared.shape == (*lead[:2], panels_of(shared_keys), words, LANES), f"panels {tuple(shared.shape)} of {shared_keys} keys")
+        _expect(
+            shared_seen is None or shared_seen.shape == (batch, words_of(shared_keys)),
+            "visible shared keys must be words (B, ceil(G / 32))",
+        )
+    if p is not None and offsets is not None:
+        _expect(p.shape[:-1] == q.shape[:-1], f"positions {tuple(p.shape)} for queries {tuple(q.shape)}")
+        _expect(offsets.shape == (heads, panels_of(2 * keys - 1), p.size(-1), LANES), f"offsets {tuple(offsets.shape)} for {keys} keys")
+        _expect(0 <= start <= keys - n, f"queries {start} ... {start + n - 1} of {keys} keys")
+    _expect(cost.dtype == torch.int32 and cost.numel() == (1 if p is None else 2), "one cost, int32, for each distance")
+    _expect(threshold.numel() == 1, "the threshold must be one number")
+    given = [None if t is None else _words(t) for t in (q, k, shared, seen, shared_seen, p, offsets, cost)]
+    limit = _floats(threshold)
+    out = q.new_empty(*q.shape[:-1], words_of(keys) + words_of(shared_keys))
+    task = loader.Attention(
+        *map(_pointer, given), _pointer(limit), out.data_ptr(), batch * heads, heads, blocks, n, keys, shared_keys, words, inputs,
+        0 if p is None else p.size(-1), start, window,
+    )  # fmt: skip
+    if out.numel():
+        kernel.library.hubert_eff_attention(kernel.functions, ctypes.byref(task), torch.get_num_threads())
+    return out
+
+
+def _attention_shape(
+    q: Tensor,
+    k: Tensor,
+    keys: int,
+    inputs: int,
+    cost: Tensor,
+    threshold: Tensor,
+    seen: Tensor | None = None,
+    start: int = 0,
+    window: int = -1,
+) -> Tensor:
+    return q.new_empty(*q.shape[:-1], words_of(keys))
+
+
+@_operation(
+    "attention(Tensor q, Tensor k, SymInt keys, SymInt inputs, Tensor cost, Tensor threshold, Tensor? seen=None, SymInt start=0, "
+    "SymInt window=-1) -> Tensor",
+    _attention_shape,
+)
+def attention(
+    q: Tensor,
+    k: Tensor,
+    keys: int,
+    inputs: int,
+    cost: Tensor,
+    threshold: Tensor,
+    seen: Tensor | None = None,
+    start: int = 0,
+    window: int = -1,
+) -> Tensor:
+    """Bits of the keys that each query attends to: q (B, H, n, W), k (B, H, ceil(T / 16), W, 16) -> (B, H, n, ceil(T / 32)).
+
+    Its `product` with values packed along time is the attention's result but for a scale. cost (1,): of a differing bit
+    (quant/integer_softmax.py). threshold (1,): what visible * P must exceed. seen (B, ceil(T / 32)): bits of the visible keys, None: all.
+    window: with it, query i sees the keys start + i - window ... start + i + window.
+    """
+    if kernel := _native(q, inputs):
+        return _attend(kernel, q, k, None, None, None, keys, 0, inputs, cost, threshold, seen, None, start, window)
+    visible = None if seen is None else bits_from(seen, keys)[:, None, None]
+    parts = []
+    for first in range(0, q.size(2), QUERIES):
+        rows = q[:, :, first : first + QUERIES]
+        sees = visible
+        if window >= 0:
+            place = torch.arange(start + first, start + first + rows.size(2), device=q.device).unsqueeze(1)
+            near = (place - torch.arange(keys, device=q.device)).abs() <= window
+            sees = near if visible is None else near & visible
+        parts.append(_attended(_distances(rows, k, keys, inputs).mul_(cost), sees, threshold))
+    return torch.cat(parts, 2)
+
+
+def _relative_shape(
+    q: Tensor, p: Tensor, k: Tensor, offsets: Tensor, keys: int, inputs: int, positions: int, cost: Tensor, threshold: Tensor,
+    seen: Tensor | None = None, start: int = 0,
+) -> Tensor:  # fmt: skip
+    return q.new_empty(*q.shape[:-1], words_of(keys))
+
+
+@_operation(
+    "relative_attention(Tensor q, Tensor p, Tensor k, Tensor offsets, SymInt keys, SymInt inputs, SymInt positions, Tensor cost, "
+    "Tensor threshold, Tensor? seen=None, SymInt start=0) -> Tensor",
+    _relative_shape,
+)
+def relative_attention(
+    q: Tensor, p: Tensor, k: Tensor, offsets: Tensor, keys: int, inputs: int, positions: int, cost: Tensor, threshold: Tensor,
+    seen: Tensor | None = None, start: int = 0,
+) -> Tensor:  # fmt: skip
+    """`attention` with relative positions: p (B, H, n, E) of `positions` inputs, offsets (H, ceil((2T - 1) / 16), E, 16), cost (2,).
+
+    Query i stands where key start + i does; its offset from key j is row T - 1 - start - i + j.
+    """
+    if kernel := _native(q, inputs, positions):
+        return _attend(kernel, q, k, None, p, offsets, keys, 0, inputs, cost, threshold, seen, None, start, -1)
+    visible = None if seen is None else bits_from(seen, keys)[:, None, None]
+    parts = []
+    for first in range(0, q.size(2), QUERIES):
+        rows = slice(first, first + QUERIES)
+        places = _distances(p[:, :, rows], offsets.expand(q.size(0), *offsets.shape), 2 * keys - 1, positions)
+        costs = _by_key(places, keys, start + first).mul_(cost[1:])
+        parts.append(_attended(costs.add_(_distances(q[:, :, rows], k, keys, inputs).mul_(cost[:1])), visible, threshold))
+    return torch.cat(parts, 2)
+
+
+def _blocked_shape(
+    q: Tensor, k: Tensor, shared: Tensor, keys: int, shared_keys: int, inputs: int, cost: Tensor, threshold: Tensor,
+    seen: Tensor | None = None, shared_seen: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    return q.new_empty(*q.shape[:-1], words_of(keys) + words_of(shared_keys))
+
+
+@_operation(
+    "blocked_attention(Tensor q, Tensor k, Tensor shared, SymInt keys, SymInt shared_keys, SymInt inputs, Tensor cost, Tensor threshold, "
+    "Tensor? seen=None, Tensor? shared_seen=None) -> Tensor",
+    _blocked_shape,
+)
+def blocked_attention(
+    q: Tensor, k: Tensor, shared: Tensor, keys: int, shared_keys: int, inputs: int, cost: Tensor, threshold: Tensor,
+    seen: Tensor | None = None, shared_seen: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`attention` of blocks (B, H, N, L, W) to their own keys (B, H, N, ceil(T / 16), W, 16) and to those all share, (B, H, .., W, 16).
+
+    One sum runs over both. Bits (B, H, N, L, ceil(T / 32) + ceil(G / 32)): the own keys', then from a new word on the shared ones'.
+    seen (B, N, ceil(T / 32)), shared_seen (B, ceil(G / 32)).
+    """
+    if kernel := _native(q, inputs):
+        return _attend(kernel, q, k, shared, None, None, keys, shared_keys, inputs, cost, threshold, seen, shared_seen, 0, -1)
+    own = _distances(q, k, keys, inputs)
+    far = _distances(q, shared.unsqueeze(2), shared_keys, inputs).expand(*own.shape[:-1], -1)
+    sees = None
+    if seen is not None or shared_seen is not None:
+        of_own = own.new_ones(1, 1, keys) if seen is None else bits_from(seen, keys)  # (B, N, T)
+        of_far = own.new_ones(1, shared_keys) if shared_seen is None else bits_from(shared_seen, shared_keys)  # (B, G)
+        lead = (q.size(0), 1, q.size(2), 1)
+        sees = torch.cat((of_own[:, None, :, None].bool().expand(*lead, -1), of_far[:, None, None, None].bool().expand(*lead, -1)), -1)
+    bits = bits_from(_attended(torch.cat((own, far), -1).mul_(cost), sees, threshold), keys + shared_keys)
+    return torch.cat((words_from(bits[..., :keys]), words_from(bits[..., keys:])), -1)
