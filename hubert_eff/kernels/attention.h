@@ -26,7 +26,8 @@ constexpr int32_t HIDDEN = 0x7fffffff;
 INLINE int64_t up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 INLINE int32_t weight(uint32_t gap) {
-    const uint32_t places = std::min<uint32_t>(gap >> 16, 31), x = gap >> 1 & 0x7fff;
+    uint32_t places = gap >> 16, x = gap >> 1 & 0x7fff;
+    places = places < 31 ? places : 31;
     uint32_t y = 15069 - (2551 * x >> 15);
     y = 45286 - (y * x >> 15);
     y = 65535 - (y * x >> 15);
@@ -120,21 +121,20 @@ INLINE void near_bits(const uint8_t* d, int64_t length, const Weights& weights, 
 
 // The same with positions, whose distances are `r`.
 template <class Isa>
-INLINE void cheap_bits(const uint8_t* d, const uint8_t* r, int64_t length, const int32_t* cost, float threshold, int64_t visible,
-                       int64_t words, int32_t* costs, uint32_t* out) {
-    const int32_t of_key = cost[0], of_place = cost[1];
-    int32_t best = HIDDEN;
+INLINE void cheap_bits(const uint8_t* __restrict d, const uint8_t* __restrict r, int64_t length, const int32_t* cost, float threshold, int64_t visible,
+                       int64_t words, int32_t* __restrict costs, uint32_t* out) {
+    const uint32_t of_key = static_cast<uint32_t>(cost[0]), of_place = static_cast<uint32_t>(cost[1]);
     for (int64_t j = 0; j < length; ++j) {
-        costs[j] = d[j] == FAR ? HIDDEN : of_key * d[j] + of_place * r[j];
-        best = std::min(best, costs[j]);
+        const uint32_t sum = of_key * d[j] + of_place * r[j];
+        costs[j] = d[j] == FAR ? HIDDEN : static_cast<int32_t>(sum);
     }
+    int32_t best = HIDDEN;
+    for (int64_t j = 0; j < length; ++j) best = costs[j] < best ? costs[j] : best;
+    for (int64_t j = 0; j < length; ++j) costs[j] = weight(static_cast<uint32_t>(costs[j]) - static_cast<uint32_t>(best));
     uint64_t total = 0;
-    for (int64_t j = 0; j < length; j += VECTOR) {
+    for (int64_t j = 0; j < length; j += VECTOR) {  // 64 weights fit into 32 bits
         uint32_t part = 0;
-        for (int64_t i = j; i < j + VECTOR; ++i) {
-            costs[i] = weight(static_cast<uint32_t>(costs[i]) - static_cast<uint32_t>(best));
-            part += static_cast<uint32_t>(costs[i]);
-        }
+        for (int64_t i = 0; i < VECTOR; ++i) part += static_cast<uint32_t>(costs[j + i]);
         total += part;
     }
     int32_t limit[PAIR];
