@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 import hubert_eff
+from hubert_eff.kernels import loader
+
+
+def runs(kernel: str) -> bool:
+    """Whether a kernel runs on this machine."""
+    return isinstance(loader._load(kernel), loader.Kernel)
+
+
+def in_torch(monkeypatch: pytest.MonkeyPatch, call: Callable[[], Tensor]) -> Tensor:
+    """The result of the same call in plain torch."""
+    with monkeypatch.context() as patch:
+        patch.setenv(loader.VARIABLE, "torch")
+        return call()
 
 
 def debug(encoder: str, policy: str = "default", zero: bool = False, **overrides: Any) -> hubert_eff.models.hubert.HubertModel:

@@ -115,6 +115,94 @@ void one(const char* name, const void* kernel) {
     }
 }
 
+// A row of bits from random words, the rest of the last word 0.
+void words(Exact<uint32_t>& x, int64_t rows, int64_t inputs) {
+    const int64_t count = (inputs + 31) / 32;
+    for (int64_t i = 0; i < rows * count; ++i) x.data[i] = draw() & (i % count < count - 1 || inputs % 32 == 0 ? ~0u : (1u << inputs % 32) - 1);
+}
+
+// The same as panels of sixteen rows.
+void panels(const Exact<uint32_t>& rows, Exact<uint32_t>& out, int64_t lead, int64_t n, int64_t count) {
+    for (int64_t i = 0; i < out.size; ++i) out.data[i] = 0;
+    for (int64_t l = 0; l < lead; ++l)
+        for (int64_t i = 0; i < n; ++i)
+            for (int64_t w = 0; w < count; ++w)
+                out.data[((l * ((n + 15) / 16) + i / 16) * count + w) * 16 + i % 16] = rows.data[(l * n + i) * count + w];
+}
+
+int64_t apart(const uint32_t* a, const uint32_t* b, int64_t count) {
+    int64_t sum = 0;
+    for (int64_t w = 0; w < count; ++w) sum += __builtin_popcount(a[w] ^ b[w]);
+    return sum;
+}
+
+int64_t integer_weight(int64_t gap) {
+    const int64_t x = gap / 2 % 32768, y = 45286 - ((15069 - 2551 * x / 32768) * x / 32768), places = gap / 65536;
+    return places > 31 ? 0 : (65535 - y * x / 32768) * 256 / (int64_t{1} << places);
+}
+
+void attend(const char* name, const void* kernel) {
+    const bool relative = number(0, 1), shared = !relative && number(0, 1);
+    const int64_t heads = number(1, 2), batch = heads * number(1, 2), blocks = shared ? number(1, 3) : 1;
+    const int64_t keys = number(shared ? 0 : 1, number(0, 9) ? 90 : 700), others = shared ? number(0, 90) : 0;
+    const int64_t n = number(1, relative ? std::min<int64_t>(keys, 80) : 80), inputs = number(1, number(0, 3) ? 70 : 239), places = number(1, 40);
+    const int64_t count = (inputs + 31) / 32, position_count = (places + 31) / 32, key_words = (keys + 31) / 32, other_words = (others + 31) / 32;
+    Exact<uint32_t> q(batch * blocks * n * count), k(batch * blocks * keys * count), far(batch * others * count);
+    Exact<uint32_t> p(batch * n * position_count), r(heads * std::max<int64_t>(0, 2 * keys - 1) * position_count);
+    words(q, batch * blocks * n, inputs), words(k, batch * blocks * keys, inputs), words(far, batch * others, inputs);
+    words(p, batch * n, places);
+    if (keys) words(r, heads * (2 * keys - 1), places);
+    Exact<uint32_t> key_panels(batch * blocks * ((keys + 15) / 16) * count * 16), far_panels(batch * ((others + 15) / 16) * count * 16);
+    Exact<uint32_t> offset_panels(relative ? heads * ((2 * keys + 14) / 16) * position_count * 16 : 0);
+    panels(k, key_panels, batch * blocks, keys, count), panels(far, far_panels, batch, others, count);
+    if (relative) panels(r, offset_panels, heads, 2 * keys - 1, position_count);
+    Exact<uint32_t> seen(batch / heads * blocks * key_words), far_seen(batch / heads * other_words);
+    const uint32_t none = number(0, 5) ? ~0u : 0u;
+    for (int64_t i = 0; i < seen.size; ++i) seen.data[i] = draw() & none;
+    for (int64_t i = 0; i < far_seen.size; ++i) far_seen.data[i] = draw() & none;
+    Exact<int32_t> cost(2);
+    for (int i = 0; i < 2; ++i) cost.data[i] = static_cast<int32_t>(number(0, number(0, 3) ? 40000 : 30 << 16));
+    Exact<float> threshold(1);
+    *threshold.data = static_cast<float>(number(1, 300)) / 100;
+    Exact<uint32_t> out(batch * blocks * n * (key_words + other_words));
+    Attention task = {};
+    const bool masked = number(0, 1);
+    task.q = q.data, task.keys = key_panels.data, task.shared = shared ? far_panels.data : nullptr;
+    task.seen = masked ? seen.data : nullptr, task.shared_seen = masked ? far_seen.data : nullptr;
+    task.p = relative ? p.data : nullptr, task.offsets = relative ? offset_panels.data : nullptr;
+    task.cost = cost.data, task.threshold = threshold.data, task.out = out.data, task.batch = batch, task.heads = heads, task.blocks = blocks;
+    task.n = n, task.key_count = keys, task.shared_count = others, task.words = count, task.inputs = inputs;
+    task.position_words = position_count, task.start = relative ? number(0, keys - n) : number(0, 20);
+    task.window = relative || shared || number(0, 1) ? -1 : number(0, 30);
+    hubert_eff_attention(kernel, &task, number(1, 3));
+    std::vector<int64_t> costs(keys + others);
+    for (int64_t row = 0; row < batch * blocks * n; ++row) {
+        const int64_t block = row / n, b = block / blocks, place = task.start + row % n;
+        int64_t best = -1, visible = 0, total = 0;
+        for (int64_t j = 0; j < keys + others; ++j) {
+            const bool own = j < keys;
+            const uint32_t* mask = own ? seen.data + (b / heads * blocks + block % blocks) * key_words : far_seen.data + b / heads * other_words;
+            const uint32_t* key = own ? k.data + (block * keys + j) * count : far.data + (b * others + j - keys) * count;
+            costs[j] = -1;
+            if ((masked && !bit(mask, own ? j : j - keys)) || (task.window >= 0 && std::abs(place - j) > task.window)) continue;
+            costs[j] = cost.data[0] * apart(q.data + row * count, key, count);
+            if (relative) {
+                const uint32_t* offset = r.data + (b % heads * (2 * keys - 1) + keys - 1 - place + j) * position_count;
+                costs[j] += cost.data[1] * apart(p.data + row * position_count, offset, position_count);
+            }
+            best = best < 0 ? costs[j] : std::min(best, costs[j]), ++visible;
+        }
+        for (const int64_t c : costs) total += c < 0 ? 0 : integer_weight(c - best);
+        const double share = visible ? static_cast<double>(total) * static_cast<double>(*threshold.data) / static_cast<double>(visible) : 0;
+        for (int64_t j = 0; j < keys + others; ++j) {
+            const bool above = costs[j] >= 0 && integer_weight(costs[j] - best) > static_cast<int64_t>(share);
+            const uint32_t* found = out.data + row * (key_words + other_words);
+            expect(bit(j < keys ? found : found + key_words, j < keys ? j : j - keys) == above, name, "attention");
+        }
+        for (int64_t j = keys; j < key_words * 32; ++j) expect(!bit(out.data + row * (key_words + other_words), j), name, "end of attention");
+    }
+}
+
 }  // namespace
 
 int main(int, char** arguments) {
@@ -122,7 +210,7 @@ int main(int, char** arguments) {
         const void* kernel = hubert_eff_find(name);
         if (!kernel) continue;
         const int count = std::atoi(arguments[1]);
-        for (int i = 0; i < count; ++i) one(name, kernel);
+        for (int i = 0; i < count; ++i) one(name, kernel), attend(name, kernel);
         std::printf("%s: %d shapes\n", name, count);
     }
     return 0;

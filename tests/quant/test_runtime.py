@@ -29,30 +29,9 @@ from hubert_eff.quant.modules import Codes, FrameMask
 from hubert_eff.quant.runtime import KERNELS, kernel_in_use, ops
 from hubert_eff.quant.runtime.modules import PackedCodes, PackedConv1d, PackedLinear, PackedQuantizer
 
-from ..helpers.packed import debug, differing
+from ..helpers.packed import debug, differing, in_torch, runs
 
 ENCODERS = hubert_eff.list_encoders()
-
-
-def runs(kernel: str) -> bool:
-    """Whether a kernel runs on this machine."""
-    return isinstance(loader._load(kernel), loader.Kernel)
-
-
-@pytest.fixture(params=[kernel for kernel in KERNELS if kernel != "torch"])
-def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Every kernel that runs here, forced."""
-    if not runs(request.param):
-        pytest.skip(f"this machine does not run {request.param}")
-    monkeypatch.setenv(loader.VARIABLE, request.param)
-    yield request.param
-
-
-def in_torch(monkeypatch: pytest.MonkeyPatch, call: Callable[[], Tensor]) -> Tensor:
-    """The result of the same call in plain torch."""
-    with monkeypatch.context() as patch:
-        patch.setenv(loader.VARIABLE, "torch")
-        return call()
 
 
 def shapes(count: int) -> Iterator[tuple[int, int, int]]:
