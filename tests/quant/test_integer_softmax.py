@@ -268,5 +268,6 @@ def test_the_gradient_in_eval_mode_is_that_of_training() -> None:
 @torch.no_grad()
 def test_a_trace_keeps_softmax() -> None:
     module, (q, k, v, *_) = next(forms(30, 64, False))
+    module.requires_grad_(False)
     traced = torch.jit.trace(lambda *x: module(*x, None, 0.0), (q, k, v))
     assert "aten::softmax" in str(traced.graph)
