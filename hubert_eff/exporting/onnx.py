@@ -26,6 +26,7 @@ from ..layers.position import PositionalConv1d
 from ..models.extractor import receptive_field
 from ..models.fuse import fuse
 from ..models.hubert import HubertModel
+from ..quant.attention import Probabilities
 from ..utils.files import replacing
 
 OPSET = 17
@@ -75,9 +76,11 @@ def export_onnx(model: HubertModel, path: str | os.PathLike[str]) -> dict[str, A
     """Write `path` (.onnx): input `wav` (batch, samples) at 16 kHz, output `hidden_states` (L + 1, batch, frames, D).
 
     A float model is fused first. A w1a1 model is written as it is simulated, +-1 in float32: of its speed and size on bits nothing is
-    left, of its outputs all. There is no padding mask. Returns bytes, form, opset and the largest difference between onnxruntime's
-    and torch's output over four shapes, one frame, two, and a batch among them, and the share of elements that differ by more than
-    `AGREES`: none in a float model, and in a one-bit one none but, in a long input, those behind a bit that was set the other way at a tie.
+    left, of its outputs all but what bits of attention probabilities at their threshold change: the graph keeps softmax, as in training
+    (quant/integer_softmax.py). There is no padding mask. Returns bytes, form, opset and the largest difference between onnxruntime's and
+    torch's output with softmax over four shapes, one frame, two, and a batch among them, and the share of elements that differ by more
+    than `AGREES`: none in a float model, and in a one-bit one none but, in a long input, those behind a bit that was set the other way at
+    a tie.
     Raises `UserError` for a packed or w1a2 model, one whose scales never saw data, another suffix, and a graph that does not compute the
     same.
     """
@@ -102,7 +105,7 @@ def export_onnx(model: HubertModel, path: str | os.PathLike[str]) -> dict[str, A
 
 
 def _prepared(model: HubertModel) -> HubertModel:
-    """A copy for tracing: fused, or at least without weight normalisation, in float32 on the CPU."""
+    """A copy for tracing: fused, or at least without weight normalisation and with softmax in its attention, in float32 on the CPU."""
     if model.config.quant == "none":
         ready = fuse(model)
     else:
@@ -111,6 +114,8 @@ def _prepared(model: HubertModel) -> HubertModel:
             for module in ready.modules():
                 if isinstance(module, PositionalConv1d):
                     module.fold()
+                elif isinstance(module, Probabilities):
+                    module.by_softmax = True
     return ready.float().cpu().requires_grad_(False)
 
 

@@ -81,7 +81,12 @@ def _table_mask(frames: int, valid: Tensor | None) -> Tensor | None:
 
 
 class Probabilities(nn.Module):
-    """Quantiser of (visible keys) x P; its product with the values belongs to the module that holds it."""
+    """Quantiser of (visible keys) x P; its product with the values belongs to the module that holds it.
+
+    by_softmax: compute floats in eval mode too, as a graph that is to be traced does.
+    """
+
+    by_softmax = False
 
     def __init__(self, bits: int) -> None:
         super().__init__()
@@ -95,7 +100,7 @@ class Probabilities(nn.Module):
 
         `scale`: `quantizer.effective` of the whole tensor of which these are a part.
         """
-        by_integers = self.quantizer.bits == 1 and not self.training and not is_tracing()
+        by_integers = self.quantizer.bits == 1 and not (self.training or self.by_softmax or is_tracing())
         if not by_integers:
             return self._codes(terms, seen, visible, scale, dropout)
         with torch.no_grad():
