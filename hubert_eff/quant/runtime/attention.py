@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ...layers.bits import counted_as
 from ...layers.sparse_pattern import SparsePattern, chunks, gather_summaries
@@ -96,7 +97,7 @@ class PackedAttention(_Packed):
         own, half = (scale, v.dtype == torch.bfloat16) if attend is None else (None, False)
         mixed = [ops.product(attended(*piece), values, width, frames, False, own, None, None, half) for piece in _pieces(v)]
         y = mixed[0] if len(mixed) == 1 else torch.cat(mixed, 2)
-        return y if attend is None else (y * scale).to(v.dtype)
+        return y if attend is None else y.mul_(scale).to(v.dtype)
 
 
 class PackedRelativeAttention(PackedAttention):
@@ -138,7 +139,7 @@ class PackedSparseAttention(PackedAttention):
         rows = self._banded if pattern.kind == "local" else self._blocked
         mixed = []
         for bits, product, visible in rows(query.bits, key.bits, moved, attend, cost, pattern):
-            mixed.append(product(bits) * (self.probabilities.scale * self.value.scale / visible))
+            mixed.append(product(bits).mul_(self.probabilities.scale * self.value.scale / visible))
         y = torch.cat(mixed, 2)
         return y.bfloat16() if query.half else y
 
@@ -170,13 +171,15 @@ class PackedSparseAttention(PackedAttention):
     def _banded(self, q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None, cost: Tensor, pattern: SparsePattern) -> Iterator[Rows]:
         frames, window, width, threshold = v.size(2), pattern.window, v.size(-1), self.probabilities.scale / 2
         place = torch.arange(frames, device=v.device)
+        left, right = (place - window).clamp(min=0), (place + window + 1).clamp(max=frames)
+        visible = (right - left).view(1, 1, -1, 1)
+        if attend is not None:
+            seen_before = F.pad(attend.cumsum(-1), (1, 0))  # (B, 1, 1, T + 1)
+            visible = (seen_before[..., right] - seen_before[..., left]).clamp(min=1).mT
         for start in range(0, frames, CHUNK):
             stop = min(start + CHUNK, frames)
             first, last = max(0, start - window), min(frames, stop + window)
             near = slice(first, last)
-            seen = ((place[start:stop, None] - place[near]).abs() <= window)[None, None]  # (1, 1, n, keys)
-            if attend is not None:
-                seen = seen & attend[..., near]
             keys, words = ops.panels_from(k[:, :, near]), _words(None if attend is None else attend[:, 0, 0, near])
             bits = ops.attention(q[:, :, start:stop], keys, last - first, width, cost, threshold, words, start - first, window)
             values = ops.pack_columns(v[:, :, near])
@@ -184,7 +187,7 @@ class PackedSparseAttention(PackedAttention):
             def product(bits: Tensor, values: Tensor = values, count: int = last - first) -> Tensor:
                 return ops.product(bits, values, width, count, False)
 
-            yield bits, product, seen.sum(-1, keepdim=True).clamp(min=1)
+            yield bits, product, visible[:, :, start:stop]
 
 
 class PackedWeights(_Packed):
@@ -230,7 +233,7 @@ class PackedSharedProbabilities:
         for index, piece in enumerate(self.pieces):
             bits = self.attended(*piece, heads) if self.bits is None else self.bits[index][:, :heads]
             mixed.append(ops.product(bits, columns, width, self.frames, False))
-        return torch.cat(mixed, 2) * (self.scale * scale)
+        return torch.cat(mixed, 2).mul_(self.scale * scale)
 
 
 class PackedMix(_Packed):

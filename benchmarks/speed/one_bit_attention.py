@@ -1,14 +1,12 @@
-"""One-bit attention by integers: its speed, its memory, and what it moves against softmax.
+"""One-bit attention by integers: its speed and its memory.
 
-    python benchmarks/one_bit_attention.py [--kernels avx512vpopcntdq avx2] [--shape 12 499 64] [--rounds 15] [--cpu-time]
-    python benchmarks/one_bit_attention.py --memory [10000 20000 40000]
-    python benchmarks/one_bit_attention.py --moved CHECKPOINT DATA LABELS
+    python benchmarks/speed/one_bit_attention.py [--kernels avx512vpopcntdq avx2] [--shape 12 499 64] [--rounds 15] [--cpu-time]
+    python benchmarks/speed/one_bit_attention.py --memory [10000 20000 40000]
 
 The first times every form, packing of its operands included, against `F.scaled_dot_product_attention` in float32 (dense, without
 relative positions), and the simulation in eval mode against the simulation with softmax, all in the same rounds; packed forms are
 compared with their simulation to the last bit before. The second runs two packed layers of transformer-base on so many frames, each
-length in a process of its own, and prints how much memory they took (Linux). The third runs a trained one-bit model on DATA/valid.tsv,
-and counts the bits that softmax would have set otherwise, how far the hidden states of the two are apart, and the masked accuracy of both.
+length in a process of its own, and prints how much memory they took (Linux).
 """
 
 from __future__ import annotations
@@ -20,18 +18,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import harness
-import soundfile
 import torch
-from binarize import masked_accuracy
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import hubert_eff
 from hubert_eff.kernels import loader
 from hubert_eff.layers.sparse import SparsePattern
 from hubert_eff.quant import Quantizer, pack
@@ -143,43 +137,6 @@ def memory(lengths: list[int]) -> list[dict[str, Any]]:
     return found
 
 
-@torch.no_grad()
-def moved(checkpoint: Path, data: Path, labels: Path) -> dict[str, Any]:
-    """What the bits, hidden states and masked accuracy of a trained model are by integers and by softmax."""
-    model = hubert_eff.load(checkpoint).eval()
-    root, *lines = (data / "valid.tsv").read_text(encoding="utf-8").splitlines()
-    counts = {"bits": 0, "set": 0, "moved": 0}
-    forward = Probabilities.forward
-
-    def both(self: Probabilities, *args: Any) -> Tensor:
-        ours = forward(self, *args)
-        with mock.patch.object(Probabilities, "by_softmax", True):
-            theirs = forward(self, *args)
-        counts["bits"] += ours.numel()
-        counts["set"] += int((ours > 0).sum())
-        counts["moved"] += int(((ours > 0) != (theirs > 0)).sum())
-        return ours
-
-    apart, elements, size, changed = 0.0, 0, 0.0, 0
-    for line in lines:
-        samples, _ = soundfile.read(Path(root) / line.split("\t")[0], dtype="float32")
-        wav = torch.from_numpy(samples).unsqueeze(0)
-        with mock.patch.object(Probabilities, "forward", both):
-            ours = model.hidden_states(wav)[0][-1]
-        with mock.patch.object(Probabilities, "by_softmax", True):
-            theirs = model.hidden_states(wav)[0][-1]
-        apart += float((ours - theirs).square().sum())
-        size += float(theirs.square().sum())
-        changed += int(((ours - theirs).abs() > 1e-3).sum())
-        elements += ours.numel()
-    accuracy = masked_accuracy(checkpoint, data, labels)
-    with mock.patch.object(Probabilities, "by_softmax", True):
-        by_softmax = masked_accuracy(checkpoint, data, labels)
-    found = {"accuracy": accuracy, "accuracy_by_softmax": by_softmax, "recordings": len(lines), **counts}
-    found |= {"share_moved": counts["moved"] / counts["bits"], "states_apart": (apart / size) ** 0.5, "states_changed": changed / elements}
-    return found
-
-
 def main() -> None:
     """Measure, print."""
     options = harness.parser(__doc__.splitlines()[0])
@@ -188,13 +145,9 @@ def main() -> None:
     options.add_argument("--shape", nargs=3, type=int, default=(12, 499, 64), metavar=("HEADS", "FRAMES", "DIM"), help="default: 12 499 64")
     options.add_argument("--cpu-time", action="store_true", help=harness.CPU_TIME)
     options.add_argument("--memory", nargs="*", type=int, metavar="FRAMES", help=f"measure memory instead (default: {FRAMES})")
-    options.add_argument("--moved", nargs=3, type=Path, metavar=("CHECKPOINT", "DATA", "LABELS"), help="compare with softmax instead")
     args: argparse.Namespace = options.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    if args.moved:
-        print(json.dumps(moved(*args.moved), indent=2))
-        return
     if args.memory is not None:
         print(json.dumps(memory(args.memory or list(FRAMES)), indent=2))
         return
