@@ -121,8 +121,8 @@ INLINE void near_bits(const uint8_t* d, int64_t length, const Weights& weights, 
 
 // The same with positions, whose distances are `r`.
 template <class Isa>
-INLINE void cheap_bits(const uint8_t* __restrict d, const uint8_t* __restrict r, int64_t length, const int32_t* cost, float threshold, int64_t visible,
-                       int64_t words, int32_t* __restrict costs, uint32_t* out) {
+INLINE void cheap_bits(const uint8_t* __restrict d, const uint8_t* __restrict r, int64_t length, const int32_t* cost, float threshold,
+                       int64_t visible, int64_t words, int32_t* __restrict costs, uint32_t* out) {
     const uint32_t of_key = static_cast<uint32_t>(cost[0]), of_place = static_cast<uint32_t>(cost[1]);
     for (int64_t j = 0; j < length; ++j) {
         const uint32_t sum = of_key * d[j] + of_place * r[j];
@@ -198,9 +198,9 @@ INLINE void attention(const Attention& p, int64_t begin, int64_t end) {  // of [
                 row_visible = 0;
                 for (int64_t j = 0; j < length; ++j) row_visible += of_row[j] != FAR;
             }
+            const uint8_t* of_places = p.p ? r.data() + i * span + (p.key_count - 1 - place - first) : nullptr;
             if (p.p)
-                cheap_bits<Isa>(of_row, r.data() + i * span + (p.key_count - 1 - place - first), length, p.cost, *p.threshold, row_visible, words,
-                                costs.data(), out);
+                cheap_bits<Isa>(of_row, of_places, length, p.cost, *p.threshold, row_visible, words, costs.data(), out);
             else
                 near_bits<Isa>(of_row, length, weights, *p.threshold, p.inputs, row_visible, split, key_words, words, out);
         }

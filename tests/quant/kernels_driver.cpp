@@ -118,7 +118,8 @@ void one(const char* name, const void* kernel) {
 // A row of bits from random words, the rest of the last word 0.
 void words(Exact<uint32_t>& x, int64_t rows, int64_t inputs) {
     const int64_t count = (inputs + 31) / 32;
-    for (int64_t i = 0; i < rows * count; ++i) x.data[i] = draw() & (i % count < count - 1 || inputs % 32 == 0 ? ~0u : (1u << inputs % 32) - 1);
+    const uint32_t last = inputs % 32 == 0 ? ~0u : (1u << inputs % 32) - 1;
+    for (int64_t i = 0; i < rows * count; ++i) x.data[i] = static_cast<uint32_t>(draw()) & (i % count < count - 1 ? ~0u : last);
 }
 
 // The same as panels of sixteen rows.
@@ -145,8 +146,10 @@ void attend(const char* name, const void* kernel) {
     const bool relative = number(0, 1), shared = !relative && number(0, 1);
     const int64_t heads = number(1, 2), batch = heads * number(1, 2), blocks = shared ? number(1, 3) : 1;
     const int64_t keys = number(shared ? 0 : 1, number(0, 9) ? 90 : 700), others = shared ? number(0, 90) : 0;
-    const int64_t n = number(1, relative ? std::min<int64_t>(keys, 80) : 80), inputs = number(1, number(0, 3) ? 70 : 239), places = number(1, 40);
-    const int64_t count = (inputs + 31) / 32, position_count = (places + 31) / 32, key_words = (keys + 31) / 32, other_words = (others + 31) / 32;
+    const int64_t n = number(1, relative ? std::min<int64_t>(keys, 80) : 80);
+    const int64_t inputs = number(1, number(0, 3) ? 70 : 239), places = number(1, 40);
+    const int64_t count = (inputs + 31) / 32, position_count = (places + 31) / 32;
+    const int64_t key_words = (keys + 31) / 32, other_words = (others + 31) / 32;
     Exact<uint32_t> q(batch * blocks * n * count), k(batch * blocks * keys * count), far(batch * others * count);
     Exact<uint32_t> p(batch * n * position_count), r(heads * std::max<int64_t>(0, 2 * keys - 1) * position_count);
     words(q, batch * blocks * n, inputs), words(k, batch * blocks * keys, inputs), words(far, batch * others, inputs);
@@ -170,7 +173,8 @@ void attend(const char* name, const void* kernel) {
     task.q = q.data, task.keys = key_panels.data, task.shared = shared ? far_panels.data : nullptr;
     task.seen = masked ? seen.data : nullptr, task.shared_seen = masked ? far_seen.data : nullptr;
     task.p = relative ? p.data : nullptr, task.offsets = relative ? offset_panels.data : nullptr;
-    task.cost = cost.data, task.threshold = threshold.data, task.out = out.data, task.batch = batch, task.heads = heads, task.blocks = blocks;
+    task.cost = cost.data, task.threshold = threshold.data, task.out = out.data;
+    task.batch = batch, task.heads = heads, task.blocks = blocks;
     task.n = n, task.key_count = keys, task.shared_count = others, task.words = count, task.inputs = inputs;
     task.position_words = position_count, task.start = relative ? number(0, keys - n) : number(0, 20);
     task.window = relative || shared || number(0, 1) ? -1 : number(0, 30);
@@ -181,7 +185,8 @@ void attend(const char* name, const void* kernel) {
         int64_t best = -1, visible = 0, total = 0;
         for (int64_t j = 0; j < keys + others; ++j) {
             const bool own = j < keys;
-            const uint32_t* mask = own ? seen.data + (b / heads * blocks + block % blocks) * key_words : far_seen.data + b / heads * other_words;
+            const int64_t of = b / heads;
+            const uint32_t* mask = own ? seen.data + (of * blocks + block % blocks) * key_words : far_seen.data + of * other_words;
             const uint32_t* key = own ? k.data + (block * keys + j) * count : far.data + (b * others + j - keys) * count;
             costs[j] = -1;
             if ((masked && !bit(mask, own ? j : j - keys)) || (task.window >= 0 && std::abs(place - j) > task.window)) continue;
@@ -193,7 +198,8 @@ void attend(const char* name, const void* kernel) {
             best = best < 0 ? costs[j] : std::min(best, costs[j]), ++visible;
         }
         for (const int64_t c : costs) total += c < 0 ? 0 : integer_weight(c - best);
-        const double share = visible ? static_cast<double>(total) * static_cast<double>(*threshold.data) / static_cast<double>(visible) : 0;
+        const double above_mean = static_cast<double>(total) * static_cast<double>(*threshold.data);
+        const double share = visible ? above_mean / static_cast<double>(visible) : 0;
         for (int64_t j = 0; j < keys + others; ++j) {
             const bool above = costs[j] >= 0 && integer_weight(costs[j] - best) > static_cast<int64_t>(share);
             const uint32_t* found = out.data + row * (key_words + other_words);

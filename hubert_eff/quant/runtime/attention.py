@@ -9,7 +9,6 @@ as floats; values are packed along time, and a product of bits mixes them. They 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +26,7 @@ from .modules import PackedCodes, PackedQuantizer
 BITS = 1 << 26  # bits of probabilities that exist at a time
 KEPT = 1 << 29  # bits of shared probabilities that are kept; those of longer input are computed anew for each use
 
-Rows = tuple[Tensor, Callable[[Tensor], Tensor], "Tensor | int"]  # bits of probabilities, their product with the values, keys seen
+Rows = tuple[Tensor, Tensor, int, "Tensor | int"]  # bits of probabilities, packed values, their number, keys seen
 
 
 def _pieces(v: Tensor) -> Iterator[tuple[int, int]]:
@@ -134,12 +133,15 @@ class PackedSparseAttention(PackedAttention):
     ) -> Tensor:
         """As `BinarySparseAttention`."""
         query, key = _codes(q, self.query), _codes(k, self.key)
-        moved = v if self.value.move is None else v + self.value.move
         cost = _costs((query.scale * key.scale * v.size(-1) ** -0.5, v.size(-1)))
         rows = self._banded if pattern.kind == "local" else self._blocked
         mixed = []
-        for bits, product, visible in rows(query.bits, key.bits, moved, attend, cost, pattern):
-            mixed.append(product(bits).mul_(self.probabilities.scale * self.value.scale / visible))
+        for bits, values, keys, visible in rows(query.bits, key.bits, v, attend, cost, pattern):
+            scale = self.probabilities.scale * self.value.scale / visible
+            own = scale if isinstance(visible, int) else None
+            y = ops.product(bits, values, v.size(-1), keys, False, own)
+            y = y.flatten(2, 3) if y.dim() == 5 else y
+            mixed.append(y if own is not None else y.mul_(scale))
         y = torch.cat(mixed, 2)
         return y.bfloat16() if query.half else y
 
@@ -147,7 +149,8 @@ class PackedSparseAttention(PackedAttention):
         width, threshold = v.size(-1), self.probabilities.scale / 2
         segments = pattern.segments(v.size(2))
         shared, values = ops.panels_from(gather_summaries(k, segments)), gather_summaries(v, segments)  # (B, H, .., W, 16), (B, H, G, d)
-        far, columns = values.size(2), ops.pack_columns(values)
+        far, columns = values.size(2), self.value.columns(values).unsqueeze(2)
+        move = None if self.value.move is None else self.value.move.unsqueeze(1)
         column = None if attend is None else attend.mT  # (B, 1, T, 1)
         far_seen = None if column is None else gather_summaries(column, segments)[:, 0, :, 0]  # (B, G)
         for s in segments if follows_shapes(v) else chunks(segments):
@@ -156,17 +159,12 @@ class PackedSparseAttention(PackedAttention):
             if near_seen is not None and far_seen is not None:
                 count = near_seen.sum(-1) + far_seen.sum(-1, keepdim=True)
                 visible = count.clamp(min=1).repeat_interleave(s.length, 1)[:, None, :, None]  # (B, 1, n L, 1)
-            own_keys, own_values = ops.panels_from(s.blocks(k)[:, :, :, : s.own]), ops.pack_columns(s.blocks(v)[:, :, :, : s.own])
+            own_keys, own_values = ops.panels_from(s.blocks(k)[:, :, :, : s.own]), ops.pack_columns(s.blocks(v)[:, :, :, : s.own], move)
             bits = ops.blocked_attention(
                 s.blocks(q), own_keys, shared, s.own, far, width, cost, threshold, _words(near_seen), _words(far_seen)
-            )  # (B, H, n, L, ..)
-
-            def product(bits: Tensor, s: Any = s, own: Tensor = own_values) -> Tensor:
-                split = ops.words_of(s.own)
-                sums = ops.product(bits[..., :split], own, width, s.own, False).flatten(2, 3)
-                return sums.add_(ops.product(bits[..., split:].flatten(2, 3), columns, width, far, False))
-
-            yield bits, product, visible
+            )  # (B, H, n, L, W)
+            both = torch.cat((own_values, columns.expand(-1, -1, s.count, -1, -1, -1)), -2)  # in the order of the bits
+            yield bits, both, s.own + far, visible
 
     def _banded(self, q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None, cost: Tensor, pattern: SparsePattern) -> Iterator[Rows]:
         frames, window, width, threshold = v.size(2), pattern.window, v.size(-1), self.probabilities.scale / 2
@@ -178,16 +176,11 @@ class PackedSparseAttention(PackedAttention):
             visible = (seen_before[..., right] - seen_before[..., left]).clamp(min=1).mT
         for start in range(0, frames, CHUNK):
             stop = min(start + CHUNK, frames)
-            first, last = max(0, start - window), min(frames, stop + window)
-            near = slice(first, last)
-            keys, words = ops.panels_from(k[:, :, near]), _words(None if attend is None else attend[:, 0, 0, near])
-            bits = ops.attention(q[:, :, start:stop], keys, last - first, width, cost, threshold, words, start - first, window)
-            values = ops.pack_columns(v[:, :, near])
-
-            def product(bits: Tensor, values: Tensor = values, count: int = last - first) -> Tensor:
-                return ops.product(bits, values, width, count, False)
-
-            yield bits, product, visible[:, :, start:stop]
+            near = slice(max(0, start - window), min(frames, stop + window))
+            count, words = near.stop - near.start, _words(None if attend is None else attend[:, 0, 0, near])
+            keys = ops.panels_from(k[:, :, near])
+            bits = ops.attention(q[:, :, start:stop], keys, count, width, cost, threshold, words, start - near.start, window)
+            yield bits, self.value.columns(v[:, :, near]), count, visible[:, :, start:stop]
 
 
 class PackedWeights(_Packed):
