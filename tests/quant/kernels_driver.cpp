@@ -205,7 +205,8 @@ void attend(const char* name, const void* kernel) {
             const uint32_t* found = out.data + row * (key_words + other_words);
             expect(bit(j < keys ? found : found + key_words, j < keys ? j : j - keys) == above, name, "attention");
         }
-        for (int64_t j = keys; j < key_words * 32; ++j) expect(!bit(out.data + row * (key_words + other_words), j), name, "end of attention");
+        const uint32_t* end = out.data + row * (key_words + other_words);
+        for (int64_t j = keys; j < key_words * 32; ++j) expect(!bit(end, j), name, "end of attention");
     }
 }
 
