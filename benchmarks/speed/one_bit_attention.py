@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hubert_eff.kernels import loader
-from hubert_eff.layers.sparse import SparsePattern
+from hubert_eff.layers.sparse_pattern import SparsePattern
 from hubert_eff.quant import Quantizer, pack
 from hubert_eff.quant.attention import (
     BinaryAttention,

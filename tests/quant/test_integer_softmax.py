@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hubert_eff.layers.sparse import SparsePattern
+from hubert_eff.layers.sparse_pattern import SparsePattern
 from hubert_eff.quant import Quantizer, pack
 from hubert_eff.quant.attention import BinaryAttention, BinaryMix, BinaryRelativeAttention, BinarySparseAttention, BinaryWeights
 from hubert_eff.quant.integer_softmax import HIDDEN, attended_, cost_of_bit, weights_
