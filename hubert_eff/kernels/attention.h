@@ -105,8 +105,8 @@ INLINE void near_bits(const uint8_t* d, int64_t length, const Weights& weights, 
     for (int64_t j = 0; j < length; ++j) best = std::min(best, d[j]);
     int64_t passing = 0;
     if (best < FAR) {
-        const int64_t windows = (std::min<int64_t>(weights.some, most + 1 - best) + LANES - 1) / LANES;
-        const int32_t limit = least(Isa::weigh(d, length, best, weights.bytes, windows), threshold, visible);
+        const int64_t count = std::min<int64_t>(weights.some, most + 1 - best);
+        const int32_t limit = least(Isa::weigh(d, length, best, weights.bytes, count), threshold, visible);
         int32_t above = 0;
         for (int64_t i = 0; i <= most; ++i) above += weights.whole[i] > limit;  // weights fall
         passing = above;

@@ -174,10 +174,10 @@ struct Nibbles256 {
         return ~word;
     }
 
-    AVX2 static inline uint64_t weigh(const uint8_t* d, int64_t n, uint8_t best, const uint8_t (*bytes)[256], int64_t windows) {
+    AVX2 static inline uint64_t weigh(const uint8_t* d, int64_t n, uint8_t best, const uint8_t (*bytes)[256], int64_t count) {
         const __m256i zero = _mm256_setzero_si256(), past = _mm256_set1_epi8(0x70);  // as in avx512.h
         __m256i sum[3] = {zero, zero, zero};
-        for (int64_t w = 0; w < windows; ++w) {
+        for (int64_t w = 0; w * LANES < count; ++w) {
             const __m256i first = _mm256_set1_epi8(static_cast<char>(best + w * LANES));
             __m256i table[3];
             for (int b = 0; b < 3; ++b)

@@ -7,26 +7,6 @@
 
 namespace {
 
-// The sum of the weights of n distances (whole vectors), of which those up to 16 windows beyond `best` count: by tables of sixteen bytes.
-AVX512BW inline uint64_t weigh512(const uint8_t* d, int64_t n, uint8_t best, const uint8_t (*bytes)[256], int64_t windows) {
-    const __m512i zero = _mm512_setzero_si512(), past = _mm512_set1_epi8(0x70);  // with it, what is not 0 ... 15 has its highest bit set
-    __m512i sum[3] = {zero, zero, zero};
-    for (int64_t w = 0; w < windows; ++w) {
-        const __m512i first = _mm512_set1_epi8(static_cast<char>(best + w * LANES));
-        __m512i table[3];
-        for (int b = 0; b < 3; ++b)
-            table[b] = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes[b] + w * LANES)));
-        for (int64_t j = 0; j < n; j += 64) {
-            const __m512i place = _mm512_adds_epu8(_mm512_sub_epi8(_mm512_loadu_si512(d + j), first), past);
-            for (int b = 0; b < 3; ++b)
-                sum[b] = _mm512_add_epi64(sum[b], _mm512_sad_epu8(_mm512_shuffle_epi8(table[b], place), zero));
-        }
-    }
-    uint64_t total = 0;
-    for (int b = 0; b < 3; ++b) total += static_cast<uint64_t>(_mm512_reduce_add_epi64(sum[b])) << 8 * b;
-    return total;
-}
-
 AVX512BW inline uint32_t within512(const uint8_t* d, uint8_t furthest) {
     return _mm256_cmple_epu8_mask(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(d)), _mm256_set1_epi8(static_cast<char>(furthest)));
 }
@@ -68,8 +48,27 @@ struct Popcnt512 {
         return low | high << 16;
     }
 
-    AVX512POPCNT static inline uint64_t weigh(const uint8_t* d, int64_t n, uint8_t best, const uint8_t (*bytes)[256], int64_t windows) {
-        return weigh512(d, n, best, bytes, windows);
+    // The sum of the weights of n distances (whole vectors), of those less than `count` beyond `best`: by tables of 64 bytes.
+    AVX512POPCNT static inline uint64_t weigh(const uint8_t* d, int64_t n, uint8_t best, const uint8_t (*bytes)[256], int64_t count) {
+        const __m512i zero = _mm512_setzero_si512();
+        __m512i sum[3] = {zero, zero, zero};
+        for (int64_t w = 0; w < count; w += 64) {
+            const __m512i first = _mm512_set1_epi8(static_cast<char>(best + w));
+            const __m512i end = _mm512_set1_epi8(static_cast<char>(std::min<int64_t>(64, count - w)));
+            __m512i table[3];
+            for (int b = 0; b < 3; ++b) table[b] = _mm512_load_si512(bytes[b] + w);
+            for (int64_t j = 0; j < n; j += 64) {
+                const __m512i place = _mm512_sub_epi8(_mm512_loadu_si512(d + j), first);
+                const __mmask64 within = _mm512_cmplt_epu8_mask(place, end);
+                for (int b = 0; b < 3; ++b) {
+                    const __m512i part = _mm512_maskz_permutexvar_epi8(within, place, table[b]);
+                    sum[b] = _mm512_add_epi64(sum[b], _mm512_sad_epu8(part, zero));
+                }
+            }
+        }
+        uint64_t total = 0;
+        for (int b = 0; b < 3; ++b) total += static_cast<uint64_t>(_mm512_reduce_add_epi64(sum[b])) << 8 * b;
+        return total;
     }
 
     AVX512POPCNT static inline uint32_t within(const uint8_t* d, uint8_t furthest) { return within512(d, furthest); }
@@ -135,8 +134,24 @@ struct Shuffle512 {
         return low | high << 16;
     }
 
-    AVX512BW static inline uint64_t weigh(const uint8_t* d, int64_t n, uint8_t best, const uint8_t (*bytes)[256], int64_t windows) {
-        return weigh512(d, n, best, bytes, windows);
+    // The same by tables of sixteen bytes.
+    AVX512BW static inline uint64_t weigh(const uint8_t* d, int64_t n, uint8_t best, const uint8_t (*bytes)[256], int64_t count) {
+        const __m512i zero = _mm512_setzero_si512(), past = _mm512_set1_epi8(0x70);  // with it, what is not 0 ... 15 has its highest bit set
+        __m512i sum[3] = {zero, zero, zero};
+        for (int64_t w = 0; w * LANES < count; ++w) {
+            const __m512i first = _mm512_set1_epi8(static_cast<char>(best + w * LANES));
+            __m512i table[3];
+            for (int b = 0; b < 3; ++b)
+                table[b] = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes[b] + w * LANES)));
+            for (int64_t j = 0; j < n; j += 64) {
+                const __m512i place = _mm512_adds_epu8(_mm512_sub_epi8(_mm512_loadu_si512(d + j), first), past);
+                for (int b = 0; b < 3; ++b)
+                    sum[b] = _mm512_add_epi64(sum[b], _mm512_sad_epu8(_mm512_shuffle_epi8(table[b], place), zero));
+            }
+        }
+        uint64_t total = 0;
+        for (int b = 0; b < 3; ++b) total += static_cast<uint64_t>(_mm512_reduce_add_epi64(sum[b])) << 8 * b;
+        return total;
     }
 
     AVX512BW static inline uint32_t within(const uint8_t* d, uint8_t furthest) { return within512(d, furthest); }

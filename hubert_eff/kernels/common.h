@@ -10,7 +10,7 @@
 #include <immintrin.h>
 #define AVX2 __attribute__((target("avx2")))
 #define AVX512BW __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
-#define AVX512POPCNT __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vpopcntdq")))
+#define AVX512POPCNT __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vpopcntdq,avx512vbmi")))
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #define NEON

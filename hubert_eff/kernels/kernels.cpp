@@ -84,7 +84,9 @@ const Functions* find(const char* kernel) {
     __builtin_cpu_init();
     const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq");
-    if (!std::strcmp(kernel, "avx512vpopcntdq") && wide && __builtin_cpu_supports("avx512vpopcntdq")) return &avx512vpopcntdq;
+    if (!std::strcmp(kernel, "avx512vpopcntdq") && wide && __builtin_cpu_supports("avx512vpopcntdq") &&
+        __builtin_cpu_supports("avx512vbmi"))
+        return &avx512vpopcntdq;
     if (!std::strcmp(kernel, "avx512bw") && wide) return &avx512bw;
     if (!std::strcmp(kernel, "avx2") && __builtin_cpu_supports("avx2")) return &avx2;
 #elif defined(__aarch64__)

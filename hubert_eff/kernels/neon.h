@@ -52,9 +52,9 @@ struct Neon {
         return word;
     }
 
-    static inline uint64_t weigh(const uint8_t* d, int64_t n, uint8_t best, const uint8_t (*bytes)[256], int64_t windows) {
+    static inline uint64_t weigh(const uint8_t* d, int64_t n, uint8_t best, const uint8_t (*bytes)[256], int64_t count) {
         uint64_t sum[3] = {0, 0, 0};
-        for (int64_t w = 0; w < windows; ++w) {
+        for (int64_t w = 0; w * LANES < count; ++w) {
             const uint8x16_t first = vdupq_n_u8(static_cast<uint8_t>(best + w * LANES));
             uint8x16_t table[3];
             for (int b = 0; b < 3; ++b) table[b] = vld1q_u8(bytes[b] + w * LANES);
