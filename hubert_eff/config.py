@@ -232,8 +232,6 @@ class HubertConfig:
             return
         if self.normalize:
             raise UserError("streaming=true: normalize=true needs the whole utterance, which a stream does not have; set normalize=false")
-        if self.quant != "none":
-            raise UserError(f"streaming=true: a binarised model (quant={self.quant}) does not run in chunks; set quant=none")
 
     @property
     def causal(self) -> bool:

@@ -40,9 +40,9 @@ class HubertDistillConfig(FairseqDataclass):
 class HubertDistillCriterion(HubertEffCriterion):
     """KL at masked frames, as the batch's mean, plus the squared differences of all hidden states at valid frames.
 
-    The teacher is in eval mode and sees the student's masks. It is no part of what is optimised or saved. Beside the figures of
-    `hubert_eff` it logs `loss_kl` (bits per masked frame), `hidden_mse` (the sum over states) and `correct_t_i`, the share of masked frames
-    at which student and teacher choose the same class.
+    The teacher is in eval mode and sees the student's masks, in the student's chunks if it was built for them. It is no part of what is
+    optimised or saved. Beside the figures of `hubert_eff` it logs `loss_kl` (bits per masked frame), `hidden_mse` (the sum over states) and
+    `correct_t_i`, the share of masked frames at which student and teacher choose the same class.
     """
 
     def __init__(
@@ -75,8 +75,9 @@ class HubertDistillCriterion(HubertEffCriterion):
         teacher = self._placed(inputs["source"])
         with torch.no_grad():
             taught = teacher(
-                inputs["source"], targets, inputs.get("padding_mask"), features_only=True, masks=output["masks"], return_states=True
-            )
+                inputs["source"], targets, inputs.get("padding_mask"), features_only=True, masks=output["masks"], return_states=True,
+                chunks=output["chunks"] if teacher.config.streaming else None,
+            )  # fmt: skip
             padding, masked = output["padding_mask"], output["mask_indices"]
             valid = None if padding is None else ~padding  # (B, T)
             wanted = teacher.logits(taught["x"][masked if valid is None else masked & valid])  # (N, C) per codebook

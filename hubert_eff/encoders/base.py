@@ -85,6 +85,7 @@ class Encoder(nn.Module):
     """
 
     chunk_multiple: int | None = None  # None: this encoder cannot run in chunks
+    attention_block: int | None = None  # frames of a block, where attention goes by blocks: at one bit a chunk is a part of one, or several
 
     def __init__(self, config: HubertConfig) -> None:
         super().__init__()

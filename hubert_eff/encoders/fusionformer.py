@@ -126,13 +126,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, frames: Frames) -> Tensor:  # (B, T, D)
         q, k, v = self.heads_of(x, frames.valid)
-        if frames.chunks is not None:
-            k, v = frames.chunks.with_kept(self, k, v)
         dropout = self.attention_dropout if self.training else 0.0
-        if self.products is None:
-            mixed = attention(q, k, v, frames.attend, dropout)
+        if self.products is not None:
+            mixed = self.products(q, k, v, frames.attend, dropout, frames.chunks)
         else:
-            mixed = self.products(q, k, v, frames.attend, dropout)
+            k, v = (k, v) if frames.chunks is None else frames.chunks.with_kept(self, k, v)
+            mixed = attention(q, k, v, frames.attend, dropout)
         return self.dropout(self.out_norm(self.out_proj(mixed.transpose(1, 2).flatten(2)), frames.valid))  # type: ignore[no-any-return]
 
 

@@ -84,6 +84,11 @@ class SparseformerEncoder(Encoder):
 
     chunk_multiple = 1
 
+    def __init__(self, config: HubertConfig) -> None:
+        assert isinstance(config, SparseformerConfig)
+        super().__init__(config)
+        self.attention_block = None if config.sparse_pattern == "local" else config.sparse_stride
+
     def build_block(self, config: HubertConfig, index: int) -> nn.Module:
         assert isinstance(config, SparseformerConfig)
         pattern = SparsePattern(config.sparse_pattern, config.sparse_stride, config.sparse_expressivity, config.sparse_window)

@@ -15,6 +15,7 @@ struct Attention {
     uint32_t* out;  // [batch][blocks][n][keys/32 + shared/32]
     int64_t batch, heads, blocks, n, key_count, shared_count, words, inputs, position_words;
     int64_t start, window;  // the key that stands where the first query does; how far a query sees to each side, or -1
+    int64_t by_query;  // whether each query has its own visible keys, [batch/heads][n][keys/32]; then there is one block
 };
 
 constexpr int64_t VECTOR = 64, GROUP = 64;  // bytes of the widest vector; queries that are worked on at a time
@@ -150,6 +151,17 @@ INLINE int64_t attention_group(const Attention& p) {
 
 INLINE int64_t attention_groups(const Attention& p) { return (p.n + attention_group(p) - 1) / attention_group(p); }
 
+// FAR for the keys of one query that are not visible; returned is how many are.
+INLINE int64_t hide_row(const uint32_t* seen, int64_t keys, uint8_t* row) {
+    int64_t visible = 0;
+    for (int64_t j = 0; j < keys; ++j) {
+        const uint32_t is_seen = seen[j / 32] >> (j % 32) & 1;
+        row[j] |= static_cast<uint8_t>(is_seen - 1);
+        visible += is_seen;
+    }
+    return visible;
+}
+
 template <class Isa>
 INLINE void attention(const Attention& p, int64_t begin, int64_t end) {  // of [batch][blocks][groups of queries]
     using Operands = typename Isa::Operands;
@@ -169,7 +181,7 @@ INLINE void attention(const Attention& p, int64_t begin, int64_t end) {  // of [
         const int64_t from = task % groups * group, rows = std::min<int64_t>(p.n, from + group) - from;
         if (hidden_of != row * p.blocks + block % p.blocks) {
             hidden_of = row * p.blocks + block % p.blocks;
-            visible = hide(p.seen ? p.seen + hidden_of * key_words : nullptr, p.key_count, hidden.data());
+            visible = hide(p.seen && !p.by_query ? p.seen + hidden_of * key_words : nullptr, p.key_count, hidden.data());
             visible += hide(p.shared_seen ? p.shared_seen + row * shared_words : nullptr, p.shared_count, hidden.data() + split);
         }
         operands.set_rows(p.q + (block * p.n + from) * p.words, rows);
@@ -191,6 +203,7 @@ INLINE void attention(const Attention& p, int64_t begin, int64_t end) {  // of [
             uint32_t* out = p.out + (block * p.n + from + i) * words;
             const int64_t place = p.start + from + i;
             int64_t row_visible = visible;
+            if (p.by_query) row_visible = hide_row(p.seen + (row * p.n + from + i) * key_words, p.key_count, of_row);
             if (p.window >= 0) {
                 const int64_t left = std::min(std::max<int64_t>(0, place - p.window), split), right = std::min(place + p.window + 1, split);
                 std::memset(of_row, FAR, left);

@@ -18,6 +18,7 @@
 #include "attention.h"
 #include "avx2.h"
 #include "avx512.h"
+#include "columns.h"
 #include "common.h"
 #include "depthwise.h"
 #include "neon.h"
@@ -123,6 +124,8 @@ void hubert_eff_depthwise(const void* functions, const Depthwise* p, int64_t thr
     const double work = static_cast<double>(p->batch) * p->frames * panels * 40 * ((p->kernel + 31) / 32);
     spread(static_cast<const Functions*>(functions)->depthwise, *p, p->batch * panels, work, threads);
 }
+
+void hubert_eff_join_columns(const Join* p) { join_columns(*p); }
 
 void hubert_eff_attention(const void* functions, const Attention* p, int64_t threads) {
     const int64_t keys = p->key_count + p->shared_count, words = p->words + (p->p ? p->position_words + 8 : 0);

@@ -48,13 +48,14 @@ def _structure(name: str, pointers: str, sizes: str, strides: str = "", last: st
     return type(name, (ctypes.Structure,), {"_fields_": fields})
 
 
-# as in pack.h, product.h, depthwise.h and attention.h
+# as in pack.h, product.h, depthwise.h, columns.h and attention.h
 Pack = _structure("Pack", "x move factor limit", "columns", "size x_stride move_stride factor_stride", "out", "half")
 Product = _structure("Product", "a b scale size bias limit out", "batch m n k words sizes is_signed half")
 Depthwise = _structure("Depthwise", "x valid weight scale size bias out", "batch frames channels words kernel stride sizes is_signed half")
+Join = _structure("Join", "kept more out", "panels frames surplus words more_words out_words")
 Attention = _structure(
     "Attention", "q keys shared seen shared_seen p offsets cost threshold out",
-    "batch heads blocks n key_count shared_count words inputs position_words start window",
+    "batch heads blocks n key_count shared_count words inputs position_words start window by_query",
 )  # fmt: skip
 
 
@@ -159,8 +160,9 @@ def _library() -> ctypes.CDLL | str:
     library.hubert_eff_product.argtypes = [POINTER, POINTER, LONG]
     library.hubert_eff_depthwise.argtypes = [POINTER, POINTER, LONG]
     library.hubert_eff_attention.argtypes = [POINTER, POINTER, LONG]
-    for function in (library.hubert_eff_pack, library.hubert_eff_product, library.hubert_eff_depthwise, library.hubert_eff_attention):
-        function.restype = None
+    library.hubert_eff_join_columns.argtypes = [POINTER]
+    for name in ("pack", "product", "depthwise", "attention", "join_columns"):
+        getattr(library, f"hubert_eff_{name}").restype = None
     return library
 
 

@@ -206,10 +206,12 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, attend: Tensor | None = None, chunks: Chunks | None = None) -> Tensor:
         """`attend`: bool, broadcastable to (B, H, T, T), False = never seen; `chunks`: those of a stream."""
         q, k, v = self.heads_of(x)
-        if chunks is not None:
-            k, v = chunks.with_kept(self, k, v)
         dropout = self.dropout if self.training else 0.0
-        mixed = attention(q, k, v, attend, dropout) if self.products is None else self.products(q, k, v, attend, dropout)
+        if self.products is not None:
+            mixed = self.products(q, k, v, attend, dropout, chunks)
+        else:
+            k, v = (k, v) if chunks is None else chunks.with_kept(self, k, v)
+            mixed = attention(q, k, v, attend, dropout)
         return self.out_proj(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
     def energies(self, x: Tensor, *_: Any) -> Tensor:
@@ -249,17 +251,15 @@ class RelativeSelfAttention(SelfAttention):
     ) -> Tensor:
         """`positions`: (2T - 1, D), sinusoids of the offsets T-1 .. -(T-1), T the number of keys; `attend` and `chunks` as above."""
         q, k, v = self.heads_of(x)
-        if chunks is not None:
-            k, v = chunks.with_kept(self, k, v)
-            p = chunks.table(self, k.size(2), lambda: self._offsets(positions))
-        else:
-            p = self._offsets(positions)
+        keys = (positions.size(0) + 1) // 2
+        p = self._offsets(positions) if chunks is None else chunks.table(self, keys, lambda: self._offsets(positions))
         scale = q.size(-1) ** -0.5
         content, position = q + self.pos_bias_u[:, None], q + self.pos_bias_v[:, None]
         dropout = self.dropout if self.training else 0.0
         if self.products is not None:
-            mixed = self.products(content, position, k, p, v, attend, dropout)
+            mixed = self.products(content, position, k, p, v, attend, dropout, chunks)
             return self.out_proj(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        k, v = (k, v) if chunks is None else chunks.with_kept(self, k, v)
         position = position * scale
         if dropout == 0.0 and _takes_blocks(content, k, p):
             mixed = self._blockwise(content, position, k, v, p.contiguous(), attend)

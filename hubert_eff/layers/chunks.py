@@ -51,14 +51,22 @@ class Chunks:
             return queries
         return queries + (self.start if self.left < 0 else min(self.start, self.left * self.size))
 
+    def surplus(self, keys: int) -> int:
+        """How many of the first of so many keys of a stream no later chunk sees."""
+        return 0 if self.left < 0 else max(0, keys - self.left * self.size)
+
+    @property
+    def keys_before(self) -> int:
+        """Of a stream: keys of the chunk before this one."""
+        return replace(self, start=self.start - self.size).keys(self.size) if self.start else 0
+
     def with_kept(self, module: nn.Module, *parts: Tensor) -> tuple[Tensor, ...]:
         """Keys, values (B, H, T, d) of `module` with those that it has kept in front."""
         if self.kept is None:
             return parts
         if module in self.kept:
             parts = tuple(torch.cat(pair, 2) for pair in zip(self.kept[module], parts, strict=True))
-        frames = parts[0].size(2)
-        surplus = 0 if self.left < 0 else max(0, frames - self.left * self.size)
+        surplus = self.surplus(parts[0].size(2))
         self.kept[module] = tuple(part[:, :, surplus:].clone() if surplus else part for part in parts)
         return parts
 
@@ -88,6 +96,18 @@ class Chunks:
         x = F.pad(x, (0, 0, before, -x.size(1) % self.size))
         cut = x.unfold(1, before + self.size, self.size).mT  # (B, n, before + size, C)
         return F.pad(cut.flatten(0, 1), (0, 0, 0, after))
+
+    def convolved(self, module: nn.Module, x: Tensor, before: int, after: int, convolve: Callable[[Tensor], Tensor]) -> Tensor:
+        """What `convolve` makes of the windows of x (B, T, C), joined: (B, T', C').
+
+        Without gradient chunk by chunk, as a stream does: in other shapes torch may sum in another order, and the last place decides bits.
+        """
+        if self.kept is None and not torch.is_grad_enabled():
+            x = F.pad(x, (0, 0, before, 0))
+            cut = [x[:, start : start + before + self.size] for start in range(0, x.size(1) - before, self.size)]
+            return torch.cat([convolve(F.pad(window, (0, 0, 0, after)) if after else window) for window in cut], 1)
+        y = convolve(self.windows(module, x, before, after))
+        return self.joined(y, x.size(0), y.size(0) * y.size(1) // x.size(0)).contiguous()  # what follows sees one layout
 
     @staticmethod
     def joined(y: Tensor, batch: int, frames: int) -> Tensor:

@@ -95,6 +95,13 @@ def strided_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) ->
     return convolve(x, weight, bias, stride)
 
 
+def reach(kernel: int, stride: int, causal: bool, frames: int) -> tuple[int, int]:
+    """How many frames before and behind an input of so many a `DepthwiseConv` sees."""
+    if stride > 1:
+        return 0, max(0, kernel - stride + -frames % stride)
+    return (kernel - 1, 0) if causal else (kernel // 2, kernel // 2)
+
+
 class DepthwiseConv(nn.Module):
     """Depthwise convolution with zero padding, (B, T, C) -> (B, ceil(T / stride), C).
 
@@ -112,13 +119,10 @@ class DepthwiseConv(nn.Module):
     def forward(self, x: Tensor, chunks: Chunks | None = None) -> Tensor:
         """`chunks`: zeros in the place of what lies behind the chunk of a frame."""
         channels, _, kernel = self.weight.shape
-        if self.stride == 1:
-            before, after = (kernel - 1, 0) if self.causal else (kernel // 2, kernel // 2)
-        else:
-            before, after = 0, kernel - self.stride + -x.size(1) % self.stride
+        before, after = reach(kernel, self.stride, self.causal, x.size(1))
         if chunks is not None:
-            y = convolve(chunks.windows(self, x, before, after), self.weight, self.bias, self.stride, 0, channels)
-            return chunks.joined(y, x.size(0), -(-x.size(1) // self.stride))
+            y = chunks.convolved(self, x, before, after, lambda w: convolve(w, self.weight, self.bias, self.stride, 0, channels))
+            return y[:, : -(-x.size(1) // self.stride)]
         if before == after:
             return convolve(x, self.weight, self.bias, 1, before, channels)
         return convolve(F.pad(x, (0, 0, before, after)), self.weight, self.bias, self.stride, 0, channels)

@@ -67,7 +67,7 @@ class PositionalConv1d(nn.Module):
         before, after = (kernel - 1, 0) if self.causal else (kernel // 2, (kernel - 1) // 2)
         if chunks is None:
             return self._convolve(F.pad(x.transpose(1, 2), (before, after)), weight).transpose(1, 2)  # .mT has no ONNX form
-        return chunks.joined(self._convolve(chunks.windows(self, x, before, after).mT, weight).mT, *x.shape[:2])
+        return chunks.convolved(self, x, before, after, lambda w: self._convolve(w.mT, weight).mT)[:, : x.size(1)]
 
     @counted_as("grouped convolution", _cost)
     def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:  # (B, D, T + k - 1) -> (B, D, T)

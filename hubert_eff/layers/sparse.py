@@ -290,19 +290,32 @@ class SparseSelfAttention(SelfAttention):
         q, k, v = self.heads_of(x)
         if chunks is None and attend is not None and attend.size(2) > 1:
             chunks = Chunks(attend.size(2), -1)  # one for all: the mask alone says what is seen
+        dropout = self.dropout if self.training else 0.0
         if chunks is not None:
-            return self.out_proj(self._in_chunks(q, k, v, attend, chunks).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+            attend = self._seen_in_chunks(x, attend, chunks)
         if self.products is not None:
-            mixed = self.products(q, k, v, attend, self.dropout if self.training else 0.0, self.pattern)
+            mixed = self.products(q, k, v, attend, dropout, self.pattern, chunks)
+        elif chunks is not None:
+            k, v = chunks.with_kept(self, k, v)
+            mixed = attention(q, k, v, attend, dropout)
         else:
             mixed = sparse_attention(q, k, v, self.pattern, attend, self.attention_dropout, self.flex)
         return self.out_proj(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
-    def _in_chunks(self, q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None, chunks: Chunks) -> Tensor:
-        """Dense attention under the joint mask of pattern and chunks: of the few keys that a chunk sees most are seen anyhow."""
-        k, v = chunks.with_kept(self, k, v)
-        end = chunks.start + q.size(2)
-        place = torch.arange(end - k.size(2), end, device=q.device)
-        seen = self.pattern.sees(place[k.size(2) - q.size(2) :], place)
-        seen = seen if attend is None else attend & (seen | torch.eye(len(seen), dtype=torch.bool, device=q.device))
-        return attention(q, k, v, seen, self.dropout if self.training else 0.0)
+    def _seen_in_chunks(self, x: Tensor, attend: Tensor | None, chunks: Chunks) -> Tensor:
+        """The joint mask of pattern and chunks, under which attention is dense: of the few keys that a chunk sees most are seen anyhow."""
+        queries, keys = x.size(1), chunks.keys(x.size(1))
+        end = chunks.start + queries
+
+        def seen() -> Tensor:
+            place = torch.arange(end - keys, end, device=x.device)
+            return self.pattern.sees(place[keys - queries :], place)[None, None]  # (1, 1, queries, keys)
+
+        if attend is None:  # a stream, whose blocks share it
+            return chunks.table(self.pattern, end, lambda: _one_row(seen()))
+        return attend & (seen() | torch.eye(queries, dtype=torch.bool, device=x.device))
+
+
+def _one_row(seen: Tensor) -> Tensor:
+    """A mask (1, 1, queries, keys) with one row where all queries see the same keys."""
+    return seen[:, :, :1] if bool((seen == seen[:, :, :1]).all()) else seen

@@ -97,16 +97,15 @@ class AttentionWeights(Scheduled):
         q, k, p = self.in_proj(x).split((queries, queries, self.heads * self.position_dim), dim=-1)
         k = self.whiten_keys(self.balance_keys(k, valid), valid)
         q, k, p = (t.view(*x.shape[:2], self.heads, -1).transpose(1, 2) for t in (q, k, p))
-        if chunks is None:
-            offsets = self._offsets(positions)
-        else:
-            (k,) = chunks.with_kept(self, k)
-            offsets = chunks.table(self, k.size(2), lambda: self._offsets(positions))
+        keys = (positions.size(0) + 1) // 2
+        offsets = self._offsets(positions) if chunks is None else chunks.table(self, keys, lambda: self._offsets(positions))
         if self.training and chance(self.now(self.POSITION_SKIP)):
             offsets = offsets * 0.0  # parameters keep a gradient, as data-parallel training needs
         if self.products is not None:
             dropout = self.dropout.p if self.training else 0.0
-            return self.products(q, k, p, offsets, None if seen is None else seen[:, 0], dropout)  # type: ignore[no-any-return]
+            return self.products(q, k, p, offsets, seen, dropout, chunks)  # type: ignore[no-any-return]
+        if chunks is not None:
+            (k,) = chunks.with_kept(self, k)
         return RelativeWeights(q, k, p, offsets, seen, self.dropout, self.training and chance(self.PENALTY_RATE))
 
     def _offsets(self, positions: Tensor) -> Tensor:
@@ -132,9 +131,10 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, weights: Weights, valid: Tensor | None = None, chunks: Chunks | None = None) -> Tensor:
         values = self.in_proj(x).view(*x.shape[:2], self.heads, -1).transpose(1, 2)  # (B, H, T, c)
-        if chunks is not None:
-            (values,) = chunks.with_kept(self, values)
-        mixed = weights.mix(values) if self.mixer is None else self.mixer(values, weights)
+        if self.mixer is not None:
+            mixed = self.mixer(values, weights, chunks)
+        else:
+            mixed = weights.mix(values if chunks is None else chunks.with_kept(self, values)[0])
         return self.whiten(self.out_proj(mixed.transpose(1, 2).flatten(2)), valid)  # type: ignore[no-any-return]
 
 
@@ -163,10 +163,10 @@ class NonlinearAttention(nn.Module):
         """`uniform`: weigh all keys that may be seen alike, in place of `weights`; a binarised form knows no such weights."""
         s, v, y = self.in_proj(x).chunk(3, dim=-1)
         v = self.whiten1(v, valid) * torch.tanh(self.balancer(s, valid))
-        if chunks is not None:
+        if chunks is not None and self.mixer is None:
             v = chunks.with_kept(self, v.unsqueeze(1))[0].squeeze(1)
         if self.mixer is not None:
-            mixed = self.mixer(v.unsqueeze(1), weights).squeeze(1)
+            mixed = self.mixer(v.unsqueeze(1), weights, chunks).squeeze(1)
         elif not uniform:
             mixed = weights.mix(v.unsqueeze(1)).squeeze(1)
         elif seen is None:

@@ -76,7 +76,7 @@ class HubertModel(nn.Module):
         if self.num_classes:
             self.label_embs_concat = nn.Parameter(torch.empty(sum(self.num_classes), code).uniform_())
         if config.quant != "none":
-            convert(self, SPECS[config.quant], read_policy(config.quant_policy))
+            convert(self, SPECS[config.quant], read_policy(config.quant_policy), config.streaming)
 
     def kinds(self) -> Mapping[str, Kind]:
         """See `layers.kinds.Declared`."""
@@ -111,8 +111,7 @@ class HubertModel(nn.Module):
     def _extract(self, source: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Waveform (B, S) -> extractor output (B, T, C) and padding of frames (B, T)."""
         check_audio(source, padding_mask)
-        if source.size(-1) < 1 or self.num_frames(source.size(-1)) < 1:
-            raise UserError(f"{source.size(-1)} samples are too few: one frame needs {receptive_field(self.config.conv_layers)}")
+        self._frames_of(source)
         if padding_mask is not None:
             source = source.masked_fill(padding_mask, 0.0)
         if self.config.feature_grad_mult > 0:
@@ -124,6 +123,29 @@ class HubertModel(nn.Module):
                 features = self.feature_extractor(source)
         frames = None if padding_mask is None else frame_padding_mask(padding_mask, features.size(1), self.config)
         return features, frames
+
+    def _in_chunks(self, wav: Tensor, padding_mask: Tensor | None, chunks: Chunks) -> tuple[Tensor, Tensor | None]:
+        """Encoder input (B, T, D) and padding of frames of audio (B, S), chunk by chunk as a stream computes it: in other shapes torch may
+        sum in another order, and the last place decides bits."""
+        length = self._frames_of(wav)
+        before, behind = self.feature_extractor.reach
+        source = wav if padding_mask is None else wav.masked_fill(padding_mask, 0.0)
+        source = F.pad(source, (before, behind))
+        need = (chunks.size - 1) * FRAME_STRIDE + receptive_field(self.config.conv_layers) + before + behind
+        parts = []
+        for start in range(0, length, chunks.size):
+            samples = source[:, start * FRAME_STRIDE :]
+            samples = samples[:, :need] if start + chunks.size <= length else samples
+            parts.append(self.project(self.feature_extractor.of_padded(samples)))
+        frames = None if padding_mask is None else frame_padding_mask(padding_mask, length, self.config)
+        return torch.cat(parts, 1), frames
+
+    def _frames_of(self, source: Tensor) -> int:
+        """Frames of audio (B, S); raises `UserError` where there are none."""
+        length = self.num_frames(source.size(-1)) if source.size(-1) else 0
+        if length < 1:
+            raise UserError(f"{source.size(-1)} samples are too few: one frame needs {receptive_field(self.config.conv_layers)}")
+        return length
 
     def project(self, features: Tensor) -> Tensor:
         """Extractor output (B, T, C) -> encoder input (B, T, D)."""
@@ -143,8 +165,6 @@ class HubertModel(nn.Module):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise UserError(f"{name}={value!r} must be a whole number, at least {least}")
         multiple = self.encoder.chunk_multiple
-        if self.config.quant != "none":
-            raise UserError(f"this model cannot stream: it is binarised (quant={self.config.quant}), and attends to whole utterances")
         if not self.config.streaming:
             reason = "its extractor normalises over the whole utterance (extractor_mode=default)"
             if self.config.extractor_mode == "layer_norm" or self.config.conv_feature_layers in MEL_FRONTS:
@@ -154,6 +174,12 @@ class HubertModel(nn.Module):
             raise UserError(f"this model cannot stream: a {type(self.encoder).__name__} does not run in chunks")
         if chunk_size % multiple:
             raise UserError(f"chunk_size={chunk_size} must be a multiple of {multiple}, the frames that this encoder takes together")
+        block = self.encoder.attention_block
+        if self.config.quant != "none" and block and chunk_size % block and block % chunk_size:
+            raise UserError(
+                f"chunk_size={chunk_size} does not fit the blocks of {block} frames in which this one-bit model attends (sparse_stride): "
+                f"take a divisor or a multiple of {block}"
+            )
         return Chunks(chunk_size, left_chunks)
 
     def hidden_states(
@@ -174,9 +200,12 @@ class HubertModel(nn.Module):
         chunks = self.chunks(chunk_size, left_chunks)
         if self.config.normalize:
             wav = normalize_waveform(wav, padding_mask)
-        features, frames = self._extract(wav, padding_mask)
-        x = self.dropout_input(self.project(features))
-        states = self.encoder.hidden_states(x, frames, chunks)
+        if chunks is None or torch.is_grad_enabled():
+            features, frames = self._extract(wav, padding_mask)
+            x = self.project(features)
+        else:
+            x, frames = self._in_chunks(wav, padding_mask, chunks)
+        states = self.encoder.hidden_states(self.dropout_input(x), frames, chunks)
         if frames is None:
             frames = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
         return states, frames
@@ -209,12 +238,13 @@ class HubertModel(nn.Module):
         sample_ids: Tensor | None = None,
         masks: Masks | None = None,
         return_states: bool = False,
+        chunks: tuple[int | None, int] | None = None,
     ) -> HubertOutput:
         """Masked prediction, in chunks if the config says so (`draw_chunks`).
 
         source (B, S): audio, normalised already if the config says so; target_list: labels (B, T') per codebook at
         `label_rate`; padding_mask (B, S); sample_ids (B,): what seeds each row's mask together with the seed and the update
-        (default: the row's number); masks: the `masks` of another model's output, to see the same frames.
+        (default: the row's number); masks, chunks: those of another model's output, to see the same frames.
 
         With `return_states` LayerDrop is off. Raises `UserError` for audio that is too short, and for targets without codebooks.
         """
@@ -231,13 +261,14 @@ class HubertModel(nn.Module):
             x = torch.where(masked.unsqueeze(-1), self.mask_emb.to(x.dtype), x)
         if channels is not None:
             x = x.masked_fill(channels.unsqueeze(1), 0.0)
-        chunks = self.chunks(*self.draw_chunks())
-        states = self.encoder.hidden_states(x, frames, chunks) if return_states else None
+        drawn = self.draw_chunks() if chunks is None else chunks
+        running = self.chunks(*drawn)
+        states = self.encoder.hidden_states(x, frames, running) if return_states else None
         if states is None:
-            x = self.encoder(x, frames, layer=output_layer, chunks=chunks)
+            x = self.encoder(x, frames, layer=output_layer, chunks=running)
         else:
             x = states[-1 if output_layer is None else output_layer]
-        output = HubertOutput(x, frames, masked, masks, projected, features_pen, states=states)
+        output = HubertOutput(x, frames, masked, masks, drawn, projected, features_pen, states=states)
         if not self.training:
             output.features_square = features.float().square().mean(-1)
         if features_only or target_list is None:

@@ -58,6 +58,7 @@ class HubertOutput(Output):
         padding_mask: (B, T) bool, True = padding; None: there is none.
         mask_indices: (B, T) bool, the masked frames; None: nothing is masked.
         masks: over time, the same, and over channels (B, D); another model that is given them sees the same frames.
+        chunks: (chunk_size, left_chunks), in which the encoder ran; another model may be given them, too.
         features: (B, T, D), what enters the encoder, before the masks.
         features_pen: (), the mean square of the extractor's output.
         features_square: (B, T), the same of each frame; in evaluation.
@@ -72,6 +73,7 @@ class HubertOutput(Output):
     padding_mask: Tensor | None
     mask_indices: Tensor | None
     masks: Masks
+    chunks: tuple[int | None, int]
     features: Tensor
     features_pen: Tensor
     features_square: Tensor | None = None

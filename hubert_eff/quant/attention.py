@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..layers.bits import Cost, counted_as, offsets_seen
+from ..layers.chunks import Chunks
 from ..layers.position import by_key
 from ..layers.precision import wide
 from ..layers.sparse_pattern import Segment, SparsePattern, chunks, gather_summaries, split_blocks
@@ -51,8 +52,26 @@ def _times(values: Tensor, codes: Tensor) -> Tensor:
     return codes @ values
 
 
-def _pairs(heads: int, q: Tensor, valid: Tensor | None) -> Tensor | int:
-    """Number of probabilities of queries and keys that are no padding."""
+def rows_of(x: Tensor | int | None, start: int, stop: int) -> Any:
+    """Of a mask of keys, or a number of them, (B, 1, 1 or T, ...) or one for all: that of the queries start ... stop - 1."""
+    if not isinstance(x, Tensor) or x.dim() == 0 or x.size(2) == 1:  # of a trace a number is a tensor
+        return x
+    return x[:, :, start:stop]
+
+
+def with_kept(owner: nn.Module, chunks: Chunks | None, *codes: Codes) -> tuple[Codes, ...]:
+    """Codes of keys, values (B, H, T, d) with those that a stream has kept in front."""
+    if chunks is None:
+        return codes
+    values = chunks.with_kept(owner, *(part.values for part in codes))
+    return tuple(Codes(value, part.scale) for value, part in zip(values, codes, strict=True))
+
+
+def _pairs(heads: int, q: Tensor, valid: Tensor | None, attend: Tensor | None) -> Tensor | int:
+    """Number of probabilities of queries and keys that are no padding; `attend`: (B, 1, 1 or T, T) bool."""
+    if attend is not None and attend.size(2) > 1:
+        seen = attend.sum(-1).expand(q.size(0), 1, -1)
+        return heads * (seen if valid is None else seen.masked_fill(~valid.unsqueeze(1), 0)).sum()
     return heads * q.size(0) * q.size(2) ** 2 if valid is None else heads * valid.sum(1).square().sum()
 
 
@@ -161,25 +180,28 @@ class BinaryAttention(nn.Module):
         self.probabilities = Probabilities(bits)
 
     @counted_as("attention")
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None, dropout: float) -> Tensor:
-        """q, k, v (B, H, T, d); attend: (B, 1, 1, T) bool, the keys that may be seen -> (B, H, T, d)."""
-        query, key = self.query(q), self.key(k)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None, dropout: float, chunks: Chunks | None = None) -> Tensor:
+        """q, k, v (B, H, T, d); attend: (B, 1, 1 or T, T) bool, the keys that may be seen -> (B, H, T, d). Of a stream there are more keys
+        than queries, those of `chunks` in front."""
+        query = self.query(q)
+        key, value = with_kept(self, chunks, self.key(k), self.value(v))
         scale: Tensor = query.scale * key.scale * q.size(-1) ** -0.5
 
         def terms(start: int, stop: int) -> list[Term]:
             return [Term(query.values[:, :, start:stop] @ key.values.transpose(-1, -2), scale, q.size(-1))]
 
-        return self._mixed(terms, q, self.value(v), attend, dropout)
+        return self._mixed(terms, q, value, attend, dropout)
 
     def _mixed(self, terms: Callable[[int, int], list[Term]], q: Tensor, value: Codes, attend: Tensor | None, dropout: float) -> Tensor:
         """`terms(start, stop)`: sums (B, H, n, T) of the queries start ... stop - 1."""
         frames = q.size(2)
-        visible = frames if attend is None else attend.sum(-1, keepdim=True).clamp(min=1)
-        scale = self.probabilities.quantizer.effective(_pairs(q.size(1), q, self.value.frames.valid))
+        visible = value.values.size(2) if attend is None else attend.sum(-1, keepdim=True).clamp(min=1)
+        scale = self.probabilities.quantizer.effective(_pairs(q.size(1), q, self.value.frames.valid, attend))
         mixed = []
         step = chunk(q)
         for start in range(0, frames, step):
-            codes = self.probabilities(terms(start, min(start + step, frames)), attend, visible, scale, dropout)
+            stop = min(start + step, frames)
+            codes = self.probabilities(terms(start, stop), rows_of(attend, start, stop), rows_of(visible, start, stop), scale, dropout)
             mixed.append(codes.to(value.values.dtype) @ value.values)
         return scaled(torch.cat(mixed, 2), scale * value.scale / visible, self.value.dtype)
 
@@ -194,20 +216,24 @@ class BinaryRelativeAttention(BinaryAttention):
 
     @counted_as("attention")
     def forward(  # type: ignore[override]
-        self, content: Tensor, position: Tensor, k: Tensor, r: Tensor, v: Tensor, attend: Tensor | None, dropout: float
-    ) -> Tensor:
-        """content = q + u, position = q + v, k, v (B, H, T, d); r: (H, 2T - 1, d), of the offsets T-1 .. -(T-1) from query to key."""
-        contents, positions, key, width = self.content(content), self.position(position), self.key(k), k.size(-1) ** -0.5
+        self, content: Tensor, position: Tensor, k: Tensor, r: Tensor, v: Tensor, attend: Tensor | None, dropout: float,
+        chunks: Chunks | None = None,
+    ) -> Tensor:  # fmt: skip
+        """content = q + u, position = q + v, k, v (B, H, T, d); r: (H, 2T - 1, d), of the offsets T-1 .. -(T-1) from query to key, T the
+        number of keys."""
+        contents, positions, width = self.content(content), self.position(position), k.size(-1) ** -0.5
+        key, value = with_kept(self, chunks, self.key(k), self.value(v))
         offset = self.offset.masked(r, _table_mask(k.size(2), self.key.frames.valid))
+        behind = key.values.size(2) - k.size(2)  # keys of a stream before its queries
         scale: Tensor = contents.scale * key.scale * width
         position_scale: Tensor = positions.scale * offset.scale * width
 
         def terms(start: int, stop: int) -> list[Term]:
             sums = contents.values[:, :, start:stop] @ key.values.transpose(-1, -2)
-            places = at_keys(positions.values[:, :, start:stop], offset.values, start)
+            places = at_keys(positions.values[:, :, start:stop], offset.values, behind + start)
             return [Term(sums, scale, k.size(-1)), Term(places, position_scale, k.size(-1))]
 
-        return self._mixed(terms, k, self.value(v), attend, dropout)
+        return self._mixed(terms, k, value, attend, dropout)
 
 
 class BinarySparseAttention(BinaryAttention):
@@ -215,9 +241,11 @@ class BinarySparseAttention(BinaryAttention):
 
     @counted_as("attention")
     def forward(  # type: ignore[override]
-        self, q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None, dropout: float, pattern: SparsePattern
+        self, q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None, dropout: float, pattern: SparsePattern, chunks: Chunks | None = None
     ) -> Tensor:
-        """As `BinaryAttention`."""
+        """As `BinaryAttention`; in chunks `attend` is the joint mask of them and the pattern, and alone says what is seen."""
+        if chunks is not None:
+            return super().forward(q, k, v, attend, dropout, chunks)
         query, key, value = self.query(q), self.key(k), self.value(v)
         frames, valid = q.size(2), self.query.frames.valid
         scale = query.scale * key.scale * q.size(-1) ** -0.5
@@ -292,22 +320,29 @@ class BinaryWeights(nn.Module):
         self.probabilities = Probabilities(bits)
 
     @counted_as("attention")
-    def forward(self, q: Tensor, k: Tensor, p: Tensor, offsets: Tensor, seen: Tensor | None, dropout: float) -> SharedProbabilities:
-        """q, k (B, H, T, d), p (B, H, T, e), offsets (H, 2T - 1, e), those of -(T-1) .. T-1; seen (B, T) bool."""
+    def forward(
+        self, q: Tensor, k: Tensor, p: Tensor, offsets: Tensor, seen: Tensor | None, dropout: float, chunks: Chunks | None = None
+    ) -> SharedProbabilities:
+        """q, k (B, H, T, d), p (B, H, T, e), offsets (H, 2T - 1, e), those of -(T-1) .. T-1, T the number of keys; seen (B, 1 or T, T)
+        bool."""
         frames, valid = q.size(2), self.query.frames.valid
-        query, key, position = self.query(q), self.key(k), self.position(p)
+        query, position = self.query(q), self.position(p)
+        (key,) = with_kept(self, chunks, self.key(k))
+        behind = key.values.size(2) - frames
         offset = self.offset.masked(offsets, _table_mask(frames, valid))
         scale, position_scale = query.scale * key.scale, position.scale * offset.scale
-        attend = None if seen is None else seen[:, None, None]
-        visible = frames if attend is None else attend.sum(-1, keepdim=True).clamp(min=1)
-        own_scale = self.probabilities.quantizer.effective(_pairs(q.size(1), q, valid))
+        attend = None if seen is None else seen[:, None]
+        visible = behind + frames if attend is None else attend.sum(-1, keepdim=True).clamp(min=1)
+        own_scale = self.probabilities.quantizer.effective(_pairs(q.size(1), q, valid, attend))
 
         def codes(start: int, heads: int) -> Tensor:
-            part = slice(start, min(start + chunk(q), frames))
+            stop = min(start + chunk(q), frames)
+            part = slice(start, stop)
             sums = query.values[:, :heads, part] @ key.values[:, :heads].transpose(-1, -2)
-            places = at_keys(position.values[:, :heads, part], offset.values[:heads], start)
+            places = at_keys(position.values[:, :heads, part], offset.values[:heads], behind + start)
             terms = [Term(sums, scale, q.size(-1)), Term(places, position_scale, p.size(-1))]
-            return self.probabilities(terms, attend, visible, own_scale, dropout)  # type: ignore[no-any-return]
+            seen = rows_of(attend, start, stop)
+            return self.probabilities(terms, seen, rows_of(visible, start, stop), own_scale, dropout)  # type: ignore[no-any-return]
 
         kept = torch.is_grad_enabled() or dropout > 0.0 or q.is_meta or q.size(0) * q.size(1) * frames**2 <= KEPT
         starts = range(0, frames, chunk(q))
@@ -342,9 +377,9 @@ class BinaryMix(nn.Module):
         self.value = Quantizer(bits, True, shapes.get("value"))
 
     @counted_as("attention")
-    def forward(self, values: Tensor, weights: SharedProbabilities) -> Tensor:
+    def forward(self, values: Tensor, weights: SharedProbabilities, chunks: Chunks | None = None) -> Tensor:
         """values (B, H, T, c), or (B, 1, T, c) for the first head's weights."""
-        return weights.mix(self.value(values))
+        return weights.mix(*with_kept(self, chunks, self.value(values)))
 
 
 FORMS: dict[str, Callable[[int, Shapes], nn.Module]] = {  # `Kind.form` of a product

@@ -47,5 +47,5 @@ def binarize(
     chosen = read_policy(policy)
     copied = copy.deepcopy(model)
     copied.config = dataclasses.replace(model.config, quant=spec, quant_policy=chosen.text)
-    convert(copied, SPECS[spec], chosen)
+    convert(copied, SPECS[spec], chosen, model.config.streaming)
     return copied.train(model.training)

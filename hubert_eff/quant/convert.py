@@ -64,8 +64,8 @@ def _parts(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module, str, 
                 yield f"{path}.{name}" if path else name, module, name, kind
 
 
-def convert(model: nn.Module, bits: int, policy: Policy) -> None:
-    """Binarise a HuBERT in place; its weights stay the parameters they are."""
+def convert(model: nn.Module, bits: int, policy: Policy, streaming: bool = False) -> None:
+    """Binarise a HuBERT in place; its weights stay the parameters they are. `streaming`: nothing may depend on a whole utterance."""
     chosen = decisions(model, policy)
     if all(choice.action != BINARY for choice in chosen):
         kinds = sorted({choice.kind.name for choice in chosen if choice.kind.name in BINARY_KINDS})
@@ -86,7 +86,7 @@ def convert(model: nn.Module, bits: int, policy: Policy) -> None:
         frames = FrameMask()
         for module in block.modules():
             if isinstance(module, Quantizer):
-                module.frames = frames
+                module.frames, module.from_zero = frames, streaming
         block.register_forward_pre_hook(frames.enter)
         block.register_forward_hook(frames.leave)
 
@@ -110,7 +110,7 @@ def _binary(choice: Decision, bits: int, policy: Policy) -> nn.Module:
         channels, _, kernel = part.weight.shape
         binary = BinaryConv1d(
             channels, channels, kernel, part.bias is not None, stride=part.stride, groups=channels, bits=bits, signed=kind.signed,
-            per_channel=per_channel, move=move,
+            per_channel=per_channel, move=move, causal=part.causal,
         )  # fmt: skip
     else:
         raise UserError(f"'{choice.path}' is declared as {kind.name}, but a {type(part).__name__} has no binary form")

@@ -16,7 +16,8 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from ..errors import UserError
-from ..layers.convolution import convolve
+from ..layers.chunks import Chunks
+from ..layers.convolution import convolve, reach
 from ..layers.linear import linear
 from .functional import FLOOR, effective_scale, initial_scale, scaled, signed_codes, unsigned_codes, weight_signs
 
@@ -61,7 +62,11 @@ class Quantizer(nn.Module):
     The scale starts from the first batch in train mode, padding left out and all data-parallel processes together; until then, and where
     that batch is all zeros, it is 1.
     `initial`: a start that is known beforehand. move: shape of the learnable bias per channel ("move"), None: there is none.
+    At two bits an unsigned tensor is quantised from its minimum on, that of each sequence; in a model that streams, which does not know
+    it, from 0 on (`from_zero`), the minimum that a ReLU leaves.
     """
+
+    from_zero = False
 
     def __init__(self, bits: int, signed: bool, move: tuple[int, ...] | None = None, initial: float | None = None) -> None:
         super().__init__()
@@ -107,7 +112,7 @@ class Quantizer(nn.Module):
         if not self.signed and self.bits > 1:  # the minimum of each sequence
             seen = x.detach() if mask is None else x.detach().masked_fill(~mask, torch.inf)
             offset = seen.amin(tuple(range(1, x.dim())), keepdim=True)
-            offset = offset.masked_fill(offset == torch.inf, 0.0)  # a sequence of padding only
+            offset = offset.masked_fill((offset == torch.inf) | self.from_zero, 0.0)  # inf: a sequence of padding only
         codes = signed_codes(x, scale, self.bits) if self.signed else unsigned_codes(x, scale, self.bits, offset)
         if self.watch is not None:
             self.watch(x, codes, scale, offset, mask)
@@ -180,20 +185,20 @@ class BinaryLinear(nn.Linear):
 class BinaryConv1d(nn.Module):
     """The same for a convolution over time with zero padding, (B, T, K) -> (B, ceil(T / stride), N); weight (N, K / groups, k).
 
-    At stride 1 the kernel, which is odd, is centred, above it begins at its frame. Padded frames and the padding at the ends are 0, that
-    is neither of the two values of a bit: they add nothing to a sum.
+    At stride 1 the kernel, which is odd, is centred, or ends at its frame if `causal`; above it begins there. Padded frames and the padding
+    at the ends are 0, that is neither of the two values of a bit: they add nothing to a sum.
     """
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel: int, bias: bool = True, *, stride: int = 1, groups: int = 1, bits: int = 1,
-        signed: bool = True, per_channel: bool = True, move: bool = True,
+        signed: bool = True, per_channel: bool = True, move: bool = True, causal: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         if in_channels % groups or out_channels % groups:
             raise UserError(f"groups={groups} must divide the channels, {in_channels} and {out_channels}")
         if stride == 1 and kernel % 2 == 0:
             raise UserError(f"kernel={kernel} must be odd at stride 1")
-        self.stride, self.groups, self.per_channel = stride, groups, per_channel
+        self.stride, self.groups, self.per_channel, self.causal = stride, groups, per_channel, causal
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, kernel))
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
@@ -204,7 +209,8 @@ class BinaryConv1d(nn.Module):
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, stride={self.stride}, groups={self.groups}, operand_bits={self.operand_bits}"
 
-    def forward(self, x: Tensor, chunks: None = None) -> Tensor:  # as `DepthwiseConv`; a binarised model does not run in chunks
+    def forward(self, x: Tensor, chunks: Chunks | None = None) -> Tensor:
+        """`chunks`: zeros in the place of what lies behind the chunk of a frame."""
         codes: Codes = self.input(x)
         values, scale = codes
         mask = self.input.frames.over(x)
@@ -212,11 +218,13 @@ class BinaryConv1d(nn.Module):
             values = values.masked_fill(~mask, 0.0)
         signs, size = weight_signs(self.weight, self.per_channel, self.groups)
         kernel = signs.size(2)
+        before, after = reach(kernel, self.stride, self.causal, x.size(1))
         if kernel == self.stride == self.groups == 1:
             y = linear(values, signs.squeeze(2))
+        elif chunks is not None:
+            y = convolve(chunks.windows(self, values, before, after), signs, None, self.stride, 0, self.groups)
+            y = chunks.joined(y, x.size(0), -(-x.size(1) // self.stride))
         else:
-            before = kernel // 2 if self.stride == 1 else 0
-            after = before if self.stride == 1 else max(0, kernel - self.stride + -x.size(1) % self.stride)
             y = convolve(F.pad(values, (0, 0, before, after)), signs, None, self.stride, 0, self.groups)
         y = scaled(y, scale * size, self.weight.dtype)
         return y if self.bias is None else y + self.bias

@@ -24,6 +24,8 @@ from ..data.containers import Unusable, check_container
 from ..errors import UserError
 from ..models.fuse import fuse
 from ..models.hubert import HubertModel
+from ..quant.packing import packed_copy
+from ..quant.storage import is_packed
 from ..utils.files import replacing
 from .stream import StreamingModel, parse_mode
 
@@ -160,15 +162,23 @@ def run_stream(
 
 
 def stream_command(name: str, audio: Sequence[Path], mode: str, out: Path | None, as_json: bool) -> int:
-    """`hubert-eff run NAME AUDIO --stream MODE`: one file, or `-` for standard input, through a fused model; prints the report."""
+    """`hubert-eff run NAME AUDIO --stream MODE`: one file, or `-` for standard input, through a fused model, or one that runs from bits if
+    it is w1a1; prints the report."""
     if len(audio) != 1:
         raise UserError(f"--stream takes one file, or - for standard input, not {len(audio)}")
     size, left = parse_mode(mode)  # before the model is read
     model = open_model(name, streaming=True)
     model.chunks(size, left)  # refused for what it is, rather than by what `fuse` cannot do
-    report = run_stream(fuse(model.eval()), audio[0], mode, out, sys.stdin.buffer)
+    report = run_stream(_for_inference(model.eval()), audio[0], mode, out, sys.stdin.buffer)
     print(json.dumps(report.plain(), indent=2) if as_json else report)
     return 0
+
+
+def _for_inference(model: HubertModel) -> HubertModel:
+    """The form of a model that runs fastest, with the same outputs."""
+    if model.config.quant == "none":
+        return fuse(model)
+    return packed_copy(model) if model.config.quant == "w1a1" and not is_packed(model) else model
 
 
 @contextmanager

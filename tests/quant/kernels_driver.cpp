@@ -159,7 +159,8 @@ void attend(const char* name, const void* kernel) {
     Exact<uint32_t> offset_panels(relative ? heads * ((2 * keys + 14) / 16) * position_count * 16 : 0);
     panels(k, key_panels, batch * blocks, keys, count), panels(far, far_panels, batch, others, count);
     if (relative) panels(r, offset_panels, heads, 2 * keys - 1, position_count);
-    Exact<uint32_t> seen(batch / heads * blocks * key_words), far_seen(batch / heads * other_words);
+    const bool masked = number(0, 1), by_query = masked && !shared && number(0, 1);
+    Exact<uint32_t> seen(batch / heads * (by_query ? n : blocks) * key_words), far_seen(batch / heads * other_words);
     const uint32_t none = number(0, 5) ? ~0u : 0u;
     for (int64_t i = 0; i < seen.size; ++i) seen.data[i] = draw() & none;
     for (int64_t i = 0; i < far_seen.size; ++i) far_seen.data[i] = draw() & none;
@@ -169,7 +170,7 @@ void attend(const char* name, const void* kernel) {
     *threshold.data = static_cast<float>(number(1, 300)) / 100;
     Exact<uint32_t> out(batch * blocks * n * (key_words + other_words));
     Attention task = {};
-    const bool masked = number(0, 1);
+    task.by_query = by_query;
     task.q = q.data, task.keys = key_panels.data, task.shared = shared ? far_panels.data : nullptr;
     task.seen = masked ? seen.data : nullptr, task.shared_seen = masked ? far_seen.data : nullptr;
     task.p = relative ? p.data : nullptr, task.offsets = relative ? offset_panels.data : nullptr;
@@ -185,8 +186,8 @@ void attend(const char* name, const void* kernel) {
         int64_t best = -1, visible = 0, total = 0;
         for (int64_t j = 0; j < keys + others; ++j) {
             const bool own = j < keys;
-            const int64_t of = b / heads;
-            const uint32_t* mask = own ? seen.data + (of * blocks + block % blocks) * key_words : far_seen.data + of * other_words;
+            const int64_t of = b / heads, of_mask = by_query ? of * n + row % n : of * blocks + block % blocks;
+            const uint32_t* mask = own ? seen.data + of_mask * key_words : far_seen.data + of * other_words;
             const uint32_t* key = own ? k.data + (block * keys + j) * count : far.data + (b * others + j - keys) * count;
             costs[j] = -1;
             if ((masked && !bit(mask, own ? j : j - keys)) || (task.window >= 0 && std::abs(place - j) > task.window)) continue;
@@ -210,6 +211,32 @@ void attend(const char* name, const void* kernel) {
     }
 }
 
+void join(const char* name) {
+    const int64_t count = number(1, 3), frames = number(0, 100), surplus = number(0, frames), more = number(0, 70);
+    const int64_t all = frames - surplus + more, words = (frames + 31) / 32, more_words = (more + 31) / 32, out_words = (all + 31) / 32;
+    Exact<uint32_t> kept(count * words * 16), behind(count * more_words * 16), out(count * out_words * 16);
+    const auto draw_columns = [&](Exact<uint32_t>& x, int64_t length, int64_t of) {  // zeros past the last frame
+        for (int64_t i = 0; i < x.size; ++i) {
+            const int64_t left = length - i / 16 % of * 32;
+            x.data[i] = draw() & (left >= 32 ? ~0u : (1u << left) - 1);
+        }
+    };
+    if (words) draw_columns(kept, frames, words);
+    if (more_words) draw_columns(behind, more, more_words);
+    const Join task = {kept.data, behind.data, out.data, count, frames, surplus, words, more_words, out_words};
+    hubert_eff_join_columns(&task);
+    const auto at = [](const Exact<uint32_t>& x, int64_t panel, int64_t of, int64_t t, int64_t lane) {
+        return x.data[(panel * of + t / 32) * 16 + lane] >> (t % 32) & 1;
+    };
+    for (int64_t panel = 0; panel < count; ++panel)
+        for (int64_t t = 0; t < out_words * 32; ++t)
+            for (int64_t lane = 0; lane < 16; ++lane) {
+                const int64_t place = t - (frames - surplus);
+                const uint32_t expected = t >= all ? 0 : place < 0 ? at(kept, panel, words, t + surplus, lane) : at(behind, panel, more_words, place, lane);
+                expect(at(out, panel, out_words, t, lane) == expected, name, "joined columns");
+            }
+}
+
 }  // namespace
 
 int main(int, char** arguments) {
@@ -217,7 +244,7 @@ int main(int, char** arguments) {
         const void* kernel = hubert_eff_find(name);
         if (!kernel) continue;
         const int count = std::atoi(arguments[1]);
-        for (int i = 0; i < count; ++i) one(name, kernel), attend(name, kernel);
+        for (int i = 0; i < count; ++i) one(name, kernel), attend(name, kernel), join(name);
         std::printf("%s: %d shapes\n", name, count);
     }
     return 0;

@@ -208,7 +208,7 @@ def forms(frames: int, width: int, padded: bool) -> Iterator[tuple[nn.Module, tu
     yield started(BinaryRelativeAttention(1, {}), mask), (q, other, k, r, v, attend, 0.0)
     for pattern in PATTERNS:
         yield started(BinarySparseAttention(1, {}), mask), (q, k, v, attend, 0.0, pattern)
-    yield started(Shared(), mask), (q, k, other[..., :4], r[..., :4], v, valid if padded else None)
+    yield started(Shared(), mask), (q, k, other[..., :4], r[..., :4], v, valid[:, None] if padded else None)
 
 
 @torch.no_grad()

@@ -186,8 +186,6 @@ def test_what_cannot_stream_is_refused_with_the_reason() -> None:
         StreamingModel(streaming_model("zipformer-debug"), 6)
     with pytest.raises(UserError, match="normalize=true needs the whole utterance"):
         streaming_model("conformer-debug", normalize=True)
-    with pytest.raises(UserError, match=r"binarised model \(quant=w1a1\) does not run in chunks"):
-        streaming_model("conformer-debug+w1a1")
     with pytest.raises(UserError, match="cannot stream a Linear"):
         StreamingModel(torch.nn.Linear(2, 2))
 
@@ -324,7 +322,6 @@ def test_the_command_streams_a_preset_or_an_export(
         (["conformer-debug", wave, "--stream", "16-4", "--layer", "1"], "leave out --layer"),
         (["conformer-debug", wave, "--stream", "16-4", "--window", "30"], "leave out --window"),
         ([str(tmp_path / "other.safetensors"), wave, "--stream", "16-4"], "build and train it with streaming=true"),
-        (["conformer-debug+w1a1", wave, "--stream", "16-4"], "does not run in chunks"),
         (["conformer-debug", str(tmp_path / "nan.wav"), "--stream", "16-4"], "nan.wav, from 0.5 s on: 1 samples are not finite"),
         (["conformer-debug", wave], "--out is missing"),
     ):

@@ -8,13 +8,14 @@ as floats; values are packed along time, and a product of bits mixes them. They 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...layers.bits import counted_as
+from ...layers.chunks import Chunks
 from ...layers.sparse_pattern import SparsePattern, chunks, gather_summaries
 from ...layers.tracing import follows_shapes
 from ..attention import CHUNK, Probabilities
@@ -29,10 +30,10 @@ KEPT = 1 << 29  # bits of shared probabilities that are kept; those of longer in
 Rows = tuple[Tensor, Tensor, int, "Tensor | int"]  # bits of probabilities, packed values, their number, keys seen
 
 
-def _pieces(v: Tensor) -> Iterator[tuple[int, int]]:
-    """Queries start ... stop - 1 of dense attention to v (B, H, T, d), whose probabilities exist at a time."""
+def _pieces(v: Tensor, keys: int) -> Iterator[tuple[int, int]]:
+    """Queries start ... stop - 1 of dense attention of v (B, H, T, d) to so many keys, whose probabilities exist at a time."""
     batch, heads, frames, _ = v.shape
-    step = frames if follows_shapes(v) else max(1, BITS // (batch * heads * frames * CHUNK)) * CHUNK
+    step = frames if follows_shapes(v) else max(1, BITS // (batch * heads * keys * CHUNK)) * CHUNK
     return ((start, min(start + step, frames)) for start in range(0, frames, step))
 
 
@@ -41,8 +42,42 @@ def _words(seen: Tensor | None) -> Tensor | None:
     return None if seen is None else ops.pack(seen.float())
 
 
-def _visible(attend: Tensor | None, frames: int) -> Tensor | int:
-    return frames if attend is None else attend.sum(-1, keepdim=True).clamp(min=1)
+def _mask(attend: Tensor | None, batch: int) -> Tensor | None:
+    """Bits of a mask (B or 1, 1, 1 or n, T) of the keys of each query: (B, 1, 1 or n, W)."""
+    return None if attend is None else _words(attend.expand(batch, -1, -1, -1))
+
+
+def _part(mask: Tensor | None, start: int, stop: int) -> Tensor | None:
+    """Of such bits those of the queries start ... stop - 1, as operations take them: (B, W) where all see the same, else (B, n, W)."""
+    if mask is None:
+        return None
+    return mask[:, 0, 0] if mask.size(2) == 1 else mask[:, 0, start:stop]
+
+
+def _with_kept(owner: nn.Module, chunks: Chunks | None, keys: Tensor) -> Tensor:
+    """Rows of keys (B, H, n, W) with those that a stream has kept in front."""
+    return keys if chunks is None else chunks.with_kept(owner, keys)[0]
+
+
+def _columns(quantizer: PackedQuantizer, chunks: Chunks | None, v: Tensor) -> Tensor:
+    """Values (B, H, n, d), packed along time, behind those that a stream has kept: all of the chunk before."""
+    panels = quantizer.columns(v)
+    if chunks is not None and chunks.kept is not None:
+        if quantizer in chunks.kept:
+            (kept,), frames = chunks.kept[quantizer], chunks.keys_before
+            panels = ops.join_columns(kept, frames, chunks.surplus(frames), panels, v.size(2))
+        chunks.kept[quantizer] = (panels,)
+    return panels
+
+
+def _once(chunks: Chunks | None, owner: Hashable, make: Callable[[], Tensor]) -> Tensor:
+    """What a stream makes once for all chunks."""
+    return make() if chunks is None else chunks.table(owner, 0, make)
+
+
+def _visible(attend: Tensor | None) -> Tensor | None:
+    """How many keys a query sees; None: all."""
+    return None if attend is None else attend.sum(-1, keepdim=True).clamp(min=1)
 
 
 def _costs(*terms: tuple[Tensor, int]) -> Tensor:
@@ -77,26 +112,40 @@ class PackedAttention(_Packed):
     probabilities: PackedQuantizer
 
     @counted_as("attention")
-    def forward(self, q: Tensor | PackedCodes, k: Tensor | PackedCodes, v: Tensor, attend: Tensor | None, dropout: float) -> Tensor:
+    def forward(
+        self, q: Tensor | PackedCodes, k: Tensor | PackedCodes, v: Tensor, attend: Tensor | None, dropout: float,
+        chunks: Chunks | None = None,
+    ) -> Tensor:  # fmt: skip
         """As `BinaryAttention`."""
-        query, key = _codes(q, self.query), _codes(k, self.key)
-        frames, width = v.shape[2:]
-        cost = _costs((query.scale * key.scale * width**-0.5, width))
-        keys, seen, threshold = ops.panels_from(key.bits), _words(None if attend is None else attend[:, 0, 0]), self.probabilities.scale / 2
+        return self._dense(q, k, v, _mask(attend, len(v)), _visible(attend), chunks)
+
+    def _dense(
+        self, q: Tensor | PackedCodes, k: Tensor | PackedCodes, v: Tensor, seen: Tensor | None, visible: Tensor | None,
+        chunks: Chunks | None,
+    ) -> Tensor:  # fmt: skip
+        """With a mask as bits, and the number of keys that it shows."""
+        query, key, width = _codes(q, self.query), _codes(k, self.key), v.size(-1)
+        rows = _with_kept(self, chunks, key.bits)
+        frames = rows.size(2)
+        cost = _once(chunks, (_costs, self), lambda: _costs((query.scale * key.scale * width**-0.5, width)))
+        keys, threshold = ops.panels_from(rows), self.probabilities.scale / 2
 
         def attended(start: int, stop: int) -> Tensor:
-            return ops.attention(query.bits[:, :, start:stop], keys, frames, width, cost, threshold, seen)
+            return ops.attention(query.bits[:, :, start:stop], keys, frames, width, cost, threshold, _part(seen, start, stop))
 
-        return self._mixed(attended, v, attend)
+        return self._mixed(attended, v, frames, visible, chunks)
 
-    def _mixed(self, attended: Callable[[int, int], Tensor], v: Tensor, attend: Tensor | None) -> Tensor:
-        """`attended(start, stop)`: bits (B, H, n, W) of the queries start ... stop - 1."""
-        frames, width = v.shape[2:]
-        values, scale = self.value.columns(v), self.probabilities.scale * self.value.scale / _visible(attend, frames)
-        own, half = (scale, v.dtype == torch.bfloat16) if attend is None else (None, False)
-        mixed = [ops.product(attended(*piece), values, width, frames, False, own, None, None, half) for piece in _pieces(v)]
+    def _mixed(
+        self, attended: Callable[[int, int], Tensor], v: Tensor, frames: int, visible: Tensor | None, chunks: Chunks | None
+    ) -> Tensor:
+        """`attended(start, stop)`: bits (B, H, n, W) of the queries start ... stop - 1; `frames`: keys, of which `visible` are seen."""
+        width, values = v.size(-1), _columns(self.value, chunks, v)
+        scale = self.probabilities.scale * self.value.scale / (frames if visible is None else visible)
+        one = scale.numel() == 1  # for all queries: the product's own
+        own, half = (scale.view(1), v.dtype == torch.bfloat16) if one else (None, False)
+        mixed = [ops.product(attended(*piece), values, width, frames, False, own, None, None, half) for piece in _pieces(v, frames)]
         y = mixed[0] if len(mixed) == 1 else torch.cat(mixed, 2)
-        return y if attend is None else y.mul_(scale).to(v.dtype)
+        return y if one else y.mul_(scale).to(v.dtype)
 
 
 class PackedRelativeAttention(PackedAttention):
@@ -108,20 +157,23 @@ class PackedRelativeAttention(PackedAttention):
 
     @counted_as("attention")
     def forward(  # type: ignore[override]
-        self, content: Tensor, position: Tensor, k: Tensor, r: Tensor, v: Tensor, attend: Tensor | None, dropout: float
-    ) -> Tensor:
+        self, content: Tensor, position: Tensor, k: Tensor, r: Tensor, v: Tensor, attend: Tensor | None, dropout: float,
+        chunks: Chunks | None = None,
+    ) -> Tensor:  # fmt: skip
         """As `BinaryRelativeAttention`."""
         contents, positions, key, offset = self.content(content), self.position(position), self.key(k), self.offset(r)
-        (frames, width), root = k.shape[2:], k.size(-1) ** -0.5
-        cost = _costs((contents.scale * key.scale * root, width), (positions.scale * offset.scale * root, width))
-        keys, offsets = ops.panels_from(key.bits), ops.panels_from(offset.bits)
-        seen, threshold = _words(None if attend is None else attend[:, 0, 0]), self.probabilities.scale / 2
+        rows, width, root = _with_kept(self, chunks, key.bits), k.size(-1), k.size(-1) ** -0.5
+        frames, behind = rows.size(2), rows.size(2) - k.size(2)  # keys, and those before the first query
+        terms = (contents.scale * key.scale * root, width), (positions.scale * offset.scale * root, width)
+        cost = _once(chunks, (_costs, self), lambda: _costs(*terms))
+        keys, offsets = ops.panels_from(rows), ops.panels_from(offset.bits)
+        seen, threshold = _mask(attend, len(v)), self.probabilities.scale / 2
 
         def attended(start: int, stop: int) -> Tensor:
-            q, p = contents.bits[:, :, start:stop], positions.bits[:, :, start:stop]
-            return ops.relative_attention(q, p, keys, offsets, frames, width, width, cost, threshold, seen, start)
+            q, p, mask = contents.bits[:, :, start:stop], positions.bits[:, :, start:stop], _part(seen, start, stop)
+            return ops.relative_attention(q, p, keys, offsets, frames, width, width, cost, threshold, mask, behind + start)
 
-        return self._mixed(attended, v, attend)
+        return self._mixed(attended, v, frames, _visible(attend), chunks)
 
 
 class PackedSparseAttention(PackedAttention):
@@ -129,9 +181,14 @@ class PackedSparseAttention(PackedAttention):
 
     @counted_as("attention")
     def forward(  # type: ignore[override]
-        self, q: Tensor | PackedCodes, k: Tensor | PackedCodes, v: Tensor, attend: Tensor | None, dropout: float, pattern: SparsePattern
-    ) -> Tensor:
+        self, q: Tensor | PackedCodes, k: Tensor | PackedCodes, v: Tensor, attend: Tensor | None, dropout: float, pattern: SparsePattern,
+        chunks: Chunks | None = None,
+    ) -> Tensor:  # fmt: skip
         """As `BinarySparseAttention`."""
+        if chunks is not None:
+            end = chunks.start + v.size(2)  # all blocks of a stream share what is made of the mask
+            seen = chunks.table((_mask, pattern), end, lambda: _mask(attend, len(v)))
+            return self._dense(q, k, v, seen, chunks.table((_visible, pattern), end, lambda: _visible(attend)), chunks)
         query, key = _codes(q, self.query), _codes(k, self.key)
         cost = _costs((query.scale * key.scale * v.size(-1) ** -0.5, v.size(-1)))
         rows = self._banded if pattern.kind == "local" else self._blocked
@@ -193,31 +250,37 @@ class PackedWeights(_Packed):
     probabilities: PackedQuantizer
 
     @counted_as("attention")
-    def forward(self, q: Tensor, k: Tensor, p: Tensor, offsets: Tensor, seen: Tensor | None, dropout: float) -> PackedSharedProbabilities:
+    def forward(
+        self, q: Tensor, k: Tensor, p: Tensor, offsets: Tensor, seen: Tensor | None, dropout: float, chunks: Chunks | None = None
+    ) -> PackedSharedProbabilities:
         """As `BinaryWeights`."""
-        frames, width = q.shape[2:]
         query, key, position, offset = self.query(q), self.key(k), self.position(p), self.offset(offsets)
-        cost = _costs((query.scale * key.scale, width), (position.scale * offset.scale, p.size(-1)))
-        keys, table, words = ops.panels_from(key.bits), ops.panels_from(offset.bits), _words(seen)
+        lines, width = _with_kept(self, chunks, key.bits), q.size(-1)
+        frames, behind = lines.size(2), lines.size(2) - q.size(2)  # keys, and those before the first query
+        terms = (query.scale * key.scale, width), (position.scale * offset.scale, p.size(-1))
+        cost = _once(chunks, (_costs, self), lambda: _costs(*terms))
+        attend = None if seen is None else seen[:, None]
+        keys, table, mask = ops.panels_from(lines), ops.panels_from(offset.bits), _mask(attend, len(q))
         threshold = self.probabilities.scale / 2
 
         def attended(start: int, stop: int, heads: int) -> Tensor:
             rows, places = query.bits[:, :heads, start:stop], position.bits[:, :heads, start:stop]
             return ops.relative_attention(
-                rows, places, keys[:, :heads], table[:heads], frames, width, p.size(-1), cost, threshold, words, start
-            )
+                rows, places, keys[:, :heads], table[:heads], frames, width, p.size(-1), cost, threshold, _part(mask, start, stop),
+                behind + start,
+            )  # fmt: skip
 
-        visible = _visible(None if seen is None else seen[:, None, None], frames)
-        return PackedSharedProbabilities(attended, q, self.probabilities.scale / visible)
+        visible = _visible(attend)
+        return PackedSharedProbabilities(attended, q, frames, self.probabilities.scale / (frames if visible is None else visible))
 
 
 class PackedSharedProbabilities:
     """`SharedProbabilities` as bits; those of long input are computed anew for each user."""
 
-    def __init__(self, attended: Callable[[int, int, int], Tensor], q: Tensor, scale: Tensor) -> None:
-        self.attended, self.frames, self.scale = attended, q.size(2), scale
-        self.pieces = list(_pieces(q))
-        kept = q.is_meta or q.shape[:3].numel() * q.size(2) <= KEPT
+    def __init__(self, attended: Callable[[int, int, int], Tensor], q: Tensor, keys: int, scale: Tensor) -> None:
+        self.attended, self.frames, self.scale = attended, keys, scale
+        self.pieces = list(_pieces(q, keys))
+        kept = q.is_meta or q.shape[:3].numel() * keys <= KEPT
         self.bits = [attended(*piece, q.size(1)) for piece in self.pieces] if kept else None
 
     def mix(self, columns: Tensor, width: int, scale: Tensor) -> Tensor:
@@ -235,7 +298,7 @@ class PackedMix(_Packed):
     value: PackedQuantizer
 
     @counted_as("attention")
-    def forward(self, values: Tensor, weights: PackedSharedProbabilities) -> Tensor:
+    def forward(self, values: Tensor, weights: PackedSharedProbabilities, chunks: Chunks | None = None) -> Tensor:
         """As `BinaryMix`."""
-        y = weights.mix(self.value.columns(values), values.size(-1), self.value.scale)
+        y = weights.mix(_columns(self.value, chunks, values), values.size(-1), self.value.scale)
         return y.bfloat16() if values.dtype == torch.bfloat16 else y

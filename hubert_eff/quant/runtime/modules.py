@@ -16,6 +16,8 @@ from torch.nn import functional as F
 
 from ...errors import UserError
 from ...layers.bits import Cost, counted_as
+from ...layers.chunks import Chunks
+from ...layers.convolution import reach
 from ...layers.precision import wide
 from ...layers.tracing import follows_shapes
 from ..functional import FLOOR, weight_signs
@@ -173,7 +175,7 @@ class PackedConv1d(nn.Module):
 
     def __init__(self, source: BinaryConv1d) -> None:
         super().__init__()
-        self.stride, self.groups = source.stride, source.groups
+        self.stride, self.groups, self.causal = source.stride, source.groups, source.causal
         self.out_channels, width, self.kernel = source.weight.shape
         self.in_channels = width * self.groups
         self.depthwise = width == 1 and self.out_channels == self.groups
@@ -197,25 +199,45 @@ class PackedConv1d(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}, kernel={self.kernel}, stride={self.stride}, groups={self.groups}"
 
-    def forward(self, x: Tensor, chunks: None = None) -> Tensor:  # as `DepthwiseConv`; a binarised model does not run in chunks
+    def forward(self, x: Tensor, chunks: Chunks | None = None) -> Tensor:
+        """`chunks`: as `BinaryConv1d`; convolutions that are not depthwise do not run in chunks."""
         batch, frames = x.shape[:2]
-        before = self.kernel // 2 if self.stride == 1 else 0
-        after = before if self.stride == 1 else max(0, self.kernel - self.stride + -frames % self.stride)
+        before, after = reach(self.kernel, self.stride, self.causal, frames)
         mask = self.input.frames.over(x)  # (B, T, 1)
-        valid = x.new_ones(batch, frames, dtype=torch.float32) if mask is None else mask.squeeze(-1).float()
-        valid = F.pad(valid, (before, after))
+        valid = x.new_ones(batch, frames, 1, dtype=torch.float32) if mask is None else mask.float()
         half = x.dtype == torch.bfloat16
-        out = (valid.size(1) - self.kernel) // self.stride + 1
         if self.depthwise:
-            stream = self.input.columns(F.pad(x, (0, 0, before, after)))
-            return ops.depthwise(
-                stream, ops.pack(valid), self.bits, self.out_channels, self.kernel, self.stride, out, self.input.signed, self.input.scale,
-                self.size, self.bias, half,
+            if chunks is None:
+                bits, valid = self.input.columns(F.pad(x, (0, 0, before, after))), F.pad(valid, (0, 0, before, after))
+            elif chunks.kept is None:
+                bits, valid = (chunks.windows(self, part, before, after) for part in (x, valid))
+                bits = self.input.columns(bits)
+            else:
+                bits = self._streamed(x, before, after, chunks)
+                real = min(chunks.start, before)  # before the first frame there is nothing
+                valid = F.pad(F.pad(valid, (0, 0, real, 0), value=1.0), (0, 0, before - real, after))
+            out = (valid.size(1) - self.kernel) // self.stride + 1
+            y = ops.depthwise(
+                bits, ops.pack(valid.squeeze(-1)), self.bits, self.out_channels, self.kernel, self.stride, out, self.input.signed,
+                self.input.scale, self.size, self.bias, half,
             )  # fmt: skip
-        y = self._windows(x, mask, valid, before, after)
+            return y if chunks is None else chunks.joined(y, batch, -(-frames // self.stride))
+        y = self._windows(x, mask, F.pad(valid.squeeze(-1), (before, after)), before, after)
         y = y * (self.input.scale.float() * self.size.float())
         y = y if self.bias is None else y + self.bias.float()
         return y.bfloat16() if half else y
+
+    def _streamed(self, x: Tensor, before: int, after: int, chunks: Chunks) -> Tensor:
+        """Panels of a stream's x (B, T, K), of `before` frames before it and of `after` behind it, which are 0; all but those are kept."""
+        assert chunks.kept is not None
+        frames = before + x.size(1)
+        if self in chunks.kept:
+            (kept,), surplus = chunks.kept[self], chunks.size
+        else:
+            kept, surplus = x.new_zeros(x.size(0), ops.panels_of(self.in_channels), ops.words_of(before), ops.LANES, dtype=torch.int32), 0
+        panels = ops.join_columns(kept, before + surplus, surplus, self.input.columns(x), x.size(1))
+        chunks.kept[self] = (panels,)
+        return F.pad(panels, (0, 0, 0, ops.words_of(frames + after) - panels.size(-2)))
 
     def _windows(self, x: Tensor, mask: Tensor | None, valid: Tensor, before: int, after: int) -> Tensor:
         """Sums (B, T', N). Padding has bits of 0: for unsigned input that is 0, for signed input -1, which is put right here."""

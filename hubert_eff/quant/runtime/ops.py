@@ -321,8 +321,39 @@ def depthwise(
     return out
 
 
+def _join_shape(kept: Tensor, frames: int, surplus: int, more: Tensor, count: int) -> Tensor:
+    return kept.new_empty(*kept.shape[:-2], words_of(frames - surplus + count), LANES)
+
+
+@_operation("join_columns(Tensor kept, SymInt frames, SymInt surplus, Tensor more, SymInt count) -> Tensor", _join_shape)
+def join_columns(kept: Tensor, frames: int, surplus: int, more: Tensor, count: int) -> Tensor:
+    """Panels of `pack_columns` of `frames` frames, (..., P, ceil(T / 32), 16), from frame `surplus` on, and `count` more behind them."""
+    kernel = loader.current() if kept.device.type == "cpu" else None
+    if kernel is None:
+        before, behind = (bits_from(part.mT, part.size(-2) * WORD) for part in (kept, more))  # (..., P, 16, T)
+        return words_from(torch.cat((before[..., surplus:frames], behind[..., :count]), -1)).mT.contiguous()
+    _expect(0 <= surplus <= frames, f"{surplus} of {frames} frames cannot be left out")
+    for panels, length in ((kept, frames), (more, count)):
+        shape = (*kept.shape[:-2], words_of(length), LANES)
+        _expect(panels.shape == shape, f"panels {tuple(panels.shape)} are not {shape}")
+    kept, more = _words(kept), _words(more)
+    out = kept.new_empty(*kept.shape[:-2], words_of(frames - surplus + count), LANES)
+    task = loader.Join(
+        kept.data_ptr(), more.data_ptr(), out.data_ptr(), math.prod(kept.shape[:-2]), frames, surplus, kept.size(-2), more.size(-2),
+        out.size(-2),
+    )  # fmt: skip
+    if out.numel():
+        kernel.library.hubert_eff_join_columns(ctypes.byref(task))
+    return out
+
+
 def _distances(rows: Tensor, panels: Tensor, outputs: int, inputs: int) -> Tensor:
     return torch.rsub(_sums(rows, panels, outputs, inputs, True), inputs).to(torch.int32) >> 1
+
+
+def _seen(seen: Tensor | None, keys: int) -> Tensor | None:
+    """Words (B, W) or (B, n, W) of visible keys as a mask (B, 1, 1 or n, T)."""
+    return None if seen is None else bits_from(seen, keys).view(seen.size(0), 1, -1, keys)
 
 
 def _attended(costs: Tensor, seen: Tensor | None, threshold: Tensor) -> Tensor:
@@ -353,7 +384,9 @@ def _attend(
     batch, heads = q.shape[:2]
     _expect(words >= words_of(inputs), f"rows of {words} words for {inputs} inputs")
     _expect(k.shape == (*lead, panels_of(keys), words, LANES), f"panels {tuple(k.shape)} of {keys} keys for queries {tuple(q.shape)}")
-    _expect(seen is None or seen.shape == (batch, *lead[2:], words_of(keys)), "visible keys must be words (B, ceil(T / 32))")
+    by_query = seen is not None and shared is None and seen.dim() == 3
+    visible = (batch, *((n,) if by_query else lead[2:]), words_of(keys))
+    _expect(seen is None or seen.shape == visible, "visible keys must be words (B, ceil(T / 32)), or (B, n, ceil(T / 32))")
     if shared is not None:
         _expect(shared.shape == (*lead[:2], panels_of(shared_keys), words, LANES), f"panels {tuple(shared.shape)} of {shared_keys} keys")
         _expect(
@@ -371,7 +404,7 @@ def _attend(
     out = q.new_empty(*q.shape[:-1], words_of(keys) + words_of(shared_keys))
     task = loader.Attention(
         *map(_pointer, given), _pointer(limit), out.data_ptr(), batch * heads, heads, blocks, n, keys, shared_keys, words, inputs,
-        0 if p is None else p.size(-1), start, window,
+        0 if p is None else p.size(-1), start, window, by_query,
     )  # fmt: skip
     if out.numel():
         kernel.library.hubert_eff_attention(kernel.functions, ctypes.byref(task), torch.get_num_threads())
@@ -411,16 +444,17 @@ def attention(
     """Bits of the keys that each query attends to: q (B, H, n, W), k (B, H, ceil(T / 16), W, 16) -> (B, H, n, ceil(T / 32)).
 
     Its `product` with values packed along time is the attention's result but for a scale. cost (1,): of a differing bit
-    (quant/integer_softmax.py). threshold (1,): what visible * P must exceed. seen (B, ceil(T / 32)): bits of the visible keys, None: all.
+    (quant/integer_softmax.py). threshold (1,): what visible * P must exceed. seen (B, ceil(T / 32)): bits of the visible keys, None: all;
+    (B, n, ceil(T / 32)): those of each query.
     window: with it, query i sees the keys start + i - window ... start + i + window.
     """
     if kernel := _native(q, inputs):
         return _attend(kernel, q, k, None, None, None, keys, 0, inputs, cost, threshold, seen, None, start, window)
-    visible = None if seen is None else bits_from(seen, keys)[:, None, None]
+    visible = _seen(seen, keys)
     parts = []
     for first in range(0, q.size(2), QUERIES):
         rows = q[:, :, first : first + QUERIES]
-        sees = visible
+        sees = visible if visible is None or visible.size(2) == 1 else visible[:, :, first : first + QUERIES]
         if window >= 0:
             place = torch.arange(start + first, start + first + rows.size(2), device=q.device).unsqueeze(1)
             near = (place - torch.arange(keys, device=q.device)).abs() <= window
@@ -451,13 +485,14 @@ def relative_attention(
     """
     if kernel := _native(q, inputs, positions):
         return _attend(kernel, q, k, None, p, offsets, keys, 0, inputs, cost, threshold, seen, None, start, -1)
-    visible = None if seen is None else bits_from(seen, keys)[:, None, None]
+    visible = _seen(seen, keys)
     parts = []
     for first in range(0, q.size(2), QUERIES):
         rows = slice(first, first + QUERIES)
         places = _distances(p[:, :, rows], offsets.expand(q.size(0), *offsets.shape), 2 * keys - 1, positions)
         costs = _by_key(places, keys, start + first).mul_(cost[1:])
-        parts.append(_attended(costs.add_(_distances(q[:, :, rows], k, keys, inputs).mul_(cost[:1])), visible, threshold))
+        sees = visible if visible is None or visible.size(2) == 1 else visible[:, :, rows]
+        parts.append(_attended(costs.add_(_distances(q[:, :, rows], k, keys, inputs).mul_(cost[:1])), sees, threshold))
     return torch.cat(parts, 2)
 
 
