@@ -29,7 +29,9 @@ from ..utils.files import replacing
 
 VARIABLE = "HUBERT_EFF_KERNEL"
 TORCH = "torch"
-KERNELS = ("avx512vpopcntdq", "avx512bw", "avx2", "neon", TORCH)  # the fastest first; the last one always runs, and defines the others
+AMX, POPCOUNT = "amx", "avx512vpopcntdq"
+KERNELS = (AMX, POPCOUNT, "avx512bw", "avx2", "neon", TORCH)  # the fastest first; the last one always runs, and defines the others
+TILED_ROWS, TILED_INPUTS = 16, 128  # products with fewer are as fast by popcounts: a tile has 16 rows, and its sums cost as much as 64 inputs
 SOURCE = Path(__file__).with_name("kernels.cpp")
 SOURCES = (SOURCE, *sorted(SOURCE.parent.glob("*.h")))
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-pthread")  # no fused multiply-add: torch rounds twice
@@ -193,6 +195,14 @@ def current() -> Kernel | None:
     if isinstance(kernel, str):
         raise UserError(f"{VARIABLE}={name}: {kernel}; unset it to run on what there is")
     return kernel
+
+
+def for_product(kernel: Kernel, rows: int, inputs: int) -> Kernel:
+    """Of a processor with AMX, what computes a product of so many rows and inputs, unless AMX is forced; of others, its kernel."""
+    if kernel.name != AMX or os.environ.get(VARIABLE) == AMX or (rows >= TILED_ROWS and inputs >= TILED_INPUTS):
+        return kernel
+    popcount = _load(POPCOUNT)  # all processors with AMX run it; its functions are those of AMX but for products
+    return popcount if isinstance(popcount, Kernel) else kernel
 
 
 def kernel_in_use() -> str:

@@ -181,6 +181,7 @@ def _multiply(
         inputs, words, 1 if size is None else size.numel(), signed, half,
     )  # fmt: skip
     if out.numel():
+        kernel = loader.for_product(kernel, rows, inputs)
         kernel.library.hubert_eff_product(kernel.functions, ctypes.byref(task), torch.get_num_threads())
     return out
 
