@@ -31,7 +31,10 @@ VARIABLE = "HUBERT_EFF_KERNEL"
 TORCH = "torch"
 AMX, POPCOUNT = "amx", "avx512vpopcntdq"
 KERNELS = (AMX, POPCOUNT, "avx512bw", "avx2", "neon", TORCH)  # the fastest first; the last one always runs, and defines the others
-TILED_ROWS, TILED_INPUTS = 16, 128  # products with fewer are as fast by popcounts: a tile has 16 rows, and its sums cost as much as 64 inputs
+TILED_ROWS, TILED_INPUTS = (
+    16,
+    128,
+)  # products with fewer are as fast by popcounts: a tile has 16 rows, and its sums cost as much as 64 inputs
 SOURCE = Path(__file__).with_name("kernels.cpp")
 SOURCES = (SOURCE, *sorted(SOURCE.parent.glob("*.h")))
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-pthread")  # no fused multiply-add: torch rounds twice

@@ -29,6 +29,10 @@ struct Outputs {  // of a pair of panels: the integer is whole - (count << shift
         }
     }
 
+    INLINE float integer(int32_t count, int j) const {  // in unsigned numbers, which may be shifted whatever they are
+        return static_cast<float>(static_cast<int32_t>(static_cast<uint32_t>(whole[j]) - (static_cast<uint32_t>(count) << shift)));
+    }
+
     INLINE void restate(const Product& p, int32_t inputs) {  // for counts that are sums: 2 popcount - inputs, or of inputs of 0 and 1
         shift = 0;
         for (int j = 0; j < PAIR; ++j) {
@@ -52,13 +56,13 @@ INLINE void finish(const Product& p, const Outputs& o, const int32_t* count, int
         if (n == PAIR && !p.half) {  // straight to its place: what goes through memory first waits for it
             float* __restrict out = static_cast<float*>(p.out) + place;
             if (p.bias)
-                for (int j = 0; j < PAIR; ++j) out[j] = static_cast<float>(o.whole[j] - (count[j] << o.shift)) * o.factor[j] + o.bias[j];
+                for (int j = 0; j < PAIR; ++j) out[j] = o.integer(count[j], j) * o.factor[j] + o.bias[j];
             else
-                for (int j = 0; j < PAIR; ++j) out[j] = static_cast<float>(o.whole[j] - (count[j] << o.shift)) * o.factor[j];
+                for (int j = 0; j < PAIR; ++j) out[j] = o.integer(count[j], j) * o.factor[j];
             continue;
         }
         float y[PAIR];
-        for (int j = 0; j < PAIR; ++j) y[j] = static_cast<float>(o.whole[j] - (count[j] << o.shift)) * o.factor[j];
+        for (int j = 0; j < PAIR; ++j) y[j] = o.integer(count[j], j) * o.factor[j];
         if (p.bias)
             for (int j = 0; j < PAIR; ++j) y[j] += o.bias[j];
         if (p.half) {
