@@ -78,6 +78,14 @@ INLINE void finish(const Product& p, const Outputs& o, const int32_t* count, int
     }
 }
 
+INLINE void prefetch(const Product& p, int rows, int pairs, int64_t row, int64_t first) {
+    if (p.limit) return;
+    const int64_t size = p.half ? 2 : 4, length = std::min<int64_t>(pairs * PAIR, p.n - first) * size;
+    const char* place = static_cast<const char*>(p.out) + (row * p.n + first) * size;
+    for (int r = 0; r < rows; ++r, place += p.n * size)
+        for (int64_t i = 0; i < length; i += 64) __builtin_prefetch(place + i, 1);
+}
+
 template <class Isa, class Operands = typename Isa::Operands>
 INLINE void product(const Product& p, int64_t begin, int64_t end) {  // of blocks of rows, [batch][M/BLOCK]
     constexpr int R = Operands::rows, PAIRS = Operands::panels / 2;
@@ -100,6 +108,7 @@ INLINE void product(const Product& p, int64_t begin, int64_t end) {  // of block
             }
             for (int64_t row = from; row < to; row += R) {
                 const int rows = static_cast<int>(std::min<int64_t>(R, to - row));
+                prefetch(p, rows, pairs, batch * p.m + row, first);
                 operands.tile(row - from, rows, count[0]);
                 for (int i = 0; i < pairs; ++i) finish<Isa>(p, outputs[i], count[i], rows, batch * p.m + row, first + i * PAIR);
             }
