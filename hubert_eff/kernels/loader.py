@@ -179,10 +179,17 @@ def _best() -> Kernel | None:
     kernels = [_load(name) for name in KERNELS if name != TORCH]
     found = next((kernel for kernel in kernels if isinstance(kernel, Kernel)), None)
     if found is None:
-        library = _library()
-        reason = library if isinstance(library, str) else "this processor has none of the instruction sets " + ", ".join(KERNELS[:-1])
-        warnings.warn(f"one-bit layers run in plain torch, slower than float ones: {reason}", stacklevel=2)
+        warnings.warn(f"one-bit layers run in plain torch, slower than float ones: {absence()}", stacklevel=2)
     return found
+
+
+def absence() -> str | None:
+    """Why no kernel runs here; None where one does."""
+    library = _library()
+    if isinstance(library, str):
+        return library
+    none = "this processor has none of the instruction sets " + ", ".join(KERNELS[:-1])
+    return None if any(isinstance(_load(name), Kernel) for name in KERNELS[:-1]) else none
 
 
 def current() -> Kernel | None:
@@ -212,3 +219,12 @@ def kernel_in_use() -> str:
     """The name of the kernel that one-bit layers run on: one of `KERNELS`."""
     kernel = current()
     return TORCH if kernel is None else kernel.name
+
+
+def described() -> dict[str, str]:
+    """What one-bit layers run on, by operation. Raises `UserError` as `current`."""
+    kernel = current()
+    if kernel is None or kernel.name != AMX:
+        return {"all operations": kernel_in_use()}
+    some = f"{AMX} from {TILED_ROWS} rows and {TILED_INPUTS} inputs on, else {POPCOUNT}"
+    return {"products": AMX if os.environ.get(VARIABLE) else some, "packing, attention, depthwise convolutions": POPCOUNT}

@@ -88,5 +88,6 @@ def test_small_products_are_summed_by_popcounts(library: None, monkeypatch: pyte
     popcount = loader.POPCOUNT if isinstance(loader._load(loader.POPCOUNT), loader.Kernel) else loader.AMX
     for rows, inputs, expected in ((16, 128, loader.AMX), (499, 768, loader.AMX), (15, 768, popcount), (499, 64, popcount)):
         assert loader.for_product(kernel, rows, inputs).name == expected
+    assert "amx from 16 rows and 128 inputs on" in loader.described()["products"]
     monkeypatch.setenv(loader.VARIABLE, loader.AMX)
-    assert loader.for_product(kernel, 1, 1).name == loader.AMX
+    assert loader.for_product(kernel, 1, 1).name == loader.AMX and loader.described()["products"] == loader.AMX
