@@ -191,7 +191,7 @@ def main() -> None:
     if loader.AMX not in runs:
         facts["AMX"] = "none here: not timed"
     if not args.json:
-        for line in rows:  # the shared table has 0.1 ms
+        for line in rows + compared:  # the shared table has 0.1 ms
             line["what"] += f" [{line['ms'][1]:.3f} ms]"
     harness.show(rows + compared, facts, args.json)
 
