@@ -23,8 +23,9 @@ constexpr int LANES = 16, PAIR = 2 * LANES;
 constexpr int64_t BLOCK = 64;  // rows whose words stay in cache
 
 // An instruction set is a class: its `Operands` hold some rows, at most `blocks` times BLOCK, and some panels, and write popcounts of tiles
-// of them, or `sums` that stand for them, to out[panels / 2][rows][32]; `above` compares 32 numbers x * factor + move with a limit, `at_most` 32 integers; `collect` sets bit i of
-// each of 16 words whose number is above a limit; `native` says whether it counts bits in one instruction.
+// of them, or `sums` that stand for them, to out[panels / 2][rows][32]; `above` compares 32 numbers x * factor + move with a limit,
+// `at_most` 32 integers; `collect` sets bit i of each of 16 words whose number is above a limit; `native` says whether it counts bits in
+// one instruction.
 
 // Operands of a product as they lie in memory, for an instruction set whose `tile` reads them so: popcounts of R rows and P panels,
 // out[R][32].
