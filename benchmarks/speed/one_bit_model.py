@@ -33,7 +33,7 @@ from hubert_eff.quant import pack
 from hubert_eff.quant.runtime import kernel_in_use
 
 MODELS = ("transformer-base", "sparseformer-dn-s", "conformer-s")
-FLOAT, ONEDNN, BFLOAT16, INT8 = "F.linear", "as this package runs it", "bfloat16", "int8 dynamic"
+FLOAT, ONEDNN, BFLOAT16, INT8 = "F.linear", "hubert-eff float32", "bfloat16", "int8 dynamic"
 FUSED, MIXED = "bfloat16, fused", "bfloat16, oneDNN int8"
 PEERS = (FLOAT, ONEDNN, BFLOAT16, FUSED, MIXED, INT8)
 ONE_BIT, ONE_BIT_BFLOAT16 = "one bit", "one bit, bfloat16 rest"
@@ -111,7 +111,8 @@ def rows_of(name: str, seconds: float, rounds: int, chosen: Sequence[str], clock
             [harness.row(f"{name}, {seconds:g} s", {peer: times[peer], ours: times[ours]}, 1.0) for peer in PEERS if peer in times]
         )
         for row in pairs:
-            target = on_amx if row["best"] else on_avx2 if row["sides"][0] == FLOAT and kernel_in_use() == "avx2" else 1.0
+            peer = row["sides"][0]
+            target = on_avx2 if peer == FLOAT and kernel_in_use() == "avx2" else on_amx if row["best"] else 1.0
             rows.append({**row, "target": target, "model": name, "kernel": kernel_in_use()})
     shares = measure_shares(ONE_BIT, packed, seconds, 3)
     grouped = {name: [dataclasses.asdict(share) for share in getattr(shares, name)] for name in ("parts", "kinds")}
