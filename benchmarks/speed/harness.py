@@ -73,6 +73,12 @@ def row(what: str, times: dict[str, list[float]], target: float) -> dict[str, An
     }
 
 
+def best_marked(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of peers of one thing, each with whether its peer is the fastest of them: that ratio is the one that counts."""
+    best = min(rows, key=lambda row: row["ms"][0])
+    return [{**row, "best": row is best} for row in rows]
+
+
 def show(rows: list[dict[str, Any]], facts: dict[str, Any], as_json: bool) -> None:
     """Print the result."""
     if as_json:
@@ -85,3 +91,8 @@ def show(rows: list[dict[str, Any]], facts: dict[str, Any], as_json: bool) -> No
             f"{r['what']:<{width}}  {r['sides'][0]} {r['ms'][0]:9.1f} ms   {r['sides'][1]} {r['ms'][1]:9.1f} ms   "
             f"{r['ratio']:6.2f}x (rounds {r['ratio_range'][0]:.2f} - {r['ratio_range'][1]:.2f}; target {r['target']:g}x)"
         )
+    best = [r for r in rows if r.get("best")]
+    if best:
+        print("Against the fastest of its peers:")
+    for r in best:
+        print(f"{r['what']:<{width}}  {r['sides'][1]} {r['ratio']:6.2f}x as fast as {r['sides'][0]} (target {r['target']:g}x)")

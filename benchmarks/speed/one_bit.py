@@ -3,9 +3,13 @@
     python benchmarks/speed/one_bit.py [--kernels avx512vpopcntdq avx2] [--threads 1] [--rounds 15] [--cpu-time]
 
 One binary layer of each shape is packed and compared with its simulation to the last bit before anything is timed; the others are
-`F.linear` in float32 (what `nn.Linear` calls), the same product by oneDNN, bfloat16, and int8 with dynamic quantisation of the input. A
-feed-forward module is two such layers with a ReLU between them, in float with a GELU; its first layer hands bits to the second one.
-The depthwise convolution and the attention products are for information. HUBERT_EFF_KERNEL chooses a kernel anywhere else.
+`F.linear` in float32 (what `nn.Linear` calls), the same product by oneDNN, bfloat16, int8 with dynamic quantization of the input (torch's,
+and oneDNN's products on bfloat16: int8_linear.py), and larq-compute-engine's binary layer where that is installed. What counts is the
+ratio against the fastest of them, which the last lines say. A feed-forward module is two such layers with a ReLU between them, in float
+with a GELU; its first layer hands bits to the second one. The depthwise convolution and the attention products are for information.
+
+On a processor with AMX products by tiles and by popcounts are timed side by side too, for the rule that chooses between them
+(`hubert_eff.kernels.loader.for_product`). HUBERT_EFF_KERNEL chooses a kernel anywhere else.
 """
 
 from __future__ import annotations
@@ -16,6 +20,8 @@ from collections.abc import Callable
 from typing import Any
 
 import harness
+import int8_linear
+import larq_layer
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,11 +32,12 @@ from hubert_eff.layers.kinds import FEED_FORWARD, Kind
 from hubert_eff.layers.linear import product
 from hubert_eff.quant import BinaryConv1d, BinaryLinear, Quantizer, pack
 from hubert_eff.quant.attention import BinaryAttention
-from hubert_eff.quant.runtime import KERNELS, kernel_in_use
+from hubert_eff.quant.runtime import KERNELS, kernel_in_use, ops
 
-SHAPES = ((499, 768, 3072), (499, 3072, 768), (499, 256, 1024), (3000, 768, 3072))
-TARGETS = {((499, 768, 3072), "F.linear"): 25.0, ((499, 768, 3072), "int8 dynamic"): 4.0}
-FEED_FORWARD_TARGET = 35.0
+CHUNK = 16  # frames
+SHAPES = ((499, 768, 3072), (499, 3072, 768), (499, 256, 1024), (CHUNK, 768, 3072), (3000, 768, 3072))
+ATTENTION_TARGETS = {"avx2": 2.0, loader.POPCOUNT: 3.5, loader.AMX: 3.5}  # times as fast as SDPA
+RULE_ROWS, RULE_INPUTS, RULE_OUTPUTS = (4, 8, 16, 32, 128, 499), (64, 128, 256, 768, 3072), 768
 cpu_time = False  # --cpu-time
 
 
@@ -77,12 +84,18 @@ def int8(module: nn.Module) -> nn.Module:
 
 
 def rows_of(
-    what: str, others: dict[str, Callable[[], object]], ours: Callable[[], object], rounds: int, target: Callable[[str], float]
+    what: str, others: dict[str, Callable[[], object]], ours: Callable[[], object], rounds: int, target: float = 1.0, calls: int = 1
 ) -> list[dict[str, Any]]:
-    """One row per peer: all sides in the same rounds."""
+    """One row per peer: all sides in the same rounds, so many calls of each in a row."""
     clock = harness.cpu_seconds if cpu_time else harness.seconds
-    times = harness.compare({**others, "one bit": ours}, rounds, clock)
-    return [harness.row(what, {name: times[name], "one bit": times["one bit"]}, target(name)) for name in others]
+    times = harness.compare({**others, "one bit": ours}, rounds, lambda call: clock(lambda: [call() for _ in range(calls)]) / calls)
+    return harness.best_marked([harness.row(what, {name: times[name], "one bit": times["one bit"]}, target) for name in others])
+
+
+def int8_on_bfloat16(half: nn.Module, wide: Tensor) -> dict[str, Callable[[], object]]:
+    """The same module with oneDNN's int8 products, where there are any."""
+    small = int8_linear.with_int8_linears(half)
+    return {} if small is None else {"bfloat16, oneDNN int8": lambda: small(wide)}
 
 
 def linear(shape: tuple[int, int, int], rounds: int, what: str) -> list[dict[str, Any]]:
@@ -97,8 +110,11 @@ def linear(shape: tuple[int, int, int], rounds: int, what: str) -> list[dict[str
         "oneDNN": lambda: product(x, folded, layer.bias),
         "bfloat16": lambda: half(wide),
         "int8 dynamic": lambda: small(x),
+        **int8_on_bfloat16(half, wide),
+        **larq_layer.layer(*shape),
     }
-    return rows_of(f"{what}, linear {shape}", others, lambda: packed(x), rounds, lambda name: TARGETS.get((shape, name), 1.0))
+    calls = 10 if frames <= CHUNK else 1  # as in a stream, where the layer before has run the same code
+    return rows_of(f"{what}, linear {shape}", others, lambda: packed(x), rounds, calls=calls)
 
 
 def feed_forward(rounds: int, what: str) -> list[dict[str, Any]]:
@@ -107,10 +123,9 @@ def feed_forward(rounds: int, what: str) -> list[dict[str, Any]]:
     packed, small = checked(FeedForward(768, 3072, True), x), int8(FeedForward(768, 3072, False))
     half, wide = FeedForward(768, 3072, False).bfloat16(), x.bfloat16()
     others: dict[str, Callable[[], object]] = {
-        "F.linear": lambda: layers(x), "bfloat16": lambda: half(wide), "int8 dynamic": lambda: small(x),
+        "F.linear": lambda: layers(x), "bfloat16": lambda: half(wide), "int8 dynamic": lambda: small(x), **int8_on_bfloat16(half, wide),
     }  # fmt: skip
-    target = {"F.linear": FEED_FORWARD_TARGET}
-    return rows_of(f"{what}, feed-forward (499, 768, 3072)", others, lambda: packed(x), rounds, lambda name: target.get(name, 1.0))
+    return rows_of(f"{what}, feed-forward (499, 768, 3072)", others, lambda: packed(x), rounds)
 
 
 def products(rounds: int, what: str) -> list[dict[str, Any]]:
@@ -120,10 +135,33 @@ def products(rounds: int, what: str) -> list[dict[str, Any]]:
     x, float_conv = torch.randn(1, 499, 256), DepthwiseConv(256, 31)
     conv = checked(BinaryConv1d(256, 256, 31, groups=256, bias=False), x)
     sdpa = {"SDPA": lambda: F.scaled_dot_product_attention(q, k, v)}
+    target = ATTENTION_TARGETS.get(what, 1.0)
     return [
-        *rows_of(f"{what}, attention (12, 499, 64)", sdpa, lambda: attention(q, k, v, None, 0.0), rounds, lambda _: 1.0),
-        *rows_of(f"{what}, depthwise (499, 256), k 31", {"float": lambda: float_conv(x)}, lambda: conv(x), rounds, lambda _: 1.0),
+        *rows_of(f"{what}, attention (12, 499, 64)", sdpa, lambda: attention(q, k, v, None, 0.0), rounds, target),
+        *rows_of(f"{what}, depthwise (499, 256), k 31", {"float": lambda: float_conv(x)}, lambda: conv(x), rounds),
     ]
+
+
+def choices(rounds: int) -> list[dict[str, Any]]:
+    """Products by popcounts against the same on AMX, of few and many rows and inputs, and what the rule takes."""
+    clock = harness.cpu_seconds if cpu_time else harness.seconds
+    kernel, rows = loader._load(loader.AMX), []
+    for frames in RULE_ROWS:
+        for inputs in RULE_INPUTS:
+            a, b = ops.pack(torch.randn(frames, inputs)), ops.panels_from(ops.pack(torch.randn(RULE_OUTPUTS, inputs)))
+
+            def by(name: str, a: Tensor = a, b: Tensor = b, inputs: int = inputs) -> Callable[[], object]:
+                def call() -> object:
+                    os.environ[loader.VARIABLE] = name
+                    return ops.product(a, b, RULE_OUTPUTS, inputs, True)
+
+                return call
+
+            times = harness.compare({name: by(name) for name in (loader.POPCOUNT, loader.AMX)}, rounds, clock)
+            os.environ[loader.VARIABLE] = ""
+            taken = loader.for_product(kernel, frames, inputs).name
+            rows.append(harness.row(f"rule takes {taken}, product {(frames, inputs, RULE_OUTPUTS)}", times, 1.0))
+    return rows
 
 
 @torch.no_grad()
@@ -146,13 +184,16 @@ def main() -> None:
         for shape in SHAPES:
             rows += linear(shape, args.rounds, kernel)
         rows += feed_forward(args.rounds, kernel) + products(args.rounds, kernel)
+    compared = choices(args.rounds) if loader.AMX in runs else []
     after = harness.guard("after the run")
     facts = harness.machine() | {"kernels": " ".join(args.kernels or runs), "clock": "CPU" if cpu_time else "wall"}
-    facts["probe"] = [round(before, 1), round(after, 1)]
+    facts |= {"probe": [round(before, 1), round(after, 1)], "larq-compute-engine": larq_layer.version() or "not installed"}
+    if loader.AMX not in runs:
+        facts["AMX"] = "none here: not timed"
     if not args.json:
-        for line in rows:  # the shared table has 0.1 ms
+        for line in rows + compared:  # the shared table has 0.1 ms
             line["what"] += f" [{line['ms'][1]:.3f} ms]"
-    harness.show(rows, facts, args.json)
+    harness.show(rows + compared, facts, args.json)
 
 
 if __name__ == "__main__":

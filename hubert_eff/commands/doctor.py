@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
     rows["GPU"] = ", ".join(values["gpus"]) or "none"
     if errors := values["bfloat16_errors"]:
         rows["bfloat16"] = f"grouped convolutions off by {errors['torch']:.1%} in torch, {errors['hubert_eff']:.1%} here"
+    rows["one-bit layers"] = "; ".join(f"{operations}: {kernel}" for operations, kernel in values["one_bit"].items()) or "-"
     rows["C++ compiler"] = values["compiler"] or "none"
     rows |= values["variables"]
     for name, value in rows.items():

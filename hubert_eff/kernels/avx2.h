@@ -26,8 +26,10 @@ struct Nibbles256 {
     class Operands {
       public:
         static constexpr int rows = 2, panels = 4;
+        static constexpr bool sums = false;
 
-        Operands(int64_t words, int64_t most_rows)
+        static int64_t blocks(int64_t) { return 1; }
+        Operands(int64_t words, int64_t most_rows, bool)
             : words(words), nibbles((8 * words + GROUP - 1) / GROUP * GROUP), places(((most_rows + 1) / 2 + 1) * nibbles),
               memory(2 * PAIR * nibbles + ALIGNED),
               bytes(reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(memory.data()) + ALIGNED - 1) / ALIGNED * ALIGNED)) {}
@@ -47,10 +49,9 @@ struct Nibbles256 {
             std::memset(bytes + 8 * words * stride, 0, (nibbles - 8 * words) * stride);
         }
 
-        void zero_row(int32_t* out) const { tile<1>(-2, out); }
+        void zero_row(int32_t* out) const { tile(-2, rows, out); }
 
-        template <int R>
-        void tile(int64_t row, int32_t* out) const {
+        void tile(int64_t row, int, int32_t* out) const {
             const uint16_t* place = places.data() + (row / 2 + 1) * nibbles;
             if (wide)
                 counts<2>(place, bytes, nibbles, out);

@@ -20,11 +20,13 @@
 namespace {
 
 constexpr int LANES = 16, PAIR = 2 * LANES;
+constexpr int64_t BLOCK = 64;  // rows whose words stay in cache
 
-// An instruction set is a class: its `Operands` hold some rows and some panels, and write popcounts of tiles of them to
-// out[panels / 2][rows][32]; `above` compares 32 numbers x * factor + move with a limit, `at_most` 32 integers; `collect` sets bit i of
-// each of 16 words whose number is above a limit; `weigh` sums the weights of bytes, whole vectors of 64, by how far beyond `best` they
-// are, and `within` compares 32 bytes with one; `native` says whether it counts bits in one instruction.
+// An instruction set is a class: its `Operands` hold some rows, at most `blocks` times BLOCK, and some panels, and write popcounts of tiles
+// of them, or `sums` that stand for them, to out[panels / 2][rows][32]; `above` compares 32 numbers x * factor + move with a limit,
+// `at_most` 32 integers; `collect` sets bit i of each of 16 words whose number is above a limit; `weigh` sums the weights of bytes, whole
+// vectors of 64, by how far beyond `best` they are, and `within` compares 32 bytes with one; `native` says whether it counts bits in one
+// instruction.
 
 // Operands of a product as they lie in memory, for an instruction set whose `tile` reads them so: popcounts of R rows and P panels,
 // out[R][32].
@@ -32,15 +34,17 @@ template <class Isa>
 class InPlace {
   public:
     static constexpr int rows = Isa::rows, panels = 2;
+    static constexpr bool sums = false;
 
-    InPlace(int64_t words, int64_t) : words(words), zeros(words) {}
+    static int64_t blocks(int64_t) { return 1; }
+    InPlace(int64_t words, int64_t, bool) : words(words), zeros(words) {}
     INLINE void set_rows(const uint32_t* first, int64_t) { a = first; }
     INLINE void set_columns(const uint32_t* first, int count) { b = first, two = count > 1; }
     INLINE void zero_row(int32_t* out) const { run<1>(zeros.data(), out); }
 
-    template <int R>
-    INLINE void tile(int64_t row, int32_t* out) const {
-        run<R>(a + row * words, out);
+    INLINE void tile(int64_t row, int count, int32_t* out) const {
+        if (count == rows) return run<rows>(a + row * words, out);
+        for (int r = 0; r < count; ++r) run<1>(a + (row + r) * words, out + r * PAIR);
     }
 
   private:

@@ -15,6 +15,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "amx.h"
 #include "attention.h"
 #include "avx2.h"
 #include "avx512.h"
@@ -80,14 +81,33 @@ FUNCTIONS(avx2, Nibbles256, AVX2)
 FUNCTIONS(neon, Neon, NEON)
 #endif
 
+#if defined(AMX)
+constexpr Functions with_product(Functions functions, decltype(Functions::product) product) {
+    functions.product = product;
+    return functions;
+}
+
+AMX void amx_product(const Product& p, int64_t begin, int64_t end) { product<Popcnt512, InTiles<Bytes512>>(p, begin, end); }
+constexpr Functions amx = with_product(avx512vpopcntdq, amx_product);  // all such processors have its instructions
+#endif
+#if defined(HUBERT_EFF_TILES)
+AVX2 void amx_plain_product(const Product& p, int64_t begin, int64_t end) { product<Nibbles256, InTiles<PlainBytes>>(p, begin, end); }
+constexpr Functions amx_plain = with_product(avx2, amx_plain_product);
+#endif
+
 const Functions* find(const char* kernel) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq");
-    if (!std::strcmp(kernel, "avx512vpopcntdq") && wide && __builtin_cpu_supports("avx512vpopcntdq") &&
-        __builtin_cpu_supports("avx512vbmi"))
-        return &avx512vpopcntdq;
+    const bool counts = wide && __builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("avx512vbmi");
+#if defined(AMX)
+    if (!std::strcmp(kernel, "amx") && counts && has_tiles()) return &amx;
+#endif
+#if defined(HUBERT_EFF_TILES)
+    if (!std::strcmp(kernel, "amx") && __builtin_cpu_supports("avx2")) return &amx_plain;
+#endif
+    if (!std::strcmp(kernel, "avx512vpopcntdq") && counts) return &avx512vpopcntdq;
     if (!std::strcmp(kernel, "avx512bw") && wide) return &avx512bw;
     if (!std::strcmp(kernel, "avx2") && __builtin_cpu_supports("avx2")) return &avx2;
 #elif defined(__aarch64__)

@@ -29,7 +29,12 @@ from ..utils.files import replacing
 
 VARIABLE = "HUBERT_EFF_KERNEL"
 TORCH = "torch"
-KERNELS = ("avx512vpopcntdq", "avx512bw", "avx2", "neon", TORCH)  # the fastest first; the last one always runs, and defines the others
+AMX, POPCOUNT = "amx", "avx512vpopcntdq"
+KERNELS = (AMX, POPCOUNT, "avx512bw", "avx2", "neon", TORCH)  # the fastest first; the last one always runs, and defines the others
+TILED_ROWS, TILED_INPUTS = (
+    16,
+    128,
+)  # products with fewer are as fast by popcounts: a tile has 16 rows, and its sums cost as much as 64 inputs
 SOURCE = Path(__file__).with_name("kernels.cpp")
 SOURCES = (SOURCE, *sorted(SOURCE.parent.glob("*.h")))
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-pthread")  # no fused multiply-add: torch rounds twice
@@ -181,10 +186,17 @@ def _best() -> Kernel | None:
     kernels = [_load(name) for name in KERNELS if name != TORCH]
     found = next((kernel for kernel in kernels if isinstance(kernel, Kernel)), None)
     if found is None:
-        library = _library()
-        reason = library if isinstance(library, str) else "this processor has none of the instruction sets " + ", ".join(KERNELS[:-1])
-        warnings.warn(f"one-bit layers run in plain torch, slower than float ones: {reason}", stacklevel=2)
+        warnings.warn(f"one-bit layers run in plain torch, slower than float ones: {absence()}", stacklevel=2)
     return found
+
+
+def absence() -> str | None:
+    """Why no kernel runs here; None where one does."""
+    library = _library()
+    if isinstance(library, str):
+        return library
+    none = "this processor has none of the instruction sets " + ", ".join(KERNELS[:-1])
+    return None if any(isinstance(_load(name), Kernel) for name in KERNELS[:-1]) else none
 
 
 def current() -> Kernel | None:
@@ -202,7 +214,24 @@ def current() -> Kernel | None:
     return kernel
 
 
+def for_product(kernel: Kernel, rows: int, inputs: int) -> Kernel:
+    """Of a processor with AMX, what computes a product of so many rows and inputs, unless AMX is forced; of others, its kernel."""
+    if kernel.name != AMX or os.environ.get(VARIABLE) == AMX or (rows >= TILED_ROWS and inputs >= TILED_INPUTS):
+        return kernel
+    popcount = _load(POPCOUNT)  # all processors with AMX run it; its functions are those of AMX but for products
+    return popcount if isinstance(popcount, Kernel) else kernel
+
+
 def kernel_in_use() -> str:
     """The name of the kernel that one-bit layers run on: one of `KERNELS`."""
     kernel = current()
     return TORCH if kernel is None else kernel.name
+
+
+def described() -> dict[str, str]:
+    """What one-bit layers run on, by operation. Raises `UserError` as `current`."""
+    kernel = current()
+    if kernel is None or kernel.name != AMX:
+        return {"all operations": kernel_in_use()}
+    some = f"{AMX} from {TILED_ROWS} rows and {TILED_INPUTS} inputs on, else {POPCOUNT}"
+    return {"products": AMX if os.environ.get(VARIABLE) else some, "packing, attention, depthwise convolutions": POPCOUNT}

@@ -11,6 +11,7 @@ import platform
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -63,6 +64,8 @@ class Environment:
     torch_error: str | None = None  # why `import torch` fails
     gpus: tuple[str, ...] = ()
     bfloat16_errors: tuple[float, float] | None = None  # of grouped convolutions on this CPU: torch's, and this package's
+    one_bit: Mapping[str, str] = field(default_factory=dict)  # which kernel runs an operation of one-bit layers
+    one_bit_error: str | None = None  # why that is not a fast one
 
     def version(self, package: str) -> tuple[int, ...] | None:
         """The release of an installed package as numbers, without local or pre-release part; None if absent."""
@@ -96,11 +99,14 @@ def read_environment() -> Environment:
     error: str | None = None
     gpus: tuple[str, ...] = ()
     errors: tuple[float, float] | None = None
+    one_bit: dict[str, str] = {}
+    one_bit_error: str | None = None
     if "torch" in packages:
         try:
             import torch
 
             errors = convolution_errors()
+            one_bit, one_bit_error = one_bit_kernels()
             threads = torch.get_num_threads()
             gpus = tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
         except Exception as reason:  # a broken installation raises anything, OSError for a missing library above all
@@ -115,7 +121,24 @@ def read_environment() -> Environment:
         torch_error=error,
         gpus=gpus,
         bfloat16_errors=errors,
+        one_bit=one_bit,
+        one_bit_error=one_bit_error,
     )
+
+
+def one_bit_kernels() -> tuple[dict[str, str], str | None]:
+    """Which kernel runs each operation of one-bit layers, compiled now if it never was; and why that is none, or not a fast one."""
+    from ..errors import UserError
+    from ..kernels.loader import absence, described
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = described()
+    except UserError as error:
+        return {}, str(error)
+    reason = absence()
+    return found, reason and f"one-bit layers run in plain torch, slower than float ones: {reason}"
 
 
 def convolution_errors() -> tuple[float, float]:
@@ -188,7 +211,10 @@ def check_core(env: Environment) -> Iterator[Finding]:
 
 
 def check_machine(env: Environment) -> Iterator[Finding]:
-    """Whether this CPU computes in bfloat16 what it should."""
+    """Whether this CPU computes in bfloat16 what it should, and what one-bit layers run on."""
+    if env.one_bit_error is not None:
+        fix = "install g++ or clang++ (Debian: apt-get install g++)" if env.one_bit else "unset HUBERT_EFF_KERNEL"
+        yield Finding("warning" if env.one_bit else "broken", env.one_bit_error, fix)
     if env.bfloat16_errors is None:
         return
     torchs, ours = env.bfloat16_errors
@@ -323,6 +349,7 @@ def report(environment: Environment, findings: list[Finding]) -> dict[str, Any]:
         "threads": environment.torch_threads,
         "gpus": list(environment.gpus),
         "bfloat16_errors": environment.bfloat16_errors and dict(zip(("torch", "hubert_eff"), environment.bfloat16_errors, strict=True)),
+        "one_bit": dict(environment.one_bit),
         "compiler": environment.compiler,
         "variables": dict(environment.variables),
         "findings": [dataclasses.asdict(f) for f in findings],

@@ -240,7 +240,7 @@ void join(const char* name) {
 }  // namespace
 
 int main(int, char** arguments) {
-    for (const char* name : {"avx512vpopcntdq", "avx512bw", "avx2", "neon"}) {
+    for (const char* name : {"amx", "avx512vpopcntdq", "avx512bw", "avx2", "neon"}) {
         const void* kernel = hubert_eff_find(name);
         if (!kernel) continue;
         const int count = std::atoi(arguments[1]);

@@ -150,6 +150,19 @@ def test_noise_is_measured(monkeypatch):
     assert torchs > 0.5 and ours < 0.01
 
 
+def test_kernels_of_one_bit_layers(monkeypatch):
+    monkeypatch.setenv("HUBERT_EFF_KERNEL", "torch")
+    assert doctor.one_bit_kernels()[0] == {"all operations": "torch"}
+    monkeypatch.setenv("HUBERT_EFF_KERNEL", "avx3")
+    found, error = doctor.one_bit_kernels()
+    assert not found and "unknown kernel in HUBERT_EFF_KERNEL 'avx3'" in error
+    (finding,) = diagnose(dataclasses.replace(environment(), one_bit_error=error))
+    assert finding.status == "broken" and finding.fix == "unset HUBERT_EFF_KERNEL"
+    slow = dataclasses.replace(environment(), one_bit={"all operations": "torch"}, one_bit_error="no C++ compiler was found")
+    (finding,) = diagnose(slow)
+    assert finding.status == "warning" and "g++" in finding.fix
+
+
 @pytest.mark.parametrize("changes, code", [({}, 0), ({"s3prl": "0.4.17"}, 0), ({"transformers": "5.0.0"}, 1)])
 def test_command(changes, code, monkeypatch, capsys):
     monkeypatch.setattr(doctor, "read_environment", lambda: environment(**changes))
@@ -169,4 +182,5 @@ def test_this_environment(capsys):
     assert values["threads"] == torch.get_num_threads()
     assert values["bfloat16_errors"]["hubert_eff"] < doctor.NOISE
     main(["doctor"])
-    assert "grouped convolutions off by" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "grouped convolutions off by" in text and "one-bit layers" in text

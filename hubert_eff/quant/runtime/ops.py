@@ -128,10 +128,10 @@ def _leading(values: Sequence[int], fill: int) -> Any:
     return (ctypes.c_int64 * loader.DIMS)(*[fill] * (loader.DIMS - len(values)), *values)
 
 
-def _expect(holds: bool, what: str) -> None:
-    """Kernels read memory by these shapes: refuse others."""
+def _expect(holds: bool, what: str, *found: object) -> None:
+    """Kernels read memory by these shapes: refuse others. `found` is formatted into the message only then: a chunk's product is short."""
     if not holds:
-        raise ValueError(what)
+        raise ValueError(what.format(*found) if found else what)
 
 
 def _pack(
@@ -167,11 +167,11 @@ def _multiply(
 ) -> Tensor:  # fmt: skip
     words, shared = a.size(-1), b.dim() == 3
     rows, batch = (math.prod(a.shape[:-1]), 1) if shared else (a.size(-2), math.prod(a.shape[:-2]))
-    _expect(words >= words_of(inputs), f"rows of {words} words for {inputs} inputs")
+    _expect(words >= words_of(inputs), "rows of {} words for {} inputs", words, inputs)
     lead = () if shared else a.shape[:-2]
-    _expect(b.shape == (*lead, panels_of(outputs), words, LANES), f"panels {tuple(b.shape)} for rows {tuple(a.shape)}")
+    _expect(b.shape == (*lead, panels_of(outputs), words, LANES), "panels {} for rows {}", b.shape, a.shape)
     _expect(scale is None or scale.numel() == 1, "the scale must be one number")
-    _expect(size is None or size.numel() in (1, outputs), f"{size.numel() if size is not None else 0} sizes for {outputs} outputs")
+    _expect(size is None or size.numel() in (1, outputs), "one size, or as many as outputs")
     _expect(bias is None or bias.numel() == outputs, "as many biases as outputs")
     _expect(limit is None or (limit.numel() == outputs and limit.dtype == torch.int32), "as many limits, int32, as outputs")
     a, b, scale, size, bias = _words(a), _words(b), _floats(scale), _floats(size), _floats(bias)
@@ -185,6 +185,7 @@ def _multiply(
         inputs, words, 1 if size is None else size.numel(), signed, half,
     )  # fmt: skip
     if out.numel():
+        kernel = loader.for_product(kernel, rows, inputs)
         kernel.library.hubert_eff_product(kernel.functions, ctypes.byref(task), torch.get_num_threads())
     return out
 
