@@ -68,12 +68,10 @@ INLINE void distances(Operands& operands, const uint32_t* panels, int64_t count,
         operands.set_columns(panels + panel * words * LANES, some);
         for (int64_t row = 0; row < rows; row += R) {
             const int last = static_cast<int>(std::min<int64_t>(R, rows - row));
-            if (last == R)
-                operands.template tile<R>(row, sums[0]);
-            for (int r = 0; r < last; ++r) {
-                if (last < R) operands.template tile<1>(row + r, sums[0]);
+            operands.tile(row, last, sums[0]);
+            for (int r = 0; r < last; ++r)
                 for (int i = 0; i < pairs; ++i) {
-                    const int32_t* sum = sums[i] + (last < R ? 0 : r * PAIR);
+                    const int32_t* sum = sums[i] + r * PAIR;
                     const int64_t first = panel * LANES + i * PAIR;
                     uint8_t* place = out + (row + r) * stride + first;
                     if (hidden)
@@ -81,7 +79,6 @@ INLINE void distances(Operands& operands, const uint32_t* panels, int64_t count,
                     else
                         for (int j = 0; j < PAIR; ++j) place[j] = static_cast<uint8_t>(sum[j]);
                 }
-            }
         }
     }
 }
@@ -170,7 +167,7 @@ INLINE void attention(const Attention& p, int64_t begin, int64_t end) {  // of [
     const int64_t key_words = (p.key_count + 31) / 32, shared_words = (p.shared_count + 31) / 32, words = key_words + shared_words;
     const int64_t group = attention_group(p), groups = attention_groups(p);
     const int64_t offset_panels = (2 * p.key_count - 1 + LANES - 1) / LANES, span = p.p ? up(length + group + LANES, VECTOR) : 0;
-    Operands operands(p.words, group), positions(p.p ? p.position_words : 1, p.p ? group : 1);
+    Operands operands(p.words, group, true), positions(p.p ? p.position_words : 1, p.p ? group : 1, true);
     std::vector<uint8_t> hidden(length), d(group * length, FAR), r(group * span);
     std::vector<int32_t> costs(p.p ? length : 0);
     Weights weights;
