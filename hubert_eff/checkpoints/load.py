@@ -13,8 +13,9 @@ from ..config import SAMPLE_RATE, HubertConfig
 from ..encoders.registry import list_encoders, stored_config
 from ..errors import UserError, about, short
 from ..models.hubert import HEADS, LABEL_EMBEDDINGS, HubertModel
+from .huggingface import is_folder, read_folder
 from .pickled import NOT_ONE, Stored
-from .safetensors import is_export, read_export
+from .safetensors import is_export, is_own, read_export
 from .torchfile import TorchFile, Unreadable
 
 # keys of fairseq's HubertConfig that we have no use for: they do not change what the encoder computes
@@ -37,15 +38,19 @@ class Dictionary:
 def load(path: str | os.PathLike[str]) -> HubertModel:
     """Load a model in eval mode, on the CPU: our export (.safetensors), a fairseq checkpoint (.pt) of this plug-in, or stock HuBERT.
 
+    Of others: HuBERT and wav2vec 2.0 in a folder of Hugging Face, or a file of weights in it.
+
     Of a fine-tuned checkpoint this is the encoder; `hubert_eff.recognition.load_recognizer` takes its heads along.
 
     Raises `UserError` if the file is missing, is no checkpoint, holds pickled code, or is of a model that cannot be rebuilt exactly.
     """
     file = Path(path)
+    if file.is_dir():
+        return read_folder(file)
     if not file.is_file():
         raise UserError(f"no checkpoint at {file}")
     if is_export(file):
-        return read_export(file)
+        return read_export(file) if is_own(file) or not is_folder(file) else read_folder(file.parent)
     with open_fairseq(file) as opened, about(file):
         return _encoder_in(opened) if is_fine_tuned(opened.content) else _model_in(opened)
 
@@ -158,8 +163,10 @@ def average(paths: Sequence[str | os.PathLike[str]]) -> HubertModel:
 
 
 def updates_of(path: str | os.PathLike[str]) -> int:
-    """How many updates a checkpoint was trained for; 0 for an export, which does not say."""
+    """How many updates a checkpoint was trained for; 0 for an export or a folder of Hugging Face, which do not say."""
     file = Path(path)
+    if file.is_dir():
+        return 0
     if not file.is_file():
         raise UserError(f"no checkpoint at {file}")
     if is_export(file):

@@ -46,6 +46,15 @@ def is_export(file: Path) -> bool:
     return len(head) == 9 and head[8:] == b"{"
 
 
+def is_own(file: Path) -> bool:
+    """Whether a safetensors file says that it is an export of this package."""
+    try:
+        with safe_open(file, framework="pt") as stream:
+            return (stream.metadata() or {}).get("format") == FORMAT
+    except SafetensorError as error:
+        raise UserError(f"{file} is truncated or damaged: {short(error)}") from error
+
+
 def read_metadata(file: Path) -> dict[str, str]:
     """The metadata of an export. Raises `UserError` for a safetensors file that is none, or of another version of the format."""
     try:

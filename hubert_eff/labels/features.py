@@ -155,7 +155,7 @@ class HiddenLayer:
         self.layer = layer
         self.batch_samples = int(batch_seconds * SAMPLE_RATE)
         config = model.config
-        self.normalize = config.normalize
+        self.normalize, self.eps = config.normalize, config.normalize_eps
         model.config = replace(config, normalize=False)  # `extract` does it: over whole recordings, not over pieces of them
         self.window = receptive_field(config.conv_layers)
         self.pads = config.extractor_mode == "layer_norm" and config.valid_frames == "receptive_field"
@@ -169,7 +169,7 @@ class HiddenLayer:
         from ..models.hubert import normalize_waveform
 
         if self.normalize:
-            audio = [normalize_waveform(torch.from_numpy(wav)[None])[0].numpy() for wav in audio]
+            audio = [normalize_waveform(torch.from_numpy(wav)[None], eps=self.eps)[0].numpy() for wav in audio]
         pieces: dict[int, list[Array]] = {}  # of long recordings that are not complete yet
         for batch in self._batches(audio):
             length = max(end - start for _, start, end in batch)
