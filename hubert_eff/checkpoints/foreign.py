@@ -13,11 +13,12 @@ from ..config import HubertConfig
 from ..errors import BUILD_ERRORS, UserError, short
 from ..models.hubert import HubertModel
 from .pickled import Stored
+from .safetensors import check_numbers
 from .torchfile import TorchFile, structure_only
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # the two tensors of weight norm, as torch's older and newer functions name them
-WEIGHT_NORM = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
+PARAMETRIZED, WEIGHT_NORM = "parametrizations.weight.", {"original0": "weight_g", "original1": "weight_v"}
 NEW = ("final_proj.weight", "final_proj.bias", "mask_emb")  # what only pre-training uses: a file without them may be read
 
 
@@ -43,10 +44,14 @@ def held_in(opened: TorchFile, weights: Mapping[object, object]) -> dict[str, He
 def without_prefix(held: Mapping[str, Held], prefixes: Iterable[str]) -> dict[str, Held]:
     """The tensors with weight norm under its older names, and without the first of some prefixes that any name has; others stay."""
     prefix = next((p for p in prefixes if any(name.startswith(p) for name in held)), "")
-    found = {}
+    found: dict[str, Held] = {}
     for name, tensor in held.items():
-        head, _, tail = name.removeprefix(prefix).partition("parametrizations.")
-        found[head + WEIGHT_NORM.get(f"parametrizations.{tail}", f"parametrizations.{tail}" if tail else "")] = tensor
+        bare = name.removeprefix(prefix)
+        head, parametrized, tail = bare.partition(PARAMETRIZED)
+        bare = head + WEIGHT_NORM[tail] if parametrized and tail in WEIGHT_NORM else bare
+        if bare in found:
+            raise UserError(f"it holds {short(bare)} twice")
+        found[bare] = tensor
     return found
 
 
@@ -82,14 +87,13 @@ def filled(config: HubertConfig, held: Mapping[str, Held], theirs: Callable[[str
             )
     generator = torch.Generator().manual_seed(0)
     for name, own in names.items():
-        state[own] = _read(held[name]) if name in held else _new(own, state[own], generator)
+        if name in held:
+            state[own] = held[name].read().to(torch.float32).contiguous()
+            check_numbers({name: state[own]})
+        else:
+            state[own] = _new(own, state[own], generator)
     model.load_state_dict(state, assign=True)
     return model.eval()
-
-
-def _read(held: Held) -> Tensor:
-    tensor = held.read().to(torch.float32)
-    return tensor.contiguous()
 
 
 def _new(name: str, like: Tensor, generator: torch.Generator) -> nn.Parameter:

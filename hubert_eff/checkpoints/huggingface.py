@@ -17,15 +17,24 @@ from ..encoders.registry import stored_config
 from ..errors import UserError, about, short
 from ..models.hubert import HEADS, HubertModel
 from .foreign import Held, filled, held_in, without_prefix
+from .pickled import Stored
 from .safetensors import NAMES
 from .torchfile import TorchFile
 
-CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
+PROJECTION = "post_extract_proj."
+CONFIG, PREPROCESSOR, ADAPTER = "config.json", "preprocessor_config.json", "adapter_config.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+SUFFIXES = (".safetensors", ".bin")
 PREFIXES = ("hubert.", "wav2vec2.")  # of the encoder in a model with a head
 # heads: of pre-training, and of fine-tuned models
 PRETRAINING = ("quantizer.", "project_q.", "project_hid.")
-FINE_TUNED = {"lm_head.": HEADS[0], "classifier.": "classifier", "projector.": "classifier", "layer_weights": "classifier"}
+FINE_TUNED = {
+    "lm_head.": HEADS[0],
+    **dict.fromkeys(
+        ("classifier.", "projector.", "layer_weights", "tdnn.", "feature_extractor.weight", "feature_extractor.bias", "objective."),
+        "classifier",
+    ),
+}
 LARGEST_INDEX = 1 << 24  # bytes
 
 # key of theirs -> key of ours, and its value where config.json does not say it
@@ -86,9 +95,39 @@ def their_name(ours: str) -> str:
     return ours
 
 
+def without_identity(held: dict[str, Held], projection: str, config: HubertConfig) -> dict[str, Held]:
+    """The tensors without a projection of the extractor's output to its own width, which models here have not: it must change nothing.
+
+    projection: how its name begins. Raises `UserError` where it does change something.
+    """
+    if config.conv_layers[-1][0] != config.input_dim:
+        return held
+    weight, bias = (held.get(f"{projection}{name}") for name in ("weight", "bias"))
+    wide = (config.input_dim, config.input_dim)
+    if weight is None or bias is None or weight.shape != wide or bias.shape != wide[:1]:
+        return held  # refused by its name
+    if not torch.equal(weight.read().float(), torch.eye(config.input_dim)) or bool(bias.read().any()):
+        raise UserError(f"it projects {config.input_dim} channels to as many ({projection}weight), which the Transformer here cannot hold")
+    return {name: tensor for name, tensor in held.items() if not name.startswith(projection)}
+
+
 def is_folder(path: Path) -> bool:
     """Whether a folder, or the one that a file of weights lies in, has a config.json."""
     return (path if path.is_dir() else path.parent).joinpath(CONFIG).is_file()
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files that decide which model is read from a path: itself, or configuration and weights of a folder of Hugging Face."""
+    if not path.is_dir() and (path.suffix not in SUFFIXES or not is_folder(path)):
+        return [path]
+    folder = path if path.is_dir() else path.parent
+    names = {CONFIG, PREPROCESSOR, *WEIGHTS}
+    return sorted(file for file in folder.iterdir() if file.is_file() and (file.name in names or file.suffix in SUFFIXES))
+
+
+def is_weights(content: object) -> bool:
+    """Whether what a file of `torch.save` holds is nothing but tensors by name."""
+    return isinstance(content, dict) and bool(content) and all(isinstance(stored, Stored) for stored in content.values())
 
 
 def read_folder(folder: Path) -> HubertModel:
@@ -98,12 +137,15 @@ def read_folder(folder: Path) -> HubertModel:
     configuration or weights, another model, and a part or an option that the Transformer here does not have.
     """
     with about(folder):
+        if not (folder / CONFIG).is_file() and (folder / ADAPTER).is_file():
+            raise UserError(f"it holds an adapter ({ADAPTER}) and no model: merge it into its model, and give that one's folder")
         values = read_json(folder / CONFIG)
         config = config_from(values, _preprocessing(folder))
         with contextlib.ExitStack() as opened:
             held = _weights(folder, opened)
             heads = {head for name in held for prefix, head in FINE_TUNED.items() if name.startswith(prefix)}
-            model = filled(config, without_prefix(held, PREFIXES), their_name, (*PRETRAINING, *FINE_TUNED))
+            held = without_identity(without_prefix(held, PREFIXES), their_name(PROJECTION), config)
+            model = filled(config, held, their_name, (*PRETRAINING, *FINE_TUNED))
     model.heads = " and ".join(sorted(heads))
     return model
 
@@ -179,7 +221,7 @@ def _weights(folder: Path, opened: contextlib.ExitStack) -> dict[str, Held]:
         if name.endswith(".index.json"):
             index = read_json(folder / name).get("weight_map")
             parts = sorted(set(map(str, index.values()))) if isinstance(index, dict) else []
-            suffix = ".safetensors" if name.startswith("model.") else ".bin"
+            suffix = SUFFIXES[name.startswith("pytorch_model.")]
             if not parts or not all(re.fullmatch(r"[\w.-]+", part) and part.endswith(suffix) for part in parts):
                 raise UserError(f"its {name} names no {suffix} files of this folder")
             files = parts

@@ -98,7 +98,7 @@ def read_export(file: Path) -> HubertModel:
                 stored = {name: stream.get_tensor(name) for name in found}
         except SafetensorError as error:
             raise UserError(f"{file} is truncated or damaged: {short(error)}") from error
-        _check_numbers(stored)
+        check_numbers(stored)
         return _filled(model, stored, metadata)
 
 
@@ -153,7 +153,8 @@ def compare(model: HubertModel, metadata: Mapping[str, str], found: Mapping[str,
             raise UserError(f"the weights do not fit its configuration: {name} is {found[name]}, not {(NAMES[dtype], shape)}")
 
 
-def _check_numbers(stored: Mapping[str, Tensor]) -> None:
+def check_numbers(stored: Mapping[str, Tensor]) -> None:
+    """Raise `UserError` for numbers that no model has: NaN, infinity, scales of zero or less, negative variances."""
     for name, tensor in stored.items():
         if not tensor.is_floating_point():
             continue

@@ -10,7 +10,6 @@ so the labels end at most 15 ms, or 20 ms, before the audio does. Frame i is cen
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -78,14 +77,12 @@ class FeatureSource:
         """What decides the features, for labels.json and for telling runs apart."""
         if self.checkpoint is None:
             return {"source": "mfcc", "checkpoint": None, "checkpoint_sha256": None, "layer": None}
-        digest = hashlib.sha256()
-        with Path(self.checkpoint).open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+        from ..checkpoints.open import digest_of
+
         return {
             "source": "checkpoint",
             "checkpoint": str(Path(self.checkpoint).absolute()),
-            "checkpoint_sha256": digest.hexdigest(),
+            "checkpoint_sha256": digest_of(self.checkpoint),
             "layer": self.layer,
         }
 

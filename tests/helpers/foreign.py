@@ -52,4 +52,4 @@ def audio() -> tuple[Tensor, Tensor]:
 def apart(ours: list[Tensor], padding: Tensor, others: Any) -> float:
     """The largest difference of hidden states on valid frames."""
     assert len(ours) == len(others)
-    return max(float((a - b)[~padding].abs().max()) for a, b in zip(ours, others, strict=True))
+    return max(float((a - b)[~padding].detach().abs().max()) for a, b in zip(ours, others, strict=True))
