@@ -156,9 +156,9 @@ def compare(model: HubertModel, metadata: Mapping[str, str], found: Mapping[str,
 def check_numbers(stored: Mapping[str, Tensor]) -> None:
     """Raise `UserError` for numbers that no model has: NaN, infinity, scales of zero or less, negative variances."""
     for name, tensor in stored.items():
-        if not tensor.is_floating_point():
+        if not tensor.is_floating_point() or not tensor.numel():
             continue
-        if not bool(tensor.isfinite().all()):
+        if not all(bool(extreme.isfinite()) for extreme in tensor.aminmax()):  # also of NaN; nothing of the tensor's size is made
             raise UserError(f"{name} holds numbers that are not finite")
         own = name.rpartition(".")[2]
         if (own in (SCALES, "size") and bool((tensor <= 0).any())) or (own == "running_var" and bool((tensor < 0).any())):
