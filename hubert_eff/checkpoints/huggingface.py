@@ -18,7 +18,7 @@ from ..errors import UserError, about, short
 from ..models.hubert import HEADS, HubertModel
 from .foreign import Held, filled, held_in, without_prefix
 from .pickled import Stored
-from .safetensors import NAMES
+from .safetensors import NAMES, read_export
 from .torchfile import TorchFile
 
 PROJECTION = "post_extract_proj."
@@ -62,6 +62,7 @@ FIXED: dict[str, Any] = {
     "adapter_attn_dim": None,
 }  # fmt: skip
 EPS = 1e-7  # what transformers adds to the variance of audio
+OWN = "hubert_eff"  # model_type of what only `hubert_eff.hf` reads
 MODELS = ("hubert", "wav2vec2")
 OTHERS = {  # what keeps relatives of theirs out
     "wavlm": "gated relative positions", "data2vec-audio": "a stack of positional convolutions", "sew": "squeezed time",
@@ -140,6 +141,8 @@ def read_folder(folder: Path) -> HubertModel:
         if not (folder / CONFIG).is_file() and (folder / ADAPTER).is_file():
             raise UserError(f"it holds an adapter ({ADAPTER}) and no model: merge it into its model, and give that one's folder")
         values = read_json(folder / CONFIG)
+        if values.get("model_type") == OWN:
+            return read_export(folder / WEIGHTS[0])
         config = config_from(values, _preprocessing(folder))
         with contextlib.ExitStack() as opened:
             held = _weights(folder, opened)
