@@ -32,12 +32,16 @@ class Held:
 
 
 def held_in(opened: TorchFile, weights: Mapping[object, object]) -> dict[str, Held]:
-    """Tensors by name in a file of `torch.save`. Raises `UserError` for anything else."""
-    found = {}
+    """Tensors by name in a file of `torch.save`. Raises `UserError` for anything else, and for tensors that share their bytes."""
+    found, storages, claimed = {}, {}, 0
     for name, stored in weights.items():
         if not isinstance(name, str) or not isinstance(stored, Stored):
             raise UserError("its weights are not tensors by name")
         found[name] = Held(stored.dtype, stored.shape, functools.partial(opened.tensor, stored))
+        storages[stored.storage.key] = stored.storage.nbytes
+        claimed += stored.numel * stored.dtype.itemsize
+    if claimed > sum(storages.values()):
+        raise UserError("its weights are larger than the file: tensors share their bytes")
     return found
 
 

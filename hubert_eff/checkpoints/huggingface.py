@@ -241,7 +241,7 @@ def _weights(folder: Path, opened: contextlib.ExitStack) -> dict[str, Held]:
 
 
 def _safetensors(file: Path, opened: contextlib.ExitStack) -> dict[str, Held]:
-    dtypes = {name: dtype for dtype, name in NAMES.items()}
+    dtypes = {"F64": torch.float64, **{name: dtype for dtype, name in NAMES.items()}}
     try:
         stream = opened.enter_context(safe_open(file, framework="pt"))
         found = {}

@@ -20,7 +20,7 @@ PREFIXES = ("wav2vec2.", NORMALIZING)  # the former of a model for pre-training
 PRETRAINING = ("logit_generator.", "mask_generator.")
 HEADS_OF = {768: 12, 1024: 16, 1280: 16, 1920: 16}  # the models that torchaudio names, by their width
 ARGUMENTS, STATE = "arguments", "state_dict"  # keys of a file that says more
-PARTS = (("feature_projection.", "encoder."), ("encoder.", "encoder.transformer."))
+PARTS = (("feature_projection.", "encoder."), ("encoder.", "encoder.transformer."))  # of transformers' names -> what they lie in
 MASK = ("masked_spec_embed", "mask_generator.mask_embedding")
 
 

@@ -194,8 +194,15 @@ def test_folders_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str
     save_file({**state, name: torch.full((32, 32), torch.nan)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=f"{name} holds numbers that are not finite"):
         hubert_eff.load(tmp_path)
+    wide = {key: tensor.double() for key, tensor in state.items()}
+    save_file(wide, tmp_path / "model.safetensors")
+    assert all(parameter.dtype == torch.float32 for parameter in hubert_eff.load(tmp_path).parameters())
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:1000])
     with pytest.raises(UserError, match="truncated or damaged"):
+        hubert_eff.load(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({**state, name: state[name.replace("k_proj", "q_proj")]}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="tensors share their bytes"):
         hubert_eff.load(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(UserError, match="its config.json is no JSON object"):
