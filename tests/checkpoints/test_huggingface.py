@@ -207,3 +207,19 @@ def test_folders_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(UserError, match="its config.json is no JSON object"):
         hubert_eff.load(tmp_path)
+
+
+def test_a_folder_is_told_from_another_by_its_content(tmp_path: Path) -> None:
+    """What labels, SUPERB results and trainings keep of a model."""
+    from hubert_eff.checkpoints.open import digest_of
+    from hubert_eff.labels.features import FeatureSource
+
+    for name in ("one", "same", "other"):
+        theirs(kind="base" if name != "other" else "pre-norm-group").save_pretrained(tmp_path / name)
+    one, same, other = (FeatureSource(str(tmp_path / name), 1).identity()["checkpoint_sha256"] for name in ("one", "same", "other"))
+    assert one == same != other  # the weights of the last are the others': config.json alone differs
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "other")]
+    assert weights[0] == weights[1]
+    assert digest_of(tmp_path / "one" / "model.safetensors") == one and digest_of("conformer-debug") is None
+    (tmp_path / "one" / "README.md").write_text("no part of it")
+    assert digest_of(tmp_path / "one") == one
