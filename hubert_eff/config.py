@@ -94,6 +94,7 @@ class HubertConfig:
 
     label_rate: float = option(50.0, "labels per second of every target; a multiple of the frame rate 50", bounds=POSITIVE)
     normalize: bool = option(False, "scale each waveform to zero mean and unit variance over its valid samples")
+    normalize_eps: float = option(1e-5, "what is added to that variance: 1e-5 as in fairseq, or 1e-7 as in transformers", bounds=POSITIVE)
     seed: int = option(1, "seed of the masks, together with the update number and the utterance", bounds=NOT_NEGATIVE)
 
     # waveform extractor
@@ -108,6 +109,7 @@ class HubertConfig:
         "and conv_bias do nothing: " + " | ".join(MEL_FRONTS),
     )
     conv_bias: bool = option(False, "bias in the extractor's convolutions")
+    feature_norm: bool = option(True, "LayerNorm on the extractor's output, before it is projected; DistilHuBERT has none")
     feature_grad_mult: float = option(1.0, "factor on the gradient that reaches the extractor; 0 freezes it", bounds=NOT_NEGATIVE)
     valid_frames: str = option(
         "receptive_field",

@@ -36,7 +36,7 @@ KEYS = (
 )  # fmt: skip
 MAY_CHANGE = {
     "task": {
-        "data", "label_dir", "init_from",  # `SafeTask.files` tells whether these are others
+        "data", "label_dir", "init_from", "new_codebooks",  # `SafeTask.files` tells whether these are others
         "bad_audio", "bad_updates", "trends_interval", "trends_input", "log_interval", "resume_changed", "dictionary_split",
     },
     "model": {"w2v_path", "preset", "checkpoint_activations", "compile_blocks"},

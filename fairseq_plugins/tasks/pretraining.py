@@ -17,7 +17,7 @@ from fairseq.tasks.hubert_pretraining import HubertPretrainingConfig, HubertPret
 from omegaconf import II, OmegaConf
 
 import hubert_eff
-from hubert_eff.config import RECEPTIVE_FIELD
+from hubert_eff.config import RECEPTIVE_FIELD, HubertConfig
 from hubert_eff.data.tsv import read_manifest
 from hubert_eff.encoders.registry import list_encoders
 from hubert_eff.errors import UserError, unknown
@@ -44,7 +44,14 @@ class HubertEffPretrainingConfig(SafeConfig, HubertPretrainingConfig):
     cpu: bool = field(default=II("common.cpu"), metadata={"help": "train on the CPU"})
     init_from: Optional[str] = field(  # noqa: UP045
         default=None,
-        metadata={"help": "checkpoint whose weights a new run starts from; a binarised model may start from its float or w1a2 form"},
+        metadata={
+            "help": "checkpoint, or folder of Hugging Face, whose weights a new run starts from; codebooks too where they have as many "
+            "classes. A binarised model may start from its float or w1a2 form"
+        },
+    )
+    new_codebooks: bool = field(
+        default=False,
+        metadata={"help": "start with new codebooks also where init_from has as many classes: for labels of another clustering"},
     )
     length_buckets: int = field(
         default=0,
@@ -94,12 +101,19 @@ class HubertEffPretrainingTask(SafeTask, HubertPretrainingTask):
         model = super().build_model(cfg, from_checkpoint)
         cfg.quant_policy = model.config.quant_policy  # what a policy file says goes into the checkpoints
         if not from_checkpoint:
+            if model.config.normalize_eps != HubertConfig.normalize_eps:
+                raise UserError(
+                    f"model.normalize_eps={model.config.normalize_eps:g}: fairseq normalizes its batches with 1e-5, leave the key out"
+                )
+            if self.cfg.new_codebooks and not self.cfg.init_from:
+                raise UserError("task.new_codebooks=true is of what task.init_from names, which is not set")
             if self.cfg.init_from:
                 self.note_file("task.init_from", Path(self.cfg.init_from))
                 try:
-                    start_from(model, hubert_eff.load(self.cfg.init_from))
+                    taken = start_from(model, hubert_eff.load(self.cfg.init_from), self.cfg.new_codebooks)
                 except UserError as error:
                     raise UserError(f"task.init_from={self.cfg.init_from}: {error}") from error
+                logger.info(f"task.init_from={self.cfg.init_from}: {taken}; the optimizer begins anew")
             if model.config.quant != "none":
                 self.monitor = Monitor(model)
                 for scale in scales(model):

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from hubert_eff.analysis.layer_trends import LayerTrends, Record, TrendLog, look
+from hubert_eff.checkpoints.huggingface import files_of
 from hubert_eff.config import MEL_FRONTS
 from hubert_eff.data.tsv import Manifest
 from hubert_eff.errors import UserError, unknown
@@ -117,10 +118,11 @@ class SafeTask:
         digest = hashlib.sha256()
         if isinstance(content, bytes):
             digest.update(content)
-        elif content.is_file():
-            with content.open("rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
+        elif content.is_file() or content.is_dir():
+            for part in files_of(content):
+                with part.open("rb") as file:
+                    while block := file.read(1 << 20):
+                        digest.update(block)
         else:
             return  # what reads it says so
         self.state.files[name] = digest.hexdigest()  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import re
@@ -10,43 +11,59 @@ from pathlib import Path
 from typing import Any
 
 from ..config import SAMPLE_RATE, HubertConfig
-from ..encoders.registry import list_encoders, stored_config
+from ..encoders.registry import get_encoder, list_encoders, stored_config
 from ..errors import UserError, about, short
 from ..models.hubert import HEADS, LABEL_EMBEDDINGS, HubertModel
+from .huggingface import is_folder, is_weights, read_folder
 from .pickled import NOT_ONE, Stored
-from .safetensors import is_export, read_export
+from .safetensors import is_export, is_own, read_export
+from .torchaudio import is_torchaudio, model_in
 from .torchfile import TorchFile, Unreadable
 
-# keys of fairseq's HubertConfig that we have no use for: they do not change what the encoder computes
+# keys of fairseq's HubertConfig that change what the encoder computes, with the one value that our Transformer computes
+STOCK_FIXED = {"activation_fn": "gelu", "layer_type": "transformer", "conv_pos_batch_norm": False, "pos_conv_depth": 1}
+# keys of fairseq's HubertConfig that we have no use for
 STOCK_UNUSED = {
-    "_name", "attn_type", "depthwise_conv_kernel_size", "dropout_features", "fp16", "latent_temp", "mask_channel_min_space",
+    "_name", *STOCK_FIXED, "attn_type", "depthwise_conv_kernel_size", "dropout_features", "fp16", "latent_temp", "mask_channel_min_space",
     "mask_min_space", "no_mask_channel_overlap", "no_mask_overlap", "pos_enc_type",
 }  # fmt: skip
-# keys that do, with the one value that our Transformer computes
-STOCK_FIXED = {"activation_fn": "gelu", "layer_type": "transformer", "conv_pos_batch_norm": False, "pos_conv_depth": 1}
 
-
+PRETRAINING = ("quantizer.", "project_q.")  # of stock wav2vec 2.0
 FINE_TUNED = ("hubert_eff_ctc", "hubert_eff_aed")  # fairseq models of hubert_eff.recognition
 DICTIONARY = "fairseq.data.dictionary.Dictionary"
+CONVERTED = {"task_cfg", "model_cfg", "model_weight"}  # keys of what S3PRL makes of a fairseq checkpoint
+HINT = "expected a fairseq checkpoint (.pt), an export of hubert-eff (.safetensors), or a folder of Hugging Face"
 
 
 class Dictionary:
     """Stands in for fairseq's Dictionary, which checkpoints hold, where fairseq is not installed."""
 
+    symbols: object
+
 
 def load(path: str | os.PathLike[str]) -> HubertModel:
     """Load a model in eval mode, on the CPU: our export (.safetensors), a fairseq checkpoint (.pt) of this plug-in, or stock HuBERT.
+
+    Of others: HuBERT and wav2vec 2.0 in a folder of Hugging Face, or a file of weights in it; in state dicts of torchaudio; in what S3PRL
+    makes of fairseq's checkpoints.
 
     Of a fine-tuned checkpoint this is the encoder; `hubert_eff.recognition.load_recognizer` takes its heads along.
 
     Raises `UserError` if the file is missing, is no checkpoint, holds pickled code, or is of a model that cannot be rebuilt exactly.
     """
     file = Path(path)
+    if file.is_dir():
+        return read_folder(file)
     if not file.is_file():
         raise UserError(f"no checkpoint at {file}")
     if is_export(file):
-        return read_export(file)
-    with open_fairseq(file) as opened, about(file):
+        return read_export(file) if is_own(file) or not is_folder(file) else read_folder(file.parent)
+    with _opened(file) as opened, about(file):
+        if is_torchaudio(opened.content):
+            return model_in(opened)
+        if is_folder(file) and is_weights(opened.content):
+            return read_folder(file.parent)
+        _check_model(opened)
         return _encoder_in(opened) if is_fine_tuned(opened.content) else _model_in(opened)
 
 
@@ -74,22 +91,54 @@ def _model_in(opened: TorchFile) -> HubertModel:
     """The pre-trained model of a fairseq checkpoint."""
     content = opened.content
     config, weights = config_of(content, opened.file), content["model"]
+    if content["cfg"]["model"].get("_name") == "wav2vec2":
+        weights = {name: value for name, value in weights.items() if not str(name).startswith(PRETRAINING)}
     embeddings = weights.get(LABEL_EMBEDDINGS)
     rows = embeddings.shape[0] if isinstance(embeddings, Stored) and embeddings.shape else 0
     return opened.fill(functools.partial(HubertModel, config, _codebooks(content, rows)), weights)
 
 
 def open_fairseq(file: Path) -> TorchFile:
-    """A fairseq checkpoint, whose tensors are still in the file. Raises `UserError` for a file that is none; unpickles nothing."""
-    hint = "expected a fairseq checkpoint (.pt) or an export of hubert-eff (.safetensors)"
+    """A fairseq checkpoint, or one that S3PRL made of it, whose tensors are still in the file. Raises `UserError` for a file that is none;
+    unpickles nothing."""
+    opened = _opened(file)
+    try:
+        _check_model(opened)
+    except UserError:
+        opened.close()
+        raise
+    return opened
+
+
+def _opened(file: Path) -> TorchFile:
     try:
         opened = TorchFile(file, {DICTIONARY: Dictionary})
     except Unreadable as error:
-        raise UserError(f"{error}: {hint}" if error.reason == NOT_ONE else str(error)) from error
-    if not isinstance(opened.content, dict) or not isinstance(opened.content.get("model"), Mapping):
-        opened.close()
-        raise UserError(f"{file} is no checkpoint of a model: {hint}")
+        raise UserError(f"{error}: {HINT}" if error.reason == NOT_ONE else str(error)) from error
+    if isinstance(opened.content, dict) and CONVERTED <= opened.content.keys():
+        opened.content = _unconverted(opened.content)
     return opened
+
+
+def _check_model(opened: TorchFile) -> None:
+    if not isinstance(opened.content, dict) or not isinstance(opened.content.get("model"), Mapping):
+        raise UserError(f"{opened.file} is no checkpoint of a model: {HINT}")
+
+
+def _unconverted(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What S3PRL's `load_and_convert_fairseq_ckpt` was given, as far as it keeps it."""
+    model, symbols = content["model_cfg"], content.get("dictionaries_symbols")
+    dictionaries = []
+    for names in symbols if isinstance(symbols, list) else []:
+        dictionaries.append(Dictionary())
+        dictionaries[-1].symbols = names
+    if isinstance(model, Mapping):
+        model = {"_name": "hubert" if dictionaries else "wav2vec2", **model}
+    return {
+        "cfg": {"model": model, "task": content["task_cfg"]},
+        "model": content["model_weight"],
+        "task_state": {"dictionaries": dictionaries},
+    }
 
 
 def read_fairseq(file: Path) -> dict[str, Any]:
@@ -158,8 +207,10 @@ def average(paths: Sequence[str | os.PathLike[str]]) -> HubertModel:
 
 
 def updates_of(path: str | os.PathLike[str]) -> int:
-    """How many updates a checkpoint was trained for; 0 for an export, which does not say."""
+    """How many updates a checkpoint was trained for; 0 for an export or a folder of Hugging Face, which do not say."""
     file = Path(path)
+    if file.is_dir():
+        return 0
     if not file.is_file():
         raise UserError(f"no checkpoint at {file}")
     if is_export(file):
@@ -183,18 +234,31 @@ def config_of(content: Mapping[str, Any], file: Path) -> HubertConfig:
         raise UserError(f"{file} was trained on audio of {_said(task['sample_rate'])} Hz: models here take {SAMPLE_RATE} Hz")
     name = values.pop("_name", "")
     encoder = name.removeprefix("hubert_") if isinstance(name, str) else ""
+    if name == "wav2vec2":
+        return _wav2vec2(values, bool(task.get("normalize", False)))
     if name != "hubert":
         if encoder == name or encoder not in list_encoders():
-            known = ", ".join(["hubert", *(f"hubert_{e}" for e in list_encoders())])
+            known = ", ".join(["hubert", "wav2vec2", *(f"hubert_{e}" for e in list_encoders())])
             raise UserError(f"{file} holds the fairseq model '{_said(name)}', which is none of {known}")
         return stored_config(encoder, values)
-    for key, value in STOCK_FIXED.items():
-        if values.pop(key, value) != value:
-            raise UserError(f"{file}: stock HuBERT with {key}={_said(cfg['model'][key])} cannot be rebuilt here (only {value})")
+    _check_fixed(values, STOCK_FIXED, "HuBERT")
     values = {k: v for k, v in values.items() if k not in STOCK_UNUSED}
     values["valid_frames"] = "fairseq"
     values["normalize"] = bool(task.get("normalize", False))
     return stored_config("transformer", values)
+
+
+def _wav2vec2(values: Mapping[str, Any], normalize: bool) -> HubertConfig:
+    """The encoder of stock wav2vec 2.0, whose padding is counted by whole receptive fields; its quantizer is not used."""
+    _check_fixed(values, {**STOCK_FIXED, "quantize_input": False, "crop_seq_to_multiple": 1}, "wav2vec 2.0")
+    known = {field.name for field in dataclasses.fields(get_encoder("transformer").config)}
+    return stored_config("transformer", {**{key: value for key, value in values.items() if key in known}, "normalize": normalize})
+
+
+def _check_fixed(values: Mapping[str, Any], fixed: Mapping[str, Any], kind: str) -> None:
+    for key, wanted in fixed.items():
+        if (found := values.get(key, wanted)) != wanted:
+            raise UserError(f"stock {kind} with {key}={_said(found)} cannot be rebuilt here (only {wanted})")
 
 
 def _said(value: object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,30 @@ import torch
 from ..encoders.registry import list_presets, preset_config
 from ..errors import UserError, unknown
 from ..models.hubert import HubertModel, build
+from .huggingface import files_of
 from .load import load
 from .torchfile import structure_only
+
+
+def digest_of(name: str | os.PathLike[str]) -> str | None:
+    """SHA-256 of the files that a model is read from; None for a preset."""
+    path = Path(name)
+    if not path.exists():
+        return None
+    digest = hashlib.sha256()
+    for file in files_of(path):
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def open_model(name: str | os.PathLike[str], *, structure: bool = False, **overrides: Any) -> HubertModel:
     """The model, in eval mode, that a name stands for: FILE or PRESET[+w1a1|+w1a2][@SEED]; a file wins over a preset of its name.
 
-    A file is read by `hubert_eff.load`. A preset has the random weights of its seed, 0 if none is given; the global random state stays as
-    it is. overrides: keys of a preset's configuration; a file keeps its own. structure: build a preset without storage, on the meta device.
+    A file, or a folder of Hugging Face, is read by `hubert_eff.load`. A preset has the random weights of its seed, 0 if none is given; the
+    global random state stays as it is. overrides: keys of a preset's configuration; a file keeps its own. structure: build a preset without
+    storage, on the meta device.
 
     Raises `UserError` for a name that is neither, a seed that is no number, and as `load` and `build` do.
     """

@@ -46,6 +46,15 @@ def is_export(file: Path) -> bool:
     return len(head) == 9 and head[8:] == b"{"
 
 
+def is_own(file: Path) -> bool:
+    """Whether a safetensors file says that it is an export of this package."""
+    try:
+        with safe_open(file, framework="pt") as stream:
+            return (stream.metadata() or {}).get("format") == FORMAT
+    except SafetensorError as error:
+        raise UserError(f"{file} is truncated or damaged: {short(error)}") from error
+
+
 def read_metadata(file: Path) -> dict[str, str]:
     """The metadata of an export. Raises `UserError` for a safetensors file that is none, or of another version of the format."""
     try:
@@ -89,7 +98,7 @@ def read_export(file: Path) -> HubertModel:
                 stored = {name: stream.get_tensor(name) for name in found}
         except SafetensorError as error:
             raise UserError(f"{file} is truncated or damaged: {short(error)}") from error
-        _check_numbers(stored)
+        check_numbers(stored)
         return _filled(model, stored, metadata)
 
 
@@ -144,11 +153,12 @@ def compare(model: HubertModel, metadata: Mapping[str, str], found: Mapping[str,
             raise UserError(f"the weights do not fit its configuration: {name} is {found[name]}, not {(NAMES[dtype], shape)}")
 
 
-def _check_numbers(stored: Mapping[str, Tensor]) -> None:
+def check_numbers(stored: Mapping[str, Tensor]) -> None:
+    """Raise `UserError` for numbers that no model has: NaN, infinity, scales of zero or less, negative variances."""
     for name, tensor in stored.items():
-        if not tensor.is_floating_point():
+        if not tensor.is_floating_point() or not tensor.numel():
             continue
-        if not bool(tensor.isfinite().all()):
+        if not all(bool(extreme.isfinite()) for extreme in tensor.aminmax()):  # also of NaN; nothing of the tensor's size is made
             raise UserError(f"{name} holds numbers that are not finite")
         own = name.rpartition(".")[2]
         if (own in (SCALES, "size") and bool((tensor <= 0).any())) or (own == "running_var" and bool((tensor < 0).any())):

@@ -1,4 +1,4 @@
-"""`hubert-eff export CHECKPOINT|PRESET --out model.safetensors`: one file to ship, with a model card beside it."""
+"""`hubert-eff export CHECKPOINT|PRESET --out model.safetensors | --hf DIR`: one file to ship, or a folder for transformers, with a card."""
 
 from __future__ import annotations
 
@@ -6,9 +6,16 @@ import argparse
 import json
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
+
+if TYPE_CHECKING:
+    from ..models.hubert import HubertModel
+    from ..recognition import Recognizer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--onnx", type=Path, metavar="FILE",
         help="write model.onnx (too): float32, fused, of dynamic length; a one-bit model in its form of +-1 in floats",
     )  # fmt: skip
+    parser.add_argument(
+        "--hf", type=Path, metavar="DIR",
+        help="a folder for transformers, with a README.md: a Transformer becomes its HubertModel, a recognizer HubertForCTC; others "
+        "and one-bit models are read after `import hubert_eff.hf`",
+    )  # fmt: skip
+    parser.add_argument("--base-model", default="", metavar="NAME", help="model that it was trained from, for the README.md of --hf")
     parser.add_argument(
         "--dtype", choices=("fp32", "fp16", "bf16"), default="fp32",
         help="what float tensors are kept in: fp16 is read back to compute in float32, bf16 to compute in bfloat16 (default: %(default)s)",
@@ -34,19 +47,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the file and its card, and say how large it is."""
+    """Write the file or the folder and its card, and say how large it is."""
     from ..checkpoints.load import average, last_checkpoints
     from ..checkpoints.open import open_model
-    from ..checkpoints.safetensors import is_export, read_metadata
+    from ..checkpoints.safetensors import is_export, is_own, read_metadata
+    from ..exporting.huggingface import export_folder
     from ..exporting.onnx import export_onnx, require_onnx, require_onnx_form
     from ..exporting.safetensors import export, require_no_heads
-    from ..reports.model_card import write_card
+    from ..recognition import load_recognizer
+    from ..reports.model_card import write_card, write_readme
     from ..utils.files import writable
 
-    if args.out is None and args.onnx is None:
-        raise UserError("--out FILE.safetensors is needed, or --onnx FILE.onnx")
-    if args.out is None and (args.dtype != "fp32" or args.float or args.fuse or args.licence or args.trained_on):
-        raise UserError("--dtype, --float, --fuse, --licence and --trained-on say how --out FILE.safetensors is written: it is missing")
+    if args.out is None and args.onnx is None and args.hf is None:
+        raise UserError("--out FILE.safetensors is needed, or --hf DIR, or --onnx FILE.onnx")
+    if args.out is None and args.hf is None and (args.dtype != "fp32" or args.float or args.licence or args.trained_on):
+        raise UserError(
+            "--dtype, --float, --licence and --trained-on say how --out FILE.safetensors or --hf DIR is written: both are missing"
+        )
+    if args.fuse and (args.out is None or args.hf is not None):
+        raise UserError("--fuse says how --out FILE.safetensors is written: " + ("--hf DIR is not fused" if args.hf else "it is missing"))
+    if args.base_model and args.hf is None:
+        raise UserError("--base-model is for the README.md of --hf DIR, which is missing")
     if args.average is not None and args.policy != "default":
         raise UserError("--policy is of a preset, --average of a run's checkpoints, which hold theirs: leave out one of the two")
     if args.policy != "default" and "+" not in args.model:
@@ -56,6 +77,8 @@ def run(args: argparse.Namespace) -> int:
             if path.suffix != suffix:
                 raise UserError(f"{option} {path} must end in {suffix}")
             writable(path.parent)
+    if args.hf is not None:
+        writable(args.hf)
     if args.onnx is not None:
         require_onnx()
     if args.average is None:
@@ -67,28 +90,33 @@ def run(args: argparse.Namespace) -> int:
             there = f"{args.model} holds {len(files)} checkpoints of different updates, not {args.average}"
             print(f"{there}: the mean of {', '.join(file.name for file in files)}", file=sys.stderr)
         model, name = average(files), f"mean of {', '.join(file.name for file in files)}"
-    if not args.encoder_only:
+    whole: HubertModel | Recognizer = model
+    if args.hf is not None and model.heads and not args.encoder_only and args.average is None and args.out is args.onnx is None:
+        whole = load_recognizer(args.model)
+    elif not args.encoder_only:
         require_no_heads(model)
     if args.onnx is not None:
         require_onnx_form(model)  # before --out is written
-    said = {}
+    said: dict[str, Any] = {}
+    source = Path(args.model)
+    held = read_metadata(source) if source.is_file() and is_export(source) and is_own(source) else {}  # what was said of it stays said
+    said_here = {"licence": args.licence, "trained_on": args.trained_on}
+    notes = {key: text or held[key] for key, text in said_here.items() if text or key in held}
+    how = {"dtype": args.dtype, "packed": not args.float, "encoder_only": args.encoder_only, "source": Path(name).name, "notes": notes}
     if args.out is not None:
-        source = Path(args.model)
-        held = read_metadata(source) if source.is_file() and is_export(source) else {}  # what was said of an export stays said
-        said_here = {"licence": args.licence, "trained_on": args.trained_on}
-        notes = {key: text or held[key] for key, text in said_here.items() if text or key in held}
-        with warnings.catch_warnings(record=True) as said_of_it:
-            warnings.simplefilter("always")
-            export(
-                model, args.out, dtype=args.dtype, packed=not args.float, fuse=args.fuse, encoder_only=args.encoder_only,
-                source=Path(name).name, notes=notes,
-            )  # fmt: skip
-        for warning in said_of_it:
-            print(f"hubert-eff export: {warning.message}", file=sys.stderr)
+        with _warnings_said():
+            export(model, args.out, fuse=args.fuse, **how)
         card, figures = write_card(args.out)
         said = {"file": str(args.out), "card": str(card), **figures}
         if not args.json:
             print(f"{args.out}: {figures['bytes'] / 1e6:.3f} MB, {figures['weights']} weights, the rest {args.dtype}; {card}")
+    if args.hf is not None:
+        with _warnings_said():
+            metadata = export_folder(whole, args.hf, **how)
+        card, figures = write_readme(args.hf, metadata, args.base_model)
+        said["hf"] = {"folder": str(args.hf), "card": str(card), **figures}
+        if not args.json:
+            print(f"{args.hf}: {figures['bytes'] / 1e6:.3f} MB, {figures['weights']} weights, the rest {args.dtype}; {card}")
     if args.onnx is not None:
         graph = export_onnx(model, args.onnx)
         said["onnx"] = graph
@@ -98,3 +126,13 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(said, indent=2))
     return 0
+
+
+@contextmanager
+def _warnings_said() -> Iterator[None]:
+    """Print what is warned of in here as lines of the command."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        yield
+    for warning in said:
+        print(f"hubert-eff export: {warning.message}", file=sys.stderr)

@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fit-hours", type=real(POSITIVE), default=10.0, metavar="H", help="that k-means learns from (default: %(default)g)"
     )
+    parser.add_argument("--warm", action="store_true", help="start phase 2 from the weights of phase 1, with new codebooks")
     parser.add_argument("--superb", type=Path, metavar="DIR", help="SUPERB's data: evaluate the ten tasks at the end")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other keys of the configuration, for both phases")
     parser.add_argument("--device", default="a100", help="whose rates a dry run takes: in configs/device, or a file (default: %(default)s)")
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
     recipe = Pretraining(
         args.speech, args.out, args.config, args.gpus, tuple(args.updates), tuple(args.clusters), args.layer, args.folder_level,
-        args.valid_percent, args.fit_hours, args.superb, args.set,
+        args.valid_percent, args.fit_hours, args.superb, args.set, args.warm or None,
     )  # fmt: skip
     found = recipe.dry_run(args.device, MFU if args.mfu is None else args.mfu) if args.dry_run else recipe.run()
     if args.json:

@@ -280,7 +280,7 @@ def _in_windows(
     config = model.config
     with tempfile.TemporaryFile(dir=target.parent) as file:
         try:
-            wave = _normalized(item) if config.normalize else None
+            wave = _normalized(item, config.normalize_eps) if config.normalize else None
             model.config = replace(config, normalize=False)
             shape: tuple[int, ...] = ()
             with _over_recording(model, lambda: _pieces(item, wave, _tiles(model, item.checked.samples))):
@@ -301,13 +301,13 @@ def _in_windows(
 Wave = tuple[float, float]  # mean and deviation of a recording
 
 
-def _normalized(item: _Item) -> Wave:
+def _normalized(item: _Item, eps: float) -> Wave:
     count, total, square = 0, 0.0, 0.0
     for block in _blocks(item):
         wide = block.astype(np.float64)
         count, total, square = count + len(wide), total + float(wide.sum()), square + float(wide @ wide)
     mean = total / count
-    return mean, float(np.sqrt(max(square / count - mean**2, 0.0) + 1e-5))
+    return mean, float(np.sqrt(max(square / count - mean**2, 0.0) + eps))
 
 
 def _pieces(item: _Item, wave: Wave | None, spans: Sequence[tuple[int, int]]) -> Iterator[Array]:

@@ -10,7 +10,6 @@ so the labels end at most 15 ms, or 20 ms, before the audio does. Frame i is cen
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -78,14 +77,12 @@ class FeatureSource:
         """What decides the features, for labels.json and for telling runs apart."""
         if self.checkpoint is None:
             return {"source": "mfcc", "checkpoint": None, "checkpoint_sha256": None, "layer": None}
-        digest = hashlib.sha256()
-        with Path(self.checkpoint).open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+        from ..checkpoints.open import digest_of
+
         return {
             "source": "checkpoint",
             "checkpoint": str(Path(self.checkpoint).absolute()),
-            "checkpoint_sha256": digest.hexdigest(),
+            "checkpoint_sha256": digest_of(self.checkpoint),
             "layer": self.layer,
         }
 
@@ -155,7 +152,7 @@ class HiddenLayer:
         self.layer = layer
         self.batch_samples = int(batch_seconds * SAMPLE_RATE)
         config = model.config
-        self.normalize = config.normalize
+        self.normalize, self.eps = config.normalize, config.normalize_eps
         model.config = replace(config, normalize=False)  # `extract` does it: over whole recordings, not over pieces of them
         self.window = receptive_field(config.conv_layers)
         self.pads = config.extractor_mode == "layer_norm" and config.valid_frames == "receptive_field"
@@ -169,7 +166,7 @@ class HiddenLayer:
         from ..models.hubert import normalize_waveform
 
         if self.normalize:
-            audio = [normalize_waveform(torch.from_numpy(wav)[None])[0].numpy() for wav in audio]
+            audio = [normalize_waveform(torch.from_numpy(wav)[None], eps=self.eps)[0].numpy() for wav in audio]
         pieces: dict[int, list[Array]] = {}  # of long recordings that are not complete yet
         for batch in self._batches(audio):
             length = max(end - start for _, start, end in batch)

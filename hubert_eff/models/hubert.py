@@ -63,7 +63,7 @@ class HubertModel(nn.Module):
         self.num_updates = 0
         channels, dim, code = config.conv_layers[-1][0], config.input_dim, config.codebook_dim
         self.feature_extractor = extractor_of(config)
-        self.layer_norm = nn.LayerNorm(channels)
+        self.layer_norm = nn.LayerNorm(channels) if config.feature_norm else nn.Identity()
         self.post_extract_proj = Linear(channels, dim) if channels != dim else None
         self.dropout_input = Dropout(config.dropout_input)
         self.mask_emb = nn.Parameter(torch.empty(dim).uniform_())
@@ -199,7 +199,7 @@ class HubertModel(nn.Module):
         check_samples(wav, padding_mask)
         chunks = self.chunks(chunk_size, left_chunks)
         if self.config.normalize:
-            wav = normalize_waveform(wav, padding_mask)
+            wav = normalize_waveform(wav, padding_mask, self.config.normalize_eps)
         if chunks is None or torch.is_grad_enabled():
             features, frames = self._extract(wav, padding_mask)
             x = self.project(features)
@@ -332,12 +332,12 @@ class HubertModel(nn.Module):
         return masked, channels
 
 
-def normalize_waveform(wav: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-    """Zero mean and unit variance of each row (B, S) over its valid samples; padding becomes 0."""
+def normalize_waveform(wav: Tensor, padding_mask: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """Zero mean and unit variance, to which `eps` is added, of each row (B, S) over its valid samples; padding becomes 0."""
     if padding_mask is None and is_tracing():  # where a length is no constant
         padding_mask = torch.zeros_like(wav, dtype=torch.bool)
     if padding_mask is None:
-        return F.layer_norm(wav, wav.shape[-1:])
+        return F.layer_norm(wav, wav.shape[-1:], eps=eps)
     samples = wide(wav)
     valid = (~padding_mask).to(samples.dtype)
     count = valid.sum(1, keepdim=True).clamp(min=1)
@@ -345,7 +345,7 @@ def normalize_waveform(wav: Tensor, padding_mask: Tensor | None = None) -> Tenso
     mean = samples.sum(1, keepdim=True) / count
     centred = (samples - mean) * valid
     variance = centred.square().sum(1, keepdim=True) / count
-    return (centred * torch.rsqrt(variance + 1e-5)).to(wav.dtype)
+    return (centred * torch.rsqrt(variance + eps)).to(wav.dtype)
 
 
 def build(preset: str, num_classes: Sequence[int] = (), **overrides: Any) -> HubertModel:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,10 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..config import HubertConfig
 from ..encoders.registry import encoder_of
 from ..errors import UserError
 from ..models.extractor import receptive_field
-from ..models.hubert import HubertModel
+from ..models.hubert import LABEL_EMBEDDINGS, HubertModel
+from .storage import is_packed
+
+CODEBOOKS = ("final_proj.", "target_glu.", LABEL_EMBEDDINGS)  # of the pre-training head: names that begin so
 
 
 def codebook_divergence(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
@@ -103,27 +108,29 @@ def _has_codebooks(model: HubertModel) -> None:
         raise UserError("it has no codebooks, which exports leave out: give the checkpoint that fairseq-hydra-train wrote")
 
 
-def start_from(student: HubertModel, source: HubertModel) -> None:
-    """Give the student the weights of another model, in place.
+def start_from(student: HubertModel, source: HubertModel, new_codebooks: bool = False) -> str:
+    """Give the student the weights of another model, in place; returns what was taken over, as a sentence.
 
-    From a float model a binarised one takes all weights, and finds its scales on the first batch; from a w1a2 model a w1a1 one takes the
-    scales as well. Raises `UserError` if the two are not the same model but for `quant`.
+    Codebooks, and what projects to them, are taken over where the source has as many classes in each, and not with `new_codebooks`; else
+    the student keeps its own. From a float model a binarised one takes all weights, and finds its scales on the first batch; from a w1a2
+    model a w1a1 one takes the scales as well. Raises `UserError` if the two are not the same model but for `quant` and codebooks.
     """
     ours, theirs = encoder_of(student.config).name, encoder_of(source.config).name
     if ours != theirs:
         raise UserError(f"a model with the encoder {ours} cannot start from the weights of one with the encoder {theirs}")
-    _has_codebooks(source)
-    if tuple(student.num_classes) != tuple(source.num_classes):
+    if source.fused or is_packed(source):
         raise UserError(
-            f"codebooks of {list(student.num_classes)} classes cannot start from those of {list(source.num_classes)}: use the labels that "
-            "the source was trained on"
+            f"it is {'fused' if source.fused else 'packed'} for inference and cannot be trained: give the model it was made from"
         )
     binarised = source.config.quant != "none"
     if binarised and student.config.quant == "none":
         raise UserError(f"a float model cannot start from a binarised one ({source.config.quant}): set model.quant=w1a1, or another start")
-    own = {name: tensor.shape for name, tensor in student.state_dict().items()}
+    _check_settings(student.config, source.config)
+    kept = not new_codebooks and bool(source.num_classes) and tuple(student.num_classes) == tuple(source.num_classes)
+    passed: tuple[str, ...] = () if kept else CODEBOOKS
+    own = {name: tensor.shape for name, tensor in student.state_dict().items() if not name.startswith(passed)}
     quantisers = [name.removesuffix("initialized") for name in own if name.endswith(".initialized")]
-    state = source.state_dict()
+    state = {name: tensor for name, tensor in source.state_dict().items() if not name.startswith(passed)}
     for name, tensor in state.items():
         if name not in own:
             raise UserError(f"the student has no '{name}', which its source has: the two must agree in the model's keys and quant_policy")
@@ -132,4 +139,20 @@ def start_from(student: HubertModel, source: HubertModel) -> None:
     for name in own:
         if name not in state and (binarised or not name.startswith(tuple(quantisers))):
             raise UserError(f"the source has no '{name}', which the student has: the two must agree in the model's keys and quant_policy")
-    student.load_state_dict(state, strict=False)
+    student.load_state_dict({**student.state_dict(), **state})
+    parameters = sum(tensor.numel() for tensor in state.values())
+    codebooks = f"codebooks of {list(student.num_classes)} classes"
+    if not kept:
+        codebooks += f" are new (the source has {list(source.num_classes) or 'none'})"
+    return f"{len(state)} tensors ({parameters:,} numbers) are taken over, {codebooks}" + (" too" if kept else "")
+
+
+def _check_settings(student: HubertConfig, source: HubertConfig) -> None:
+    """Raise `UserError` where the same weights would compute something else, though names and shapes agree."""
+    for key, option in (
+        ("conv_layers", "model.conv_feature_layers"), ("encoder_attention_heads", "model.encoder_attention_heads"),
+        ("layer_norm_first", "model.layer_norm_first"), ("normalize", "task.normalize"),
+    ):  # fmt: skip
+        if getattr(student, key) != getattr(source, key):
+            wanted = source.conv_feature_layers.replace(" ", "") if key == "conv_layers" else json.dumps(getattr(source, key))
+            raise UserError(f"the source has another {option.partition('.')[2]}: set {option}={wanted}")

@@ -44,12 +44,13 @@ SET_HERE = {
 @dataclass
 class Pretraining(Recipe):
     """What to train on what. `updates`: of the two phases (default: the configuration's, and 2.4 times as many, as in the paper);
-    `clusters`: of their labels; `layer`: of phase 1's model (default: the middle one); `superb`: folder of SUPERB's data.
+    `clusters`: of their labels; `layer`: of phase 1's model (default: the middle one); `superb`: folder of SUPERB's data;
+    `warm`: phase 2 starts from the weights of phase 1, with new codebooks.
 
     Between two runs in one folder the number of GPUs and SUPERB's data may change.
     """
 
-    SETTINGS = ("speech", "config", "updates", "clusters", "layer", "folder_level", "valid_percent", "fit_hours", "overrides")
+    SETTINGS = ("speech", "config", "updates", "clusters", "layer", "folder_level", "valid_percent", "fit_hours", "overrides", "warm")
 
     speech: Path
     out: Path
@@ -63,12 +64,15 @@ class Pretraining(Recipe):
     fit_hours: float = 10.0
     superb: Path | None = None
     overrides: list[str] = field(default_factory=list)
+    warm: bool | None = None  # not False: folders of earlier versions have none
 
     def __post_init__(self) -> None:
         find_configuration(f"pretrain/{self.config}")
         if not self.speech.exists():
             raise UserError(f"{self.speech} is not there: name the folder of recordings, such as LibriSpeech as it was unpacked")
         check_keys(self.overrides, SET_HERE, "dataset.max_tokens=1400000")
+        if self.warm and any(override.startswith("task.init_from=") for override in self.overrides):
+            raise UserError("--warm starts phase 2 from phase 1, --set task.init_from from something else: leave out one of the two")
         self.written = load_config(f"pretrain/{self.config}", self.overrides)
         with torch.device("meta"):
             depth = len(HubertModel(written_config(self.written)).encoder.layers)
@@ -139,6 +143,8 @@ class Pretraining(Recipe):
             keys.append(f"optimization.update_freq=[{self._accumulated()}]")
         if phase == 2:
             keys.append(f"checkpoint.keep_interval_updates={AVERAGED}")
+            if self.warm:
+                keys += [*path_overrides({"task.init_from": self.out / "phase1" / "checkpoint_last.pt"}), "task.new_codebooks=true"]
         return training("pretrain", self.config, {"task.data": self.out / "data", "task.label_dir": labels}, *keys, *self.overrides)
 
     def _accumulated(self) -> int:

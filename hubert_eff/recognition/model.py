@@ -163,7 +163,7 @@ class Recognizer(nn.Module):
     ) -> RecognizerOutput:
         """source (B, S), targets (B, U) of target_lengths (B,), padding_mask (B, S), sample_ids (B,): what seeds the masks."""
         if self.hubert.config.normalize:
-            source = normalize_waveform(source, padding_mask)
+            source = normalize_waveform(source, padding_mask, self.hubert.config.normalize_eps)
         frozen = self.training and self.num_updates < self.config.freeze_finetune_updates
         with torch.no_grad() if frozen else nullcontext():
             masked = self.config.apply_mask and self.training

@@ -5,14 +5,28 @@ from __future__ import annotations
 import datetime
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.safetensors import PACKED, read_export, read_metadata
+import torch
+import yaml
+from safetensors import safe_open
+
+from ..checkpoints.huggingface import CONFIG, OWN, WEIGHTS
+from ..checkpoints.load import load
+from ..checkpoints.safetensors import DTYPES, PACKED, read_export, read_metadata
+from ..models.hubert import HubertModel
 from ..profiling import profile
 from ..utils.files import write_text
 
 SECONDS = 10.0
+README = "README.md"
+# what the Hub calls licences
+LICENSES = (
+    "apache-2.0", "mit", "bsd-3-clause", "gpl-3.0", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0",
+    "cc-by-nc-nd-4.0", "cc-by-nd-4.0", "openrail",
+)  # fmt: skip
 
 
 def write_card(file: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
@@ -22,9 +36,69 @@ def write_card(file: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
     """
     path = Path(file)
     metadata, model = read_metadata(path), read_export(path)
+    figures = _figures(path, metadata, model)
+    card = path.with_suffix(".md")
+    use = [
+        "```python", "import torch, hubert_eff", "",
+        f'model = hubert_eff.load("{path.name}")', "states, padding = model.hidden_states(torch.randn(1, 16000))", "```", "",
+        "```", f"hubert-eff run {path.name} AUDIO --out features.npz", "```",
+    ]  # fmt: skip
+    write_text(card, _text(path.stem, metadata, figures, use))
+    return card, figures
+
+
+def write_readme(folder: str | os.PathLike[str], metadata: Mapping[str, str], base_model: str = "") -> tuple[Path, dict[str, Any]]:
+    """Write README.md of a folder of Hugging Face, with the metadata that the Hub reads, and return its path and the figures in it.
+
+    metadata: what `hubert_eff.exporting.huggingface.export_folder` says of the model; base_model: the one that it was trained from.
+    """
+    path = Path(folder)
+    model, values = load(path), json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    file = path / WEIGHTS[0]
+    figures = _figures(file, metadata, model)
+    kind, own = values["architectures"][0], values["model_type"] == OWN
+    if not own:  # without what only pre-training uses, with a CTC layer
+        with safe_open(file, framework="pt") as stream:
+            sizes = [torch.Size(stream.get_slice(name).get_shape()).numel() for name in stream.keys()]  # noqa: SIM118 (not a mapping)
+        width = DTYPES[metadata["dtype"]].itemsize
+        figures.update(params=sum(sizes), file_mb=sum(sizes) * width / 1e6)
+    auto = "AutoModelForCTC" if kind.endswith("ForCTC") else "AutoModel"
+    use = [
+        "```python", *(["import hubert_eff.hf  # registers the model's classes: pip install 'hubert-eff[hf]'"] if own else []),
+        f"from transformers import AutoFeatureExtractor, {auto}", "",
+        f'model = {auto}.from_pretrained("DIR")', 'extractor = AutoFeatureExtractor.from_pretrained("DIR")',
+        'batch = extractor(recordings, sampling_rate=16000, padding=True, return_tensors="pt")  # arrays of samples',
+        "output = model(**batch, output_hidden_states=True)", "```", "",
+        "`pipeline(\"automatic-speech-recognition\", model=\"DIR\")` transcribes." if auto != "AutoModel"
+        else "`pipeline(\"feature-extraction\", model=\"DIR\")` takes arrays of samples, and gives the last hidden state.",
+        *(["", "Without that import, `trust_remote_code=True` has the same classes imported."] if own else []),
+    ]  # fmt: skip
+    front = {
+        **_license(metadata.get("licence", "")),
+        "library_name": "hubert-eff" if own else "transformers",
+        "pipeline_tag": "feature-extraction" if auto == "AutoModel" else "automatic-speech-recognition",
+        "tags": ["speech", "hubert", *(["one-bit"] if metadata["weights"] == PACKED else [])],
+        "datasets": [part for part in (" ".join(text.split()) for text in metadata.get("trained_on", "").split(",")) if part],
+        "metrics": [] if auto == "AutoModel" else ["wer"],
+        **({"base_model": base_model} if base_model else {}),
+    }
+    text = "---\n" + yaml.safe_dump(front, sort_keys=False, allow_unicode=True) + "---\n\n"
+    write_text(path / README, text + _text(path.resolve().name, metadata, figures, use))
+    return path / README, figures
+
+
+def _license(said: str) -> dict[str, str]:
+    """A licence as the Hub wants it."""
+    name = "-".join(said.lower().split())
+    if not name:
+        return {"license": "unknown"}
+    return {"license": name} if name in LICENSES else {"license": "other", "license_name": name}
+
+
+def _figures(file: Path, metadata: Mapping[str, str], model: HubertModel) -> dict[str, Any]:
     cost = profile(model, SECONDS)
-    figures = {
-        "bytes": path.stat().st_size,
+    return {
+        "bytes": file.stat().st_size,
         "file_mb": cost.storage_mb["file"],
         "weights": metadata["weights"],
         "dtype": metadata["dtype"],
@@ -32,12 +106,10 @@ def write_card(file: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
         "macs": cost.macs,
         "macs_by_bits": {f"{weight}x{activation}": macs for (weight, activation), macs in sorted(cost.macs_by_bits.items(), reverse=True)},
     }
-    card = path.with_suffix(".md")
-    write_text(card, _text(path.name, metadata, json.loads(metadata["config"]), figures))
-    return card, figures
 
 
-def _text(name: str, metadata: dict[str, str], config: dict[str, Any], figures: dict[str, Any]) -> str:
+def _text(name: str, metadata: Mapping[str, str], figures: dict[str, Any], use: list[str]) -> str:
+    config = json.loads(metadata["config"])
     packed, dtype = metadata["weights"] == PACKED, metadata["dtype"]
     kind = "one-bit weights and activations (W1A1), packed" if packed else "float weights"
     if not packed and config["quant"] != "none":
@@ -72,13 +144,10 @@ def _text(name: str, metadata: dict[str, str], config: dict[str, Any], figures: 
     if dtype == "bf16":
         limits.append("bfloat16 is fast on processors that have it (AVX-512 BF16, AMX); on others fp16 files of the same size are faster.")
     return "\n".join([
-        f"# {Path(name).stem}", "",
+        f"# {name}", "",
         f"A HuBERT of hubert-eff: {rows['encoder']}; {kind}.", "",
         "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items()), "",
-        "## Use", "",
-        "```python", "import torch, hubert_eff", "",
-        f'model = hubert_eff.load("{name}")', "states, padding = model.hidden_states(torch.randn(1, 16000))", "```", "",
-        "```", f"hubert-eff run {name} AUDIO --out features.npz", "```", "",
+        "## Use", "", *use, "",
         "## Origin", "",
         "| | |", "|---|---|", *(f"| {key} | {_cell(value)} |" for key, value in origin.items()), "",
         "## Limits", "", *(f"- {line}" for line in limits), "",

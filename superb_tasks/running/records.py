@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -38,17 +37,6 @@ def check_folder(out: Path) -> None:
     """Raise `UserError` if a folder holds what no run of ours wrote."""
     if out.is_dir() and any(out.iterdir()) and not (out / "settings.json").is_file():
         raise UserError(f"{out} holds other files: choose a new folder for the run")
-
-
-def digest(upstream: str) -> str | None:
-    """SHA-256 of a checkpoint, None for a preset."""
-    if not Path(upstream).is_file():
-        return None
-    digest = hashlib.sha256()
-    with Path(upstream).open("rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def read(file: Path) -> dict[str, Any]:

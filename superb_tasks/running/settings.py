@@ -54,7 +54,7 @@ class Request:
         if self.sweep and self.learning_rate is not None:
             raise UserError("--lr-sweep tries SUPERB's learning rates: leave out --lr")
         object.__setattr__(self, "data", Path(os.path.abspath(self.data)))
-        if os.path.isfile(self.upstream):
+        if os.path.exists(self.upstream):
             object.__setattr__(self, "upstream", os.path.abspath(self.upstream))
 
     @property
@@ -85,6 +85,8 @@ def settings_of(task: Task, request: Request) -> dict[str, Any]:
 
 def of_result(task: Task, request: Request, origin: dict[str, str | None]) -> dict[str, Any]:
     """What a result is of."""
+    from hubert_eff.checkpoints.open import digest_of
+
     config = settings_of(task, request)
     generated = records.generated(request.data, task.source.folders[0])
     settings = {
@@ -93,7 +95,7 @@ def of_result(task: Task, request: Request, origin: dict[str, str | None]) -> di
         "data": str(request.data),
         "cache": request.cached,
         "steps": config["runner"].get("total_steps", 0),
-        "sha256": records.digest(request.upstream),
+        "sha256": digest_of(request.upstream),
         **origin,
         "data_sha256": layouts.digest(request.data / name for name in task.source.folders),
         "data_set": GENERATED if generated else task.source.name,

@@ -49,6 +49,9 @@ def test_commands_of_the_papers_recipe(speech: Path, tmp_path: Path) -> None:
     # the batch of a configuration for a CPU is its own
     assert not any(word.startswith(("optimization.update_freq", "distributed_training")) for word in alone)
     assert "distributed_training.distributed_world_size=8" in first & second
+    start = {f"task.init_from={tmp_path / 'phase1' / 'checkpoint_last.pt'}", "task.new_codebooks=true"}
+    warm = [{str(word) for word in step.words} for step in Pretraining(speech, tmp_path, "conformer_s", gpus=8, warm=True).steps()]
+    assert warm[2] == first and warm[4] == second | start and not start & second
 
 
 def test_needs_follow_batch_updates_and_device() -> None:
@@ -103,6 +106,7 @@ def test_dry_run_says_what_is_needed(speech: Path, tmp_path: Path, capsys: pytes
         (["--set", "model.encoder_embed_dim=63"], "does not divide"),
         (["--superb", "nowhere"], "nowhere is no folder"),
         (["--device", "tpu"], "unknown device"),
+        (["--warm", "--set", "task.init_from=x"], "--warm starts phase 2 from phase 1"),
         (["--valid-percent", "0"], "above 0 and below 100"),
         (["--updates", "500", "600"], "saves every 125, and the last 5 of these are averaged"),
         (["--set", "checkpoint.keep_interval_updates=1"], "the recipe decides checkpoint.keep_interval_updates itself"),
@@ -120,7 +124,7 @@ def test_a_folder_is_of_one_recipe_and_gpus_must_be_there(speech: Path, tmp_path
     monkeypatch.setattr("hubert_eff.recipes.pretrain.read_log", lambda *_: TrainingLog("run", [], [{"loss": 1.0, "num_updates": 1.0}]))
     Pretraining(speech, tmp_path, "debug").run()
     assert len(ran) == 6
-    for change in ({"clusters": (50, 500)}, {"updates": (800, 900)}, {"overrides": ["model.dropout=0.0"]}):
+    for change in ({"warm": True}, {"clusters": (50, 500)}, {"updates": (800, 900)}, {"overrides": ["model.dropout=0.0"]}):
         with pytest.raises(UserError, match=f"is of a recipe with {next(iter(change))}=.*take another --out"):
             Pretraining(speech, tmp_path, "debug", **change).run()
     with pytest.raises(UserError, match=f"has {torch.cuda.device_count()} GPUs"):
