@@ -29,13 +29,17 @@ def run(args: argparse.Namespace) -> int:
     rows = {"python": f"{values['python']} ({values['platform']})"}
     rows |= {name: version or "-" for name, version in values["packages"].items()}
     rows["threads"] = f"{values['threads'] or '-'} of {values['cpus']} CPUs"
+    if processor := values["processor"]:
+        rows["CPU"] = f"{processor['name']} ({processor['vendor']}; {' '.join(processor['sets']) or 'no known instruction sets'})"
+    rows |= {f"  {name}": form for name, form in values["float_layers"].items()}
     rows["GPU"] = ", ".join(values["gpus"]) or "none"
     if errors := values["bfloat16_errors"]:
         rows["bfloat16"] = f"grouped convolutions off by {errors['torch']:.1%} in torch, {errors['hubert_eff']:.1%} here"
     rows["C++ compiler"] = values["compiler"] or "none"
     rows |= values["variables"]
+    width = max(map(len, rows))
     for name, value in rows.items():
-        print(f"{name:<16} {value}")
+        print(f"{name:<{width}} {value}")
     print()
     for finding in findings:
         print(f"{LABEL[finding.status]}  {finding.what}\n         fix: {finding.fix}")

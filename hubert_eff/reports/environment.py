@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
 
+from ..kernels.cpu import Cpu, cpu
+
 # distribution name -> what it is for ("" = the core); the order is that of the report
 PACKAGES = {
     "hubert-eff": "",
@@ -63,6 +65,8 @@ class Environment:
     torch_error: str | None = None  # why `import torch` fails
     gpus: tuple[str, ...] = ()
     bfloat16_errors: tuple[float, float] | None = None  # of grouped convolutions on this CPU: torch's, and this package's
+    processor: Cpu | None = None
+    float_layers: Mapping[str, str] = field(default_factory=dict)  # which rule, and which form of each layer runs
 
     def version(self, package: str) -> tuple[int, ...] | None:
         """The release of an installed package as numbers, without local or pre-release part; None if absent."""
@@ -96,10 +100,14 @@ def read_environment() -> Environment:
     error: str | None = None
     gpus: tuple[str, ...] = ()
     errors: tuple[float, float] | None = None
+    float_layers: dict[str, str] = {}
     if "torch" in packages:
         try:
             import torch
 
+            from ..layers.choice import fixed, rule_for
+
+            float_layers = {"rule": rule_for(cpu()).name, **fixed().described()}
             errors = convolution_errors()
             threads = torch.get_num_threads()
             gpus = tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
@@ -115,6 +123,8 @@ def read_environment() -> Environment:
         torch_error=error,
         gpus=gpus,
         bfloat16_errors=errors,
+        processor=cpu(),
+        float_layers=float_layers,
     )
 
 
@@ -323,6 +333,8 @@ def report(environment: Environment, findings: list[Finding]) -> dict[str, Any]:
         "threads": environment.torch_threads,
         "gpus": list(environment.gpus),
         "bfloat16_errors": environment.bfloat16_errors and dict(zip(("torch", "hubert_eff"), environment.bfloat16_errors, strict=True)),
+        "processor": environment.processor and dataclasses.asdict(environment.processor),
+        "float_layers": dict(environment.float_layers),
         "compiler": environment.compiler,
         "variables": dict(environment.variables),
         "findings": [dataclasses.asdict(f) for f in findings],

@@ -1,0 +1,102 @@
+"""Which form of a float layer runs on a CPU: torch's own, or ours through oneDNN, the same numbers up to rounding.
+
+Which one is faster depends on the processor's maker, its instruction sets and the shapes, and `RULES` says it for all of these: fixed, so
+that a training that is resumed or distributed computes to the last bit what it would have computed. A form is taken only where it was
+measured to be no slower than torch's; where nothing was measured torch's own runs. `benchmarks/float_layers.py` measures.
+"""
+
+# M rows, K inputs, N outputs, T frames
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..kernels.cpu import AMD, INTEL, Cpu, cpu
+
+NEVER = math.inf
+
+
+@dataclass(frozen=True)
+class Choice:
+    """From which sizes on ours runs.
+
+    `linear`, `folded`: pairs (rows, weights) in the order of falling rows: at M rows the first pair with at most so many rows decides, and
+    oneDNN's product runs if K N is at least its weights; `folded` is for weights that lie input by input, as `Linear.fold` leaves them.
+    `attention`, `relative`: frames of queries from which attention runs by blocks, dense or with relative positions.
+    """
+
+    linear: tuple[tuple[int, float], ...]
+    folded: tuple[tuple[int, float], ...]
+    attention: float
+    relative: float
+
+    def described(self) -> dict[str, str]:
+        """In words, by kind of layer."""
+
+        def product(steps: tuple[tuple[int, float], ...]) -> str:
+            return ", ".join(f"oneDNN from {rows} rows and {int(weights):,} weights on" for rows, weights in reversed(steps)) or "torch"
+
+        def attention(frames: float) -> str:
+            return "torch" if frames == NEVER else f"by blocks from {int(frames)} frames on"
+
+        return {
+            "linear": product(self.linear),
+            "linear, fused": product(self.folded),
+            "attention": attention(self.attention),
+            "attention, relative positions": attention(self.relative),
+        }
+
+
+STOCK = Choice((), (), NEVER, NEVER)
+# Zen 5 computes 512 bits at a time, of which MKL, the library behind torch's products, uses half on processors that are not Intel's
+FULL_WIDTH = Choice(((16, 0),), ((1, 0),), 192, 192)
+# Zen 4 and before, 256 bits at a time: MKL is near the processor's peak, and only its handling of wide weights is behind oneDNN's
+HALF_WIDTH = Choice(((384, 2**18),), ((384, 2**14), (128, 2**16), (16, 3 * 2**16)), NEVER, 768)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A processor of this vendor with all of these instruction sets takes this choice."""
+
+    name: str
+    vendor: str
+    sets: tuple[str, ...]
+    choice: Choice
+
+
+RULES = (  # the first that fits
+    Rule("Intel", INTEL, (), STOCK),  # at par or below with and without AMX: attention 0.5 - 0.7x, linear layers 0.7 - 1.06x
+    Rule("AMD, AVX-512 and AVX-VNNI (Zen 5)", AMD, ("avx512bw", "avx_vnni"), FULL_WIDTH),
+    Rule("AMD", AMD, (), HALF_WIDTH),
+)
+UNMEASURED = Rule("not measured", "", (), STOCK)  # Arm among them
+
+
+def rule_for(processor: Cpu) -> Rule:
+    """The rule that fits a processor."""
+    fits = (rule for rule in RULES if rule.vendor == processor.vendor and set(rule.sets) <= set(processor.sets))
+    return next(fits, UNMEASURED)
+
+
+@functools.cache
+def fixed() -> Choice:
+    """This processor's choice."""
+    return rule_for(cpu()).choice
+
+
+def takes_product(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN's product is the one for x (..., K) and weight (N, K)."""
+    choice = fixed()
+    steps = choice.linear if weight.is_contiguous() else choice.folded
+    rows = x.numel() // x.size(-1)
+    return weight.numel() >= next((weights for least, weights in steps if rows >= least), NEVER)
+
+
+def takes_blocks(queries: int, keys: int, relative: bool) -> bool:
+    """Whether attention of so many queries and keys runs by blocks."""
+    choice = fixed()
+    return min(queries, keys) >= (choice.relative if relative else choice.attention)
