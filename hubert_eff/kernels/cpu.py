@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import platform
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -47,7 +48,8 @@ def _of(flags: Iterable[str]) -> tuple[str, ...]:
 def cpu() -> Cpu:
     """The processor of this process. Where the system does not describe it (not Linux): no sets, and a vendor by its name."""
     try:
-        text = _FACTS.read_text(encoding="utf-8", errors="replace")
+        with _FACTS.open(encoding="utf-8", errors="replace") as lines:  # of the first core: a large machine takes long to tell of all
+            text = "".join(itertools.takewhile(str.strip, lines))
     except OSError:
         text = ""
     return _described(text, f"{platform.processor()} {platform.machine()}".strip())

@@ -81,9 +81,9 @@ BLOCK = 384  # queries whose scores of one head stay in cache, per thread
 
 
 def _blockwise(q: Tensor, k: Tensor, v: Tensor, add_bias: Bias | None, block: int | None = None) -> Tensor:
-    """Attention without gradient on a CPU, head by head and a block of queries at a time, through oneDNN's products: where torch's fused
-    kernel, which goes through MKL, is slower (`layers.choice`). `add_bias(row, start, stop, scores)` adds to the scores of queries start ... stop - 1 of
-    row b H + h in place."""
+    """Attention without gradient on a CPU, head by head and a block of queries at a time, through oneDNN's products: for processors on
+    which torch's fused kernel, which goes through MKL, is slower. `add_bias(row, start, stop, scores)` adds to the scores of queries
+    start ... stop - 1 of row b H + h in place."""
     rows = (q * q.size(-1) ** -0.5).flatten(0, 1).contiguous()  # (B H, T, d)
     keys, values = k.flatten(0, 1).contiguous(), v.flatten(0, 1)
     mixed = torch.empty_like(rows)
@@ -102,7 +102,7 @@ def _blockwise(q: Tensor, k: Tensor, v: Tensor, add_bias: Bias | None, block: in
 def _takes_blocks(q: Tensor, k: Tensor, *others: Tensor | None, relative: bool = False) -> bool:
     """Whether `_blockwise` applies, and is faster on this processor."""
     needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, *others))
-    return takes_blocks(q.size(2), k.size(2), relative) and not needs_gradient and takes_onednn(q, k)
+    return not needs_gradient and takes_onednn(q, k) and takes_blocks(q.size(2), k.size(2), relative)
 
 
 def _unseen(attend: Tensor, like: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ measured to be no slower than torch's; where nothing was measured torch's own ru
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 
@@ -34,6 +33,10 @@ class Choice:
     attention: float
     relative: float
 
+    def least(self) -> float:
+        """The fewest weights for which oneDNN's product is ever taken."""
+        return min((weights for _, weights in (*self.linear, *self.folded)), default=NEVER)
+
     def described(self) -> dict[str, str]:
         """In words, by kind of layer."""
 
@@ -53,9 +56,9 @@ class Choice:
 
 STOCK = Choice((), (), NEVER, NEVER)
 # Zen 5 computes 512 bits at a time, of which MKL, the library behind torch's products, uses half on processors that are not Intel's
-FULL_WIDTH = Choice(((16, 0),), ((1, 0),), 192, 192)
+FULL_WIDTH = Choice(((16, 2**14),), ((16, 2**14),), 192, 192)
 # Zen 4 and before, 256 bits at a time: MKL is near the processor's peak, and only its handling of wide weights is behind oneDNN's
-HALF_WIDTH = Choice(((384, 2**18),), ((384, 2**14), (128, 2**16), (16, 3 * 2**16)), NEVER, 768)
+HALF_WIDTH = Choice(((384, 2**18),), ((128, 5 * 2**14), (16, 3 * 2**16)), NEVER, 768)
 
 
 @dataclass(frozen=True)
@@ -82,21 +85,17 @@ def rule_for(processor: Cpu) -> Rule:
     return next(fits, UNMEASURED)
 
 
-@functools.cache
-def fixed() -> Choice:
-    """This processor's choice."""
-    return rule_for(cpu()).choice
-
-
 def takes_product(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN's product is the one for x (..., K) and weight (N, K)."""
-    choice = fixed()
-    steps = choice.linear if weight.is_contiguous() else choice.folded
+    """Whether oneDNN's product is the one for x (..., K) and weight (N, K). Never for weights of fewer elements than `LEAST`."""
+    steps = FIXED.linear if weight.is_contiguous() else FIXED.folded
     rows = x.numel() // x.size(-1)
     return weight.numel() >= next((weights for least, weights in steps if rows >= least), NEVER)
 
 
 def takes_blocks(queries: int, keys: int, relative: bool) -> bool:
     """Whether attention of so many queries and keys runs by blocks."""
-    choice = fixed()
-    return min(queries, keys) >= (choice.relative if relative else choice.attention)
+    return min(queries, keys) >= (FIXED.relative if relative else FIXED.attention)
+
+
+FIXED = rule_for(cpu()).choice
+LEAST = FIXED.least()  # looked at first: a small layer takes a few microseconds, and so would the rest of the rule

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .choice import takes_product
+from . import choice
 
 _PRODUCT = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # absent where torch is built without oneDNN
 
@@ -62,7 +62,7 @@ def takes_onednn(x: Tensor, weight: Tensor) -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`: x (..., K), weight (N, K), bias (N,) -> (..., N)."""
-    if not takes_onednn(x, weight) or not takes_product(x, weight):
+    if weight.numel() < choice.LEAST or not takes_onednn(x, weight) or not choice.takes_product(x, weight):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
         return _Linear.apply(x, weight, bias)  # type: ignore[no-any-return,no-untyped-call]

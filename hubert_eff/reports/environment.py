@@ -105,9 +105,9 @@ def read_environment() -> Environment:
         try:
             import torch
 
-            from ..layers.choice import fixed, rule_for
+            from ..layers.choice import FIXED, rule_for
 
-            float_layers = {"rule": rule_for(cpu()).name, **fixed().described()}
+            float_layers = {"rule": rule_for(cpu()).name, **FIXED.described()}
             errors = convolution_errors()
             threads = torch.get_num_threads()
             gpus = tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
