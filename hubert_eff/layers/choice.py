@@ -12,9 +12,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..kernels.cpu import AMD, INTEL, Cpu, cpu
+from .tracing import is_tracing
 
 NEVER = math.inf
 
@@ -95,6 +97,23 @@ def takes_product(x: Tensor, weight: Tensor) -> bool:
 def takes_blocks(queries: int, keys: int, relative: bool) -> bool:
     """Whether attention of so many queries and keys runs by blocks."""
     return min(queries, keys) >= (FIXED.relative if relative else FIXED.attention)
+
+
+def takes_spectrum(x: Tensor, shape: tuple[int, int, int]) -> bool:
+    """Whether a grouped convolution over time of x (B, T, D), with weights (D, C, k), goes through their spectra in inference.
+
+    At 499 frames, kernel 128, 16 groups and 144 - 768 channels that takes a quarter of the direct convolution's time. Its length does
+    not matter: an utterance has the same bits alone and among longer ones. bfloat16 is transformed in float32, but for few channels per
+    group where AMX multiplies it.
+    """
+    _, width, kernel = shape
+    if x.device.type != "cpu" or not torch._C.has_spectral or kernel < 64 or width > 64 or x.numel() == 0:
+        return False
+    if torch.compiler.is_compiling() or is_tracing() or torch.is_autocast_enabled("cpu"):
+        return False
+    if x.dtype == torch.bfloat16:
+        return width > 16 or "amx_bf16" not in cpu().sets
+    return x.dtype in (torch.float32, torch.float16)
 
 
 FIXED = rule_for(cpu()).choice
