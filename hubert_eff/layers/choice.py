@@ -27,17 +27,15 @@ class Choice:
 
     `linear`, `folded`: pairs (rows, weights) in the order of falling rows: at M rows the first pair with at most so many rows decides, and
     oneDNN's product runs if K N is at least its weights; `folded` is for weights that lie input by input, as `Linear.fold` leaves them.
-    `attention`, `relative`: frames of queries from which attention runs by blocks, dense or with relative positions.
+    `attention`, `relative`: frames of queries from which attention runs by blocks, dense or with relative positions. `least`: linear layers
+    with fewer weights take torch's product without being looked at further: with few rows that would take a tenth of their time.
     """
 
-    linear: tuple[tuple[int, float], ...]
-    folded: tuple[tuple[int, float], ...]
-    attention: float
-    relative: float
-
-    def least(self) -> float:
-        """The fewest weights for which oneDNN's product is ever taken."""
-        return min((weights for _, weights in (*self.linear, *self.folded)), default=NEVER)
+    linear: tuple[tuple[int, float], ...] = ()
+    folded: tuple[tuple[int, float], ...] = ()
+    attention: float = NEVER
+    relative: float = NEVER
+    least: float = NEVER
 
     def described(self) -> dict[str, str]:
         """In words, by kind of layer."""
@@ -56,11 +54,11 @@ class Choice:
         }
 
 
-STOCK = Choice((), (), NEVER, NEVER)
+STOCK = Choice()
 # Zen 5 computes 512 bits at a time, of which MKL, the library behind torch's products, uses half on processors that are not Intel's
-FULL_WIDTH = Choice(((16, 2**14),), ((16, 2**14),), 192, 192)
+FULL_WIDTH = Choice(((16, 2**14),), ((16, 2**14),), attention=192, relative=192, least=2**14)
 # Zen 4 and before, 256 bits at a time: MKL is near the processor's peak, and only its handling of wide weights is behind oneDNN's
-HALF_WIDTH = Choice(((384, 2**18),), ((128, 5 * 2**14), (16, 3 * 2**16)), NEVER, 768)
+HALF_WIDTH = Choice(((1536, 2**14), (384, 2**18)), ((128, 5 * 2**14), (16, 3 * 2**16)), relative=768, least=5 * 2**14)
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,7 @@ def rule_for(processor: Cpu) -> Rule:
 
 
 def takes_product(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN's product is the one for x (..., K) and weight (N, K). Never for weights of fewer elements than `LEAST`."""
+    """Whether oneDNN's product is the one for x (..., K) and weight (N, K)."""
     steps = FIXED.linear if weight.is_contiguous() else FIXED.folded
     rows = x.numel() // x.size(-1)
     return weight.numel() >= next((weights for least, weights in steps if rows >= least), NEVER)
@@ -117,4 +115,3 @@ def takes_spectrum(x: Tensor, shape: tuple[int, int, int]) -> bool:
 
 
 FIXED = rule_for(cpu()).choice
-LEAST = FIXED.least()  # looked at first: a small layer takes a few microseconds, and so would the rest of the rule

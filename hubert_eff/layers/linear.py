@@ -62,7 +62,7 @@ def takes_onednn(x: Tensor, weight: Tensor) -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`: x (..., K), weight (N, K), bias (N,) -> (..., N)."""
-    if weight.numel() < choice.LEAST or not takes_onednn(x, weight) or not choice.takes_product(x, weight):
+    if not takes_onednn(x, weight) or not choice.takes_product(x, weight):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
         return _Linear.apply(x, weight, bias)  # type: ignore[no-any-return,no-untyped-call]
@@ -78,4 +78,6 @@ class Linear(nn.Linear):
         return self
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.in_features * self.out_features < choice.FIXED.least:
+            return F.linear(input, self.weight, self.bias)
         return linear(input, self.weight, self.bias)
