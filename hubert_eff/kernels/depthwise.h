@@ -90,14 +90,11 @@ INLINE void depthwise(const Depthwise& p, int64_t begin, int64_t end) {  // of [
             factor[j] = p.scale ? *p.scale * size : size;
             bias[j] = p.bias ? p.bias[first + j] : 0.0f;
         }
-        int32_t all[LANES];  // the sum of a window without a differing bit, each input of which counts
-        for (int j = 0; j < LANES; ++j) {
-            all[j] = 0;
-            for (int64_t tap = 0; tap < taps; ++tap) all[j] += static_cast<int32_t>(bit_count<Isa::native>(weight[tap * LANES + j]));
-            if (p.is_signed) all[j] = static_cast<int32_t>(p.kernel);
-        }
-        const int32_t each = p.is_signed ? 2 : 1;  // differing bit takes so much away
         const uint32_t whole = p.kernel % 32 ? (1u << p.kernel % 32) - 1 : ~0u;
+        int32_t all[LANES];  // of one word of taps: the sum of a window without a differing bit, each input of which counts
+        for (int j = 0; j < LANES; ++j)
+            all[j] = static_cast<int32_t>(p.is_signed ? p.kernel : bit_count<Isa::native>(weight[j] & whole));
+        const int32_t each = p.is_signed ? 2 : 1;  // differing bit takes so much away
         for (int64_t t = 0; t < p.frames; ++t) {
             const int64_t at = t * p.stride, word = at / 32;
             const uint32_t shift = static_cast<uint32_t>(at % 32);
