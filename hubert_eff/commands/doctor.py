@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+
+from ..errors import UserError
 
 LABEL = {"broken": "BROKEN ", "warning": "warning", "missing": "missing"}
 
@@ -12,12 +15,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `hubert-eff doctor`."""
     parser.epilog = "Exit code: 0 when what is installed works, 1 when something is broken; optional parts may be missing."
     parser.add_argument("--json", action="store_true", help="print the diagnosis as JSON")
+    tune = "measure for some ten seconds, with nothing else running, which float layers are faster here, and use them in inference mode"
+    parser.add_argument("--tune", action="store_true", help=tune)
 
 
 def run(args: argparse.Namespace) -> int:
     """Diagnose and print; returns 0 when usable, 1 when something is broken."""
     from ..reports.environment import diagnose, read_environment, report
 
+    if args.tune:
+        _tune()
     environment = read_environment()
     findings = diagnose(environment)
     values = report(environment, findings)
@@ -48,3 +55,18 @@ def run(args: argparse.Namespace) -> int:
     else:
         print("Not usable as it is: apply the fixes above.")
     return code
+
+
+def _tune() -> None:
+    import torch
+
+    from ..layers.choice import keep, tuned_file
+    from ..layers.linear import _PRODUCT
+    from ..profiling.tuning import tune
+    from ..utils.files import writable
+
+    if _PRODUCT is None:
+        raise UserError("--tune has nothing to choose from: this torch is built without oneDNN")
+    threads = torch.get_num_threads()
+    writable(tuned_file(threads).parent)  # before the work
+    print(f"kept in {keep(tune(), threads)}", file=sys.stderr)

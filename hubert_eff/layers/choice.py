@@ -2,20 +2,33 @@
 
 Which one is faster depends on the processor's maker, its instruction sets and the shapes, and `RULES` says it for all of these: fixed, so
 that a training that is resumed or distributed computes to the last bit what it would have computed. A form is taken only where it was
-measured to be no slower than torch's; where nothing was measured torch's own runs. `benchmarks/float_layers.py` measures.
+measured to be no slower than torch's; where nothing was measured torch's own runs. `benchmarks/speed/float_layers.py` measures.
+
+`hubert-eff doctor --tune` measures this machine and keeps a choice of its own in `$XDG_CACHE_HOME/hubert-eff` (default ~/.cache), for this
+processor, version of torch and number of threads. It holds within `torch.inference_mode()` alone, where nothing trains.
 """
 
 # M rows, K inputs, N outputs, T frames
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import hashlib
+import json
 import math
+import os
+import warnings
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import short
 from ..kernels.cpu import AMD, INTEL, Cpu, cpu
+from ..utils.files import write_json
 from .tracing import is_tracing
 
 NEVER = math.inf
@@ -87,14 +100,16 @@ def rule_for(processor: Cpu) -> Rule:
 
 def takes_product(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN's product is the one for x (..., K) and weight (N, K)."""
-    steps = FIXED.linear if weight.is_contiguous() else FIXED.folded
+    choice = chosen()
+    steps = choice.linear if weight.is_contiguous() else choice.folded
     rows = x.numel() // x.size(-1)
     return weight.numel() >= next((weights for least, weights in steps if rows >= least), NEVER)
 
 
 def takes_blocks(queries: int, keys: int, relative: bool) -> bool:
     """Whether attention of so many queries and keys runs by blocks."""
-    return min(queries, keys) >= (FIXED.relative if relative else FIXED.attention)
+    choice = chosen()
+    return min(queries, keys) >= (choice.relative if relative else choice.attention)
 
 
 def takes_spectrum(x: Tensor, shape: tuple[int, int, int]) -> bool:
@@ -115,3 +130,72 @@ def takes_spectrum(x: Tensor, shape: tuple[int, int, int]) -> bool:
 
 
 FIXED = rule_for(cpu()).choice
+
+
+def chosen() -> Choice:
+    """What holds here: the rule, or in inference mode what was tuned."""
+    if torch.is_inference_mode_enabled() and not torch.compiler.is_compiling():
+        return tuned(torch.get_num_threads()) or FIXED
+    return FIXED
+
+
+# -- what was tuned -----------------------------------------------------------------------------------------------------------------------
+
+
+def _key(threads: int) -> dict[str, Any]:
+    return {"processor": dataclasses.asdict(cpu()) | {"sets": list(cpu().sets)}, "torch": torch.__version__, "threads": threads}
+
+
+def tuned_file(threads: int) -> Path:
+    """Where a choice for this machine is kept. Raises `RuntimeError` for a user without a home."""
+    name = hashlib.sha256(json.dumps(_key(threads), sort_keys=True).encode()).hexdigest()[:20]
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hubert-eff" / f"float-layers-{name}.json"
+
+
+def keep(choice: Choice, threads: int) -> Path:
+    """Write a choice to its file. Raises `UserError` where that cannot be, `WriteError` on a full disk."""
+    path = tuned_file(threads)
+    numbers = {name: None if value == NEVER else value for name, value in dataclasses.asdict(choice).items()}
+    write_json(path, _key(threads) | {"choice": numbers})
+    tuned.cache_clear()
+    return path
+
+
+def _checked(text: str, threads: int) -> Choice:
+    """A choice as `keep` wrote it. Raises `ValueError`, and others for what is not of this form."""
+    found = json.loads(text)
+    if {name: found[name] for name in _key(threads)} != _key(threads):
+        raise ValueError("it is of another machine")
+    values = found["choice"]
+
+    def number(value: Any) -> float:
+        if type(value) is not int or not 0 < value < 2**40:
+            raise ValueError(f"{value!r} is no size")
+        return value
+
+    def steps(pairs: Any) -> tuple[tuple[int, float], ...]:
+        read = tuple((int(number(rows)), number(weights)) for rows, weights in pairs)
+        if sorted(read, reverse=True) != list(read):
+            raise ValueError("rows must fall")
+        return read
+
+    limits = {name: NEVER if values[name] is None else number(values[name]) for name in ("attention", "relative", "least")}
+    return Choice(steps(values["linear"]), steps(values["folded"]), **limits)
+
+
+@functools.cache
+def tuned(threads: int) -> Choice | None:
+    """What was tuned for this machine; None where nothing was, or where the file is damaged, which is said once."""
+    try:
+        path = tuned_file(threads)
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, RuntimeError, ValueError) as error:
+        warnings.warn(f"what was tuned for this machine cannot be read ({short(error)}): the fixed rule holds", stacklevel=2)
+        return None
+    try:
+        return _checked(text, threads)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        warnings.warn(f"{path} is damaged ({short(error)}) and ignored: run hubert-eff doctor --tune again", stacklevel=2)
+        return None

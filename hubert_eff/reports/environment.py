@@ -105,11 +105,13 @@ def read_environment() -> Environment:
         try:
             import torch
 
-            from ..layers.choice import FIXED, rule_for
+            from ..layers.choice import FIXED, rule_for, tuned
 
-            float_layers = {"rule": rule_for(cpu()).name, **FIXED.described()}
             errors = convolution_errors()
             threads = torch.get_num_threads()
+            float_layers = {"rule": rule_for(cpu()).name, **FIXED.described()}
+            if own := tuned(threads):
+                float_layers |= {f"tuned {name}": form for name, form in own.described().items()}
             gpus = tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
         except Exception as reason:  # a broken installation raises anything, OSError for a missing library above all
             error = f"{type(reason).__name__}: {' '.join(str(reason).split())}"
