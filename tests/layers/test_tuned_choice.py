@@ -79,7 +79,8 @@ def changed(**values: object) -> str:
     "damage",
     [
         lambda: "", lambda: "{", lambda: "[]", lambda: "null", lambda: "[" * 100_000, lambda: changed(linear=None),
-        lambda: changed(linear=[[1]]),        lambda: changed(linear=[["a", 2]]), lambda: changed(linear=[[1, 2], [3, 4]]), lambda: changed(attention=-1),
+        lambda: changed(linear=[[1]]),
+               lambda: changed(linear=[["a", 2]]), lambda: changed(linear=[[1, 2], [3, 4]]), lambda: changed(attention=-1),
         lambda: changed(relative=1.5), lambda: changed(least=10**30), lambda: changed(least=True), lambda: changed(folded={"a": 1}),
         lambda: json.dumps(json.loads(changed()) | {"torch": "1.0"}),
         lambda: json.dumps(json.loads(changed()) | {"processor": {"vendor": "Intel", "name": "", "sets": []}}),

@@ -1,6 +1,6 @@
 """Float layers against stock torch: linear layers, fused and as trained, and attention, over the shapes of the presets.
 
-    python benchmarks/float_layers.py [--threads 1] [--cpu-time] [--json]
+    python benchmarks/speed/float_layers.py [--threads 1] [--cpu-time] [--json]
 
 Which form ours takes is the rule of `hubert_eff/layers/choice.py` for this processor (`hubert-eff doctor` prints it); where that is
 torch's own both sides run the same code. The target is at least 0.97x in each row.
