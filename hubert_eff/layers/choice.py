@@ -134,7 +134,7 @@ FIXED = rule_for(cpu()).choice
 
 def chosen() -> Choice:
     """What holds here: the rule, or in inference mode what was tuned."""
-    if torch.is_inference_mode_enabled() and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():  # a compiler cannot follow the second
         return tuned(torch.get_num_threads()) or FIXED
     return FIXED
 

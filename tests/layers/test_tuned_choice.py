@@ -79,8 +79,8 @@ def changed(**values: object) -> str:
     "damage",
     [
         lambda: "", lambda: "{", lambda: "[]", lambda: "null", lambda: "[" * 100_000, lambda: changed(linear=None),
-        lambda: changed(linear=[[1]]),
-               lambda: changed(linear=[["a", 2]]), lambda: changed(linear=[[1, 2], [3, 4]]), lambda: changed(attention=-1),
+        lambda: changed(linear=[[1]]), lambda: changed(linear=[["a", 2]]), lambda: changed(linear=[[1, 2], [3, 4]]),
+        lambda: changed(attention=-1),
         lambda: changed(relative=1.5), lambda: changed(least=10**30), lambda: changed(least=True), lambda: changed(folded={"a": 1}),
         lambda: json.dumps(json.loads(changed()) | {"torch": "1.0"}),
         lambda: json.dumps(json.loads(changed()) | {"processor": {"vendor": "Intel", "name": "", "sets": []}}),
@@ -140,3 +140,12 @@ def test_the_command_keeps_and_shows_it(cache: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(tuning, "tune", lambda: pytest.fail("measured for nothing"))
     assert main(["doctor", "--tune"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_compiled_layer_follows_the_rule() -> None:
+    choice.keep(OURS, torch.get_num_threads())
+    layer, x = linear.Linear(4, 4), torch.randn(3, 4)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled(x), layer(x))
+    torch.testing.assert_close(compiled(x), layer(x))
