@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .bits import Cost, attention_cost, counted_as, offsets_seen
+from .choice import takes_blocks
 from .chunks import Chunks
 from .dropout import keep_signs
 from .grid import GridAttention
@@ -80,9 +81,9 @@ BLOCK = 384  # queries whose scores of one head stay in cache, per thread
 
 
 def _blockwise(q: Tensor, k: Tensor, v: Tensor, add_bias: Bias | None, block: int | None = None) -> Tensor:
-    """Attention without gradient on a CPU, head by head and a block of queries at a time: oneDNN's products are faster than torch's
-    fused kernel, which goes through MKL. `add_bias(row, start, stop, scores)` adds to the scores of queries start ... stop - 1 of
-    row b H + h in place."""
+    """Attention without gradient on a CPU, head by head and a block of queries at a time, through oneDNN's products: for processors on
+    which torch's fused kernel, which goes through MKL, is slower. `add_bias(row, start, stop, scores)` adds to the scores of queries
+    start ... stop - 1 of row b H + h in place."""
     rows = (q * q.size(-1) ** -0.5).flatten(0, 1).contiguous()  # (B H, T, d)
     keys, values = k.flatten(0, 1).contiguous(), v.flatten(0, 1)
     mixed = torch.empty_like(rows)
@@ -98,10 +99,10 @@ def _blockwise(q: Tensor, k: Tensor, v: Tensor, add_bias: Bias | None, block: in
     return mixed.view(q.shape)
 
 
-def _takes_blocks(q: Tensor, k: Tensor, *others: Tensor | None) -> bool:
-    """Whether `_blockwise` applies, and has enough work per head to be faster."""
+def _takes_blocks(q: Tensor, k: Tensor, *others: Tensor | None, relative: bool = False) -> bool:
+    """Whether `_blockwise` applies, and is faster on this processor."""
     needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, *others))
-    return min(q.size(2), k.size(2)) >= BLOCK // 2 and not needs_gradient and takes_onednn(q, k)
+    return not needs_gradient and takes_onednn(q, k) and takes_blocks(q.size(2), k.size(2), relative)
 
 
 def _unseen(attend: Tensor, like: Tensor) -> Tensor:
@@ -261,7 +262,7 @@ class RelativeSelfAttention(SelfAttention):
             return self.out_proj(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
         k, v = (k, v) if chunks is None else chunks.with_kept(self, k, v)
         position = position * scale
-        if dropout == 0.0 and _takes_blocks(content, k, p):
+        if dropout == 0.0 and _takes_blocks(content, k, p, relative=True):
             mixed = self._blockwise(content, position, k, v, p.contiguous(), attend)
         else:
             mixed = self._chunked(content, position, k, v, p, attend, dropout)

@@ -1,7 +1,7 @@
-"""Linear layers that take oneDNN's float32 product on a CPU, forward and backward.
+"""Linear layers that take oneDNN's float32 product on a CPU where it is faster, forward and backward.
 
-PyTorch's float32 linear on a CPU calls MKL, which leaves more than half of the speed unused on processors that are not Intel's;
-oneDNN, which PyTorch ships for convolutions, does not. Same precision, same parameters as `nn.Linear`.
+PyTorch's float32 linear on a CPU calls MKL, which leaves up to half of the speed unused on processors that are not Intel's; oneDNN, which
+PyTorch ships for convolutions, does not. `layers.choice` says which of the two runs. Same precision, same parameters as `nn.Linear`.
 """
 
 # M rows, K inputs, N outputs
@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from . import choice
+
 _PRODUCT = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # absent where torch is built without oneDNN
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., K) times the transpose of weight (N, K)."""
+    """x (..., K) times the transpose of weight (N, K), through oneDNN."""
     assert _PRODUCT is not None
     if not (weight.is_contiguous() or weight.t().is_contiguous()):
         weight = weight.contiguous()  # on a strided slice oneDNN falls back to its reference code, hundreds of times slower
@@ -60,7 +62,7 @@ def takes_onednn(x: Tensor, weight: Tensor) -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`: x (..., K), weight (N, K), bias (N,) -> (..., N)."""
-    if not takes_onednn(x, weight):
+    if not takes_onednn(x, weight) or not choice.takes_product(x, weight):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
         return _Linear.apply(x, weight, bias)  # type: ignore[no-any-return,no-untyped-call]
@@ -76,4 +78,6 @@ class Linear(nn.Linear):
         return self
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.in_features * self.out_features < choice.chosen().least:
+            return F.linear(input, self.weight, self.bias)
         return linear(input, self.weight, self.bias)

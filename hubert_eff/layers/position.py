@@ -5,14 +5,17 @@
 from __future__ import annotations
 
 import math
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .bits import Cost, counted_as
+from .choice import takes_spectrum
 from .chunks import Chunks
 from .convolution import with_zero_tap
+from .spectral import convolve_blocks, spectrum
 from .tracing import is_tracing
 
 CHUNK = 128  # queries whose products with relative positions are computed at a time: they stay in cache
@@ -20,6 +23,13 @@ CHUNK = 128  # queries whose products with relative positions are computed at a 
 
 def _cost(_: nn.Module, x: Tensor, weight: Tensor) -> Cost:  # without the zero tap that bfloat16 may take
     return Cost(x.size(0) * (x.size(2) - weight.size(2) + 1) * weight.numel(), 0)
+
+
+def _block_cost(module: PositionalConv1d, x: Tensor, before: int) -> Cost:  # that of the convolution
+    return Cost(x.shape[:2].numel() * math.prod(module.shape), 0)
+
+
+_spectra: WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], Tensor]] = WeakKeyDictionary()  # not kept with a module that is saved
 
 
 class PositionalConv1d(nn.Module):
@@ -37,6 +47,7 @@ class PositionalConv1d(nn.Module):
     def __init__(self, dim: int, kernel: int, groups: int, causal: bool = False) -> None:
         super().__init__()
         self.groups, self.causal = groups, causal
+        self.shape = (dim, dim // groups, kernel)
         self.weight_v = nn.Parameter(torch.empty(dim, dim // groups, kernel))
         self.weight_g = nn.Parameter(torch.empty(1, 1, kernel))
         self.register_parameter("weight", None)
@@ -60,11 +71,18 @@ class PositionalConv1d(nn.Module):
         self.weight_v = self.weight_g = None
         return self
 
+    def train(self, mode: bool = True) -> PositionalConv1d:
+        """As any module's; optimizers may change weights in ways that leave no trace."""
+        _spectra.pop(self, None)
+        return super().train(mode)
+
     def forward(self, x: Tensor, chunks: Chunks | None = None) -> Tensor:
         """`chunks`: zeros in the place of what lies behind the chunk of a frame."""
-        weight = self.plain_weight()
-        kernel = weight.size(-1)
+        kernel = self.shape[2]
         before, after = (kernel - 1, 0) if self.causal else (kernel // 2, (kernel - 1) // 2)
+        if chunks is None and not self.training and takes_spectrum(x, self.shape):
+            return self._convolve_blocks(x, before)
+        weight = self.plain_weight()
         if chunks is None:
             return self._convolve(F.pad(x.transpose(1, 2), (before, after)), weight).transpose(1, 2)  # .mT has no ONNX form
         return chunks.convolved(self, x, before, after, lambda w: self._convolve(w.mT, weight).mT)[:, : x.size(1)]
@@ -73,6 +91,21 @@ class PositionalConv1d(nn.Module):
     def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:  # (B, D, T + k - 1) -> (B, D, T)
         x, weight = with_zero_tap(x, weight)
         return F.conv1d(x, weight, self.bias, groups=self.groups)
+
+    @counted_as("grouped convolution", _block_cost)
+    def _convolve_blocks(self, x: Tensor, before: int) -> Tensor:  # (B, T, D) -> (B, T, D)
+        y = convolve_blocks(x.float(), self._spectrum(), self.shape[2], before)
+        return y.add_(self.bias).to(x.dtype)
+
+    def _spectrum(self) -> Tensor:
+        sources = [p for p in (self.weight, self.weight_v, self.weight_g) if p is not None]
+        if torch.is_grad_enabled() and any(p.requires_grad for p in sources):
+            return spectrum(self.plain_weight().float(), self.groups)
+        key = tuple((id(p), p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype) for p in sources)
+        known = _spectra.get(self)
+        if known is None or known[0] != key:
+            known = _spectra[self] = key, spectrum(self.plain_weight().float(), self.groups)
+        return known[1]
 
 
 class PositionalEmbedding(nn.Sequential):

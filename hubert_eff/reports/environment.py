@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
 
+from ..kernels.cpu import Cpu, cpu
+
 # distribution name -> what it is for ("" = the core); the order is that of the report
 PACKAGES = {
     "hubert-eff": "",
@@ -66,6 +68,8 @@ class Environment:
     bfloat16_errors: tuple[float, float] | None = None  # of grouped convolutions on this CPU: torch's, and this package's
     one_bit: Mapping[str, str] = field(default_factory=dict)  # which kernel runs an operation of one-bit layers
     one_bit_error: str | None = None  # why that is not a fast one
+    processor: Cpu | None = None
+    float_layers: Mapping[str, str] = field(default_factory=dict)  # which rule, and which form of each layer runs
 
     def version(self, package: str) -> tuple[int, ...] | None:
         """The release of an installed package as numbers, without local or pre-release part; None if absent."""
@@ -101,13 +105,19 @@ def read_environment() -> Environment:
     errors: tuple[float, float] | None = None
     one_bit: dict[str, str] = {}
     one_bit_error: str | None = None
+    float_layers: dict[str, str] = {}
     if "torch" in packages:
         try:
             import torch
 
+            from ..layers.choice import FIXED, rule_for, tuned
+
             errors = convolution_errors()
             one_bit, one_bit_error = one_bit_kernels()
             threads = torch.get_num_threads()
+            float_layers = {"rule": rule_for(cpu()).name, **FIXED.described()}
+            if own := tuned(threads):
+                float_layers |= {f"tuned {name}": form for name, form in own.described().items()}
             gpus = tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
         except Exception as reason:  # a broken installation raises anything, OSError for a missing library above all
             error = f"{type(reason).__name__}: {' '.join(str(reason).split())}"
@@ -123,6 +133,8 @@ def read_environment() -> Environment:
         bfloat16_errors=errors,
         one_bit=one_bit,
         one_bit_error=one_bit_error,
+        processor=cpu(),
+        float_layers=float_layers,
     )
 
 
@@ -350,6 +362,8 @@ def report(environment: Environment, findings: list[Finding]) -> dict[str, Any]:
         "gpus": list(environment.gpus),
         "bfloat16_errors": environment.bfloat16_errors and dict(zip(("torch", "hubert_eff"), environment.bfloat16_errors, strict=True)),
         "one_bit": dict(environment.one_bit),
+        "processor": environment.processor and dataclasses.asdict(environment.processor),
+        "float_layers": dict(environment.float_layers),
         "compiler": environment.compiler,
         "variables": dict(environment.variables),
         "findings": [dataclasses.asdict(f) for f in findings],

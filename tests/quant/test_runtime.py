@@ -104,7 +104,7 @@ def test_products(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_depthwise(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for frames, channels, _ in shapes(15):
         width, stride = int(torch.randint(1, 70, ())), int(torch.randint(1, 4, ()))
-        x, valid = ops.pack_columns(torch.randn(2, frames, channels)), ops.words_from(torch.rand(2, frames) > 0.3)
+        x, valid = ops.pack_columns(torch.randn(2, frames, channels)), ops.words_from(torch.rand(2, frames) > 0.02)
         filters = ops.panels_from(ops.words_from(torch.rand(channels, width) > 0.5))
         scale, size, bias = torch.rand(1), torch.rand(channels), torch.randn(channels)
         for signed in (True, False):
