@@ -7,6 +7,8 @@ import json
 import pytest
 
 from hubert_eff.cli import main
+from hubert_eff.encoders.registry import preset_config
+from hubert_eff.profiling.cost import profile
 from hubert_eff.reports import table1
 from hubert_eff.reports.paper_counter import SUMMARY, paper_count
 from hubert_eff.reports.table1 import COUNTS, PAPER, PAPER_TABLE
@@ -31,6 +33,20 @@ def test_macs_are_those_of_the_formulas():
     assert paper_count("sparseformer-dn-s+w1a1").float_macs == extractor + projection + positions
     wide = paper_count("sparseformer-sw-s").float_macs  # has no projection
     assert wide == extractor + 500 * 8 * 512**2 + 8 * (500 * 12 * 512**2 + 3 * 500**2 * 512)
+
+
+@pytest.mark.parametrize(
+    ("preset", "of", "excess"),
+    [
+        ("transformer-dn-s", "sparseformer-dn-s", 16 * 500**2 * 256),
+        ("transformer-sw-s", "sparseformer-sw-s", 8 * 500**2 * 512),
+        ("conformer-s-ffn1024", "conformer-s-table1", 16 * 500**2 * 144),
+    ],
+)
+def test_presets_of_the_shapes_that_fit_count_all_but_the_third_product(preset, of, excess):
+    clean = profile(preset).macs
+    positions = 8 * preset_config(preset).encoder_embed_dim ** 2  # on 499 frames there, on 500 by the formula
+    assert paper_count(of).float_macs == clean + excess + positions
 
 
 def test_flop_of_float_rows_fits(rows):
