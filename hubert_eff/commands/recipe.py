@@ -56,21 +56,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other keys of the configuration, for both phases")
     parser.add_argument("--device", default="a100", help="whose rates a dry run takes: in configs/device, or a file (default: %(default)s)")
     parser.add_argument(
-        "--mfu", type=real(Bounds(above=0, most=1)), metavar="SHARE", help="of that device's peak a dry run assumes (default: 0.05)"
+        "--mfu",
+        type=real(Bounds(above=0, most=1)),
+        metavar="SHARE",
+        help="of that device's peak a dry run assumes (default: what the paper's GPU-hours come to, 0.011)",
     )
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the steps that have not ended, or say what they are."""
-    from ..profiling.training_cost import MFU
     from ..recipes.pretrain import Pretraining
 
     recipe = Pretraining(
         args.speech, args.out, args.config, args.gpus, tuple(args.updates), tuple(args.clusters), args.layer, args.folder_level,
         args.valid_percent, args.fit_hours, args.superb, args.set,
     )  # fmt: skip
-    found = recipe.dry_run(args.device, MFU if args.mfu is None else args.mfu) if args.dry_run else recipe.run()
+    found = recipe.dry_run(args.device, args.mfu) if args.dry_run else recipe.run()
     if args.json:
         print(json.dumps(found, indent=2))
     elif args.dry_run:
@@ -100,4 +102,4 @@ def _plan(found: dict[str, Any]) -> None:
     show(table)
     disk = ", ".join(f"{what} {size:.2f}" for what, size in found["disk_gb"].items())
     print(f"disk, GB: {sum(found['disk_gb'].values()):.2f} ({disk}); free {found['disk_free_gb']:.0f}")
-    print(f"Estimated, not measured: GPU-hours at {found['mfu']:.0%} of {found['device']}'s peak. Nothing was run.")
+    print(f"Estimated, not measured: GPU-hours at {found['mfu']:.1%} of {found['device']}'s peak: {found['mfu_source']}. Nothing was run.")

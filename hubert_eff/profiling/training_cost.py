@@ -37,7 +37,16 @@ class Needs:
     checkpoint_gb: float
 
 
-MFU = 0.05  # HuBERT-base's published 9.5 hours per 100k updates on 32 GPUs are 0.065 of a V100's peak at 16 bits
+# "Attention or Convolution" (Jeon et al. 2023), section 4.1: 32 A100, two phases, 8.5 hours per 100k updates: 680 and 1,632 GPU-hours
+PAPER_GPUS = 32
+PAPER_UPDATES = (250_000, 600_000)
+PAPER_HOURS = 8.5  # per 100k updates
+# share of an A100's peak at 16 bits at which `training_needs` finds those hours for transformer_base; the paper gives one time, and
+# does not say of which model
+MFU = 0.010914
+MFU_SOURCE = (
+    f"the paper's {PAPER_HOURS:g} h per 100k updates on {PAPER_GPUS} A100, taken as those of transformer_base (680 + 1,632 GPU-hours)"
+)
 
 
 def training_needs(written: Mapping[str, Any], clusters: int, gpus: int, device: str, mfu: float) -> Needs:

@@ -24,14 +24,12 @@ from ..data.sources import list_folder
 from ..encoders.registry import written_config
 from ..errors import UserError
 from ..models.hubert import HubertModel
-from ..profiling.training_cost import training_needs
+from ..profiling.training_cost import MFU, MFU_SOURCE, PAPER_GPUS, PAPER_UPDATES, training_needs
 from ..reports.training_log import LOG, read_log
 from ..utils.configurations import find_configuration, load_config
 from ..utils.files import check_writable
 from .base import Recipe, Step, check_keys, path_overrides, say, training
 
-PAPER_GPUS = 32  # "Attention or Convolution", section 4.1: the batch is that of 32 GPUs
-PAPER_UPDATES = (250_000, 600_000)  # of its two phases
 AVERAGED = 5  # checkpoints
 LABEL_RATES = (100, 50)  # Hz, of the two phases: MFCC, the model's frames
 PROBED = 100  # recordings whose headers a dry run reads
@@ -170,12 +168,14 @@ class Pretraining(Recipe):
                 "on a CPU, and --dry-run needs none"
             )
 
-    def dry_run(self, device: str, mfu: float) -> dict[str, Any]:
+    def dry_run(self, device: str, mfu: float | None = None) -> dict[str, Any]:
         """Check everything, and say what the steps are and what they need: hours of speech, GPU-hours, memory, disk, 10^9 bytes.
 
-        `device`, `mfu`: see `profiling.needs`. Raises `UserError` as `check`, for a folder without recordings, and for too small a disk.
+        `device`, `mfu`: see `training_needs`; by default the share at which the paper's own GPU-hours come out. Raises `UserError` as
+        `check`, for a folder without recordings, and for too small a disk.
         """
-        steps = self.plan()
+        steps, source = self.plan(), MFU_SOURCE if mfu is None else "--mfu"
+        mfu = MFU if mfu is None else mfu
         speech = look_at(self.speech)
         phases = []
         for clusters, updates, rate in zip(self.clusters, self.updates, LABEL_RATES, strict=True):
@@ -200,7 +200,7 @@ class Pretraining(Recipe):
         if total > free:
             raise UserError(f"{self.out} has {free:.1f} GB free, and about {total:.1f} GB are needed: {', '.join(_sizes(disk))}")
         return {
-            "config": self.config, "speech": speech, "device": device, "mfu": mfu, "gpus": self.gpus,
+            "config": self.config, "speech": speech, "device": device, "mfu": mfu, "mfu_source": source, "gpus": self.gpus,
             "phases": [vars(phase) for phase in phases], "disk_gb": disk, "disk_free_gb": free, "steps": steps,
         }  # fmt: skip
 

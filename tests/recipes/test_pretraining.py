@@ -14,7 +14,7 @@ import hubert_eff
 from hubert_eff.cli import main
 from hubert_eff.encoders.registry import preset_config
 from hubert_eff.errors import UserError
-from hubert_eff.profiling.training_cost import kept_bytes, training_needs
+from hubert_eff.profiling.training_cost import MFU, PAPER_GPUS, PAPER_HOURS, PAPER_UPDATES, kept_bytes, training_needs
 from hubert_eff.recipes import base
 from hubert_eff.recipes.pretrain import Pretraining, look_at
 from hubert_eff.reports.training_log import TrainingLog
@@ -63,6 +63,14 @@ def test_needs_follow_batch_updates_and_device() -> None:
     assert 1.2 < alone.gpu_gb < 10
 
 
+def test_gpu_hours_are_the_papers() -> None:
+    """8.5 hours per 100k updates on 32 A100, whose model is taken to be transformer_base."""
+    for overrides, clusters, hours in (([], 100, 680), (["data=iter2"], 500, 1632)):
+        written = load_config("pretrain/transformer_base", overrides)
+        assert training_needs(written, clusters, PAPER_GPUS, "a100", MFU).gpu_hours == pytest.approx(hours, rel=1e-3)
+    assert [PAPER_GPUS * PAPER_HOURS * updates / 100_000 for updates in PAPER_UPDATES] == [680, 1632]
+
+
 @pytest.mark.parametrize("preset", ["transformer-debug", "sparseformer-debug", "zipformer-debug"])
 def test_activations_are_those_that_autograd_keeps(preset: str) -> None:
     """They grow with the audio, and a block more keeps what its products need."""
@@ -88,6 +96,9 @@ def test_dry_run_says_what_is_needed(speech: Path, tmp_path: Path, capsys: pytes
     assert main(arguments) == 0
     out = capsys.readouterr().out
     assert "GPU-hours" in out and "fairseq-hydra-train" in out and "Estimated, not measured" in out
+    assert "1.1% of a100's peak: the paper's 8.5 h per 100k updates on 32 A100" in out and found["mfu"] == MFU
+    assert main([*arguments, "--mfu", "0.2"]) == 0
+    assert "20.0% of a100's peak: --mfu." in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 
