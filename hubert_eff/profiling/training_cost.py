@@ -49,10 +49,11 @@ MFU_SOURCE = (
 )
 
 
-def training_needs(written: Mapping[str, Any], clusters: int, gpus: int, device: str, mfu: float) -> Needs:
+def training_needs(written: Mapping[str, Any], clusters: int, gpus: int, device: str, mfu: float, teacher: bool = False) -> Needs:
     """Needs of a run of the configuration `written` on `gpus` GPUs with the rates of `device`, of whose peak `mfu` (0 to 1) is reached.
 
-    Three times the products of a forward pass are one of training (forward, gradients of inputs and of weights). Activations are those
+    Three times the products of a forward pass are one of training (forward, gradients of inputs and of weights), and once more those of
+    a teacher of the same size. One-bit models train in floats. Activations are those
     that autograd keeps, counted without computing, in float32 halved at 16 bits, of a batch of the longest crops; attention
     probabilities are left out, as fused attention keeps none.
     """
@@ -70,9 +71,9 @@ def training_needs(written: Mapping[str, Any], clusters: int, gpus: int, device:
     accumulated = written["optimization"]["update_freq"][0]
     per_update = rows * seconds * gpus * accumulated
     updates = written["optimization"]["max_update"]
-    flop = 3 * per_second * per_update * updates
+    flop = (4 if teacher else 3) * per_second * per_update * updates
     hours = flop / (read_device(device).rate(bits) * 1e12 * mfu) / 3600
-    memory = STATE_BYTES[bits] * params + rows * kept_bytes(config, crop) * bits / 32
+    memory = (STATE_BYTES[bits] + (bits // 8 if teacher else 0)) * params + rows * kept_bytes(config, crop) * bits / 32
     return Needs(params, updates, per_update, flop / 1e15, hours, memory / 1e9 + CONTEXT_GB, SAVED_BYTES * params / 1e9)
 
 
