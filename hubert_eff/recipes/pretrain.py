@@ -47,7 +47,8 @@ SET_BY_QUANT = {"criterion.teacher", "task.init_from", "model.quant", "model.qua
 @dataclass
 class Pretraining(Recipe):
     """What to train on what. `updates`: of the two phases (default: the configuration's, and 2.4 times as many, as in the paper);
-    `clusters`: of their labels; `layer`: of phase 1's model (default: the middle one); `superb`: folder of SUPERB's data.
+    `clusters`: of their labels; `layer`: of phase 1's model (default: the middle one); `superb`: folder of SUPERB's data, with small heads
+    and few steps where the configuration is one for a CPU.
     `quant`: the stages that follow, each taught by the model before: ("w1a1",), or ("w1a2", "w1a1"); `quant_updates`: of each (default: as
     many as phase 2), `policy`: what is binarized (default: what the configuration says).
 
@@ -151,7 +152,7 @@ class Pretraining(Recipe):
             models[f"superb-{self.quant[-1]}"] = self.one_bit
         if self.superb:
             for folder, model in models.items():
-                upstream = ("--upstream", model, "--data", self.superb, "--out", out / folder)
+                upstream = ("--upstream", model, "--data", self.superb, "--out", out / folder, *(("--small",) if self.on_cpu else ()))
                 title = "SUPERB's ten tasks" + (", one bit" if model == self.one_bit else "")
                 found.append(Step(title, ("hubert-eff", "superb", "run", "--task", "all", *upstream)))
             results = [out / folder for folder in models]

@@ -206,6 +206,9 @@ def test_stages_at_one_bit_follow_phase_2(speech: Path, tmp_path: Path) -> None:
     assert shared | {"model.quant=w1a1", f"criterion.teacher={steps[6].result}"} <= second
     assert {str(tmp_path / "superb"), str(tmp_path / "superb-w1a1")} <= {str(word) for word in steps[-1].words}
     assert steps[8].words[2] == steps[7].result and recipe.one_bit in steps[-2].words
+    assert "--small" not in steps[-2].words
+    small = Pretraining(speech, tmp_path, "debug", superb=tmp_path, quant=("w1a1",)).steps()
+    assert [step.words[-1] for step in small[-3:-1]] == ["--small"] * 2
     plain = Pretraining(speech, tmp_path, "transformer_base", gpus=8, superb=tmp_path).steps()
     assert [step.words for step in plain[:7]] == [step.words for step in (*steps[:6], steps[9])]  # a folder of before goes on
 
