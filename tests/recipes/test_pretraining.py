@@ -18,6 +18,7 @@ import torch
 
 import hubert_eff
 from hubert_eff.cli import main
+from hubert_eff.commands.recipe import _plan
 from hubert_eff.encoders.registry import preset_config
 from hubert_eff.errors import UserError
 from hubert_eff.profiling.training_cost import MFU, PAPER_GPUS, PAPER_HOURS, PAPER_UPDATES, kept_bytes, training_needs
@@ -233,12 +234,11 @@ def test_one_bit_may_come_later_but_not_change(speech: Path, tmp_path: Path, mon
 
 
 def test_dry_run_counts_the_teacher(speech: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["recipe", str(speech), "--config", "debug", "--out", str(tmp_path), "--dry-run", "--quant", "w1a1", "--clusters", "9", "9"]
-    assert main([*arguments, "--updates", "1000", "1000", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    recipe = Pretraining(speech, tmp_path, "debug", updates=(1000, 1000), clusters=(9, 9), quant=("w1a1",))
+    found = recipe.dry_run("a100", 0.2)
     assert found["quantization"]["w1a1"]["pflop"] == pytest.approx(4 / 3 * found["phases"][1]["pflop"])
     assert found["quantization"]["w1a1"]["gpu_gb"] > found["phases"][1]["gpu_gb"]
-    assert main([*arguments, "--mfu", "0.2"]) == 0
+    _plan(found)
     out = capsys.readouterr().out
     assert "\n w1a1 " in out and "20.0% of a100's peak: --mfu." in out
 
