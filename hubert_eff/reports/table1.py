@@ -1,4 +1,6 @@
-"""The paper's Table 1 rebuilt: what our counter finds for its ten models, beside the paper's figures ("Attention or Convolution", 10 s).
+"""The paper's Table 1 rebuilt: what our counter finds for its ten models, beside the paper's figures (10 s).
+
+The paper: "Attention or Convolution" (Jeon et al. 2023, arXiv:2311.02772), Table 1.
 
 Ours is by default the clean count of what the models compute; counter `paper` gives what the paper's own seems to have counted
 (`reports.paper_counter`). Where the paper's columns cannot all hold, a note says why.
