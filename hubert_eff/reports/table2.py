@@ -1,4 +1,7 @@
-"""The paper's Table 2 ("Attention or Convolution", Jeon et al. 2023, arXiv:2311.02772): ten SUPERB tasks per model, as reference points beside results of one's own."""
+"""The paper's Table 2: ten SUPERB tasks per model, as reference points beside results of one's own.
+
+The paper: "Attention or Convolution" (Jeon et al. 2023, arXiv:2311.02772), Table 2.
+"""
 
 from __future__ import annotations
 
