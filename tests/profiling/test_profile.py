@@ -259,7 +259,7 @@ def test_command_compares(capsys):
         (["conformer-s", "--seconds", "nan"], "seconds=nan"),
         (["conformer-s", "--seconds", "ten"], "argument --seconds: invalid float value: 'ten'"),
         (["conformer-s", "--second-s", "1"], "unrecognized arguments: --second-s"),
-        (["conformer-s", "--depth", "-1"], "--depth -1"),
+        (["conformer-s", "--depth", "-1"], "--depth: -1"),
         (["conformer-s", "--device", "a1000"], "unknown device"),
         (["conformer-s", "--table1"], "--table1 has its own models"),
         (["--table1", "--counter", "papr"], "unknown counter 'papr' - did you mean 'paper'?"),
