@@ -20,7 +20,7 @@ COMMANDS = {
     "demo": "corpus, labels, pre-training, keyword spotting and profile, on a small synthetic corpus",
     "corpus": "make a small synthetic speech corpus offline",
     "manifest": "check a folder of audio, convert it once to 16 kHz mono, write train.tsv and valid.tsv",
-    "recipe": "the two phases of pre-training, from recordings to an export, or what they would need",
+    "recipe": "the two phases of pre-training, from recordings to an export, then one bit; or what they would need",
     "binarize-recipe": "train at one bit in stages, W32A32 -> W1A2 -> W1A1, each taught by the one before",
     "labels": "k-means labels from MFCC or from a layer of a checkpoint; their quality",
     "profile": "parameters, storage and operations of a preset or a checkpoint; the paper's Table 1",

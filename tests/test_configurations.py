@@ -7,6 +7,7 @@ import yaml
 
 from hubert_eff.cli import main
 from hubert_eff.errors import UserError
+from hubert_eff.reports.table1 import PAPER_TABLE
 from hubert_eff.utils.configurations import choices, list_configurations, list_groups, load_config
 from hubert_eff.utils.files import config_dir
 
@@ -43,6 +44,25 @@ def test_the_second_iteration_changes_rate_and_length():
         "lr_scheduler.warmup_updates", "optimization.max_update", "task.label_rate",
     ]  # fmt: skip
     assert differences(load_config("debug", ["data=iter2"]), load_config("debug")) == ["task.label_rate"]
+
+
+@pytest.mark.parametrize("kind", ["w1a1", "distill"])
+def test_one_bit_rows_of_the_paper_have_both_phases(kind):
+    presets = [row.preset.partition("+")[0] for row in PAPER_TABLE if "+" in row.preset]
+    assert len(presets) == 5
+    for name in [preset.replace("-", "_") for preset in presets]:
+        first, second = (load_config(f"quantize/{name}_{kind}", overrides) for overrides in ([], ["data=iter2"]))
+        for config, rate, updates in ((first, 100, 250_000), (second, 50, 600_000)):
+            assert (config["task"]["label_rate"], config["optimization"]["max_update"]) == (rate, updates)
+            assert (config["model"]["quant"], config["model"]["quant_policy"]) == ("w1a1", "paper")
+            assert {g["lr_scheduler"]["warmup_updates"] for g in config["optimizer"]["groups"].values()} == {0.08 * updates}
+        changed = {key.rpartition(".")[2] for key in differences(first, second)}
+        assert changed == {"label_rate", "max_update", "warmup_updates"}
+
+
+def test_the_papers_policy_can_be_chosen():
+    chosen = load_config("squeezeformer_xs", ["quant=w1a1_paper"])
+    assert sorted(differences(chosen, load_config("squeezeformer_xs_w1a1"))) == ["checkpoint.save_dir", "model.quant_policy"]
 
 
 def test_every_encoder_of_a_group_fits_every_recipe():

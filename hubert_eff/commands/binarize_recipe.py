@@ -27,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--updates", type=whole(COUNT), nargs="+", default=[], metavar="N", help="updates of each stage (default: the files')"
     )
-    parser.add_argument("--policy", default="default", metavar="POLICY", help="what is binarised: default | paper | a YAML file")
+    parser.add_argument(
+        "--policy", default="", metavar="POLICY", help="what is binarized: default | paper | a YAML file (default: the configuration's)"
+    )
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other keys of the configurations, for all stages")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the commands, and stop")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON, not as a table")

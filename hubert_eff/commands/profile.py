@@ -16,6 +16,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "models", nargs="*", metavar="PRESET|CHECKPOINT", help="presets by name, checkpoints by path; several are compared in one table"
     )
     parser.add_argument("--table1", action="store_true", help="the ten models of the paper's Table 1, ours beside the paper's figures")
+    parser.add_argument(
+        "--counter", default=None, metavar="NAME",
+        help="with --table1: clean, what the models compute (the default), or paper, formulas fitted to the paper's own figures",
+    )  # fmt: skip
     parser.add_argument("--seconds", type=float, default=None, help="length of the 16 kHz input (default: 10)")
     parser.add_argument("--depth", type=whole(NOT_NEGATIVE), default=None, help="levels of modules shown (default: 3; with --json: all)")
     parser.add_argument(
@@ -32,19 +36,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Profile and print; returns 0."""
     from ..profiling import profile
-    from ..reports import table1
+    from ..reports import paper_counter, table1
     from ..reports.tables import compare, render, show
 
     if args.table1:
         given = [*args.models, *(f"--{name}" for name in ("seconds", "depth", "device") if getattr(args, name) is not None)]
         if given:
             raise UserError(f"--table1 has its own models, length and device: leave out {given[0]}")
-        rows = table1.table1(args.bops)
+        counter = args.counter or table1.CLEAN
+        rows = table1.table1(args.bops, counter=counter)
         if args.json:
-            print(json.dumps({"bops": args.bops, "rows": rows}, indent=2))
+            said = {"remarks": paper_counter.SUMMARY} if counter == table1.PAPER else {}
+            print(json.dumps({"bops": args.bops, "counter": counter, **said, "rows": rows}, indent=2))
         else:
-            show(table1.render(rows, args.bops))
+            show(table1.render(rows, args.bops, counter))
         return 0
+    if args.counter is not None:
+        raise UserError(f"--counter {args.counter} is for --table1: leave it out, or ask for --table1")
     if not args.models:
         raise UserError("name a preset or the path of a checkpoint, or ask for --table1")
     seconds = 10.0 if args.seconds is None else args.seconds

@@ -1,4 +1,4 @@
-"""`hubert-eff recipe SPEECH --config NAME --out DIR`: the paper's two phases of pre-training, from recordings to an export."""
+"""`hubert-eff recipe SPEECH --config NAME --out DIR`: two phases of pre-training, from recordings to an export; then one bit."""
 
 from __future__ import annotations
 
@@ -53,34 +53,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fit-hours", type=real(POSITIVE), default=10.0, metavar="H", help="that k-means learns from (default: %(default)g)"
     )
     parser.add_argument("--warm", action="store_true", help="start phase 2 from the weights of phase 1, with new codebooks")
+    parser.add_argument(
+        "--quant",
+        nargs="+",
+        metavar="STAGE",
+        help="go on to one bit, by distillation from phase 2's model: w1a1, or w1a2 w1a1; a folder that is done without may get it later",
+    )
+    parser.add_argument(
+        "--quant-updates", type=whole(COUNT), nargs="+", metavar="N", help="updates of each stage (default: as many as phase 2)"
+    )
+    parser.add_argument(
+        "--policy", metavar="POLICY", help="what is binarized: default | paper | a YAML file (default: the configuration's)"
+    )
     parser.add_argument("--superb", type=Path, metavar="DIR", help="SUPERB's data: evaluate the ten tasks at the end")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other keys of the configuration, for both phases")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other keys of the configurations, for all training")
     parser.add_argument("--device", default="a100", help="whose rates a dry run takes: in configs/device, or a file (default: %(default)s)")
     parser.add_argument(
-        "--mfu", type=real(Bounds(above=0, most=1)), metavar="SHARE", help="of that device's peak a dry run assumes (default: 0.05)"
+        "--mfu",
+        type=real(Bounds(above=0, most=1)),
+        metavar="SHARE",
+        help="of that device's peak a dry run assumes (default: what the paper's GPU-hours come to, 0.011)",
     )
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the steps that have not ended, or say what they are."""
-    from ..profiling.training_cost import MFU
     from ..recipes.pretrain import Pretraining
 
     recipe = Pretraining(
         args.speech, args.out, args.config, args.gpus, tuple(args.updates), tuple(args.clusters), args.layer, args.folder_level,
-        args.valid_percent, args.fit_hours, args.superb, args.set, args.warm or None,
+        args.valid_percent, args.fit_hours, args.superb, args.set, args.warm or None, args.quant and tuple(args.quant),
+        args.quant_updates and tuple(args.quant_updates), args.policy,
     )  # fmt: skip
-    found = recipe.dry_run(args.device, MFU if args.mfu is None else args.mfu) if args.dry_run else recipe.run()
+    found = recipe.dry_run(args.device, args.mfu) if args.dry_run else recipe.run()
     if args.json:
         print(json.dumps(found, indent=2))
     elif args.dry_run:
         _plan(found)
     else:
-        for name, best in found["phases"].items():
+        for name, best in {**found["phases"], **found.get("quantization", {})}.items():
             accuracy = f"{best['correct_m_0']:.1%} (most frequent label: {best['majority_m_0']:.1%})"
             print(f"{name}: masked accuracy, valid {accuracy}, at update {best['num_updates']:.0f}")
-        print(found["model"])
+        for name in ("model", "one_bit_model"):
+            if name in found:
+                print(found[name])
     return 0
 
 
@@ -92,13 +109,14 @@ def _plan(found: dict[str, Any]) -> None:
     table = plain_table(
         "", "parameters", "updates", "hours of audio", "PFLOP", "GPU-hours", "GB of each GPU, at least", "GB per checkpoint"
     )  # fmt: skip
-    for number, needs in enumerate(found["phases"], start=1):
+    runs = {f"phase {number}": needs for number, needs in enumerate(found["phases"], start=1)} | found["quantization"]
+    for name, needs in runs.items():
         hours = needs["updates"] * needs["audio_seconds_per_update"] / 3600
         table.add_row(
-            f"phase {number}", f"{needs['params']:,}", f"{needs['updates']:,}", f"{hours:,.0f}", f"{needs['pflop']:,.1f}",
+            name, f"{needs['params']:,}", f"{needs['updates']:,}", f"{hours:,.0f}", f"{needs['pflop']:,.1f}",
             f"{needs['gpu_hours']:,.1f}", f"{needs['gpu_gb']:.1f}", f"{needs['checkpoint_gb']:.2f}",
         )  # fmt: skip
     show(table)
     disk = ", ".join(f"{what} {size:.2f}" for what, size in found["disk_gb"].items())
     print(f"disk, GB: {sum(found['disk_gb'].values()):.2f} ({disk}); free {found['disk_free_gb']:.0f}")
-    print(f"Estimated, not measured: GPU-hours at {found['mfu']:.0%} of {found['device']}'s peak. Nothing was run.")
+    print(f"Estimated, not measured: GPU-hours at {found['mfu']:.1%} of {found['device']}'s peak: {found['mfu_source']}. Nothing was run.")

@@ -36,6 +36,20 @@ HUBERT_BASE = {  # what HuBERT-base sets beside fairseq's defaults (Hsu et al. 2
     "dropout_input": 0.1,
     "feature_grad_mult": 0.1,
 }
+DEEP_NARROW = {  # and SHALLOW_WIDE: Sparseformer-DN-S and -SW-S of Table 1 of "Attention or Convolution" (Jeon et al. 2023)
+    **HUBERT_BASE,
+    "encoder_layers": 16,
+    "encoder_embed_dim": 256,
+    "encoder_ffn_embed_dim": 1024,
+    "encoder_attention_heads": 4,
+}
+SHALLOW_WIDE = {
+    **HUBERT_BASE,
+    "encoder_layers": 8,
+    "encoder_embed_dim": 512,
+    "encoder_ffn_embed_dim": 2048,
+    "encoder_attention_heads": 4,
+}
 DEBUG = {  # small enough to learn something in a minute on two CPU cores
     "extractor_mode": "layer_norm",
     "conv_feature_layers": "[(32,10,5)] + [(32,3,2)] * 4 + [(32,2,2)] * 2",

@@ -136,6 +136,9 @@ class ConformerBlock(nn.Module):
         return self.final_layer_norm(x, frames.valid)  # type: ignore[no-any-return]
 
 
+TABLE1 = {**published_size(16, 144, 4), "pos_enc_type": "abs", "required_seq_len_multiple": 2}
+
+
 @register_encoder(
     "conformer",
     config=ConformerConfig,
@@ -144,13 +147,9 @@ class ConformerBlock(nn.Module):
         "conformer-s": published_size(16, 144, 4),
         "conformer-m": published_size(16, 256, 4),
         "conformer-l": published_size(17, 512, 8),
-        # what Table 1 of "Attention or Convolution" counts: fairseq's defaults around the sizes of Conformer (S)
-        "conformer-s-table1": {
-            **published_size(16, 144, 4),
-            "encoder_ffn_embed_dim": 3072,
-            "pos_enc_type": "abs",
-            "required_seq_len_multiple": 2,
-        },
+        # what Table 1 of "Attention or Convolution" stores, fairseq's defaults around the sizes of Conformer (S), and what its FLOP fit
+        "conformer-s-table1": {**TABLE1, "encoder_ffn_embed_dim": 3072},
+        "conformer-s-ffn1024": {**TABLE1, "encoder_ffn_embed_dim": 1024},
         "conformer-debug": {**DEBUG, "depthwise_conv_kernel_size": 15},
     },
 )

@@ -11,7 +11,7 @@ from ..config import COUNT, NOT_NEGATIVE, HubertConfig, option
 from ..errors import UserError
 from ..layers.sparse import SparseSelfAttention
 from ..layers.sparse_pattern import SparsePattern
-from .base import DEBUG, HUBERT_BASE, Encoder
+from .base import DEBUG, DEEP_NARROW, SHALLOW_WIDE, Encoder
 from .registry import register_encoder
 from .transformer import TransformerBlock
 
@@ -62,20 +62,8 @@ class SparseformerConfig(HubertConfig):
     config=SparseformerConfig,
     presets={
         # deep and narrow, shallow and wide: the two of the main paper's table 1
-        "sparseformer-dn-s": {
-            **HUBERT_BASE,
-            "encoder_layers": 16,
-            "encoder_embed_dim": 256,
-            "encoder_ffn_embed_dim": 1024,
-            "encoder_attention_heads": 4,
-        },
-        "sparseformer-sw-s": {
-            **HUBERT_BASE,
-            "encoder_layers": 8,
-            "encoder_embed_dim": 512,
-            "encoder_ffn_embed_dim": 2048,
-            "encoder_attention_heads": 4,
-        },
+        "sparseformer-dn-s": DEEP_NARROW,
+        "sparseformer-sw-s": SHALLOW_WIDE,
         "sparseformer-debug": {**DEBUG, "sparse_stride": 128},
     },
 )

@@ -16,7 +16,7 @@ from ..layers.dropout import Dropout
 from ..layers.grid import GridBlock, Residual, grid_norm, pointwise
 from ..layers.kinds import FEED_FORWARD, Kind
 from ..layers.linear import Linear
-from .base import DEBUG, HUBERT_BASE, Encoder, Frames
+from .base import DEBUG, DEEP_NARROW, HUBERT_BASE, SHALLOW_WIDE, Encoder, Frames
 from .registry import register_encoder
 
 
@@ -70,6 +70,9 @@ class TransformerBlock(nn.Module):
     config=TransformerConfig,
     presets={
         "transformer-base": HUBERT_BASE,  # with the FastConv extractor
+        # the sizes of sparseformer-dn-s and -sw-s with dense attention, which Table 1 of "Attention or Convolution" counts for them
+        "transformer-dn-s": DEEP_NARROW,
+        "transformer-sw-s": SHALLOW_WIDE,
         "transformer-debug": DEBUG,
     },
 )

@@ -37,13 +37,23 @@ class Needs:
     checkpoint_gb: float
 
 
-MFU = 0.05  # HuBERT-base's published 9.5 hours per 100k updates on 32 GPUs are 0.065 of a V100's peak at 16 bits
+# "Attention or Convolution" (Jeon et al. 2023), section 4.1: 32 A100, two phases, 8.5 hours per 100k updates: 680 and 1,632 GPU-hours
+PAPER_GPUS = 32
+PAPER_UPDATES = (250_000, 600_000)
+PAPER_HOURS = 8.5  # per 100k updates
+# share of an A100's peak at 16 bits at which `training_needs` finds those hours for transformer_base; the paper gives one time, and
+# does not say of which model
+MFU = 0.010914
+MFU_SOURCE = (
+    f"the paper's {PAPER_HOURS:g} h per 100k updates on {PAPER_GPUS} A100, taken as those of transformer_base (680 + 1,632 GPU-hours)"
+)
 
 
-def training_needs(written: Mapping[str, Any], clusters: int, gpus: int, device: str, mfu: float) -> Needs:
+def training_needs(written: Mapping[str, Any], clusters: int, gpus: int, device: str, mfu: float, teacher: bool = False) -> Needs:
     """Needs of a run of the configuration `written` on `gpus` GPUs with the rates of `device`, of whose peak `mfu` (0 to 1) is reached.
 
-    Three times the products of a forward pass are one of training (forward, gradients of inputs and of weights). Activations are those
+    Three times the products of a forward pass are one of training (forward, gradients of inputs and of weights), and once more those of
+    a teacher of the same size. One-bit models train in floats. Activations are those
     that autograd keeps, counted without computing, in float32 halved at 16 bits, of a batch of the longest crops; attention
     probabilities are left out, as fused attention keeps none.
     """
@@ -61,9 +71,9 @@ def training_needs(written: Mapping[str, Any], clusters: int, gpus: int, device:
     accumulated = written["optimization"]["update_freq"][0]
     per_update = rows * seconds * gpus * accumulated
     updates = written["optimization"]["max_update"]
-    flop = 3 * per_second * per_update * updates
+    flop = (4 if teacher else 3) * per_second * per_update * updates
     hours = flop / (read_device(device).rate(bits) * 1e12 * mfu) / 3600
-    memory = STATE_BYTES[bits] * params + rows * kept_bytes(config, crop) * bits / 32
+    memory = (STATE_BYTES[bits] + (bits // 8 if teacher else 0)) * params + rows * kept_bytes(config, crop) * bits / 32
     return Needs(params, updates, per_update, flop / 1e15, hours, memory / 1e9 + CONTEXT_GB, SAVED_BYTES * params / 1e9)
 
 

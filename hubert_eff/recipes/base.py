@@ -118,6 +118,7 @@ class Recipe(ABC):
     """
 
     SETTINGS: ClassVar[tuple[str, ...]] = ()  # fields that decide the results: a folder holds those of one set of them
+    LATER: ClassVar[tuple[str, ...]] = ()  # those of them, None by default, of a stage that a folder may get later
     out: Path
 
     @abstractmethod
@@ -155,8 +156,7 @@ class Recipe(ABC):
         with locked(self.out):
             self._check_settings()  # another process may have begun meanwhile
             self.prepare()
-            if self.SETTINGS and not self._record.is_file():
-                write_json(self._record, {"settings": self.settings})
+            self._write_settings()
             done = self._done_before()
             for step in self.steps():
                 self._run(step, done)
@@ -187,8 +187,16 @@ class Recipe(ABC):
     def _check_settings(self) -> None:
         before = self._read_record()["settings"]
         for key, value in self.settings.items() if before else ():
-            if before.get(key) != value:
+            if before.get(key) != value and not (key in self.LATER and None in (value, before.get(key))):
                 raise UserError(f"{self._record} is of a recipe with {key}={before.get(key)}, not {value}: take another --out")
+
+    def _write_settings(self) -> None:
+        """Keep the settings in `recipe.json`, with those of a stage that the folder did not have yet."""
+        record = self._read_record()
+        later = {key: self.settings[key] for key in self.LATER if self.settings[key] is not None}
+        settings = {**(record["settings"] or self.settings), **later}
+        if settings != record["settings"]:
+            write_json(self._record, {"settings": settings, **({"done": record["done"]} if record["done"] else {})})
 
     def _done_before(self) -> set[str]:
         """Titles of the steps that an earlier version of the recipe wrote down as done."""

@@ -29,10 +29,36 @@ SET_HERE = (  # keys of the configurations that the recipe itself decides
 )  # fmt: skip
 
 
+def distillation(config: str) -> str:
+    """KIND/NAME of the configuration that distills the model of pretrain/`config`. Raises `UserError` if there is none."""
+    known = [name.removesuffix("_distill") for name in list_configurations("quantize") if name.endswith("_distill")]
+    if config not in known:
+        raise unknown("distillation (configs/quantize/NAME_distill.yaml)", config, known)
+    return f"quantize/{config}_distill"
+
+
+def policy_of(distilled: str, policy: str) -> str:
+    """The text of a policy: of a name or a YAML file, or if empty of the configuration KIND/NAME."""
+    return read_policy(policy or load_config(distilled)["model"]["quant_policy"]).text
+
+
+def stage_keys(stage: str, teacher: Path, policy: str, out: Path) -> list[str]:
+    """Overrides of a stage of a recipe in `out`: its bits, its teacher, and the policy's text as `policy_of` gives it."""
+    kept = policy if policy in POLICIES else out / POLICY
+    return [*path_overrides({"criterion.teacher": teacher}), f"model.quant={stage}", *path_overrides({"model.quant_policy": kept})]
+
+
+def keep_policy(policy: str, out: Path) -> None:
+    """Write the file that `stage_keys` names, if it does."""
+    if policy not in POLICIES:
+        write_text(out / POLICY, policy + "\n")  # JSON, which is YAML
+
+
 @dataclass
 class Binarization(Recipe):
     """What to train on what: folders of `hubert-eff manifest` and `hubert-eff labels`. `teacher`: a checkpoint in place of the first stage,
-    or of the first two; `updates`: of each stage (default: the configurations'); `policy`: what is binarized."""
+    or of the first two; `updates`: of each stage (default: the configurations'); `policy`: what is binarized (default: what the
+    configuration says)."""
 
     SETTINGS = ("data", "labels", "config", "teacher", "updates", "policy", "overrides")
 
@@ -42,13 +68,13 @@ class Binarization(Recipe):
     config: str = "debug"
     teacher: Path | None = None
     updates: list[int] = field(default_factory=list)
-    policy: str = "default"
+    policy: str = ""
     overrides: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.data, self.labels, self.out = self.data.resolve(), self.labels.resolve(), self.out.resolve()
         self.teacher = self.teacher.resolve() if self.teacher else None
-        self.policy = read_policy(self.policy).text
+        self.policy = policy_of(distillation(self.config), self.policy)
 
     @cached_property
     def source(self) -> HubertModel | None:
@@ -81,9 +107,7 @@ class Binarization(Recipe):
         }  # fmt: skip
         keys = ["common.log_format=simple"]
         if teacher is not None:
-            policy = self.policy if self.policy in POLICIES else self.out / POLICY
-            keys += path_overrides({"criterion.teacher": teacher})
-            keys += [f"model.quant={stage}", *path_overrides({"model.quant_policy": policy})]
+            keys += stage_keys(stage, teacher, self.policy, self.out)
         if updates is not None:
             keys.append(f"optimization.max_update={updates}")
         kind, name = ("pretrain", self.config) if stage == "float" else ("quantize", f"{self.config}_distill")
@@ -91,9 +115,6 @@ class Binarization(Recipe):
 
     def check(self) -> None:
         """Raise `UserError` for what would only fail in a later stage, or after the data was read. Changes nothing."""
-        known = [name.removesuffix("_distill") for name in list_configurations("quantize") if name.endswith("_distill")]
-        if self.config not in known:
-            raise unknown("configuration", self.config, known)
         for name in ("train.tsv", "valid.tsv"):
             if not (self.data / name).is_file():
                 raise UserError(f"{self.data} holds no {name}: give the folder that `hubert-eff manifest` wrote")
@@ -116,14 +137,13 @@ class Binarization(Recipe):
 
     def student_config(self) -> HubertConfig:
         """The model of the last stage."""
-        written = load_config(f"quantize/{self.config}_distill", self.overrides)
+        written = load_config(distillation(self.config), self.overrides)
         written["model"].update(quant=STAGES[-1], quant_policy=self.policy)
         return written_config(written)
 
     def prepare(self) -> None:
         """Keep what a policy file said."""
-        if self.policy not in POLICIES:
-            write_text(self.out / POLICY, self.policy + "\n")  # JSON, which is YAML
+        keep_policy(self.policy, self.out)
 
     def results(self) -> dict[str, Any]:
         """Of each stage, the best validation and its checkpoint."""

@@ -1,6 +1,7 @@
 """The recipe of a paper's model from a folder of recordings to an export: two phases of pre-training, each on labels of its own.
 
-    manifest -> MFCC labels -> phase 1 -> labels of one of its layers -> phase 2 -> mean of the last checkpoints -> export (-> SUPERB)
+    manifest -> MFCC labels -> phase 1 -> labels of one of its layers -> phase 2 -> mean of the last checkpoints -> export
+        (-> distillation to one bit, from phase 2's model and on its labels -> export) (-> SUPERB)
 
 Every step is a command that a user could type.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,15 @@ from ..data.sources import list_folder
 from ..encoders.registry import written_config
 from ..errors import UserError
 from ..models.hubert import HubertModel
-from ..profiling.training_cost import training_needs
+from ..profiling.training_cost import MFU, MFU_SOURCE, PAPER_GPUS, PAPER_UPDATES, Needs, training_needs
+from ..quant.distill import check_teacher
+from ..quant.policy import SPECS
 from ..reports.training_log import LOG, read_log
 from ..utils.configurations import find_configuration, load_config
 from ..utils.files import check_writable
 from .base import Recipe, Step, check_keys, path_overrides, say, training
+from .binarize import distillation, keep_policy, policy_of, stage_keys
 
-PAPER_GPUS = 32  # "Attention or Convolution", section 4.1: the batch is that of 32 GPUs
-PAPER_UPDATES = (250_000, 600_000)  # of its two phases
 AVERAGED = 5  # checkpoints
 LABEL_RATES = (100, 50)  # Hz, of the two phases: MFCC, the model's frames
 PROBED = 100  # recordings whose headers a dry run reads
@@ -39,18 +41,24 @@ SET_HERE = {
     "common.user_dir", "task.data", "task.label_dir", "task.label_rate", "checkpoint.save_dir", "checkpoint.keep_interval_updates",
     "checkpoint.no_save", "checkpoint.no_last_checkpoints", "optimization.max_update", "distributed_training.distributed_world_size",
 }  # fmt: skip
+SET_BY_QUANT = {"criterion.teacher", "task.init_from", "model.quant", "model.quant_policy", "quant", "objective"}
 
 
 @dataclass
 class Pretraining(Recipe):
     """What to train on what. `updates`: of the two phases (default: the configuration's, and 2.4 times as many, as in the paper);
-    `clusters`: of their labels; `layer`: of phase 1's model (default: the middle one); `superb`: folder of SUPERB's data;
-    `warm`: phase 2 starts from the weights of phase 1, with new codebooks.
+    `clusters`: of their labels; `layer`: of phase 1's model (default: the middle one); `superb`: folder of SUPERB's data, with small heads
+    and few steps where the configuration is one for a CPU; `warm`: phase 2 starts from the weights of phase 1, with new codebooks.
+    `quant`: the stages that follow, each taught by the model before: ("w1a1",), or ("w1a2", "w1a1"); `quant_updates`: of each (default: as
+    many as phase 2), `policy`: what is binarized (default: what the configuration says).
 
-    Between two runs in one folder the number of GPUs and SUPERB's data may change.
+    Between two runs in one folder the number of GPUs and SUPERB's data may change, and `quant` may be added.
     """
 
-    SETTINGS = ("speech", "config", "updates", "clusters", "layer", "folder_level", "valid_percent", "fit_hours", "overrides", "warm")
+    LATER = ("quant", "quant_updates", "policy")
+    SETTINGS = (
+        "speech", "config", "updates", "clusters", "layer", "folder_level", "valid_percent", "fit_hours", "overrides", "warm", *LATER,
+    )  # fmt: skip
 
     speech: Path
     out: Path
@@ -65,12 +73,15 @@ class Pretraining(Recipe):
     superb: Path | None = None
     overrides: list[str] = field(default_factory=list)
     warm: bool | None = None  # not False: folders of earlier versions have none
+    quant: tuple[str, ...] | None = None
+    quant_updates: tuple[int, ...] | None = None
+    policy: str | None = None
 
     def __post_init__(self) -> None:
         find_configuration(f"pretrain/{self.config}")
         if not self.speech.exists():
             raise UserError(f"{self.speech} is not there: name the folder of recordings, such as LibriSpeech as it was unpacked")
-        check_keys(self.overrides, SET_HERE, "dataset.max_tokens=1400000")
+        check_keys(self.overrides, SET_HERE | (SET_BY_QUANT if self.quant else set()), "dataset.max_tokens=1400000")
         if self.warm and any(override.startswith("task.init_from=") for override in self.overrides):
             raise UserError("--warm starts phase 2 from phase 1, --set task.init_from from something else: leave out one of the two")
         self.written = load_config(f"pretrain/{self.config}", self.overrides)
@@ -90,6 +101,24 @@ class Pretraining(Recipe):
             )
         self.speech, self.out = self.speech.resolve(), self.out.resolve()
         self.superb = self.superb.resolve() if self.superb else None
+        self.distilled = self._distilled()
+
+    def _distilled(self) -> dict[str, Any]:
+        """The configuration of the stages at one bit, as far as it is known before; empty without any."""
+        if not self.quant:
+            if self.quant_updates or self.policy:
+                raise UserError("--quant-updates and --policy are of the stages of --quant: add --quant w1a1")
+            self.quant = self.quant_updates = self.policy = None
+            return {}
+        bits = [SPECS.get(stage, 0) for stage in self.quant]
+        if self.quant[-1] != "w1a1" or 0 in bits or bits != sorted(set(bits), reverse=True):
+            raise UserError(f"--quant {' '.join(self.quant)}: the stages go down to w1a1, such as w1a1, or w1a2 w1a1")
+        self.quant_updates = self.quant_updates or (self.updates[1],) * len(self.quant)
+        if len(self.quant_updates) != len(self.quant):
+            raise UserError(f"--quant-updates {' '.join(map(str, self.quant_updates))}: give one number for each of {' '.join(self.quant)}")
+        name = distillation(self.config)
+        self.policy = policy_of(name, self.policy or "")
+        return load_config(name, self.overrides)
 
     @property
     def on_cpu(self) -> bool:
@@ -122,30 +151,56 @@ class Pretraining(Recipe):
                 ("hubert-eff", "export", out / "phase2", "--average", AVERAGED, "--out", out / "model.safetensors"),
             ),
         ]
+        models = {"superb": out / "model.safetensors"}
+        if self.quant:
+            found += self._stages(second)
+            models[f"superb-{self.quant[-1]}"] = self.one_bit
         if self.superb:
-            upstream = ("--upstream", out / "model.safetensors", "--data", self.superb, "--out", out / "superb")
-            found.append(Step("SUPERB's ten tasks", ("hubert-eff", "superb", "run", "--task", "all", *upstream)))
-            found.append(Step("Their table", ("hubert-eff", "superb", "report", out / "superb", "--out", out / "superb-report")))
+            for folder, model in models.items():
+                upstream = ("--upstream", model, "--data", self.superb, "--out", out / folder, *(("--small",) if self.on_cpu else ()))
+                title = "SUPERB's ten tasks" + (", one bit" if model == self.one_bit else "")
+                found.append(Step(title, ("hubert-eff", "superb", "run", "--task", "all", *upstream)))
+            results = [out / folder for folder in models]
+            found.append(Step("Their table", ("hubert-eff", "superb", "report", *results, "--out", out / "superb-report")))
         return found
 
+    @property
+    def one_bit(self) -> Path:
+        """The file of the model at one bit."""
+        return self.out / "model-w1a1.safetensors"
+
     def _training(self, phase: int, labels: Path) -> tuple[object, ...]:
-        updates = self.updates[phase - 1]
+        keys = [f"checkpoint.keep_interval_updates={AVERAGED}"] if phase == 2 else []
+        if phase == 2 and self.warm:
+            keys += [*path_overrides({"task.init_from": self.out / "phase1" / "checkpoint_last.pt"}), "task.new_codebooks=true"]
+        return self._words(f"pretrain/{self.config}", self.written, f"phase{phase}", labels, phase, self.updates[phase - 1], keys)
+
+    def _stages(self, labels: Path) -> list[Step]:
+        """The training of each stage at one bit, from the model before, which teaches it, and the export of the last."""
+        found: list[Step] = []
+        teacher = self.out / "phase2" / "checkpoint_last.pt"
+        for stage, updates in zip(self.quant or (), self.quant_updates or (), strict=True):
+            keys = stage_keys(stage, teacher, str(self.policy), self.out)
+            words = self._words(distillation(self.config), self.distilled, stage, labels, 2, updates, keys)
+            teacher = self.out / stage / "checkpoint_best.pt"
+            found.append(Step(f"Distillation to {stage}", words, teacher))
+        export = ("hubert-eff", "export", teacher, "--out", self.one_bit)
+        return [*found, Step("The model at one bit, as one file", export, self.one_bit)]
+
+    def _words(
+        self, name: str, written: Mapping[str, Any], folder: str, labels: Path, phase: int, updates: int, more: Sequence[str]
+    ) -> tuple[object, ...]:
+        """The command of a training run of the configuration KIND/NAME, which is `written`, into a folder, on the labels of a phase."""
         keys = [
-            f"task.label_rate={LABEL_RATES[phase - 1]}", *path_overrides({"checkpoint.save_dir": self.out / f"phase{phase}"}),
-            f"optimization.max_update={updates}",
+            f"task.label_rate={LABEL_RATES[phase - 1]}", *path_overrides({"checkpoint.save_dir": self.out / folder}),
+            f"optimization.max_update={updates}", *warm_up(written, updates),
         ]  # fmt: skip
-        before, schedule = int(self.written["optimization"]["max_update"]), self.written["lr_scheduler"]
-        if updates != before and "warmup_updates" in schedule:
-            keys.append(f"lr_scheduler.warmup_updates={round(schedule['warmup_updates'] * updates / before)}")  # the same share
         if not self.on_cpu:
             keys.append(f"distributed_training.distributed_world_size={self.gpus}")
         if self._accumulated() != self.written["optimization"]["update_freq"][0]:
             keys.append(f"optimization.update_freq=[{self._accumulated()}]")
-        if phase == 2:
-            keys.append(f"checkpoint.keep_interval_updates={AVERAGED}")
-            if self.warm:
-                keys += [*path_overrides({"task.init_from": self.out / "phase1" / "checkpoint_last.pt"}), "task.new_codebooks=true"]
-        return training("pretrain", self.config, {"task.data": self.out / "data", "task.label_dir": labels}, *keys, *self.overrides)
+        kind, _, config = name.partition("/")
+        return training(kind, config, {"task.data": self.out / "data", "task.label_dir": labels}, *keys, *more, *self.overrides)
 
     def _accumulated(self) -> int:
         if self.on_cpu or any(override.startswith("optimization.update_freq=") for override in self.overrides):
@@ -153,44 +208,65 @@ class Pretraining(Recipe):
         return max(1, round(PAPER_GPUS / self.gpus))
 
     def results(self) -> dict[str, Any]:
-        """The best validation of both phases, and the file of the model."""
+        """The best validation of both phases and of the stages at one bit, and the files of the models."""
         phases = {f"phase {n}": read_log(self.out / f"phase{n}" / LOG).best for n in (1, 2)}
-        return {"phases": phases, "model": str(self.out / "model.safetensors")}
+        found = {"phases": phases, "model": str(self.out / "model.safetensors")}
+        if self.quant:
+            stages = {stage: read_log(self.out / stage / LOG).best for stage in self.quant}
+            found |= {"quantization": stages, "one_bit_model": str(self.one_bit)}
+        return found
 
     # -- before anything runs ----------------------------------------------------------------------------------------
 
     def check(self) -> None:
         """Raise `UserError` for what would only fail in a later step. Changes nothing."""
         super().check()
+        if self.quant:
+            self._check_student()
         if self.superb:
             if not self.superb.is_dir():
                 raise UserError(f"--superb {self.superb} is no folder: give the one that holds SUPERB's data sets")
             if importlib.util.find_spec("s3prl") is None:
                 raise UserError("--superb needs the package 's3prl': pip install 'hubert-eff[superb]'")
 
+    def _check_student(self) -> None:
+        """Build phase 2's model and its last student: the policy may name modules that are not there, other keys set them apart."""
+        assert self.quant is not None
+        own = {"quant": self.quant[-1], "quant_policy": self.policy}
+        student = {**self.distilled, "model": {**self.distilled["model"], **own}}
+        classes = (self.clusters[1],)
+        with torch.device("meta"):
+            check_teacher(HubertModel(written_config(self.written), classes), HubertModel(written_config(student), classes))
+
     def prepare(self) -> None:
-        """Raise `UserError` where GPUs are missing."""
+        """Raise `UserError` where GPUs are missing; keep what a policy file said."""
         if not self.on_cpu and torch.cuda.device_count() < self.gpus:
             raise UserError(
                 f"--gpus {self.gpus}: this machine has {torch.cuda.device_count()} GPUs that torch can use; `debug` and its siblings train "
                 "on a CPU, and --dry-run needs none"
             )
+        if self.policy:
+            keep_policy(self.policy, self.out)
 
-    def dry_run(self, device: str, mfu: float) -> dict[str, Any]:
+    def dry_run(self, device: str, mfu: float | None = None) -> dict[str, Any]:
         """Check everything, and say what the steps are and what they need: hours of speech, GPU-hours, memory, disk, 10^9 bytes.
 
-        `device`, `mfu`: see `profiling.needs`. Raises `UserError` as `check`, for a folder without recordings, and for too small a disk.
+        `device`, `mfu`: see `training_needs`; by default the share at which the paper's own GPU-hours come out. Raises `UserError` as
+        `check`, for a folder without recordings, and for too small a disk.
         """
-        steps = self.plan()
+        steps, source = self.plan(), MFU_SOURCE if mfu is None else "--mfu"
+        mfu = MFU if mfu is None else mfu
         speech = look_at(self.speech)
-        phases = []
-        for clusters, updates, rate in zip(self.clusters, self.updates, LABEL_RATES, strict=True):
-            sections: dict[str, dict[str, Any]] = {
-                "optimization": {"max_update": updates, "update_freq": [self._accumulated()]}, "task": {"label_rate": rate}
-            }  # fmt: skip
-            phase = {name: {**values, **sections.get(name, {})} for name, values in self.written.items() if isinstance(values, Mapping)}
-            phases.append(training_needs(phase, clusters, 1 if self.on_cpu else self.gpus, device, mfu))
-        kept = 2 + int(self.written["checkpoint"]["keep_interval_updates"]), 2 + AVERAGED  # last, best
+        phases = [
+            self._needs(self.written, clusters, updates, rate, device, mfu)
+            for clusters, updates, rate in zip(self.clusters, self.updates, LABEL_RATES, strict=True)
+        ]
+        stages = []
+        for stage, updates in zip(self.quant or (), self.quant_updates or (), strict=True):
+            model = {**self.distilled["model"], "quant": stage, "quant_policy": self.policy}
+            stages.append(self._needs({**self.distilled, "model": model}, self.clusters[1], updates, LABEL_RATES[1], device, mfu, True))
+        usual = 2 + int(self.written["checkpoint"]["keep_interval_updates"])  # last, best
+        kept = usual, 2 + AVERAGED, *(usual for _ in stages)
         width = int(self.written["model"]["encoder_embed_dim"])
         fitted = min(self.fit_hours, speech["hours"]) * 3600
         disk = {
@@ -199,16 +275,41 @@ class Pretraining(Recipe):
                 speech["hours"] * 3600 * rate * (len(str(k - 1)) + 1) * 1e-9 for k, rate in zip(self.clusters, LABEL_RATES, strict=True)
             ),
             "features while k-means runs": fitted * max(100 * 39, 50 * width) * 4e-9,
-            "checkpoints": sum(n * phase.checkpoint_gb for n, phase in zip(kept, phases, strict=True)),
+            "checkpoints": sum(n * needs.checkpoint_gb for n, needs in zip(kept, [*phases, *stages], strict=True)),
         }
         free = shutil.disk_usage(check_writable(self.out)).free / 1e9
         total = sum(disk.values())
         if total > free:
             raise UserError(f"{self.out} has {free:.1f} GB free, and about {total:.1f} GB are needed: {', '.join(_sizes(disk))}")
+        needs = {"phases": list(map(vars, phases)), "quantization": dict(zip(self.quant or (), map(vars, stages), strict=True))}
         return {
-            "config": self.config, "speech": speech, "device": device, "mfu": mfu, "gpus": self.gpus,
-            "phases": [vars(phase) for phase in phases], "disk_gb": disk, "disk_free_gb": free, "steps": steps,
+            "config": self.config, "speech": speech, "device": device, "mfu": mfu, "mfu_source": source, "gpus": self.gpus,
+            **needs, "disk_gb": disk, "disk_free_gb": free, "steps": steps,
         }  # fmt: skip
+
+    def _needs(
+        self, written: Mapping[str, Any], clusters: int, updates: int, rate: int, device: str, mfu: float, teacher: bool = False
+    ) -> Needs:
+        """Of a training run of a configuration with what the recipe changes."""
+        sections: dict[str, dict[str, Any]] = {
+            "optimization": {"max_update": updates, "update_freq": [self._accumulated()]}, "task": {"label_rate": rate}
+        }  # fmt: skip
+        whole = {name: {**values, **sections.get(name, {})} for name, values in written.items() if isinstance(values, Mapping)}
+        return training_needs(whole, clusters, 1 if self.on_cpu else self.gpus, device, mfu, teacher)
+
+
+def warm_up(written: Mapping[str, Any], updates: int) -> list[str]:
+    """Overrides by which a run of so many updates, in place of the configuration's, warms up for the same share of them."""
+    before = int(written["optimization"]["max_update"])
+    sections = {"": written}
+    if written["optimizer"]["_name"] == "composite":
+        sections = {f"optimizer.groups.{name}.": group for name, group in written["optimizer"]["groups"].items()}
+    schedules = {prefix: section["lr_scheduler"] for prefix, section in sections.items()}
+    return [
+        f"{prefix}lr_scheduler.warmup_updates={round(schedule['warmup_updates'] * updates / before)}"
+        for prefix, schedule in schedules.items()
+        if updates != before and "warmup_updates" in schedule
+    ]
 
 
 def _sizes(disk: Mapping[str, float]) -> list[str]:

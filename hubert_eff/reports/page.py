@@ -22,7 +22,7 @@ from ..profiling.latency import Shares, Timing, plain, read
 from ..profiling.precision import PRECISIONS, SIMULATED
 from ..utils.files import replacing, writable, write_json, write_text
 from . import frontier, table1
-from .table2 import METRICS, QUALITIES, REFERENCES, SCORE, paper_quality, superb_score
+from .table2 import METRICS, QUALITIES, REFERENCES, SCORE, paper_quality, rows_of, superb_score
 from .training_log import LOG, TrainingLog, draw_curves, read_log
 
 COSTS = {"storage": "storage, MB", "bop": "bit operations of 10 s, 2^30", "ms": "measured latency of 10 s, ms"}
@@ -132,7 +132,7 @@ def points(found: Findings, task: str, cost: str) -> list[frontier.Point]:
     for row in table1.PAPER_TABLE:
         value = {"storage": row.storage_mb, "bop": row.bop_nonq_g + (row.bop_bq_g or 0.0), "ms": None}[cost]
         if value is not None:
-            chart.append(frontier.Point(row.title, value, paper_quality(row.title, task), ours=False))
+            chart += [frontier.Point(title, value, paper_quality(title, task), ours=False) for title in rows_of(row.title)]
     for upstream, remark, quality in _scores(found) if task == SCORE else _qualities(found, task):
         name = _profiled(upstream)
         known = found.profiles.get(name)

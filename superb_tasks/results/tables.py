@@ -16,7 +16,7 @@ from typing import Any
 
 from hubert_eff.errors import UserError
 from hubert_eff.reports import table1
-from hubert_eff.reports.table2 import METRICS, PAPER_TABLE, paper_figures, superb_score
+from hubert_eff.reports.table2 import METRICS, PAPER_TABLE, paper_figures, rows_of, superb_score
 from hubert_eff.utils.files import writable, write_json, write_text
 
 from ..data.utterances import Row
@@ -144,13 +144,13 @@ def _cost(model: Model) -> dict[str, Any]:
 
 def _paper_rows() -> list[dict[str, Any]]:
     rows = []
-    for cost in table1.PAPER_TABLE:
-        figures = dict(zip(METRICS, PAPER_TABLE[cost.title], strict=True))
+    for cost, title in [(row, title) for row in table1.PAPER_TABLE for title in rows_of(row.title)]:
+        figures = dict(zip(METRICS, PAPER_TABLE[title], strict=True))
         rows.append({
-            "model": cost.title, "upstream": cost.preset, "source": PAPER,
+            "model": title, "upstream": cost.preset, "source": PAPER,
             "params": None, "storage_mb": cost.storage_mb, "gflop": cost.gflop, "bop_g": cost.bop_nonq_g + (cost.bop_bq_g or 0.0),
             "tasks": {task: {"value": value} for task, value in figures.items()},
-            "superb_score": superb_score(paper_figures(cost.title)),
+            "superb_score": superb_score(paper_figures(title)),
         })  # fmt: skip
     return rows
 

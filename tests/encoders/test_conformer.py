@@ -105,6 +105,7 @@ def test_blocks_equal_transformers_relative_conformer(frames: int) -> None:
         ("conformer-m", (16, 256, 4, 1024, "rel_pos")),
         ("conformer-l", (17, 512, 8, 2048, "rel_pos")),
         ("conformer-s-table1", (16, 144, 4, 3072, "abs")),
+        ("conformer-s-ffn1024", (16, 144, 4, 1024, "abs")),
     ],
 )
 def test_presets_are_the_papers(preset: str, sizes: tuple) -> None:

@@ -19,6 +19,7 @@ import hubert_eff
 from hubert_eff.errors import UserError
 from hubert_eff.quant import Quantizer
 from hubert_eff.quant.distill import codebook_divergence, hidden_distances
+from hubert_eff.reports.table1 import PAPER_TABLE
 
 pytest.importorskip("fairseq", reason="fairseq is not installed: pip install 'hubert-eff[fairseq]'")
 
@@ -39,6 +40,7 @@ from ..helpers.processes import Training  # noqa: E402
 
 CONFIGS = ROOT / "configs"
 NAMES = sorted(path.stem.removesuffix("_w1a1") for path in (CONFIGS / "quantize").glob("*_w1a1.yaml"))
+PAPER_ROWS = {row.preset.partition("+")[0].replace("-", "_") for row in PAPER_TABLE if "+" in row.preset}
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +94,10 @@ def test_a_configuration_differs_from_its_float_model_only_as_stated(name: str, 
     theirs = composed("pretrain", name)
     assert ours.model.quant == "w1a1" and theirs.model.quant == "none"
     assert ours.task.init_from == ("T" if kind == "distill" else None)
+    assert ours.model.quant_policy == ("paper" if name in PAPER_ROWS else "default") and theirs.model.quant_policy == "default"
     for cfg in (ours, theirs):
         cfg.model.quant, cfg.checkpoint.save_dir, cfg.common.fp16_no_flatten_grads, cfg.task.init_from = "", "", False, None
+        cfg.model.quant_policy = ""
     groups = ours.optimizer.groups
     assert set(groups) == {"default", "scales"} and ours.lr_scheduler._name == "pass_through"
     assert groups.scales.optimizer.lr == [1e-4] and groups.scales.optimizer.weight_decay == 0.0

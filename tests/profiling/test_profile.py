@@ -209,7 +209,7 @@ def test_table1_binarised_row(monkeypatch):
 
 
 def test_table1_command(rows, monkeypatch, capsys):
-    monkeypatch.setattr(table1, "table1", lambda bops: list(rows.values()))
+    monkeypatch.setattr(table1, "table1", lambda bops, counter: list(rows.values()))
     assert main(["profile", "--table1", "--json"]) == 0
     values = json.loads(capsys.readouterr().out)["rows"]
     assert len(values) == 10
@@ -259,9 +259,11 @@ def test_command_compares(capsys):
         (["conformer-s", "--seconds", "nan"], "seconds=nan"),
         (["conformer-s", "--seconds", "ten"], "argument --seconds: invalid float value: 'ten'"),
         (["conformer-s", "--second-s", "1"], "unrecognized arguments: --second-s"),
-        (["conformer-s", "--depth", "-1"], "--depth -1"),
+        (["conformer-s", "--depth", "-1"], "--depth: -1"),
         (["conformer-s", "--device", "a1000"], "unknown device"),
         (["conformer-s", "--table1"], "--table1 has its own models"),
+        (["--table1", "--counter", "papr"], "unknown counter 'papr' - did you mean 'paper'?"),
+        (["conformer-s", "--counter", "paper"], "--counter paper is for --table1"),
         ([], "name a preset"),
         (["{file}"], "is no checkpoint"),
         (["{file}.missing"], "no checkpoint at"),

@@ -299,7 +299,7 @@ def test_recipe_takes_a_teacher_for_the_first_stages(folder: Path, monkeypatch: 
 @pytest.mark.parametrize(
     "keys, message",
     [
-        ({"config": "debgu"}, "unknown configuration 'debgu' - did you mean 'debug'"),
+        ({"config": "debgu"}, "'debgu' - did you mean 'debug'"),
         ({"updates": [1, 2]}, "one positive number for each of the stages float, w1a2, w1a1"),
         ({"updates": [1, 0, 2]}, "one positive number"),
         ({"policy": "papr"}, "unknown policy 'papr'"),

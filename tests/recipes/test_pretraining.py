@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +18,10 @@ import torch
 
 import hubert_eff
 from hubert_eff.cli import main
+from hubert_eff.commands.recipe import _plan
 from hubert_eff.encoders.registry import preset_config
 from hubert_eff.errors import UserError
-from hubert_eff.profiling.training_cost import kept_bytes, training_needs
+from hubert_eff.profiling.training_cost import MFU, PAPER_GPUS, PAPER_HOURS, PAPER_UPDATES, kept_bytes, training_needs
 from hubert_eff.recipes import base
 from hubert_eff.recipes.pretrain import Pretraining, look_at
 from hubert_eff.reports.training_log import TrainingLog
@@ -66,6 +73,14 @@ def test_needs_follow_batch_updates_and_device() -> None:
     assert 1.2 < alone.gpu_gb < 10
 
 
+def test_gpu_hours_are_the_papers() -> None:
+    """8.5 hours per 100k updates on 32 A100, whose model is taken to be transformer_base."""
+    for overrides, clusters, hours in (([], 100, 680), (["data=iter2"], 500, 1632)):
+        written = load_config("pretrain/transformer_base", overrides)
+        assert training_needs(written, clusters, PAPER_GPUS, "a100", MFU).gpu_hours == pytest.approx(hours, rel=1e-3)
+    assert [PAPER_GPUS * PAPER_HOURS * updates / 100_000 for updates in PAPER_UPDATES] == [680, 1632]
+
+
 @pytest.mark.parametrize("preset", ["transformer-debug", "sparseformer-debug", "zipformer-debug"])
 def test_activations_are_those_that_autograd_keeps(preset: str) -> None:
     """They grow with the audio, and a block more keeps what its products need."""
@@ -91,6 +106,7 @@ def test_dry_run_says_what_is_needed(speech: Path, tmp_path: Path, capsys: pytes
     assert main(arguments) == 0
     out = capsys.readouterr().out
     assert "GPU-hours" in out and "fairseq-hydra-train" in out and "Estimated, not measured" in out
+    assert "1.1% of a100's peak: the paper's 8.5 h per 100k updates on 32 A100" in out and found["mfu"] == MFU
     assert not list(tmp_path.iterdir())
 
 
@@ -159,3 +175,94 @@ def test_a_small_run_from_recordings_to_an_export(speech: Path, tmp_path: Path, 
     assert model.config.label_rate == 50 and len(list((tmp_path / "out" / "phase2").glob("checkpoint_*_*.pt"))) == 5
     assert main([*arguments, "--dry-run", "--json"]) == 0
     assert all(step["done"] for step in json.loads(capfd.readouterr().out)["steps"])
+
+    # the same folder goes on to one bit; it is killed in the middle of that, and goes on there
+    arguments += ["--quant", "w1a1", "--quant-updates", "8"]
+    stage, shipped = tmp_path / "out" / "w1a1", tmp_path / "out" / "model-w1a1.safetensors"
+    started = subprocess.Popen(
+        [sys.executable, "-m", "hubert_eff.cli", *arguments], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while not (stage / "checkpoint_last.pt").is_file() and started.poll() is None:
+        time.sleep(0.02)
+    os.killpg(started.pid, signal.SIGKILL)
+    assert started.wait() == -signal.SIGKILL and not shipped.exists()
+    assert main(arguments) == 0
+    found = capfd.readouterr()
+    assert found.err.count("(done before)") == 6 and "w1a1: masked accuracy, valid" in found.out and str(shipped) in found.out
+    log = (stage / "hydra_train.log").read_text()
+    resumed = re.findall(r"Loaded checkpoint .*checkpoint_last.pt \(epoch \d+ @ (\d+) updates\)", log)
+    assert resumed and 0 < int(resumed[-1]) <= 8
+    assert hubert_eff.load(shipped).config.quant == "w1a1"
+
+
+# -- one bit -------------------------------------------------------------------------------------------------------------
+
+
+def test_stages_at_one_bit_follow_phase_2(speech: Path, tmp_path: Path) -> None:
+    recipe = Pretraining(speech, tmp_path, "transformer_base", gpus=8, superb=tmp_path, quant=("w1a2", "w1a1"))
+    steps = recipe.steps()
+    titles = [step.title for step in steps]
+    assert titles[6:9] == ["Distillation to w1a2", "Distillation to w1a1", "The model at one bit, as one file"]
+    first, second = ({str(word) for word in step.words} for step in steps[6:8])
+    warm_up = {f"optimizer.groups.{name}.lr_scheduler.warmup_updates=48000" for name in ("default", "scales")}
+    shared = {"transformer_base_distill", "task.label_rate=50", f"task.label_dir={tmp_path / 'labels-layer'}", *warm_up}
+    shared |= {"optimization.max_update=600000", "optimization.update_freq=[4]", "model.quant_policy=paper"}
+    assert shared | {"model.quant=w1a2", f"criterion.teacher={tmp_path / 'phase2' / 'checkpoint_last.pt'}"} <= first
+    assert shared | {"model.quant=w1a1", f"criterion.teacher={steps[6].result}"} <= second
+    assert {str(tmp_path / "superb"), str(tmp_path / "superb-w1a1")} <= {str(word) for word in steps[-1].words}
+    assert steps[8].words[2] == steps[7].result and recipe.one_bit in steps[-2].words
+    assert "--small" not in steps[-2].words
+    small = Pretraining(speech, tmp_path, "debug", superb=tmp_path, quant=("w1a1",)).steps()
+    assert [step.words[-1] for step in small[-3:-1]] == ["--small"] * 2
+    plain = Pretraining(speech, tmp_path, "transformer_base", gpus=8, superb=tmp_path).steps()
+    assert [step.words for step in plain[:7]] == [step.words for step in (*steps[:6], steps[9])]  # a folder of before goes on
+
+
+def test_one_bit_may_come_later_but_not_change(speech: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[object] = []
+    monkeypatch.setattr(base, "run_command", lambda words: ran.append(words) or 0)
+    monkeypatch.setattr("hubert_eff.recipes.pretrain.read_log", lambda *_: TrainingLog("run", [], [{"loss": 1.0, "num_updates": 1.0}]))
+    policy = tmp_path / "mine.yaml"
+    policy.write_text("feed_forward: float")
+    out = tmp_path / "out"
+    Pretraining(speech, out, "debug").run()
+    found = Pretraining(speech, out, "debug", quant=("w1a1",), policy=str(policy)).run()
+    assert set(found["quantization"]) == {"w1a1"} and f"model.quant_policy={out / 'policy.yaml'}" in ran[6]
+    assert json.loads((out / "policy.yaml").read_text()) == {"feed_forward": "float"}
+    assert len(ran) == 8
+    Pretraining(speech, out, "debug").run()
+    assert len(ran) == 8
+    for change in ({"quant": ("w1a2", "w1a1")}, {"quant": ("w1a1",), "quant_updates": (5,)}, {"quant": ("w1a1",), "policy": "paper"}):
+        with pytest.raises(UserError, match=f"is of a recipe with {list(change)[-1]}=.*take another --out"):
+            Pretraining(speech, out, "debug", **change).run()
+
+
+def test_dry_run_counts_the_teacher(speech: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = Pretraining(speech, tmp_path, "debug", updates=(1000, 1000), clusters=(9, 9), quant=("w1a1",))
+    found = recipe.dry_run("a100", 0.2)
+    assert found["quantization"]["w1a1"]["pflop"] == pytest.approx(4 / 3 * found["phases"][1]["pflop"])
+    assert found["quantization"]["w1a1"]["gpu_gb"] > found["phases"][1]["gpu_gb"]
+    _plan(found)
+    out = capsys.readouterr().out
+    assert "\n w1a1 " in out and "20.0% of a100's peak: --mfu." in out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--quant", "w1a2"], "the stages go down to w1a1"),
+        (["--quant", "w1a1", "w1a2"], "the stages go down to w1a1"),
+        (["--quant", "w2a1"], "the stages go down to w1a1"),
+        (["--quant", "w1a1", "--quant-updates", "5", "5"], "one number for each of w1a1"),
+        (["--quant", "w1a1", "--quant-updates", "0"], "--quant-updates"),
+        (["--quant-updates", "5"], "add --quant w1a1"),
+        (["--policy", "paper"], "add --quant w1a1"),
+        (["--quant", "w1a1", "--policy", "papr"], "did you mean 'paper'"),
+        (["--quant", "w1a1", "--config", "zipformer_debug"], "unknown distillation"),
+        (["--quant", "w1a1", "--set", "model.quant=w1a2"], "the recipe decides model.quant itself"),
+        (["--quant", "w1a1", "--set", "lr_scheduler.power=0.5"], "key in the overrides of quantize/debug_distill"),
+    ],
+)
+def test_bad_stages_are_one_line(change: list[str], message: str, speech: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipe", str(speech), "--config", "debug", "--out", str(tmp_path / "out"), "--dry-run", *change]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]

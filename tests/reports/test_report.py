@@ -15,7 +15,7 @@ import pytest
 import hubert_eff
 from hubert_eff.cli import main
 from hubert_eff.reports import table1
-from hubert_eff.reports.table2 import METRICS, PAPER_TABLE, paper_quality
+from hubert_eff.reports.table2 import METRICS, PAPER_TABLE, paper_quality, rows_of
 
 pytest.importorskip("matplotlib")
 
@@ -25,7 +25,9 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 
 
 def test_paper_tables_belong_together():
-    assert set(PAPER_TABLE) == {row.title for row in table1.PAPER_TABLE}
+    assert list(PAPER_TABLE) == [title for row in table1.PAPER_TABLE for title in rows_of(row.title)] and len(PAPER_TABLE) == 12
+    assert rows_of("BQ-Vanilla") == ["BQ-Vanilla (reported)", "BQ-Vanilla"] and rows_of("Squeeze-XS") == ["Squeeze-XS"]
+    assert PAPER_TABLE["Vanilla Trans (reported)"][0] == 7.06 and PAPER_TABLE["BQ-Vanilla (reported)"][-1] == 61.68
     assert all(len(values) == len(METRICS) == 10 for values in PAPER_TABLE.values())
     assert paper_quality("BQ-Sparseformer-DN-S", "asr") == 19.33 and paper_quality("Squeeze-XS", "er") == 58.75
 
@@ -38,7 +40,8 @@ def test_frontier():
 
 @pytest.mark.parametrize("task", METRICS)
 def test_labels_do_not_overlap(task):
-    points = [frontier.Point(row.title, row.storage_mb, paper_quality(row.title, task), False) for row in table1.PAPER_TABLE]
+    rows = [(title, row.storage_mb) for row in table1.PAPER_TABLE for title in rows_of(row.title)]
+    points = [frontier.Point(title, storage, paper_quality(title, task), False) for title, storage in rows]
     middle = paper_quality("Squeeze-XS", task)
     points += [frontier.Point(f"digits/checkpoint_{i}.pt (300 steps)", 0.8 + 0.05 * i, middle, True) for i in range(3)]
     figure = frontier.draw(points, "storage, MB", METRICS[task].title, METRICS[task].more_is_better)
