@@ -44,7 +44,7 @@ class HubertEffPretrainingConfig(SafeConfig, HubertPretrainingConfig):
     cpu: bool = field(default=II("common.cpu"), metadata={"help": "train on the CPU"})
     init_from: Optional[str] = field(  # noqa: UP045
         default=None,
-        metadata={"help": "checkpoint whose weights a new run starts from; a binarised model may start from its float or w1a2 form"},
+        metadata={"help": "checkpoint whose weights a new run starts from; a binarised model may start from its form of other bits"},
     )
     length_buckets: int = field(
         default=0,
