@@ -176,7 +176,7 @@ class HubertConfig:
     mask_channel_other: float = option(0.0, "second parameter of that distribution", bounds=NOT_NEGATIVE)
 
     # quantisation
-    quant: str = option("none", "float; or one-bit weights with activations of one bit, or of two", ("none", "w1a1", "w1a2"))
+    quant: str = option("none", "float; or one-bit weights with activations of 1, 2, 4 or 8 bits", ("none", "w1a1", "w1a2", "w1a4", "w1a8"))
     quant_policy: str = option("default", "what is binarised: default | paper | a YAML file, or its content as {...}")
 
     def __post_init__(self) -> None:

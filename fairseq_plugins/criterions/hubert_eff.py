@@ -5,8 +5,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from fairseq.criterions.hubert_criterion import HubertCriterionConfig
 from fairseq.logging import metrics
 from torch import Tensor
 
+from hubert_eff.config import HubertConfig
 from hubert_eff.errors import UserError
 from hubert_eff.models.output import HubertOutput
 
@@ -34,6 +35,20 @@ def perplexity(counts: Tensor) -> float:
     return float(torch.exp(torch.special.entr(share).sum()))
 
 
+def skipped(key: str, part: str) -> UserError:
+    """What to raise where the model leaves out the frames that a weight is of."""
+    skip = {"m": "skip_masked", "u": "skip_nomask"}[part]
+    return UserError(f"criterion.{key} is positive, but model.{skip}=true leaves these frames out: change one of the two")
+
+
+def check_frames(key: str, part: str, config: HubertConfig) -> None:
+    """Raise `UserError` if a model has no frames of the kind that a positive weight is of; "" is every kind."""
+    if (part == "m" and config.skip_masked) or (part == "u" and config.skip_nomask):
+        raise skipped(key, part)
+    if part == "m" and config.mask_prob == 0:
+        raise UserError(f"criterion.{key} is positive, but model.mask_prob=0 masks no frame: change one of the two")
+
+
 @register_criterion("hubert_eff", dataclass=HubertCriterionConfig)
 class HubertEffCriterion(FairseqCriterion):
     """Cross entropy over the codebook, summed over masked (and, weighted, unmasked) frames, plus the feature penalty.
@@ -45,6 +60,7 @@ class HubertEffCriterion(FairseqCriterion):
     """
 
     only_in_validation: tuple[str, ...] = ()  # figures that training does not log
+    terms: ClassVar[Mapping[str, str]] = {"pred_masked_weight": "m", "pred_nomask_weight": "u"}  # key of a loss's weight -> its frames
 
     def __init__(
         self,
@@ -64,6 +80,22 @@ class HubertEffCriterion(FairseqCriterion):
         self.weights = {"m": pred_masked_weight, "u": pred_nomask_weight}
         self.penalty_weight = loss_weights[0] if loss_weights else 0.0
         self.log_keys = list(log_keys or ())
+
+    @classmethod
+    def build_criterion(cls, cfg: Any, task: Any) -> Any:
+        """From `cfg`. Bad weights, and those of frames that the task's model leaves out, are a `UserError`."""
+        with one_line_errors():
+            weights = {key: getattr(cfg, key) for key in cls.terms}
+            for key, weight in weights.items():
+                if not 0 <= weight < math.inf:
+                    raise UserError(f"criterion.{key}={weight:g}: the weight of a loss must be 0 or more")
+            if not any(weights.values()):
+                raise UserError(f"criterion: {', '.join(weights)} are all 0, so that nothing would be learned: set one of them above 0")
+            model = getattr(task, "model", None)
+            for key, weight in weights.items():
+                if weight > 0 and model is not None:
+                    check_frames(key, cls.terms[key], model.config)
+        return super().build_criterion(cfg, task)
 
     def forward(self, model: Any, sample: dict[str, Any]) -> tuple[Tensor, int, dict[str, Any]]:
         """Returns the loss (a sum over frames), the number of frames it counts, and what to log: numbers and histograms."""
@@ -100,7 +132,7 @@ class HubertEffCriterion(FairseqCriterion):
         for part, weight in self.weights.items():
             if output[f"logits_{part}"] is None:
                 if weight > 0:
-                    raise self._skipped(part)
+                    raise skipped(next(key for key, kind in HubertEffCriterion.terms.items() if kind == part), part)
                 continue
             for i, (logits, targets) in enumerate(zip(output[f"logits_{part}"], output[f"targets_{part}"])):
                 logits = logits.float()  # (S, C)
@@ -120,17 +152,11 @@ class HubertEffCriterion(FairseqCriterion):
         return loss, sample_size, log
 
     @staticmethod
-    def _skipped(part: str) -> UserError:
-        weight, key = {"m": ("pred_masked_weight", "skip_masked"), "u": ("pred_nomask_weight", "skip_nomask")}[part]
-        return UserError(f"criterion.{weight} is positive, but model.{key}=true leaves these frames out: change one of the two")
-
-    @staticmethod
     def reduce_metrics(logging_outputs: Sequence[dict[str, Any]]) -> None:
         """Log one update or validation batch. Sums go to hidden meters, so that ratios are exact over any interval."""
         total = {key: sum(log[key] for log in logging_outputs) for key in logging_outputs[0]}
         frames = max(float(total["sample_size"]), 1.0)
-        if "loss" in total:
-            metrics.log_scalar("loss", float(total["loss"]) / frames / math.log(2), frames, priority=0, round=3)
+        metrics.log_scalar("loss", float(total["loss"]) / frames / math.log(2), frames, priority=0, round=3)
         log_throughput(float(total["audio_seconds"]))
         for key, value in total.items():
             name, _, index = key.rpartition("_")

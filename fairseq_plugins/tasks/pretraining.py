@@ -46,7 +46,7 @@ class HubertEffPretrainingConfig(SafeConfig, HubertPretrainingConfig):
         default=None,
         metadata={
             "help": "checkpoint, or folder of Hugging Face, whose weights a new run starts from; codebooks too where they have as many "
-            "classes. A binarised model may start from its float or w1a2 form"
+            "classes. A binarised model may start from its form of other bits"
         },
     )
     new_codebooks: bool = field(

@@ -30,6 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--policy", default="", metavar="POLICY", help="what is binarized: default | paper | a YAML file (default: the configuration's)"
     )
+    parser.add_argument(
+        "--taught-by-float", action="store_true", default=None, help="the float model teaches all stages (default: the stage before)"
+    )
+    parser.add_argument(
+        "--one-schedule", action="store_true", default=None, help="one learning-rate schedule over all stages (default: one for each)"
+    )
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other keys of the configurations, for all stages")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the commands, and stop")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON, not as a table")
@@ -37,7 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the stages that have not ended; print what they reached."""
-    recipe = Binarization(args.data, args.labels, args.out, args.config, args.teacher, args.updates, args.policy, args.set)
+    recipe = Binarization(
+        args.data, args.labels, args.out, args.config, args.teacher, args.updates, args.policy, args.set, args.taught_by_float,
+        args.one_schedule,
+    )  # fmt: skip
     if args.dry_run:
         steps = recipe.plan()
         print(json.dumps({"steps": steps}, indent=2) if args.json else plan_text(steps))

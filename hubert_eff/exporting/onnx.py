@@ -60,7 +60,7 @@ def require_onnx() -> tuple[Any, Any]:
 
 
 def require_onnx_form(model: HubertModel) -> None:
-    """Raises `UserError` for a packed or w1a2 model, and for a w1a1 one whose scales never saw data."""
+    """Raises `UserError` for a packed model, one with activations of more than one bit, and for a w1a1 one whose scales never saw data."""
     from ..quant.modules import unstarted
     from ..quant.storage import is_packed
 
@@ -81,8 +81,8 @@ def export_onnx(model: HubertModel, path: str | os.PathLike[str]) -> dict[str, A
     torch's output with softmax over four shapes, one frame, two, and a batch among them, and the share of elements that differ by more
     than `AGREES`: none in a float model, and in a one-bit one none but, in a long input, those behind a bit that was set the other way at
     a tie.
-    Raises `UserError` for a packed or w1a2 model, one whose scales never saw data, another suffix, and a graph that does not compute the
-    same.
+    Raises `UserError` for a packed model, activations of more than one bit, scales that never saw data, another suffix, and a graph that
+    does not compute the same.
     """
     onnx, runtime = require_onnx()
     if Path(path).suffix != ".onnx":

@@ -93,7 +93,7 @@ class HubertModel(nn.Module):
         if strict and quantisers and self.config.quant == "none":
             raise UserError(
                 f"these are the weights of a binarised model ({len(quantisers)} quantisers, the first in {quantisers[0][:-12]}), but "
-                "this model is float: build it with quant=w1a1 or w1a2, as a preset PRESET+w1a1 does"
+                "this model is float: build it with its quant (w1a1, w1a2 ...), as a preset PRESET+w1a1 does"
             )
         if strict and not quantisers and self.config.quant != "none":
             raise UserError(

@@ -25,7 +25,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def shipped(model: HubertModel) -> HubertModel:
-    """A w1a1 model packed, as its export runs; another as it is. Activations of two bits have no packed form."""
+    """A w1a1 model packed, as its export runs; another as it is. Activations of more bits have no packed form."""
     if model.config.quant != "w1a1" or is_packed(model):
         return model
     with warnings.catch_warnings():

@@ -113,6 +113,7 @@ class Probabilities(nn.Module):
         # whose attention is still even: no bit would be set, the mix would be zero, and no gradient would reach the attention
         initial = 2.0 if bits == 1 else float(initial_scale(1.0, False, 2**bits - 1))
         self.quantizer = Quantizer(bits, signed=False, initial=initial)
+        self.dropped = "codes"  # by dropout; or probabilities (`Policy.attention_dropout`)
 
     def forward(self, terms: Sequence[Term], seen: Tensor | None, visible: Tensor | int, scale: Tensor, dropout: float) -> Tensor:
         """Codes of softmax(scores), scores (..., keys); seen: bool, broadcast to scores; visible: number of keys seen, (..., 1).
@@ -146,7 +147,9 @@ class Probabilities(nn.Module):
             scores = scores + scaled(term.sums, term.scale, self.quantizer.dtype)
         if seen is not None:
             scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min / 2)  # finite: a query may see nothing
-        probs = F.dropout(torch.softmax(scores, -1), dropout, dropout > 0.0)
+        probs = torch.softmax(scores, -1)
+        if dropout > 0.0 and self.dropped == "probabilities":
+            probs = F.dropout(probs, dropout)
         x = (wide(probs) * visible).to(probs.dtype)
         offset = None
         if self.quantizer.bits > 1:
@@ -157,7 +160,7 @@ class Probabilities(nn.Module):
             codes = codes.masked_fill(~seen, 0.0)  # a code of 0 stands for the minimum
         if self.quantizer.watch is not None:
             self.quantizer.watch(x, codes, scale, offset, seen)
-        return codes
+        return F.dropout(codes, dropout) if dropout > 0.0 and self.dropped == "codes" else codes
 
 
 class BinaryAttention(nn.Module):

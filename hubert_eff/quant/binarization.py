@@ -19,7 +19,7 @@ def binarize(
 ) -> HubertModel:
     """A binarised copy of a HuBERT with any encoder; the source is not changed.
 
-    spec: w1a1 (one-bit weights and activations), w1a2 (activations of two bits), or a policy, which stands for w1a1 by that policy.
+    spec: w1a1 (one-bit weights and activations), w1a2, w1a4, w1a8 (activations of 2, 4, 8 bits), or a policy, which stands for w1a1 by it.
     policy: default, paper, a YAML file or a mapping (quant/policy.py). The copy has the source's weights as float `weight`s, of which
     signs are taken as it runs; scales of activations start from the first batch in train mode. A w1a2 model becomes w1a1 with the scales
     it has learned; its policy is kept.

@@ -11,7 +11,7 @@ from ..errors import UserError
 from ..layers.activation import relu
 from ..layers.convolution import DepthwiseConv
 from ..layers.kinds import BINARY_KINDS, DEPTHWISE, POINTWISE, Declared, Kind
-from .attention import FORMS
+from .attention import FORMS, Probabilities
 from .modules import BinaryConv1d, BinaryLinear, FrameMask, Quantizer
 from .policy import BINARY, Policy
 
@@ -87,6 +87,8 @@ def convert(model: nn.Module, bits: int, policy: Policy, streaming: bool = False
         for module in block.modules():
             if isinstance(module, Quantizer):
                 module.frames, module.from_zero = frames, streaming
+            elif isinstance(module, Probabilities):
+                module.dropped = policy.attention_dropout
         block.register_forward_pre_hook(frames.enter)
         block.register_forward_hook(frames.leave)
 

@@ -35,44 +35,30 @@ def codebook_divergence(student: Sequence[Tensor], teacher: Sequence[Tensor]) ->
 
 
 def hidden_distances(student: Sequence[Tensor], teacher: Sequence[Tensor], valid: Tensor | None, normalize: bool = False) -> Tensor:
-    """Mean squared difference of each pair of hidden states (B, T, D) over valid frames (B, T), None = all: (L + 1,).
+    """Mean squared difference of each pair of hidden states (B, T, D) over an utterance's valid frames (B, T), None = all: (B, L + 1).
 
-    normalize: divided by the variance of the teacher's state over the same frames, so that each layer counts by how well it is matched and
-    not by its size. Without any valid frame all are 0.
+    normalize: divided by the variance of the teacher's state over the same frames and channels, so that each layer counts by how well it is
+    matched and not by its size. An utterance without a valid frame gives 0. What another utterance is, or how long, changes nothing.
     """
     distances = []
     for ours, theirs in zip(student, teacher, strict=True):
-        if valid is not None:
-            ours, theirs = ours[valid], theirs[valid]
-        if ours.numel() == 0:
-            distances.append(ours.float().sum())
-            continue
-        distance = F.mse_loss(ours.float(), theirs.float())
+        theirs = theirs.float()
+        square = (ours.float() - theirs).square()
+        distance = _mean(square, valid)
         if normalize:
-            distance = distance / theirs.float().var(unbiased=False).clamp(min=1e-6)
+            mean = _mean(theirs, valid)
+            variance = _mean((theirs - mean.view(-1, 1, 1)).square(), valid)
+            distance = distance / variance.clamp(min=1e-6)
         distances.append(distance)
-    return torch.stack(distances)
+    return torch.stack(distances, 1)
 
 
-def hidden_sums(student: Sequence[Tensor], teacher: Sequence[Tensor], valid: Tensor | None) -> tuple[Tensor, int]:
-    """What `hidden_distances` over any number of batches is made of, and over how many elements each of the sums goes.
-
-    Per pair of hidden states the squared differences, the teacher's values and their squares, summed: (3, L + 1), double.
-    """
-    sums, count = [], 0
-    for ours, theirs in zip(student, teacher, strict=True):
-        if valid is not None:
-            ours, theirs = ours[valid], theirs[valid]
-        ours, theirs, count = ours.double(), theirs.double(), theirs.numel()
-        sums.append(torch.stack(((ours - theirs).square().sum(), theirs.sum(), theirs.square().sum())))
-    return torch.stack(sums, 1), count
-
-
-def distances_of(sums: Tensor, count: float, normalize: bool) -> Tensor:
-    """The distances (L + 1,) that `hidden_sums` of one or more batches, added up, come to."""
-    squares, values, energy = sums / max(count, 1.0)
-    distances: Tensor = squares / (energy - values.square()).clamp(min=1e-6) if normalize else squares
-    return distances
+def _mean(x: Tensor, valid: Tensor | None) -> Tensor:
+    """Mean of x (B, T, D) over valid frames (B, T) and channels: (B,)."""
+    if valid is None:
+        return x.mean((1, 2))
+    elements = valid.sum(1).clamp(min=1) * x.size(2)
+    return x.masked_fill(~valid.unsqueeze(-1), 0.0).sum((1, 2)) / elements
 
 
 def check_teacher(teacher: HubertModel, student: HubertModel) -> None:
@@ -112,8 +98,9 @@ def start_from(student: HubertModel, source: HubertModel, new_codebooks: bool = 
     """Give the student the weights of another model, in place; returns what was taken over, as a sentence.
 
     Codebooks, and what projects to them, are taken over where the source has as many classes in each, and not with `new_codebooks`; else
-    the student keeps its own. From a float model a binarised one takes all weights, and finds its scales on the first batch; from a w1a2
-    model a w1a1 one takes the scales as well. Raises `UserError` if the two are not the same model but for `quant` and codebooks.
+    the student keeps its own. From a float model, or one with activations of other bits, a binarised one takes all weights, and finds its
+    scales on the first batch; from one of the same bits it takes the scales as well, and so does a w1a1 model from a w1a2 one. Raises
+    `UserError` if the two are not the same model but for `quant` and codebooks.
     """
     ours, theirs = encoder_of(student.config).name, encoder_of(source.config).name
     if ours != theirs:
@@ -131,13 +118,18 @@ def start_from(student: HubertModel, source: HubertModel, new_codebooks: bool = 
     own = {name: tensor.shape for name, tensor in student.state_dict().items() if not name.startswith(passed)}
     quantisers = [name.removesuffix("initialized") for name in own if name.endswith(".initialized")]
     state = {name: tensor for name, tensor in source.state_dict().items() if not name.startswith(passed)}
+    started_anew: set[str] = set()
+    was, becomes = source.config.quant, student.config.quant
+    if binarised and was != becomes and (was, becomes) != ("w1a2", "w1a1"):
+        started_anew = {f"{prefix}{part}" for prefix in quantisers for part in ("scale", "initialized")}
+        state = {name: tensor for name, tensor in state.items() if name not in started_anew}
     for name, tensor in state.items():
         if name not in own:
             raise UserError(f"the student has no '{name}', which its source has: the two must agree in the model's keys and quant_policy")
         if own[name] != tensor.shape:
             raise UserError(f"'{name}' is {tuple(tensor.shape)} in the source, {tuple(own[name])} in the student: the sizes must agree")
     for name in own:
-        if name not in state and (binarised or not name.startswith(tuple(quantisers))):
+        if name not in state and name not in started_anew and (binarised or not name.startswith(tuple(quantisers))):
             raise UserError(f"the source has no '{name}', which the student has: the two must agree in the model's keys and quant_policy")
     student.load_state_dict({**student.state_dict(), **state})
     parameters = sum(tensor.numel() for tensor in state.values())

@@ -1,4 +1,4 @@
-"""Quantisers at one and two bits (Liu et al. 2022, "BiT", section 2), in the form that a bit-packed runtime can follow exactly.
+"""Quantisers at one and more bits (Liu et al. 2022, "BiT", section 2), in the form that a bit-packed runtime can follow exactly.
 
 A quantised tensor is a * codes with one learned scale a. A quantiser returns the codes, so that products sum integers first, and one
 multiplication by all scales follows: the same order of arithmetic with +-1 in floats and with packed bits. Gradients are those of
@@ -6,7 +6,8 @@ y = a * codes, g = dL/dy, once the caller's product has multiplied by a:
 
     signed    q = x / a
               1 bit   q > 0 ? 1 : -1            dL/dx = g 1[|q| <= 1]          dL/da = sum g sign(x) / n^0.5
-              2 bits  clamp(round(q), -2, 1)    dL/dx = g 1[-2 <= q <= 1]      dL/da = sum g {-2 below, 1 above, round(q) - q} / n^0.5
+              more    clamp(round(q), -P, Q)    dL/dx = g 1[-P <= q <= Q]      dL/da = sum g {-P below, Q above, round(q) - q} / (n Q)^0.5
+                      P = 2^(bits - 1), Q = P - 1
     unsigned  q = (x - z) / a, Q = 2^bits - 1; at 1 bit z = 0, and the bit is x > a / 2
                       clamp(round(q), 0, Q) + z / a
                                                 dL/dx = g 1[0 <= q <= Q]       dL/da = sum g {0 below, Q above, round(q) - q} / (n Q)^0.5
@@ -28,6 +29,11 @@ from ..layers.tracing import is_tracing
 FLOOR = 1e-5  # the least scale
 
 
+def signed_range(bits: int) -> tuple[int, int]:
+    """The least and the greatest signed code; of one bit, which has no code 0, they bound where gradient passes."""
+    return (-1, 1) if bits == 1 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+
 class _Signed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, bits: int) -> Tensor:
@@ -35,7 +41,7 @@ class _Signed(torch.autograd.Function):
         ctx.bits = bits
         if bits == 1:
             return (x > 0).to(x.dtype).mul_(2).sub_(1)
-        return (x / scale).round_().clamp_(-2, 1).to(x.dtype)
+        return (x / scale).round_().clamp_(*signed_range(bits)).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
@@ -44,7 +50,8 @@ class _Signed(torch.autograd.Function):
         if ctx.bits == 1:  # the product's gradient of a is all there is
             return grad.masked_fill(x.abs() > scale, 0.0).to(x.dtype), None, None
         q = x / scale
-        grad = grad.masked_fill((q < -2) | (q > 1), 0.0)
+        low, high = signed_range(ctx.bits)
+        grad = grad.masked_fill((q < low) | (q > high), 0.0)
         return grad.to(x.dtype), -(grad * q).sum().view_as(scale), None
 
 
@@ -71,14 +78,14 @@ class _Unsigned(torch.autograd.Function):
 
 
 def signed_codes(x: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """Codes of x in {-1, 1}, or {-2, -1, 0, 1} at 2 bits; scale (1,)."""
+    """Codes of x in {-1, 1}, or of more bits in `signed_range`; scale (1,)."""
     if bits == 1 and is_tracing():  # operations alone: a trace takes what a Function changes in place for unchanged
         return (x > 0).to(x.dtype) * 2 - 1
     return _Signed.apply(x, scale, bits)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def unsigned_codes(x: Tensor, scale: Tensor, bits: int, offset: Tensor | None = None) -> Tensor:
-    """Codes of x in {0, 1}, or {0, 1, 2, 3} + offset / scale at 2 bits; scale (1,), offset: the minimum z, broadcast to x."""
+    """Codes of x in {0, 1}, or of more bits in {0 ... 2^bits - 1} + offset / scale; scale (1,), offset: the minimum z, broadcast to x."""
     if bits == 1 and is_tracing():
         return (x > scale / 2).to(x.dtype)
     return _Unsigned.apply(x, scale, bits, None if offset is None else offset.detach())  # type: ignore[no-any-return,no-untyped-call]
@@ -131,7 +138,8 @@ def scaled(sums: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def initial_scale(mean: Tensor | float, signed: bool, levels: int) -> Tensor | float:
     """The scale to start from, by the mean of |x|."""
-    return 2 * mean if signed else 4 * mean / levels**0.5
+    root: float = levels**0.5
+    return (2 if signed else 4) * mean / root
 
 
 class _Signs(torch.autograd.Function):

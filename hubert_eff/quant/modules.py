@@ -19,11 +19,11 @@ from ..errors import UserError
 from ..layers.chunks import Chunks
 from ..layers.convolution import convolve, reach
 from ..layers.linear import linear
-from .functional import FLOOR, effective_scale, initial_scale, scaled, signed_codes, unsigned_codes, weight_signs
+from .functional import FLOOR, effective_scale, initial_scale, scaled, signed_codes, signed_range, unsigned_codes, weight_signs
 
 
 class Codes(NamedTuple):
-    """A quantised tensor scale * values, values being integers (at 2 unsigned bits, integers and a common offset)."""
+    """A quantised tensor scale * values, values being integers (unsigned of more than one bit: integers and a common offset)."""
 
     values: Tensor
     scale: Tensor  # (1,), float32 at least
@@ -71,7 +71,7 @@ class Quantizer(nn.Module):
     def __init__(self, bits: int, signed: bool, move: tuple[int, ...] | None = None, initial: float | None = None) -> None:
         super().__init__()
         self.bits, self.signed = bits, signed
-        self.levels = 1 if signed else 2**bits - 1
+        self.levels = signed_range(bits)[1] if signed else 2**bits - 1
         self.scale = nn.Parameter(torch.ones(1) if initial is None else torch.full((1,), float(initial)))
         self.move = None if move is None else nn.Parameter(torch.zeros(move))
         self.initialized: Tensor

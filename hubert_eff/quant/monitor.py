@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..models.hubert import HubertModel
 from .attention import Probabilities
-from .functional import FLOOR, weight_signs
+from .functional import FLOOR, signed_range, weight_signs
 from .modules import BinaryConv1d, BinaryLinear, Quantizer
 
 BinaryLayer = BinaryLinear | BinaryConv1d
@@ -90,7 +90,7 @@ class Monitor:
         quantizer = self.quantizers[name]
         q = (x if offset is None else x - offset) / scale
         if quantizer.signed:
-            low, high = (-1, 1) if quantizer.bits == 1 else (-2, 1)
+            low, high = signed_range(quantizer.bits)
         else:
             low, high = 0, 2**quantizer.bits - 1
         outside = (q < low) | (q > high)

@@ -44,7 +44,7 @@ def pack(model: M, fused: bool = True, rest: torch.dtype = torch.float32) -> M:
     the outputs; scales and biases of binary layers are float32 at either. In float32 outputs are equal to the last bit. fused: a
     packed layer whose output only a quantiser reads (a ReLU and the next feed-forward layer, or the attention's products) returns that
     one's bits, and changes none of them. The source is not changed; the copy cannot be trained.
-    Warns of scales that never saw data. Raises `UserError` for a model that has no binary layer, activations of two bits, or another dtype.
+    Warns of scales that never saw data. Raises `UserError` for a model without binary layers, activations of more bits, or another dtype.
     """
     if said := unstarted(model):
         warnings.warn(said, stacklevel=2)

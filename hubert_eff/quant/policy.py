@@ -7,6 +7,8 @@ As YAML, or the mapping that it reads as:
     weight_scale: channel          # channel: one weight size per output channel; tensor: one per layer
     moves: all                     # learnable biases before quantisers: all | attention (queries, keys and values of blocks without
                                    # convolution) | none
+    attention_dropout: codes       # what dropout of attention zeroes: codes | probabilities (before the threshold, as BiT: what is left
+                                   # of them is larger, and in training more of them become bits than in evaluation)
     modules:                       # single modules, or patterns of them; the last one that fits decides
       encoder.layers.0.*: float
 """
@@ -27,8 +29,8 @@ from ..errors import UserError, short, unknown
 from ..layers.kinds import BINARY_KINDS, DEPTHWISE, FEED_FORWARD, FLOAT_KINDS, POINTWISE, PRODUCT, PROJECTION
 
 BINARY, FLOAT = "binary", "float"
-SPECS = {"w1a1": 1, "w1a2": 2}  # name -> bits of activations
-CHOICES = {"weight_scale": ("channel", "tensor"), "moves": ("all", "attention", "none")}
+SPECS = {"w1a1": 1, "w1a2": 2, "w1a4": 4, "w1a8": 8}  # name -> bits of activations
+CHOICES = {"weight_scale": ("channel", "tensor"), "moves": ("all", "attention", "none"), "attention_dropout": ("codes", "probabilities")}
 MOST_MODULES = 500
 MOST = "holds most of the weights and products"
 
@@ -41,6 +43,7 @@ class Policy:
     rules: Mapping[str, tuple[str, str]]
     weight_scale: str
     moves: str
+    attention_dropout: str = "codes"
     modules: Sequence[tuple[str, str]] = ()
     source: Mapping[str, Any] = field(default_factory=dict)
 

@@ -1,6 +1,6 @@
 """Training at one bit in stages (Liu et al. 2022, "BiT", multi-distillation): W32A32 -> W1A2 -> W1A1.
 
-Each stage is one `fairseq-hydra-train` run that starts from the stage before, which is also its teacher.
+Each stage is one `fairseq-hydra-train` run that starts from the stage before, which is also its teacher unless the float model is.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from ..quant.policy import POLICIES, read_policy
 from ..utils.configurations import list_configurations, load_config
 from ..utils.files import write_text
 from .base import Recipe, Step, best_validation, check_keys, path_overrides, training
+from .schedule import shared_schedule
 
 STAGES = ("float", "w1a2", "w1a1")
 POLICY = "policy.yaml"  # in the recipe's folder: what a policy file said
@@ -58,9 +59,10 @@ def keep_policy(policy: str, out: Path) -> None:
 class Binarization(Recipe):
     """What to train on what: folders of `hubert-eff manifest` and `hubert-eff labels`. `teacher`: a checkpoint in place of the first stage,
     or of the first two; `updates`: of each stage (default: the configurations'); `policy`: what is binarized (default: what the
-    configuration says)."""
+    configuration says); `taught_by_float`: the float model teaches all stages; `one_schedule`: the learning rates of all stages follow one
+    schedule, else each has its own."""
 
-    SETTINGS = ("data", "labels", "config", "teacher", "updates", "policy", "overrides")
+    SETTINGS = ("data", "labels", "config", "teacher", "updates", "policy", "overrides", "taught_by_float", "one_schedule")
 
     data: Path
     labels: Path
@@ -70,6 +72,8 @@ class Binarization(Recipe):
     updates: list[int] = field(default_factory=list)
     policy: str = ""
     overrides: list[str] = field(default_factory=list)
+    taught_by_float: bool | None = None
+    one_schedule: bool | None = None
 
     def __post_init__(self) -> None:
         self.data, self.labels, self.out = self.data.resolve(), self.labels.resolve(), self.out.resolve()
@@ -92,15 +96,16 @@ class Binarization(Recipe):
         return STAGES[2:] if quant == "w1a2" else STAGES[1:]
 
     def steps(self) -> list[Step]:
-        """One for each stage, titled by its name; each learns from what the one before leaves behind."""
+        """One for each stage, titled by its name; each starts from what the one before leaves behind."""
         found: list[Step] = []
         for number, stage in enumerate(self.stages):
-            teacher = found[-1].result if found else self.teacher
-            found.append(self.step(stage, teacher, self.updates[number] if self.updates else None))
+            start = found[-1].result if found else self.teacher
+            teacher = (self.teacher or found[0].result) if found and self.taught_by_float else start
+            found.append(self.step(number, stage, start, teacher))
         return found
 
-    def step(self, stage: str, teacher: Path | None, updates: int | None) -> Step:
-        """The training of a stage, from the checkpoint of its teacher unless it is the float one."""
+    def step(self, number: int, stage: str, start: Path | None, teacher: Path | None) -> Step:
+        """The training of a stage, from the checkpoint `start` unless it is the float one."""
         target = self.out / stage
         paths: dict[str, str | Path] = {
             "task.data": self.data, "task.label_dir": self.labels, "checkpoint.save_dir": target, "common.log_file": target / "train.log"
@@ -108,10 +113,24 @@ class Binarization(Recipe):
         keys = ["common.log_format=simple"]
         if teacher is not None:
             keys += stage_keys(stage, teacher, self.policy, self.out)
-        if updates is not None:
-            keys.append(f"optimization.max_update={updates}")
-        kind, name = ("pretrain", self.config) if stage == "float" else ("quantize", f"{self.config}_distill")
-        return Step(stage, training(kind, name, paths, *keys, *self.overrides), target / "checkpoint_best.pt")
+        if start is not None and start != teacher:
+            keys += path_overrides({"task.init_from": start})
+        if self.updates:
+            keys.append(f"optimization.max_update={self.updates[number]}")
+        keys += self.overrides
+        if self.one_schedule:
+            updates = self.updates or [int(self.written(stage)["optimization"]["max_update"]) for stage in self.stages]
+            keys += shared_schedule(self.written(stage), sum(updates[:number]), sum(updates))
+        kind, _, name = self.config_of(stage).partition("/")
+        return Step(stage, training(kind, name, paths, *keys), target / "checkpoint_best.pt")
+
+    def config_of(self, stage: str) -> str:
+        """KIND/NAME of a stage's configuration."""
+        return f"pretrain/{self.config}" if stage == "float" else distillation(self.config)
+
+    def written(self, stage: str) -> dict[str, Any]:
+        """The configuration of a stage."""
+        return load_config(self.config_of(stage), self.overrides)
 
     def check(self) -> None:
         """Raise `UserError` for what would only fail in a later stage, or after the data was read. Changes nothing."""
@@ -124,6 +143,8 @@ class Binarization(Recipe):
             raise UserError(
                 f"--updates {' '.join(map(str, self.updates))}: give one positive number for each of the stages {', '.join(self.stages)}"
             )
+        if self.taught_by_float and self.source is not None and self.source.config.quant != "none":
+            raise UserError(f"--taught-by-float: --teacher {self.teacher} is {self.source.config.quant}, not float")
         check_keys(self.overrides, SET_HERE, "optimization.lr=[0.001]")
         super().check()
         # builds the model: the policy may name modules that are not there
@@ -137,7 +158,7 @@ class Binarization(Recipe):
 
     def student_config(self) -> HubertConfig:
         """The model of the last stage."""
-        written = load_config(distillation(self.config), self.overrides)
+        written = self.written(STAGES[-1])
         written["model"].update(quant=STAGES[-1], quant_policy=self.policy)
         return written_config(written)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 import json
 import os
 import re
@@ -24,21 +22,18 @@ from hubert_eff.reports.table1 import PAPER_TABLE
 pytest.importorskip("fairseq", reason="fairseq is not installed: pip install 'hubert-eff[fairseq]'")
 
 from fairseq import optim  # noqa: E402
-from fairseq.dataclass.initialize import hydra_init  # noqa: E402
 from fairseq.logging import metrics  # noqa: E402
 from fairseq.optim.lr_scheduler import build_lr_scheduler  # noqa: E402
 from fairseq.tasks import setup_task  # noqa: E402
-from hydra import compose, initialize_config_dir  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
 
 import fairseq_plugins  # noqa: E402, F401
 
-from ..helpers.checkpoints import checkpoint  # noqa: E402
+from ..helpers.distillation import CONFIGS, composed, parts, teacher  # noqa: E402
 from ..helpers.paths import ROOT  # noqa: E402
-from ..helpers.pretraining import CLASSES, completed, make_data, update_made, weights  # noqa: E402  # noqa: E402
+from ..helpers.pretraining import make_data, update_made, weights  # noqa: E402
 from ..helpers.processes import Training  # noqa: E402
 
-CONFIGS = ROOT / "configs"
 NAMES = sorted(path.stem.removesuffix("_w1a1") for path in (CONFIGS / "quantize").glob("*_w1a1.yaml"))
 PAPER_ROWS = {row.preset.partition("+")[0].replace("-", "_") for row in PAPER_TABLE if "+" in row.preset}
 
@@ -47,37 +42,6 @@ PAPER_ROWS = {row.preset.partition("+")[0].replace("-", "_") for row in PAPER_TA
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lengths = [0.8 + 0.1 * (i % 5) for i in range(12)]
     return make_data(tmp_path_factory.mktemp("distill") / "data", {"train": lengths, "valid": [1.0, 0.9]})
-
-
-@functools.cache
-def by_hydra(group: str, name: str) -> Any:
-    hydra_init(name)
-    with initialize_config_dir(str(CONFIGS / group), version_base="1.1"):
-        given = ["criterion.teacher=T"] if name.endswith("_distill") else []
-        return compose(name, ["common.user_dir=DIR", "task.data=DIR", "task.label_dir=DIR", *given])
-
-
-def composed(group: str, name: str, *overrides: str) -> Any:
-    """A configuration with some keys changed, as fairseq completes it."""
-    cfg = copy.deepcopy(by_hydra(group, name))
-    OmegaConf.set_struct(cfg, False)
-    return completed(OmegaConf.merge(cfg, OmegaConf.from_dotlist(list(overrides))))
-
-
-def teacher(data: Path, **keys: Any) -> Path:
-    given = {"label_rate": 100.0, "normalize": True, **keys}
-    name = "-".join(map(str, given.values()))
-    return checkpoint(hubert_eff.build("conformer-debug", (CLASSES + 4,), **given), data / f"{name}.pt")
-
-
-def parts(data: Path, *overrides: str, name: str = "debug_distill") -> tuple[Any, Any, Any, dict[str, Any]]:
-    """Configuration, model, criterion and a batch."""
-    cfg = composed("quantize", name, f"task.data={data}", f"task.label_dir={data}", *overrides)
-    task = setup_task(cfg.task)
-    model, criterion = task.build_model(cfg.model), task.build_criterion(cfg.criterion)
-    task.load_dataset("valid")
-    dataset = task.dataset("valid")
-    return cfg, model, criterion, dataset.collater([dataset[0], dataset[1]])
 
 
 # -- configurations ------------------------------------------------------------------------------------------------------
@@ -106,7 +70,9 @@ def test_a_configuration_differs_from_its_float_model_only_as_stated(name: str, 
     for group in groups.values():
         assert group.lr_scheduler.items() <= theirs.lr_scheduler.items()
     if kind == "distill":
-        ours.model.encoder_layerdrop = theirs.model.encoder_layerdrop  # all states are compared
+        assert ours.model.dropout == ours.model.attention_dropout == ours.model.dropout_input == ours.model.encoder_layerdrop == 0.0
+        for key in ("encoder_layerdrop", "dropout", "attention_dropout", "activation_dropout", "dropout_input"):
+            ours.model[key] = theirs.model[key]
         assert ours.criterion._name == "hubert_distill"
     else:
         assert ours.criterion == theirs.criterion
@@ -166,28 +132,31 @@ def test_a_look_at_the_model_is_logged_with_a_warning_of_collapsed_scales(data: 
 # -- criterion -----------------------------------------------------------------------------------------------------------
 
 
-def test_distillation_is_kl_at_masked_frames_as_a_mean_plus_hidden_differences(data: Path) -> None:
+def test_distillation_is_of_the_models_at_the_students_masks(data: Path) -> None:
     source = teacher(data)
+    old = ("criterion.pred_masked_weight=0", "criterion.pred_nomask_weight=0", "criterion.codebook_nomask_weight=0")
     weighted = ("criterion.codebook_weight=0.5", "criterion.hidden_weight=2.0")
-    _, model, criterion, sample = parts(data, f"criterion.teacher={source}", *weighted)
+    _, model, criterion, sample = parts(data, f"criterion.teacher={source}", *old, *weighted)
     loss, frames, log = criterion(model.eval(), sample)
     inputs = sample["net_input"]
     with torch.no_grad():
         ours = model(target_list=sample["target_list"], return_states=True, **inputs)
         reference = hubert_eff.load(source)
         theirs = reference(inputs["source"], sample["target_list"], inputs["padding_mask"], masks=ours["masks"], return_states=True)
-    masked = int((ours["mask_indices"] & ~ours["padding_mask"]).sum())
+    valid = ~ours["padding_mask"]
+    masked = (ours["mask_indices"] & valid).sum(1)  # (B,)
     kl = codebook_divergence(ours["logits_m"], theirs["logits_m"])
-    mse = hidden_distances(ours["states"], theirs["states"], ~ours["padding_mask"]).sum()
-    assert frames == masked and torch.allclose(loss / frames, 0.5 * kl / masked + 2.0 * mse, rtol=1e-5)
-    assert log["loss_kl"] == pytest.approx(float(kl), rel=1e-5) and log["count_t_0"] == masked
+    mse = hidden_distances(ours["states"], theirs["states"], valid).mean(1)
+    assert frames == masked.sum() and torch.allclose(loss, 0.5 * kl + 2.0 * (mse * masked).sum(), rtol=1e-5)
+    assert log["loss_kl"] == pytest.approx(float(kl), rel=1e-5) and log["count_t_0"] == masked.sum()
     loss.backward()
     assert model.encoder.layers[0].ffn1.w_1.weight.grad.abs().sum() > 0
     assert not list(criterion.parameters()) and not criterion.state_dict()
 
 
 def test_a_float_student_that_is_its_teacher_has_nothing_to_learn(data: Path) -> None:
-    _, model, criterion, sample = parts(data, f"criterion.teacher={teacher(data)}", "model.quant=none")
+    no_labels = ("criterion.pred_masked_weight=0", "criterion.pred_nomask_weight=0")
+    _, model, criterion, sample = parts(data, f"criterion.teacher={teacher(data)}", "model.quant=none", *no_labels)
     loss, _, log = criterion(model.eval(), sample)
     assert float(loss) == pytest.approx(0.0, abs=1e-4) and log["correct_t_0"] == log["count_t_0"]
 
@@ -208,7 +177,7 @@ def test_a_teacher_that_streams_is_heard_in_the_chunks_of_its_student(data: Path
         ({"encoder_layers": 3}, "", "task.init_from=.*: the student has no 'encoder.layers.2"),
         ({"label_rate": 50.0}, "task.init_from=null", "label rate .* 50.0, the student's 100.0"),
         ({"final_dim": 32}, "", "task.init_from=.*the sizes must agree"),
-        ({}, "model.skip_masked=true", "compares masked frames"),
+        ({}, "model.skip_masked=true", "criterion.pred_masked_weight is positive, but model.skip_masked"),
     ],
 )
 def test_bad_teachers_are_refused_before_training(data: Path, keys: dict[str, Any], override: str, message: str) -> None:
@@ -239,7 +208,11 @@ def test_a_student_starts_from_stock_hubert_and_learns_from_it(data: Path, tmp_p
     config = {"model": OmegaConf.to_container(cfg, resolve=True, enum_to_str=True), "task": {"normalize": True}}
     stock = tmp_path / "stock.pt"
     torch.save({"args": None, "cfg": config, "model": model.state_dict(), "task_state": {"dictionaries": [dictionary]}}, stock)
-    given = (f"criterion.teacher={stock}", "model.valid_frames=fairseq")
+    given = (
+        f"criterion.teacher={stock}",
+        "model.valid_frames=fairseq",
+        *(f"criterion.pred_{part}_weight=0" for part in ("masked", "nomask")),
+    )
     losses = []
     for start in (stock, "null"):
         _, student, criterion, sample = parts(data, *given, f"task.init_from={start}", "model.quant=w1a2", name="transformer_debug_distill")

@@ -13,7 +13,6 @@ from torch import nn
 import hubert_eff
 from hubert_eff.models.hubert import HubertModel
 from hubert_eff.models.output import HubertOutput
-from hubert_eff.quant.distill import distances_of, hidden_distances, hidden_sums
 
 pytest.importorskip("fairseq", reason="fairseq is not installed: pip install 'hubert-eff[fairseq]'")
 
@@ -28,17 +27,7 @@ from ..helpers.paths import ROOT  # noqa: E402
 from ..helpers.pretraining import CLASSES, completed, make_data  # noqa: E402
 
 LENGTHS = [0.6, 0.75, 1.9, 1.2, 2.6, 0.64]
-WEIGHTS = {"codebook_weight": 0.5, "hidden_weight": 2.0}
-
-
-def test_sums_of_batches_come_to_the_distances_of_all_frames() -> None:
-    ours, theirs, valid = torch.randn(3, 6, 4), 2 + 3 * torch.randn(3, 6, 4), torch.rand(3, 6) < 0.7
-    for normalize in (False, True):
-        expected = hidden_distances([ours, theirs], [theirs, ours], valid, normalize)
-        parts = [hidden_sums([ours[rows], theirs[rows]], [theirs[rows], ours[rows]], valid[rows]) for rows in ([0], [1, 2])]
-        found = distances_of(sum(sums for sums, _ in parts), sum(count for _, count in parts), normalize)  # type: ignore[arg-type]
-        torch.testing.assert_close(found.float(), expected)
-    assert not distances_of(*hidden_sums([ours], [theirs], torch.zeros_like(valid)), True).any()
+MASKED = {"pred_masked_weight": 0.0, "pred_nomask_weight": 0.0, "codebook_weight": 0.5, "codebook_nomask_weight": 0.0, "hidden_weight": 2.0}
 
 
 class Uneven(nn.Module):
@@ -64,7 +53,7 @@ def test_the_loss_is_that_of_any_batch(normalize: bool, tmp_path: Path) -> None:
         given = ["common.user_dir=DIR", f"task.data={data}", f"task.label_dir={data}", f"criterion.teacher={teacher}"]
         cfg = copy.deepcopy(compose("debug_distill", given))
     OmegaConf.set_struct(cfg, False)
-    cfg = completed(OmegaConf.merge(cfg, {"task": {"init_from": None}, "criterion": {"hidden_normalize": normalize, **WEIGHTS}}))
+    cfg = completed(OmegaConf.merge(cfg, {"task": {"init_from": None}, "criterion": {"hidden_normalize": normalize, **MASKED}}))
     task = setup_task(cfg.task)
     torch.manual_seed(1)
     model, criterion = task.build_model(cfg.model), task.build_criterion(cfg.criterion)

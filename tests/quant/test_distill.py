@@ -56,17 +56,17 @@ def test_codebook_divergence_is_kl_summed_over_frames_and_its_gradient_that_of_s
     assert codebook_divergence([theirs], [theirs]).item() == 0.0
 
 
-def test_hidden_distances_leave_padding_out_and_can_be_divided_by_the_teachers_variance() -> None:
+def test_hidden_distances_are_of_each_utterance_without_padding_and_can_be_divided_by_the_teachers_variance() -> None:
     ours, theirs, valid = torch.randn(2, 6, 4), torch.randn(2, 6, 4), torch.ones(2, 6, dtype=torch.bool)
     valid[1, 4:] = False
-    kept = torch.cat((theirs[0], theirs[1, :4]))
-    expected = (torch.cat((ours[0], ours[1, :4])) - kept).square().mean()
+    expected = torch.stack([(ours[0] - theirs[0]).square().mean(), (ours[1, :4] - theirs[1, :4]).square().mean()])
+    variance = torch.stack([theirs[0].var(unbiased=False), theirs[1, :4].var(unbiased=False)])
     ours[1, 4:] = 1e3
     found = hidden_distances([ours, theirs], [theirs, theirs], valid)
-    assert torch.allclose(found, torch.stack((expected, torch.zeros(()))))
-    normalized = hidden_distances([ours], [theirs], valid, normalize=True)
-    assert torch.allclose(normalized, expected / kept.var(unbiased=False))
-    assert hidden_distances([ours], [theirs], torch.zeros_like(valid)).tolist() == [0.0]
+    assert torch.allclose(found, torch.stack((expected, torch.zeros(2)), 1))
+    assert torch.allclose(hidden_distances([ours], [theirs], valid, normalize=True)[:, 0], expected / variance)
+    assert torch.allclose(hidden_distances([ours[:, :4]], [theirs[:, :4]], None)[1], expected[1])
+    assert hidden_distances([ours], [theirs], torch.zeros_like(valid)).tolist() == [[0.0], [0.0]]
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ class PackedLinear(nn.Module):
 
     @classmethod
     def from_binary(cls, source: BinaryLinear) -> PackedLinear:
-        """Raises `UserError` for activations of two bits."""
+        """Raises `UserError` for activations of more than one bit."""
         return cls(source)
 
     def extra_repr(self) -> str:
@@ -193,7 +193,7 @@ class PackedConv1d(nn.Module):
 
     @classmethod
     def from_binary(cls, source: BinaryConv1d) -> PackedConv1d:
-        """Raises `UserError` for activations of two bits."""
+        """Raises `UserError` for activations of more than one bit."""
         return cls(source)
 
     def extra_repr(self) -> str:
