@@ -14,7 +14,7 @@ from ..errors import BUILD_ERRORS, UserError, short
 from ..models.hubert import HubertModel
 from .pickled import Stored
 from .safetensors import check_numbers
-from .torchfile import TorchFile, structure_only
+from .torchfile import TorchFile, aligned, structure_only
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # the two tensors of weight norm, as torch's older and newer functions name them
@@ -92,7 +92,7 @@ def filled(config: HubertConfig, held: Mapping[str, Held], theirs: Callable[[str
     generator = torch.Generator().manual_seed(0)
     for name, own in names.items():
         if name in held:
-            state[own] = held[name].read().to(torch.float32).contiguous()
+            state[own] = aligned(held[name].read().to(torch.float32).contiguous())
             check_numbers({name: state[own]})
         else:
             state[own] = _new(own, state[own], generator)

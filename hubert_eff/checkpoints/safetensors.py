@@ -25,7 +25,7 @@ from ..models.fuse import fuse as fused_copy
 from ..models.hubert import LABEL_EMBEDDINGS, HubertModel
 from ..quant.packing import packed_copy
 from ..quant.storage import SCALES, fold_moves, layout, state_from
-from .torchfile import structure_only
+from .torchfile import aligned, structure_only
 
 FORMAT, FORMAT_VERSION = "hubert-eff", "1"
 FLOAT, PACKED = "float", "packed"
@@ -168,7 +168,7 @@ def check_numbers(stored: Mapping[str, Tensor]) -> None:
 def _filled(model: HubertModel, stored: dict[str, Tensor], metadata: Mapping[str, str]) -> HubertModel:
     """The structure with the tensors of the file."""
     compute = COMPUTED[metadata["dtype"]]
-    state = state_from(stored, model, compute)
+    state = {name: aligned(tensor) for name, tensor in state_from(stored, model, compute).items()}
     model.load_state_dict(state, assign=True)
     if any(t.is_meta for t in model.buffers()):  # what a model makes for itself and does not save, such as mel filters
         model = _built(*(metadata[name] for name in BLUEPRINT), device="cpu")

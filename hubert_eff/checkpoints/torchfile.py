@@ -26,6 +26,7 @@ from .pickled import NOT_ONE, Bad, Reader, Storage, Stored, check_extent, size_o
 
 LONGEST_PICKLE = 1 << 26  # bytes
 LONGEST_DIRECTORY = 1 << 24  # bytes of the list of a zip file's records
+ALIGNMENT = 64  # bytes, that of the memory torch itself takes
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03."  # how the format of torch before 1.6 begins
 # what bytes that are no checkpoint end in, anywhere in the reader
 DAMAGED = (*BUILD_ERRORS, OSError, EOFError, struct.error, zipfile.BadZipFile)
@@ -49,6 +50,12 @@ class _Unfilled(TorchFunctionMode):
         if func in (Tensor.uniform_, Tensor.normal_) or getattr(func, "__module__", "") == nn.init.__name__:
             return args[0] if args else named["tensor"]
         return func(*args, **named)
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor where torch would have put it, a multiple of `ALIGNMENT` bytes: the last place of a product can depend on where its
+    operands lie, and a file has no regard for that."""
+    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone(memory_format=torch.contiguous_format)
 
 
 @contextmanager
@@ -288,7 +295,7 @@ class TorchFile:
                 raise UserError(f"the weights do not fit its configuration: {name} is {stored.dtype}, not {wanted}")
             tensor = self.tensor(stored).to(wanted)
             alone = tensor.numel() == stored.storage.numel and tensor.is_contiguous() and stored.storage.key not in used
-            state[name] = tensor if alone else tensor.clone(memory_format=torch.contiguous_format)
+            state[name] = aligned(tensor) if alone else tensor.clone(memory_format=torch.contiguous_format)
             used.add(stored.storage.key)
         if any(buffer.is_meta for name, buffer in model.named_buffers() if name not in expected):  # made, not saved, such as mel filters
             model = build()

@@ -46,7 +46,7 @@ def test_the_base_size_needs_no_arguments(tmp_path: Path) -> None:
     with torch.no_grad():
         expected, _ = model.extract_features(wav, (~padding).sum(1))
     states, frames = ours.hidden_states(wav, padding)
-    assert apart(states[1:], frames, expected) < 1e-5
+    assert apart(states[1:], frames, expected) < 2e-5  # values of up to 5; sums of 768 round more than those of the small models below
 
 
 @pytest.mark.parametrize("mode", ["group_norm", "layer_norm"])

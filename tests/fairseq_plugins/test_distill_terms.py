@@ -57,6 +57,8 @@ BY_HAND: dict[str, tuple[float, Any, Any, Any, int]] = {
 
 
 class Teacher(nn.Module):
+    config = SimpleNamespace(streaming=False)
+
     def __init__(self) -> None:
         super().__init__()
         self.one = nn.Parameter(torch.ones(1))
