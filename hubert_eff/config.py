@@ -100,7 +100,7 @@ class HubertConfig:
     # waveform extractor
     extractor_mode: str = option(
         "default",
-        "normalisation: GroupNorm over time on the first convolution, or LayerNorm over channels on every one",
+        "normalization: GroupNorm over time on the first convolution, or LayerNorm over channels on every one",
         ("default", "layer_norm"),
     )
     conv_feature_layers: str = option(
@@ -175,9 +175,9 @@ class HubertConfig:
     mask_channel_selection: str = option("static", "distribution of its lengths", ("static", "uniform", "normal", "poisson"))
     mask_channel_other: float = option(0.0, "second parameter of that distribution", bounds=NOT_NEGATIVE)
 
-    # quantisation
+    # quantization
     quant: str = option("none", "float; or one-bit weights with activations of 1, 2, 4 or 8 bits", ("none", "w1a1", "w1a2", "w1a4", "w1a8"))
-    quant_policy: str = option("default", "what is binarised: default | paper | a YAML file, or its content as {...}")
+    quant_policy: str = option("default", "what is binarized: default | paper | a YAML file, or its content as {...}")
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -204,10 +204,10 @@ class HubertConfig:
         self._check_streaming()
         if self.identity_attention_updates and self.quant != "none":
             raise UserError(
-                f"identity_attention_updates={self.identity_attention_updates} must be 0 for a binarised model (quant={self.quant})"
+                f"identity_attention_updates={self.identity_attention_updates} must be 0 for a binarized model (quant={self.quant})"
             )
         if self.compile_blocks and self.quant != "none":
-            raise UserError(f"compile_blocks=true: the blocks of a binarised model (quant={self.quant}) are not compiled; set it to false")
+            raise UserError(f"compile_blocks=true: the blocks of a binarized model (quant={self.quant}) are not compiled; set it to false")
         if self.mask_channel_prob > 0 and self.mask_channel_prob * self.input_dim / self.mask_channel_length < 1:
             raise UserError(
                 f"mask_channel_prob={self.mask_channel_prob} asks for less than one span of mask_channel_length="

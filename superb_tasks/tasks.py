@@ -29,7 +29,7 @@ class Source:
     name: str
     folders: tuple[str, ...]
     layout: str
-    licence: str
+    license: str
     url: str
 
 
@@ -89,13 +89,13 @@ class Task:
             "data": self.source.name,
             "folders": list(self.source.folders),
             "layout": self.source.layout,
-            "licence": self.source.licence,
+            "license": self.source.license,
             "url": self.source.url,
         }
 
 
 def assign(config: dict[str, Any], dotted: str, value: Any) -> None:
-    """Set a dotted key of nested mappings. Every part but the last must be there: a key of S3PRL's is never misspelt in silence."""
+    """Set a dotted key of nested mappings. Every part but the last must be there: a key of S3PRL's is never misspelled in silence."""
     *path, last = dotted.split(".")
     for key in path:
         config = config[key]
@@ -125,7 +125,7 @@ _VOXCELEB = Source(
 )  # fmt: skip
 _TRIALS = Source(
     "VoxCeleb1", (layouts.VOXCELEB,), "VoxCeleb1/{dev,test}/wav/SPEAKER/VIDEO/*.wav, VoxCeleb1/voxceleb1_test_v2.txt",
-    _VOXCELEB.licence, f"{_VOXCELEB.url}; trials: https://www.openslr.org/49",
+    _VOXCELEB.license, f"{_VOXCELEB.url}; trials: https://www.openslr.org/49",
 )  # fmt: skip
 _QUESST = Source(
     "QUESST 2014", (layouts.QUESST,), "quesst14Database/{Audio,dev_queries,eval_queries}/*.wav and scoring/, as in the archive",
@@ -136,7 +136,7 @@ _FLUENT = Source(
     "Fluent Speech Commands Public License (academic research)", "https://fluent.ai/fluent-speech-commands-a-dataset-for-spoken-language-understanding-research",
 )  # fmt: skip
 _LIBRIMIX = Source(
-    "Libri2Mix for diarisation", (layouts.DIARIZATION,),
+    "Libri2Mix for diarization", (layouts.DIARIZATION,),
     "diarization/{train,dev,test}/ with wav.scp, utt2spk, segments, reco2dur, spk2utt, as LibriMix's prepare_diarization.py writes them",
     "CC BY 4.0 (LibriSpeech), CC BY-SA 3.0 (WHAM! noise is not used)", "https://github.com/ftshijt/LibriMix",
 )  # fmt: skip
@@ -214,7 +214,7 @@ TASKS: dict[str, Task] = {
             },
         ),
         Task(
-            "sd", "diarisation", "der", "diarization", "diarization", _LIBRIMIX, layouts.check_diarization,
+            "sd", "diarization", "der", "diarization", "diarization", _LIBRIMIX, layouts.check_diarization,
             scalar="der", more_is_better=False, best="best-states-dev.ckpt",
             small={
                 f"{_EXPERT}.modelrc.hidden_size": 64,

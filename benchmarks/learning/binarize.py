@@ -14,7 +14,7 @@ A float model trains for 750 updates as configs/pretrain says; what follows has 
     multi-step, one schedule    the same, the learning rate of both stages on one schedule
     from scratch     W1A1 on labels for 1,150 updates
     W1A4, W1A8       as distilled, with activations of 4 and of 8 bits
-    PART only        as distilled, with only convolutions, attention or feed-forward modules binarised
+    PART only        as distilled, with only convolutions, attention or feed-forward modules binarized
 
 The first encoder takes all seeds; parts are of its first seed. Each finished run is a line of OUT/binarize.jsonl and is not run again, so
 that the same command goes on where it was stopped. Prints Markdown tables of what has finished, also written to OUT/binarize.md.
@@ -47,7 +47,7 @@ from hubert_eff.utils.configurations import load_config
 from hubert_eff.utils.files import config_dir
 
 KINDS = ("attention_projection", "attention_product", "feed_forward", "pointwise_conv", "depthwise_conv")
-PARTS = {  # what is binarised in the ablation
+PARTS = {  # what is binarized in the ablation
     "convolutions": ("pointwise_conv", "depthwise_conv"),
     "attention": ("attention_projection", "attention_product"),
     "feed-forward": ("feed_forward",),
@@ -200,7 +200,7 @@ class Bench:
         lines = ["| encoder | " + " | ".join(SHOWN[way] for way in columns) + " |", "|---|" + "---|" * len(columns)]
         for encoder, found in by_encoder.items():
             lines.append(f"| {encoder} | " + " | ".join(_cell(found.get(way, [])) for way in columns) + " |")
-        lines += ["", "| binarised | masked accuracy, valid, % | same class as its teacher, % |", "|---|---|---|"]
+        lines += ["", "| binarized | masked accuracy, valid, % | same class as its teacher, % |", "|---|---|---|"]
         for name, figures in self.done.items():
             part = name.partition("/")[2]
             if part in PARTS or (part == "distilled" and name.partition("/")[0].endswith("-1")):

@@ -6,7 +6,7 @@ Both sides are encoder blocks of 12 layers, D 256, 4 heads, kernel 15, in the sa
 Conformer's BatchNorm too, joins its projections and lays out its weights. What differs is what FusionFormer changes: LayerNorm,
 SiLU -> ReLU, GLU -> ReLU, and the first pointwise convolution's width, D (`--expansion 1`) instead of the Conformer's 2D. `--expansion 2`
 has the Conformer's width in the whole convolution module. The Conformer comes with the absolute positions that FusionFormer has, and
-with the relative ones that are its own default. int8 is torch's dynamic quantisation of all linear layers of the blocks.
+with the relative ones that are its own default. int8 is torch's dynamic quantization of all linear layers of the blocks.
 """
 
 from __future__ import annotations

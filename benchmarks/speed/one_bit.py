@@ -77,7 +77,7 @@ def checked(module: nn.Module, *inputs: Any) -> nn.Module:
 
 
 def int8(module: nn.Module) -> nn.Module:
-    """Dynamic int8 quantisation of the linear layers."""
+    """Dynamic int8 quantization of the linear layers."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.ao.quantization.quantize_dynamic(module, {nn.Linear}, torch.qint8)

@@ -56,7 +56,7 @@ def stock_products() -> Iterator[None]:
 
 
 def started(name: str) -> hubert_eff.models.hubert.HubertModel:
-    """A binarised preset with scales as after a first batch."""
+    """A binarized preset with scales as after a first batch."""
     model = hubert_eff.build(f"{name}+w1a1").train()
     model(noise(model, 2.0, 2), mask=False, features_only=True)
     return model.eval()

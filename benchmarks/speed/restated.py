@@ -86,7 +86,7 @@ class CutOne(nn.Module):
 
 
 def positional_conv(dim: int, kernel: int, groups: int) -> nn.Sequential:
-    """Grouped convolution over time with weight normalisation per tap, then GELU, on (B, D, T)."""
+    """Grouped convolution over time with weight normalization per tap, then GELU, on (B, D, T)."""
     conv = nn.Conv1d(dim, dim, kernel, padding=kernel // 2, groups=groups)
     with warnings.catch_warnings():  # the older form, whose parameters are weight_g and weight_v
         warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""A student, as a rule a binarised one, learns from labels and from what a teacher does at every layer and at the codebook."""
+"""A student, as a rule a binarized one, learns from labels and from what a teacher does at every layer and at the codebook."""
 
 # B batch, S samples, T frames, N frames of one kind (masked or unmasked), C classes of a codebook, L layers
 
@@ -52,7 +52,7 @@ class HubertDistillCriterion(HubertEffCriterion):
     frames and channels of the utterance, so that neither depth nor the other utterances of a batch change the balance.
 
     The teacher is in eval mode and sees the student's masks, in the student's chunks if it was built for them. It is no part of what is
-    optimised or saved. Beside the figures of `hubert_eff` it logs `loss_kl` and `loss_kl_u` (bits per masked and per unmasked frame),
+    optimized or saved. Beside the figures of `hubert_eff` it logs `loss_kl` and `loss_kl_u` (bits per masked and per unmasked frame),
     `hidden_mse` (a mean over states) and
     `correct_t_i`, the share of masked frames at which student and teacher choose the same class.
     """

@@ -231,7 +231,7 @@ class SeededHubertDataset(EqualLengths, HubertDataset):
         it would be trained on the <pad> that fills the row.
         """
         ratios = (round(rate * FRAME_STRIDE / self.sample_rate) for rate in self.label_rates)  # labels per frame
-        labelled = torch.stack([-(-n // ratio) for n, ratio in zip(lengths, ratios)]).amin(0)  # frames, (B,)
-        for row, frames in zip(padding_mask, labelled.tolist()):
+        labeled = torch.stack([-(-n // ratio) for n, ratio in zip(lengths, ratios)]).amin(0)  # frames, (B,)
+        for row, frames in zip(padding_mask, labeled.tolist()):
             if int((~row).sum()) >= (frames + 1) * FRAME_STRIDE:  # one frame more may lie in the audio
                 row[max(frames - 1, 0) * FRAME_STRIDE + (LAST_FRAME if frames else 0) :] = True

@@ -30,7 +30,7 @@ def read_transcripts(manifest: Manifest, label_dir: Path, labels: str) -> tuple[
     """The text of every utterance, words split by spaces, and the file that they are from.
 
     `SPLIT.<labels>` in `label_dir`, a line per utterance of letters split by spaces with `|` between words, as fairseq has it, is taken as
-    it stands; else the transcripts of `parts.tsv` beside the manifest, normalised. Raises `UserError` where one is missing.
+    it stands; else the transcripts of `parts.tsv` beside the manifest, normalized. Raises `UserError` where one is missing.
     """
     spelled, table = label_dir / f"{manifest.path.stem}.{labels}", manifest.path.with_name("parts.tsv")
     known = _texts_of(table, manifest) if table.is_file() else [None] * len(manifest.names)

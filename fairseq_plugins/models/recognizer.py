@@ -24,7 +24,7 @@ _START = {
 
 
 def recognizer_config(name: str) -> type[FairseqDataclass]:
-    """fairseq's dataclass: where to start, the recogniser's keys (of the decoder for `hubert_eff_aed` only), encoder keys to change."""
+    """fairseq's dataclass: where to start, the recognizer's keys (of the decoder for `hubert_eff_aed` only), encoder keys to change."""
     fields: list[Any] = [
         (key, Optional[str], dataclasses.field(default=None, metadata={"help": text}))  # noqa: UP045
         for key, text in _START.items()

@@ -46,7 +46,7 @@ class HubertEffPretrainingConfig(SafeConfig, HubertPretrainingConfig):
         default=None,
         metadata={
             "help": "checkpoint, or folder of Hugging Face, whose weights a new run starts from; codebooks too where they have as many "
-            "classes. A binarised model may start from its form of other bits"
+            "classes. A binarized model may start from its form of other bits"
         },
     )
     new_codebooks: bool = field(
@@ -58,7 +58,7 @@ class HubertEffPretrainingConfig(SafeConfig, HubertPretrainingConfig):
         metadata={"help": "lengths that training batches may have, at the quantiles of the utterances'; 0: any. For model.compile_blocks"},
     )
     train_subset: str = field(default=II("dataset.train_subset"), metadata={"help": "the split that is trained on"})
-    log_interval: int = field(default=II("common.log_interval"), metadata={"help": "updates between two looks at a binarised model"})
+    log_interval: int = field(default=II("common.log_interval"), metadata={"help": "updates between two looks at a binarized model"})
 
 
 @register_task("hubert_eff_pretraining", dataclass=HubertEffPretrainingConfig)
@@ -66,7 +66,7 @@ class HubertEffPretrainingTask(SafeTask, HubertPretrainingTask):
     """fairseq's HuBERT pre-training with early checks, reproducible batches and a clear end on NaN and SIGTERM."""
 
     cfg: HubertEffPretrainingConfig
-    monitor: Monitor | None = None  # of a binarised model
+    monitor: Monitor | None = None  # of a binarized model
     groups_checked = False
 
     @classmethod
@@ -186,21 +186,21 @@ class HubertEffPretrainingTask(SafeTask, HubertPretrainingTask):
             return super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad)
 
     def _check_groups(self, optimizer: Any) -> None:
-        """Warn once if the scales of a binarised model share a group with its weights."""
+        """Warn once if the scales of a binarized model share a group with its weights."""
         inner = getattr(optimizer, "fp32_optimizer", getattr(optimizer, "wrapped_optimizer", optimizer))
         if self.monitor is not None and not self.groups_checked and not isinstance(inner, FairseqCompositeOptimizer):
             logger.warning(
-                "the scales of this binarised model learn at the rate of its weights, and decay with them: the optimizer and lr_scheduler "
+                "the scales of this binarized model learn at the rate of its weights, and decay with them: the optimizer and lr_scheduler "
                 "sections of the files in configs/quantize give them a group of their own"
             )
         self.groups_checked = True
 
     def _due(self, update_num: int) -> Monitor | None:
-        """The monitor of a binarised model at every `log_interval`, else None."""
+        """The monitor of a binarized model at every `log_interval`, else None."""
         return self.monitor if (update_num + 1) % max(self.cfg.log_interval, 1) == 0 else None
 
     def optimizer_step(self, optimizer: Any, model: Any, update_num: int) -> None:
-        """One update; at every `log_interval` what it did to a binarised model is logged."""
+        """One update; at every `log_interval` what it did to a binarized model is logged."""
         monitor = self._due(update_num)
         if monitor is None:
             super().optimizer_step(optimizer, model, update_num)

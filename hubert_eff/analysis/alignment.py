@@ -115,7 +115,7 @@ def gradients(model: Recognizer, wav: Tensor, labels: Sequence[int], head: str =
 def viterbi(scores: Tensor) -> list[tuple[int, int]]:
     """First and last frame (exclusive) of each letter on the best path through G (S, T).
 
-    Each letter takes one or more neighbouring frames, in order; frames between two letters may be silent. A letter's score at a frame is
+    Each letter takes one or more neighboring frames, in order; frames between two letters may be silent. A letter's score at a frame is
     its share of the letter's gradient over all frames, log; silence has log(1 / T), the share that all frames would have alike.
     Raises `UserError` if there are fewer frames than letters.
     """
@@ -196,13 +196,13 @@ def segments(model: Recognizer, labels: Sequence[int], spans: Sequence[tuple[int
 
 
 def correlation(weights: Tensor) -> float:
-    """Pearson's correlation of a row's number and the centre of its weights (S, T) over time; 0 where it is not defined."""
+    """Pearson's correlation of a row's number and the center of its weights (S, T) over time; 0 where it is not defined."""
     time = torch.arange(weights.size(1), dtype=torch.float64)
-    centres = (weights.double() * time).sum(1) / weights.double().sum(1).clamp(min=1e-30)
-    places = torch.arange(len(centres), dtype=torch.float64)
-    places, centres = places - places.mean(), centres - centres.mean()
-    size = places.norm() * centres.norm()
-    return float((places * centres).sum() / size) if size > 0 else 0.0
+    centers = (weights.double() * time).sum(1) / weights.double().sum(1).clamp(min=1e-30)
+    places = torch.arange(len(centers), dtype=torch.float64)
+    places, centers = places - places.mean(), centers - centers.mean()
+    size = places.norm() * centers.norm()
+    return float((places * centers).sum() / size) if size > 0 else 0.0
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def draw_alignment(found: Mapping[str, Tensor], letters: Sequence[Segment], show
     figure.suptitle(title)
     axes = figure.subplots(len(found) + 1, 1, sharex=True)
     seconds = wav.size(1) / SAMPLE_RATE
-    axes[0].plot([i * 8 / SAMPLE_RATE for i in range(len(wav[0, ::8]))], wav[0, ::8].tolist(), linewidth=0.4, color="grey")
+    axes[0].plot([i * 8 / SAMPLE_RATE for i in range(len(wav[0, ::8]))], wav[0, ::8].tolist(), linewidth=0.4, color="gray")
     axes[0].set(ylabel="audio", xlim=(0, seconds), yticks=[])
     top = float(wav.abs().max())
     for number, letter in enumerate(letters):

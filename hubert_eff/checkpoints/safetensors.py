@@ -77,7 +77,7 @@ def _checked(metadata: dict[str, str], file: Path) -> dict[str, str]:
     missing = {*BLUEPRINT, "dtype"} - set(metadata)
     if missing:
         raise UserError(f"{file}: its metadata lack '{min(missing)}'")
-    return metadata
+    return {"license" if key == "licence" else key: text for key, text in metadata.items()}  # as version 0.1.0 spelled it
 
 
 def read_export(file: Path) -> HubertModel:

@@ -40,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--float", action="store_true", help="float weights of a one-bit model, which can be trained on, in place of bits")
     parser.add_argument("--fuse", action="store_true", help="fold BatchNorms and scales into weights first (not of one-bit models)")
     parser.add_argument("--encoder-only", action="store_true", help="of a fine-tuned checkpoint, without its CTC layer and decoder")
-    parser.add_argument("--policy", default="default", help="policy of a preset's binarised form, PRESET+w1a1 (default: %(default)s)")
-    parser.add_argument("--licence", default="", metavar="TEXT", help="licence of the weights, for the model card")
+    parser.add_argument("--policy", default="default", help="policy of a preset's binarized form, PRESET+w1a1 (default: %(default)s)")
+    parser.add_argument("--license", "--licence", default="", metavar="TEXT", help="license of the weights, for the model card")
     parser.add_argument("--trained-on", default="", metavar="TEXT", help="training data, for the model card")
     parser.add_argument("--json", action="store_true", help="print what was written as JSON")
 
@@ -60,9 +60,9 @@ def run(args: argparse.Namespace) -> int:
 
     if args.out is None and args.onnx is None and args.hf is None:
         raise UserError("--out FILE.safetensors is needed, or --hf DIR, or --onnx FILE.onnx")
-    if args.out is None and args.hf is None and (args.dtype != "fp32" or args.float or args.licence or args.trained_on):
+    if args.out is None and args.hf is None and (args.dtype != "fp32" or args.float or args.license or args.trained_on):
         raise UserError(
-            "--dtype, --float, --licence and --trained-on say how --out FILE.safetensors or --hf DIR is written: both are missing"
+            "--dtype, --float, --license and --trained-on say how --out FILE.safetensors or --hf DIR is written: both are missing"
         )
     if args.fuse and (args.out is None or args.hf is not None):
         raise UserError("--fuse says how --out FILE.safetensors is written: " + ("--hf DIR is not fused" if args.hf else "it is missing"))
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     if args.average is not None and args.policy != "default":
         raise UserError("--policy is of a preset, --average of a run's checkpoints, which hold theirs: leave out one of the two")
     if args.policy != "default" and "+" not in args.model:
-        raise UserError(f"--policy {args.policy} is of a preset's binarised form, such as conformer-s+w1a1: {args.model} has none")
+        raise UserError(f"--policy {args.policy} is of a preset's binarized form, such as conformer-s+w1a1: {args.model} has none")
     for option, path, suffix in (("--out", args.out, ".safetensors"), ("--onnx", args.onnx, ".onnx")):
         if path is not None:
             if path.suffix != suffix:
@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     said: dict[str, Any] = {}
     source = Path(args.model)
     held = read_metadata(source) if source.is_file() and is_export(source) and is_own(source) else {}  # what was said of it stays said
-    said_here = {"licence": args.licence, "trained_on": args.trained_on}
+    said_here = {"license": args.license, "trained_on": args.trained_on}
     notes = {key: text or held[key] for key, text in said_here.items() if text or key in held}
     how = {"dtype": args.dtype, "packed": not args.float, "encoder_only": args.encoder_only, "source": Path(name).name, "notes": notes}
     if args.out is not None:

@@ -107,7 +107,7 @@ def _make(args: argparse.Namespace) -> int:
         return 0
     if "finished" in summary:
         print(
-            f"rank {args.rank} of {args.nshard} has labelled its part; {summary['finished']} of all {summary['shards']} shards are "
+            f"rank {args.rank} of {args.nshard} has labeled its part; {summary['finished']} of all {summary['shards']} shards are "
             "finished: once every rank has ended, the same command without --nshard and --rank collects them"
         )
         return 0

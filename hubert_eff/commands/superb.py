@@ -16,7 +16,7 @@ from ..errors import UserError, missing_extra
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the four sub-commands."""
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
-    listing = kinds.add_parser("list", help="the ten tasks: metric, data, licence, where the data are from")
+    listing = kinds.add_parser("list", help="the ten tasks: metric, data, license, where the data are from")
     listing.add_argument("--json", action="store_true", help="print the tasks with their settings and layouts as JSON")
 
     check = kinds.add_parser("check", help="whether the data of tasks are there, in the layout that S3PRL reads")
@@ -66,7 +66,7 @@ def _list(args: argparse.Namespace) -> int:
         return 0
     for task in tasks:
         print(f"{task['task']:<4} {task['title']}, {task['metric']} ({task['steps'] or 'no'} steps; {task['config']})")
-        print(f"     {task['data']}: {task['layout']}\n     {task['licence']}; {task['url']}")
+        print(f"     {task['data']}: {task['layout']}\n     {task['license']}; {task['url']}")
     return 0
 
 

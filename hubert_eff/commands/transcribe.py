@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Recognise and print; returns 1 if recordings were left out, 2 if all were."""
+    """Recognize and print; returns 1 if recordings were left out, 2 if all were."""
     from ..recognition import load_recognizer, transcribe
     from ..recognition.recordings import read_recording
     from ..utils.progress import progress

@@ -21,12 +21,12 @@ from .containers import Unusable as Unusable  # for those who call `check`
 SUFFIXES = frozenset((".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3"))
 # audio by its name, but not decoded here
 FOREIGN_SUFFIXES = frozenset((".aac", ".aif", ".aiff", ".amr", ".au", ".caf", ".m4a", ".mka", ".mp4", ".raw", ".sph", ".webm", ".wma"))
-DIRECT_SUFFIXES = frozenset((".wav", ".flac", ".ogg"))  # what fairseq opens by itself, spelt exactly so
+DIRECT_SUFFIXES = frozenset((".wav", ".flac", ".ogg"))  # what fairseq opens by itself, spelled exactly so
 FORMATS = frozenset(("WAV", "WAVEX", "RF64", "FLAC", "OGG", "MP3"))  # whose containers are checked, whatever a file's name says
 BLOCK = 1 << 18  # samples decoded at a time
 WINDOW = 1 << 12  # frames in which channels are compared
 QUIETEST = 2.0**-24  # half a step of 24 bits
-CANCELLED = 1e-4  # share of the power of the channels, 40 dB, that the mono mix must keep
+CANCELED = 1e-4  # share of the power of the channels, 40 dB, that the mono mix must keep
 FEW = 0.05  # share of the sounding windows that may lose more
 
 Array = npt.NDArray[np.float32]
@@ -111,7 +111,7 @@ class _Measures:
         self.channels = channels
         self.frames, self.peak, self.power = 0, 0.0, 0.0
         self.loudest = 0.0  # of any channel
-        self.sounding = self.cancelled = 0  # windows
+        self.sounding = self.canceled = 0  # windows
 
     def add(self, block: Array) -> None:
         """Take in samples (T, C). Raises `Unusable` for those that are no audio."""
@@ -130,13 +130,13 @@ class _Measures:
         whole, of_mono = _powers(block), _powers(mono[:, None])
         sounds = whole > QUIETEST**2 * WINDOW * self.channels
         self.sounding += int(sounds.sum())
-        self.cancelled += int((sounds & (of_mono < CANCELLED * whole / self.channels)).sum())
+        self.canceled += int((sounds & (of_mono < CANCELED * whole / self.channels)).sum())
 
     def judge(self, silent: bool) -> None:
         """Raise `Unusable` where nothing is heard in the mono mix, or, if not `silent`, at all."""
-        if self.cancelled > FEW * self.sounding:
+        if self.canceled > FEW * self.sounding:
             raise Unusable(
-                f"channels cancel each other: in {100 * self.cancelled / self.sounding:.0f}% of it the mono mix is 40 dB below them; "
+                f"channels cancel each other: in {100 * self.canceled / self.sounding:.0f}% of it the mono mix is 40 dB below them; "
                 "write one channel to a file of its own"
             )
         if silent or self.peak >= QUIETEST:

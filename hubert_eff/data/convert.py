@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import SAMPLE_RATE
-from .audio import CANCELLED, Array, Unusable, check, decoded, write_flac
+from .audio import CANCELED, Array, Unusable, check, decoded, write_flac
 from .checking import Recording, parallel
 from .index import Index
 
@@ -84,7 +84,7 @@ def _audio(utterance: Utterance, root: Path) -> Iterator[Array]:
         if peak < least:
             raise _Lost(part, f"silent: nothing is heard in it at {utterance.bits} bits")
         whole = part.frames == checked.frames
-        if whole and checked.rate > SAMPLE_RATE and power / part.samples < CANCELLED * checked.power * checked.gain**2:
+        if whole and checked.rate > SAMPLE_RATE and power / part.samples < CANCELED * checked.power * checked.gain**2:
             raise _Lost(part, "silent: all of its sound lies above 8 kHz")
 
 

@@ -21,7 +21,7 @@ SOFTMAX_LIMIT = 10.0
 def largest_deviation(channels: int, dtype: torch.dtype = torch.float16) -> float:
     """D, what `mad_normalize` lets the largest of C values become: with |z| <= D the squares sum up to at most 2 D^2, which is to fit.
 
-    Divided by its mean absolute value a centred vector has |z| <= C / 2 and squares that sum up to at most C^2 / 2 (two opposite values,
+    Divided by its mean absolute value a centered vector has |z| <= C / 2 and squares that sum up to at most C^2 / 2 (two opposite values,
     the others zero): in float16 that fits for C <= 361 only.
     """
     return min(channels / 2, math.sqrt(torch.finfo(dtype).max / 2) * (1 - 2**-6))  # the margin is for rounding
@@ -44,7 +44,7 @@ def mad_normalize(x: Tensor, deviation: float | None = None) -> tuple[Tensor, Te
 
 
 def mad_layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, bounded: bool = True) -> Tensor:
-    """LayerNorm over the last dimension (..., C) with the mean-absolute-deviation pre-normaliser; `bounded`: with the bound D.
+    """LayerNorm over the last dimension (..., C) with the mean-absolute-deviation pre-normalizer; `bounded`: with the bound D.
 
     LayerNorm does not change when its input is scaled, if eps is scaled as well. In float16 the result differs from float64's by at most
     4 u (1 + |result| + |mean| / deviation), u = 2^-11, before weight and bias.
@@ -72,7 +72,7 @@ class MadLayerNorm(nn.LayerNorm):
 
 
 def half_precision(model: M) -> M:
-    """A copy in float16 whose LayerNorms have the pre-normaliser; eval mode."""
+    """A copy in float16 whose LayerNorms have the pre-normalizer; eval mode."""
     model = copy.deepcopy(model).eval()
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):

@@ -71,8 +71,8 @@ class GridEncoder(nn.Module):
 def rewrite(model: M, half: bool = False) -> M:
     """A copy of a HuBERT (or of its encoder) for inference whose encoder runs channels first, head by head; fused, with equal outputs.
 
-    half: in float16, with the MAD pre-normaliser in every LayerNorm and conditional softmax (numerics.py), and so within its precision.
-    Raises `UserError` for an encoder that has no such form (sparse attention, a frame rate that changes), and for a binarised model.
+    half: in float16, with the MAD pre-normalizer in every LayerNorm and conditional softmax (numerics.py), and so within its precision.
+    Raises `UserError` for an encoder that has no such form (sparse attention, a frame rate that changes), and for a binarized model.
     """
     rewritten = fuse(model)
     encoder = rewritten if isinstance(rewritten, Encoder) else getattr(rewritten, "encoder", None)

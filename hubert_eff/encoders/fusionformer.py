@@ -93,7 +93,7 @@ class Attention(nn.Module):
         self.qkv_norm: nn.Module = MaskedBatchNorm(3 * dim)
         self.out_proj = Linear(dim, dim, bias=False)
         self.out_norm: nn.Module = MaskedBatchNorm(dim)
-        self.products: nn.Module | None = None  # in place of `attention`, once binarised
+        self.products: nn.Module | None = None  # in place of `attention`, once binarized
         self.attention_dropout = config.attention_dropout
         self.dropout = Dropout(config.dropout)
 

@@ -75,7 +75,7 @@ def encoder_of(config: HubertConfig) -> EncoderEntry:
 
 
 def preset_config(preset: str, **overrides: Any) -> HubertConfig:
-    """The config of a preset, with single keys replaced; `PRESET+w1a1`, `+w1a2`, `+w1a4` or `+w1a8` is its binarised form."""
+    """The config of a preset, with single keys replaced; `PRESET+w1a1`, `+w1a2`, `+w1a4` or `+w1a8` is its binarized form."""
     name, plus, spec = preset.partition("+")
     for entry in _encoders.values():
         if name in entry.presets:

@@ -285,7 +285,7 @@ class ZipformerEncoder(Encoder):
         return [stack.rate for stack in self.shapes for _ in range(stack.layers)]
 
     def init_weights(self) -> None:
-        """Blocks are initialised as they are built: ScaledAdam relies on their scales, BERT's would undo them."""
+        """Blocks are initialized as they are built: ScaledAdam relies on their scales, BERT's would undo them."""
 
     def set_num_updates(self, num_updates: int) -> None:
         super().set_num_updates(num_updates)

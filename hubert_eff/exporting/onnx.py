@@ -105,7 +105,7 @@ def export_onnx(model: HubertModel, path: str | os.PathLike[str]) -> dict[str, A
 
 
 def _prepared(model: HubertModel) -> HubertModel:
-    """A copy for tracing: fused, or at least without weight normalisation and with softmax in its attention, in float32 on the CPU."""
+    """A copy for tracing: fused, or at least without weight normalization and with softmax in its attention, in float32 on the CPU."""
     if model.config.quant == "none":
         ready = fuse(model)
     else:

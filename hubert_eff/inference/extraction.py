@@ -353,7 +353,7 @@ def _over_recording(model: HubertModel, pieces: Callable[[], Iterator[Array]]) -
     assert isinstance(layers, nn.ModuleList)
     block = layers[0]
     if not isinstance(block, ConvBlock) or not isinstance(block[2], TimeNorm):
-        raise UserError("this model's extractor normalises over time in a place that windows do not know: give window=0")
+        raise UserError("this model's extractor normalizes over time in a place that windows do not know: give window=0")
     conv, norm = block[0], block[2]
     assert isinstance(conv, nn.Conv1d)
     total = square = torch.zeros((), dtype=torch.float64)

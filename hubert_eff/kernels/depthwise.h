@@ -13,7 +13,7 @@ struct Depthwise {  // each channel's bits along time, against its own filter
 };
 
 template <bool NATIVE>
-INLINE uint32_t bit_count(uint32_t x) {  // without a library call, and in a form that vectorises
+INLINE uint32_t bit_count(uint32_t x) {  // without a library call, and in a form that vectorizes
     if (NATIVE) return static_cast<uint32_t>(__builtin_popcount(x));
     x -= x >> 1 & 0x55555555u;
     x = (x & 0x33333333u) + (x >> 2 & 0x33333333u);

@@ -5,7 +5,7 @@ An utterance of S samples at 16 kHz has
     1 + (S - 400) // 160   MFCC frames          (a frame is a window of 25 ms that lies inside the audio)
     1 + (S - 400) // 320   frames of a model    (a frame is a receptive field of 25 ms, likewise)
 
-so the labels end at most 15 ms, or 20 ms, before the audio does. Frame i is centred at i / rate + 12.5 ms in both.
+so the labels end at most 15 ms, or 20 ms, before the audio does. Frame i is centered at i / rate + 12.5 ms in both.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 MFCC_RATE = 100.0
 MFCC_STRIDE = SAMPLE_RATE // 100
 WINDOW = 400  # samples: 25 ms
-CENTRE = WINDOW / 2 / SAMPLE_RATE  # seconds from the start of a frame to its middle
+CENTER = WINDOW / 2 / SAMPLE_RATE  # seconds from the start of a frame to its middle
 MFCC_CHUNK = 30_000  # frames computed at a time (5 min): bounds the memory for long recordings
 LAYER_CHUNK = 3_000  # the same for a model (1 min): attention takes memory quadratic in it
 

@@ -129,7 +129,7 @@ def make_labels(
     shards = {n: shards_of(tables[n], work, n) for n in todo}
     tasks = [task for n in todo for task in shards[n]]
     mine = tasks[share[0] :: share[1]] if share else tasks
-    pool.run(partial(_label_shard, model=model), mine, "labelling utterances")
+    pool.run(partial(_label_shard, model=model), mine, "labeling utterances")
     if share:
         finished = sum(task[0].exists() for task in tasks)
         return {"rank": share[0], "nshard": share[1], "shards": len(tasks), "finished": finished, "reused": False}

@@ -6,7 +6,7 @@ From the joint distribution p(y, z) of phone y and cluster z over frames:
     cluster purity   sum_y p(y) max_z p(z | y)    its counterpart; falls as clusters grow in number
     PNMI             I(y; z) / H(y)               share of the uncertainty about the phone that the cluster removes
 
-A frame belongs to the phone at its centre; frames in no phone interval are left out.
+A frame belongs to the phone at its center; frames in no phone interval are left out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy.typing as npt
 from ..data.lines import decimal, read_json, read_lines, shown
 from ..data.tsv import Manifest, read_manifest, read_parts
 from ..errors import UserError
-from .features import CENTRE
+from .features import CENTER
 from .record import HINT, read_record
 
 Intervals = list[tuple[float, float, str]]  # start s, end s, label; in order of time
@@ -168,7 +168,7 @@ def _count(
         ]
         starts = [s[0] for s in spans]
         for index, cluster in enumerate(labels):
-            time = index / rate + CENTRE
+            time = index / rate + CENTER
             at = bisect_right(starts, time) - 1
             if at >= 0 and time < spans[at][1]:
                 joint[spans[at][2], cluster] += 1

@@ -45,7 +45,7 @@ class Pool:
                         advance(function(task, extractor=self.extractor))
                 return
             count = min(self.workers, len(missing))
-            pool = ProcessPoolExecutor(count, get_context("spawn"), _initialise, (self.source, count))
+            pool = ProcessPoolExecutor(count, get_context("spawn"), _initialize, (self.source, count))
             try:
                 for size in in_order(pool, partial(_in_process, function), missing, 2 * count):
                     advance(size)
@@ -65,7 +65,7 @@ _opened: Extractor | None = None  # of a worker process
 _processes = 1
 
 
-def _initialise(source: FeatureSource, processes: int) -> None:
+def _initialize(source: FeatureSource, processes: int) -> None:
     global _opened, _processes
     Thread(target=_end_with_parent, daemon=True).start()
     _opened, _processes = source.open(), processes

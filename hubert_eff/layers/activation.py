@@ -16,7 +16,7 @@ def silu(x: Tensor) -> Tensor:
 
 
 def relu(x: Tensor) -> Tensor:
-    """max(x, 0), likewise: what stands in front of a layer whose input is binarised."""
+    """max(x, 0), likewise: what stands in front of a layer whose input is binarized."""
     return F.relu(x, inplace=not torch.is_grad_enabled())
 
 

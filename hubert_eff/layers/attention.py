@@ -158,8 +158,8 @@ class SelfAttention(nn.Module):
         self.q_proj: Linear | None = Linear(dim, dim)
         self.qkv_proj: Linear | None = None  # in place of the three, once fused
         self.out_proj = Linear(dim, dim)
-        self.qkv_input: nn.Module | None = None  # quantiser of what the projections read, once binarised
-        self.products: nn.Module | None = None  # in place of `attention`, once binarised
+        self.qkv_input: nn.Module | None = None  # quantizer of what the projections read, once binarized
+        self.products: nn.Module | None = None  # in place of `attention`, once binarized
 
     def kinds(self) -> Mapping[str, Kind]:
         """See `layers.kinds.Declared`."""

@@ -74,7 +74,7 @@ class _StridedConv(torch.autograd.Function):
             by_tap = weight.transpose(1, 2).reshape(out, kernel * channels)
             taps = product(grad.contiguous(), by_tap.t()).view(batch, frames, kernel, channels)
             grad_x = x.new_zeros(x.shape)
-            apart = min(kernel, stride)  # so many taps of neighbouring frames do not overlap
+            apart = min(kernel, stride)  # so many taps of neighboring frames do not overlap
             place = (length * channels, stride * channels, channels, 1)
             grad_x.as_strided((batch, frames, apart, channels), place).copy_(taps[:, :, :apart])
             for tap in range(apart, kernel):
@@ -105,7 +105,7 @@ def reach(kernel: int, stride: int, causal: bool, frames: int) -> tuple[int, int
 class DepthwiseConv(nn.Module):
     """Depthwise convolution with zero padding, (B, T, C) -> (B, ceil(T / stride), C).
 
-    At stride 1 the kernel is centred, or ends at its frame if `causal`; above it begins there: output t sees inputs t * stride ...
+    At stride 1 the kernel is centered, or ends at its frame if `causal`; above it begins there: output t sees inputs t * stride ...
     t * stride + k - 1.
     """
 

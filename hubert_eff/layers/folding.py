@@ -1,4 +1,4 @@
-"""Folding for inference: what a norm or an affine map does to its neighbour's input or output, done to its weights once."""
+"""Folding for inference: what a norm or an affine map does to its neighbor's input or output, done to its weights once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What layers tell the binariser: of which kind each of their parts is, and which values its input takes.
+"""What layers tell the binarizer: of which kind each of their parts is, and which values its input takes.
 
 A module with `kinds()` declares parts by the name of the attribute that holds them. What is not declared stays float. `hubert_eff.quant`
 decides by kind alone (quant/policy.py) and names no encoder.
@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 
 PROJECTION, PRODUCT, FEED_FORWARD = "attention_projection", "attention_product", "feed_forward"
 POINTWISE, DEPTHWISE = "pointwise_conv", "depthwise_conv"
-BINARY_KINDS = {  # kind -> what it is; a policy decides which of these are binarised
+BINARY_KINDS = {  # kind -> what it is; a policy decides which of these are binarized
     PROJECTION: "linear layers to queries, keys and values, and out of the attention",
     PRODUCT: "queries times keys, probabilities times values",
     FEED_FORWARD: "linear layers of feed-forward modules",
@@ -21,11 +21,11 @@ BINARY_KINDS = {  # kind -> what it is; a policy decides which of these are bina
 }
 EXTRACTOR, INPUT_PROJECTION, POSITIONAL_CONV = "extractor", "input_projection", "positional_conv"
 POSITION_PROJECTION, RATE_CHANGE, CODEBOOK_HEAD = "position_projection", "rate_change", "codebook_head"
-FLOAT_KINDS = {  # kind -> why it is never binarised
+FLOAT_KINDS = {  # kind -> why it is never binarized
     EXTRACTOR: "reads the waveform itself, where single bits lose the signal",
     INPUT_PROJECTION: "one layer that all others depend on",
     POSITIONAL_CONV: "one layer at the entrance, before the first norm",
-    POSITION_PROJECTION: "its output, not its input, is what the attention binarises",
+    POSITION_PROJECTION: "its output, not its input, is what the attention binarizes",
     RATE_CHANGE: "part of the path between frame rates that passes by the blocks",
     CODEBOOK_HEAD: "used in pre-training only",
 }
@@ -37,7 +37,7 @@ class Kind:
 
     signed: whether the layer's input takes both signs; else it is non-negative, once `activation` is a ReLU.
     activation: attribute of the module with the activation function right in front of the layer.
-    shared: attribute of the module where the quantiser of an input stands that several layers share.
+    shared: attribute of the module where the quantizer of an input stands that several layers share.
     form: which attention product stands in for a part that is None in the float model (quant/attention.py), and `shapes`: those of its
     operands that carry a learnable bias, as they broadcast to (B, H, T, d). `sources`: those of its operands that are in inference, but
     for their shape, a linear layer's output: operand -> (attribute that holds the layer, its first channel).

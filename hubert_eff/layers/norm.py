@@ -1,4 +1,4 @@
-"""Normalisation that knows of padding."""
+"""Normalization that knows of padding."""
 
 # B batch, T frames, C channels
 

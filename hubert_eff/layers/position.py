@@ -33,9 +33,9 @@ _spectra: WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], Tensor]] = Weak
 
 
 class PositionalConv1d(nn.Module):
-    """Grouped convolution over time with weight normalisation per tap (wav2vec 2.0, section 2); (B, T, D) -> (B, T, D).
+    """Grouped convolution over time with weight normalization per tap (wav2vec 2.0, section 2); (B, T, D) -> (B, T, D).
 
-    The kernel is centred (an even one sees one frame more before than after), or ends at its frame if `causal`.
+    The kernel is centered (an even one sees one frame more before than after), or ends at its frame if `causal`.
     Parameters carry fairseq's names: the weight is `weight_g * weight_v / |weight_v|`, the norm over all but the tap dimension. Once fused
     there is one parameter `weight` in place of the two.
     """
@@ -58,7 +58,7 @@ class PositionalConv1d(nn.Module):
                 self.weight_g.copy_(torch.linalg.vector_norm(self.weight_v, dim=(0, 1), keepdim=True))
 
     def plain_weight(self) -> Tensor:
-        """The normalised weight, (D, D / groups, k)."""
+        """The normalized weight, (D, D / groups, k)."""
         if self.weight is not None:
             return self.weight
         assert self.weight_v is not None and self.weight_g is not None
@@ -66,7 +66,7 @@ class PositionalConv1d(nn.Module):
         return self.weight_v * (self.weight_g / norm)
 
     def fold(self) -> PositionalConv1d:
-        """Fold the weight normalisation into the weight."""
+        """Fold the weight normalization into the weight."""
         self.weight = nn.Parameter(self.plain_weight())
         self.weight_v = self.weight_g = None
         return self

@@ -91,7 +91,7 @@ LIMIT_RATE = 0.6  # share of the batches in which a parameter's limits act
 
 
 def _bias_norm(x: Tensor, bias: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """The normalised x, and 1 / RMS(x - b) of each frame."""
+    """The normalized x, and 1 / RMS(x - b) of each frame."""
     values = wide(x)
     rate = (values - bias).square_().mean(-1, keepdim=True).clamp_min_(1e-30).rsqrt_()  # a frame equal to the bias stays finite
     return (values * (rate * log_scale.to(values.dtype).exp())).to(x.dtype), rate
@@ -225,14 +225,14 @@ def _mean_of_share(share: float, eps: float = 1e-10) -> float:
 
 
 def _covariance(x: Tensor, valid: Tensor | None, groups: int) -> tuple[Tensor, Tensor]:
-    """Centred rows (G, M, C / G), zero on padding, and their products (G, C / G, C / G)."""
+    """Centered rows (G, M, C / G), zero on padding, and their products (G, C / G, C / G)."""
     rows, weight = _rows(x, valid)
     with torch.autocast(x.device.type, enabled=False):  # which would multiply in half precision
-        centred = rows - weight @ rows
+        centered = rows - weight @ rows
         if valid is not None:
-            centred = centred.masked_fill(~valid.reshape(-1, 1), 0.0)
-        centred = centred.view(rows.size(0), groups, -1).transpose(0, 1)
-        return centred, centred.mT @ centred
+            centered = centered.masked_fill(~valid.reshape(-1, 1), 0.0)
+        centered = centered.view(rows.size(0), groups, -1).transpose(0, 1)
+        return centered, centered.mT @ centered
 
 
 def _moments(covariance: Tensor) -> tuple[Tensor, Tensor]:
@@ -258,7 +258,7 @@ class _Whiten(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         x, valid = ctx.saved_tensors
-        centred, covariance = _covariance(x, valid, ctx.whitener.groups)
+        centered, covariance = _covariance(x, valid, ctx.whitener.groups)
         square, mean = _moments(covariance)
         if square < ctx.limit * mean.square().clamp(min=TINY):
             ctx.whitener.rate = ctx.whitener.RATES[0]
@@ -266,14 +266,14 @@ class _Whiten(torch.autograd.Function):
         ctx.whitener.rate = ctx.whitener.RATES[1]
         # direction of the metric's derivative: its length is given by the gradient's
         with torch.autocast(x.device.type, enabled=False):
-            push = (centred @ covariance).sub_(centred * (square / mean.clamp(min=TINY)))
+            push = (centered @ covariance).sub_(centered * (square / mean.clamp(min=TINY)))
         flat = wide(grad)
         factor = ctx.whitener.scale * flat.norm() / push.norm().clamp(min=TINY)
         return (flat + push.transpose(0, 1).reshape(grad.shape) * factor).to(grad.dtype), None, None
 
 
 class Whitener(Scheduled):
-    """Adds to the gradient a push of x (B, T, C) towards white, while `whitening_metric` is above a limit (Zipformer, appendix A).
+    """Adds to the gradient a push of x (B, T, C) toward white, while `whitening_metric` is above a limit (Zipformer, appendix A).
 
     Padding is not counted. After a batch below the limit it works on fewer batches; as in the authors' code that is no part of the state,
     so a run that goes on from a checkpoint starts with the higher share.

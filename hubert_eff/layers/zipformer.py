@@ -54,7 +54,7 @@ def compact_positions(frames: int, dim: int, like: Tensor) -> Tensor:
 
 
 class Weights(Protocol):
-    """Attention weights for several users: `RelativeWeights`, or their binarised form, whose values are quantised first."""
+    """Attention weights for several users: `RelativeWeights`, or their binarized form, whose values are quantized first."""
 
     def mix(self, values: Any) -> Tensor:
         """Values summed over time with the weights."""
@@ -64,7 +64,7 @@ class AttentionWeights(Scheduled):
     """Queries, keys and position queries from one projection -> weights, for all users in a block."""
 
     POSITION_SKIP = Schedule(((0, 0.5), (4_000, 0.0)))  # share of the batches without positions in the scores
-    PENALTY_RATE = 0.1  # share of the batches in which scores beyond the limit are penalised
+    PENALTY_RATE = 0.1  # share of the batches in which scores beyond the limit are penalized
 
     def __init__(self, dim: int, heads: int, query_dim: int, position_dim: int, table_dim: int, dropout: float) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class AttentionWeights(Scheduled):
         self.balance_keys = Balancer((0.4, 0.6), (0.0, 100.0), rate=0.025)
         self.whiten_keys = whitener(3.0, scale=0.025, groups=heads)
         self.dropout = Dropout(dropout)
-        self.products: nn.Module | None = None  # in place of `RelativeWeights`, once binarised
+        self.products: nn.Module | None = None  # in place of `RelativeWeights`, once binarized
 
     def kinds(self) -> Mapping[str, Kind]:
         """See `layers.kinds.Declared`."""
@@ -121,7 +121,7 @@ class SelfAttention(nn.Module):
         self.in_proj = Linear(dim, heads * value_dim)
         self.out_proj = scaled_linear(heads * value_dim, dim, 0.05)
         self.whiten = whitener(7.5, growth=3.0)
-        self.mixer: nn.Module | None = None  # in place of `weights.mix`, once binarised
+        self.mixer: nn.Module | None = None  # in place of `weights.mix`, once binarized
 
     def kinds(self) -> Mapping[str, Kind]:
         """See `layers.kinds.Declared`."""
@@ -149,7 +149,7 @@ class NonlinearAttention(nn.Module):
         self.balancer = Balancer((Schedule(((0, 0.25), (20_000, 0.05))), Schedule(((0, 0.75), (20_000, 0.95)))), (0.5, 5.0))
         self.whiten1 = whitener(5.0)
         self.whiten2 = whitener(5.0, growth=3.0)
-        self.mixer: nn.Module | None = None  # in place of `weights.mix`, once binarised
+        self.mixer: nn.Module | None = None  # in place of `weights.mix`, once binarized
 
     def kinds(self) -> Mapping[str, Kind]:
         """See `layers.kinds.Declared`."""
@@ -160,7 +160,7 @@ class NonlinearAttention(nn.Module):
         self, x: Tensor, weights: Weights, valid: Tensor | None = None, seen: Tensor | None = None, uniform: bool = False,
         chunks: Chunks | None = None,
     ) -> Tensor:  # fmt: skip
-        """`uniform`: weigh all keys that may be seen alike, in place of `weights`; a binarised form knows no such weights."""
+        """`uniform`: weigh all keys that may be seen alike, in place of `weights`; a binarized form knows no such weights."""
         s, v, y = self.in_proj(x).chunk(3, dim=-1)
         v = self.whiten1(v, valid) * torch.tanh(self.balancer(s, valid))
         if chunks is not None and self.mixer is None:
@@ -233,7 +233,7 @@ class ConvolutionModule(nn.Module):
 
 
 class Bypass(Scheduled):
-    """x0 + (x - x0) c, c one learnt scale per channel (equation 2).
+    """x0 + (x - x0) c, c one learned scale per channel (equation 2).
 
     In training c's gradient keeps it between a minimum that falls from 0.9 to 0.2 and 1, so that all modules learn early, and
     `skip` is the share of sequences for which c is 0.
@@ -263,7 +263,7 @@ def skipped(x: Tensor, rate: float) -> Tensor:
 
 
 class RateChange(nn.Module):
-    """Into a stack of 1 / rate of the frames, by a learnt average of `rate` frames, and back, by repetition and a bypass.
+    """Into a stack of 1 / rate of the frames, by a learned average of `rate` frames, and back, by repetition and a bypass.
 
     At rate 1 nothing is done, and there are no parameters.
     """

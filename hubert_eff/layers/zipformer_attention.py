@@ -70,15 +70,15 @@ def _softmax(scores: Tensor, seen: Tensor | None) -> Tensor:
     return torch.softmax(scores, -1, out=scores) if not torch.compiler.is_compiling() else torch.softmax(scores, -1)
 
 
-def _weights(q: Tensor, k: Tensor, p: Tensor, offsets: Tensor, seen: Tensor | None, penalise: bool) -> tuple[Tensor, list[Tensor]]:
-    """Weights (N, queries, keys) and, to penalise them, the signs of the scores that are beyond the limit, block by block."""
+def _weights(q: Tensor, k: Tensor, p: Tensor, offsets: Tensor, seen: Tensor | None, penalize: bool) -> tuple[Tensor, list[Tensor]]:
+    """Weights (N, queries, keys) and, to penalize them, the signs of the scores that are beyond the limit, block by block."""
     weights = q.new_empty(*q.shape[:2], k.size(1))
     beyond = []
     behind = k.size(1) - q.size(1)  # keys of a stream before its queries
     for rows, start, stop in _blocks(q):
         scores = _scores(q[rows, start:stop], k[rows], p[rows, start:stop], offsets[rows], behind + start)
         keys = _rows_of(seen, rows, start, stop)
-        if penalise:
+        if penalize:
             over = torch.where(scores.abs() > LIMIT, scores.sign(), 0.0).to(torch.int8)
             if seen is not None and keys is not None:  # what is padding gets no gradient
                 over *= keys if seen.size(1) > 1 else keys & keys[:, 0, start:stop, None]
@@ -88,11 +88,11 @@ def _weights(q: Tensor, k: Tensor, p: Tensor, offsets: Tensor, seen: Tensor | No
 
 
 class _Weights(torch.autograd.Function):
-    """Keeps nothing of the size of the scores but the result (and where they are penalised)."""
+    """Keeps nothing of the size of the scores but the result (and where they are penalized)."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, p: Tensor, offsets: Tensor, seen: Tensor | None, penalise: bool) -> Tensor:
-        weights, beyond = _weights(q, k, p, offsets, seen, penalise)
+    def forward(ctx: Any, q: Tensor, k: Tensor, p: Tensor, offsets: Tensor, seen: Tensor | None, penalize: bool) -> Tensor:
+        weights, beyond = _weights(q, k, p, offsets, seen, penalize)
         ctx.save_for_backward(q, k, p, offsets, weights, *beyond)
         return weights
 
@@ -151,14 +151,14 @@ class RelativeWeights:
 
     q, k: (B, H, T, d); p: (B, H, T, e); offsets: (H, 2T - 1, e), those of -(T-1) .. T-1; seen: (B, 1, T) bool, the keys that may be
     seen, or (B, T, T) of each query, none if it is padding; None = all. In a stream the queries are those of the last keys. What
-    `dropout` drops is the same for all users of the weights; `penalise` adds a small gradient against scores beyond +-25.
+    `dropout` drops is the same for all users of the weights; `penalize` adds a small gradient against scores beyond +-25.
 
     Where gradients are needed the weights are kept, (H, B, T, T) per layer; without, only up to `KEPT` elements.
     """
 
     @counted_as("attention", _weights_cost)
     def __init__(
-        self, q: Tensor, k: Tensor, p: Tensor, offsets: Tensor, seen: Tensor | None, dropout: Dropout, penalise: bool = False
+        self, q: Tensor, k: Tensor, p: Tensor, offsets: Tensor, seen: Tensor | None, dropout: Dropout, penalize: bool = False
     ) -> None:
         self.batch, self.heads = q.shape[:2]
         pairs = q.size(2) * k.size(2)
@@ -173,9 +173,9 @@ class RelativeWeights:
         self.args = q, k, p, offsets, rows
         self.parts: tuple[Tensor, ...] = ()
         if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, p, offsets)):
-            weights: Tensor = _Weights.apply(q, k, p, offsets, rows, penalise)  # type: ignore[no-untyped-call]
+            weights: Tensor = _Weights.apply(q, k, p, offsets, rows, penalize)  # type: ignore[no-untyped-call]
         elif q.size(0) * pairs <= KEPT or (dropout.training and dropout.p > 0.0):
-            weights = _weights(q, k, p, offsets, rows, penalise=False)[0]
+            weights = _weights(q, k, p, offsets, rows, penalize=False)[0]
         else:
             return
         weights = dropout(weights)

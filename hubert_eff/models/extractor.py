@@ -36,9 +36,9 @@ class _TimeNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        centred = x - x.mean(1, keepdim=True)
-        scale = torch.rsqrt(centred.square().mean(1, keepdim=True) + eps)  # (B, 1, C)
-        normed = centred.mul_(scale)
+        centered = x - x.mean(1, keepdim=True)
+        scale = torch.rsqrt(centered.square().mean(1, keepdim=True) + eps)  # (B, 1, C)
+        normed = centered.mul_(scale)
         ctx.save_for_backward(normed, scale, weight)
         return torch.addcmul(bias, normed, weight)
 
@@ -53,7 +53,7 @@ class _TimeNorm(torch.autograd.Function):
 
 
 class TimeNorm(nn.GroupNorm):
-    """GroupNorm with one group per channel: each channel of (B, T, C) is normalised over time.
+    """GroupNorm with one group per channel: each channel of (B, T, C) is normalized over time.
 
     Without gradient the input, which nobody else reads, is overwritten: pages of a second tensor cost more than the arithmetic.
     """
@@ -65,8 +65,8 @@ class TimeNorm(nn.GroupNorm):
     def forward(self, input: Tensor) -> Tensor:
         if takes_onednn(input, self.weight):
             if not torch.is_grad_enabled():  # the same arithmetic
-                centred = input.sub_(input.mean(1, keepdim=True))
-                normed = centred.mul_(torch.rsqrt(centred.square().mean(1, keepdim=True) + self.eps))
+                centered = input.sub_(input.mean(1, keepdim=True))
+                normed = centered.mul_(torch.rsqrt(centered.square().mean(1, keepdim=True) + self.eps))
                 return torch.addcmul(self.bias, normed, self.weight, out=normed)
             return _TimeNorm.apply(input, self.weight, self.bias, self.eps)  # type: ignore[no-any-return,no-untyped-call]
         return super().forward(input.transpose(1, 2)).transpose(1, 2)
@@ -112,7 +112,7 @@ class ConvFeatureExtractor(nn.Module):
         return self.of_padded(source)
 
     def of_padded(self, source: Tensor) -> Tensor:
-        """Of samples with their neighbours, `reach` many on either side, there already."""
+        """Of samples with their neighbors, `reach` many on either side, there already."""
         first = self.conv_layers[0][0]  # type: ignore[index]
         x = source.to(first.weight.dtype).unsqueeze(-1)  # audio is float32 whatever the model computes in
         for block in self.conv_layers:

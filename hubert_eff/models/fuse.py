@@ -23,10 +23,10 @@ def fuse(model: M) -> M:
     convolution's weight norm into its weight; the modules themselves declare what folds (`hubert_eff.layers.folding.Foldable`). The
     source is not changed. The copy cannot be trained: its parameters require no gradient, and `train()` leaves a fused HuBERT in
     eval mode. To fuse it again changes nothing; `hubert_eff.export` and `hubert_eff.load` keep it fused. Raises `UserError` for a
-    binarised model.
+    binarized model.
     """
     if any(stored_bits(module) for module in model.modules()):
-        raise UserError("a binarised model cannot be fused: the signs of folded weights are not those that it was trained with")
+        raise UserError("a binarized model cannot be fused: the signs of folded weights are not those that it was trained with")
     fused = copy.deepcopy(model).eval()
     with torch.no_grad():
         fused = _fold(fused)  # type: ignore[assignment]

@@ -88,16 +88,16 @@ class HubertModel(nn.Module):
         return super().train(mode and not self.fused)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, *args: Any, **kwargs: Any) -> Any:
-        """As of any module. If `strict`, raises `UserError` for weights of a binarised model in a float one, and the other way round."""
-        quantisers = [name for name in state_dict if name.endswith(".initialized")]
-        if strict and quantisers and self.config.quant == "none":
+        """As of any module. If `strict`, raises `UserError` for weights of a binarized model in a float one, and the other way round."""
+        quantizers = [name for name in state_dict if name.endswith(".initialized")]
+        if strict and quantizers and self.config.quant == "none":
             raise UserError(
-                f"these are the weights of a binarised model ({len(quantisers)} quantisers, the first in {quantisers[0][:-12]}), but "
+                f"these are the weights of a binarized model ({len(quantizers)} quantizers, the first in {quantizers[0][:-12]}), but "
                 "this model is float: build it with its quant (w1a1, w1a2 ...), as a preset PRESET+w1a1 does"
             )
-        if strict and not quantisers and self.config.quant != "none":
+        if strict and not quantizers and self.config.quant != "none":
             raise UserError(
-                f"these are the weights of a float model, without scales of quantisers, but this model is binarised "
+                f"these are the weights of a float model, without scales of quantizers, but this model is binarized "
                 f"({self.config.quant}): load them into a float model, then hubert_eff.binarize it"
             )
         return super().load_state_dict(state_dict, strict, *args, **kwargs)
@@ -166,7 +166,7 @@ class HubertModel(nn.Module):
                 raise UserError(f"{name}={value!r} must be a whole number, at least {least}")
         multiple = self.encoder.chunk_multiple
         if not self.config.streaming:
-            reason = "its extractor normalises over the whole utterance (extractor_mode=default)"
+            reason = "its extractor normalizes over the whole utterance (extractor_mode=default)"
             if self.config.extractor_mode == "layer_norm" or self.config.conv_feature_layers in MEL_FRONTS:
                 reason = "its convolutions over time see beyond the end of a chunk"
             raise UserError(f"this model cannot stream: {reason}; build and train it with streaming=true")
@@ -242,7 +242,7 @@ class HubertModel(nn.Module):
     ) -> HubertOutput:
         """Masked prediction, in chunks if the config says so (`draw_chunks`).
 
-        source (B, S): audio, normalised already if the config says so; target_list: labels (B, T') per codebook at
+        source (B, S): audio, normalized already if the config says so; target_list: labels (B, T') per codebook at
         `label_rate`; padding_mask (B, S); sample_ids (B,): what seeds each row's mask together with the seed and the update
         (default: the row's number); masks, chunks: those of another model's output, to see the same frames.
 
@@ -343,13 +343,13 @@ def normalize_waveform(wav: Tensor, padding_mask: Tensor | None = None, eps: flo
     count = valid.sum(1, keepdim=True).clamp(min=1)
     samples = samples.masked_fill(padding_mask, 0.0)  # whatever stands there, even NaN
     mean = samples.sum(1, keepdim=True) / count
-    centred = (samples - mean) * valid
-    variance = centred.square().sum(1, keepdim=True) / count
-    return (centred * torch.rsqrt(variance + eps)).to(wav.dtype)
+    centered = (samples - mean) * valid
+    variance = centered.square().sum(1, keepdim=True) / count
+    return (centered * torch.rsqrt(variance + eps)).to(wav.dtype)
 
 
 def build(preset: str, num_classes: Sequence[int] = (), **overrides: Any) -> HubertModel:
-    """A randomly initialised model of a preset, single keys overridden, in train mode.
+    """A randomly initialized model of a preset, single keys overridden, in train mode.
 
     num_classes: sizes of the codebooks for pre-training; empty: no head. Raises `UserError` for an unknown preset or key, or bad values.
     """

@@ -31,8 +31,8 @@ def mel_filters(bins: int = BINS, points: int = FFT, rate: int = SAMPLE_RATE) ->
 
     corners = 700.0 * (10.0 ** (torch.linspace(0.0, mel(rate / 2), bins + 2, dtype=torch.float64) / 2595.0) - 1.0)
     hertz = torch.linspace(0.0, rate / 2, points // 2 + 1, dtype=torch.float64).unsqueeze(1)
-    low, centre, high = corners[:-2], corners[1:-1], corners[2:]
-    return torch.minimum((hertz - low) / (centre - low), (high - hertz) / (high - centre)).clamp(min=0.0).float()
+    low, center, high = corners[:-2], corners[1:-1], corners[2:]
+    return torch.minimum((hertz - low) / (center - low), (high - hertz) / (high - center)).clamp(min=0.0).float()
 
 
 class LogMel(nn.Module):
@@ -104,7 +104,7 @@ MEL_FRAMES = {"logmel-conv": 1 + 2 + 4, "logmel-dws": 1 + 2 + 4, "conv-embed": 1
 
 
 class LogMelExtractor(nn.Module):
-    """Waveform (B, S) -> features (B, T, D), T that of HuBERT's extractor; frame t is centred where its frame is, at sample 320 t + 200."""
+    """Waveform (B, S) -> features (B, T, D), T that of HuBERT's extractor; frame t is centered where its frame is, sample 320 t + 200."""
 
     def __init__(self, config: HubertConfig) -> None:
         super().__init__()
@@ -119,5 +119,5 @@ class LogMelExtractor(nn.Module):
         return self.of_padded(F.pad(source, self.reach))
 
     def of_padded(self, source: Tensor) -> Tensor:
-        """Of samples with their neighbours, `reach` many on either side, there already."""
+        """Of samples with their neighbors, `reach` many on either side, there already."""
         return self.front(self.mel(source).to(self.front.linear.weight.dtype))  # type: ignore[no-any-return]

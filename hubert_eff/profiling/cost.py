@@ -35,19 +35,19 @@ MIN_SAMPLES = 400  # the receptive field of one frame: 25 ms
 MAX_SECONDS = 3600.0
 MAX_RUN_SECONDS = 60.0
 MASK_EMBEDDING = "mask_emb"
-FLOAT_BITS = 16  # a product with an operand below is a quantised one
+FLOAT_BITS = 16  # a product with an operand below is a quantized one
 
 # bit operations of one MAC: the paper counts the width once (32 for float32, 1 for W1A1), Bayesian Bits the product of both widths
 BOPS: dict[str, Callable[[Bits], int]] = {"paper": max, "product": math.prod}
 
 
 def is_float(bits: Bits) -> bool:
-    """Whether a product of these widths counts as a float one (FLOP, BOP_NonQ), not as a quantised one (BOP_BQ)."""
+    """Whether a product of these widths counts as a float one (FLOP, BOP_NonQ), not as a quantized one (BOP_BQ)."""
     return min(bits) >= FLOAT_BITS
 
 
 def bit_operations(macs_by_bits: Mapping[Bits, int], convention: str) -> tuple[float, float]:
-    """(BOP_NonQ, BOP_BQ) in 2^30: bit operations of float products, and of quantised ones. `convention`: paper | product."""
+    """(BOP_NonQ, BOP_BQ) in 2^30: bit operations of float products, and of quantized ones. `convention`: paper | product."""
     if convention not in BOPS:
         raise unknown("BOP convention", convention, BOPS)
     total = {True: 0, False: 0}
@@ -95,14 +95,14 @@ class Profile:
     gflop: float  # 2 operations per MAC of float operands
     bops: str  # convention of the bit operations: paper | product
     bop_nonq_g: float  # bit operations of float products
-    bop_bq_g: float  # bit operations of quantised products
+    bop_bq_g: float  # bit operations of quantized products
     device: str
     est_time_s: dict[str, float]  # paper: by the paper's formula; roofline: at the device's peak rates
     element_ops: int
     kinds: dict[str, Tally]
     operations: dict[str, Tally]
     modules: ModuleCost
-    quantised: list[dict[str, Any]]  # of a binarised model: what became of each of its parts, and why
+    quantized: list[dict[str, Any]]  # of a binarized model: what became of each of its parts, and why
 
     def to_dict(self, depth: int | None = None) -> dict[str, Any]:
         """Plain values for JSON; the module tree down to `depth` levels below the model (None: all)."""
@@ -163,7 +163,7 @@ def profile(
     modules = _tree(model, "", counts.by_module(), seen=set())
     labels = getattr(model, LABEL_EMBEDDINGS, None)
     storage = {"paper": paper_storage(model) / 1e6, "file": file_storage(model) / 1e6}
-    nonq, quantised = bit_operations(total.macs_by_bits, bops)
+    nonq, quantized = bit_operations(total.macs_by_bits, bops)
     return Profile(
         name=name,
         seconds=samples / SAMPLE_RATE,
@@ -177,7 +177,7 @@ def profile(
         gflop=2 * sum(macs for bits, macs in total.macs_by_bits.items() if is_float(bits)) / 1e9,
         bops=bops,
         bop_nonq_g=nonq,
-        bop_bq_g=quantised,
+        bop_bq_g=quantized,
         device=rates.name,
         est_time_s={
             "paper": rates.paper_time(*bit_operations(total.macs_by_bits, "paper")),
@@ -187,7 +187,7 @@ def profile(
         kinds=counts.by_kind(),
         operations=counts.by_operation(),
         modules=modules,
-        quantised=quant_report(model),
+        quantized=quant_report(model),
     )
 
 
@@ -252,20 +252,20 @@ def noise(model: nn.Module, seconds: float, batch: int = 1) -> Tensor:
 def paper_storage(model: nn.Module, float_bytes: int | None = None) -> float:
     """Bytes by the paper's formula: parameters without label embeddings, each at its width, buffers not at all.
 
-    A model with quantised weights is counted without its mask embedding too, as the paper's BQ rows are. float_bytes: bytes of a
+    A model with quantized weights is counted without its mask embedding too, as the paper's BQ rows are. float_bytes: bytes of a
     float parameter (default: of its dtype).
     """
-    total, quantised, seen = 0.0, False, set()
+    total, quantized, seen = 0.0, False, set()
     for module in model.modules():
         stored = stored_bits(module)
-        quantised |= any(bits < FLOAT_BITS for _, bits in stored.values())
+        quantized |= any(bits < FLOAT_BITS for _, bits in stored.values())
         total += sum(elements * bits / 8 for elements, bits in stored.values())
         for name, parameter in module.named_parameters(recurse=False):
             if name not in stored and name != LABEL_EMBEDDINGS and id(parameter) not in seen:
                 seen.add(id(parameter))
                 total += parameter.numel() * (float_bytes or parameter.element_size())
     mask = getattr(model, MASK_EMBEDDING, None)
-    if quantised and mask is not None:
+    if quantized and mask is not None:
         total -= mask.numel() * (float_bytes or mask.element_size())
     return total
 

@@ -183,7 +183,7 @@ def measure_shares(name: str, model: HubertModel, seconds: float, rounds: int, d
     _validate([seconds], [1], rounds)
     wave = noise(model.to(device), seconds)
 
-    def synchronised() -> float:
+    def synchronized() -> float:
         torch.cuda.synchronize()
         return time.perf_counter()
 
@@ -191,7 +191,7 @@ def measure_shares(name: str, model: HubertModel, seconds: float, rounds: int, d
     with evaluating(model):
         model.hidden_states(wave)
         for _ in range(rounds):
-            with count_operations(model, time.perf_counter if device == "cpu" else synchronised) as counts:
+            with count_operations(model, time.perf_counter if device == "cpu" else synchronized) as counts:
                 model.hidden_states(wave)
             passes.append(counts)
     for key, tally in passes[0].tallies.items():

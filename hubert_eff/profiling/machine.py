@@ -127,7 +127,7 @@ def _float_rate(dtype: torch.dtype) -> float:
 
 
 def _int8_rate() -> float | None:
-    """Of float matrices that are quantised on the way in and out, as dynamic quantisation does; None without such a kernel."""
+    """Of float matrices that are quantized on the way in and out, as dynamic quantization does; None without such a kernel."""
     try:
         weight = torch.quantize_per_tensor(torch.randn(SIZE, SIZE), 0.03, 0, torch.qint8)
         packed = torch.ops.quantized.linear_prepack(weight, None)

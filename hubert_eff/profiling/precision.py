@@ -82,14 +82,14 @@ def at_precision(model: HubertModel, precision: str) -> HubertModel:
 
 
 def int8_linears(module: M) -> M:
-    """A copy in which linear layers hold int8 weights and quantise their inputs as they come, by torch's dynamic quantisation.
+    """A copy in which linear layers hold int8 weights and quantize their inputs as they come, by torch's dynamic quantization.
 
     For fused modules: others apply several projections as one product and need their float weights. Raises `UserError` where this torch
-    has no dynamic quantisation.
+    has no dynamic quantization.
     """
     quantize_dynamic = getattr(getattr(torch.ao, "quantization", None), "quantize_dynamic", None)
     if quantize_dynamic is None:
-        raise UserError(f"int8: torch {torch.__version__} has no dynamic quantisation; torch 2.4 to 2.9 have")
+        raise UserError(f"int8: torch {torch.__version__} has no dynamic quantization; torch 2.4 to 2.9 have")
     module = copy.deepcopy(module)
     for part in module.modules():
         if type(part) is Linear:
@@ -100,6 +100,6 @@ def int8_linears(module: M) -> M:
 
 
 def own_weights(module: nn.Module) -> list[torch.Tensor]:
-    """The parameters of a module itself, those that torch's quantised layers have packed among them."""
+    """The parameters of a module itself, those that torch's quantized layers have packed among them."""
     packed = getattr(module, "_weight_bias", None)
     return [*module.parameters(recurse=False), *([t for t in packed() if t is not None] if callable(packed) else [])]

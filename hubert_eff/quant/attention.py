@@ -1,7 +1,7 @@
 """Attention products of bits: queries times keys, and probabilities times values.
 
-Queries, keys and values are signed; probabilities are unsigned, and it is (number of visible keys) x P that is quantised: its mean is 1
-whatever the length, so that its scale is of order 1 and one step of an optimiser changes it by little. Queries go in chunks; each chunk
+Queries, keys and values are signed; probabilities are unsigned, and it is (number of visible keys) x P that is quantized: its mean is 1
+whatever the length, so that its scale is of order 1 and one step of an optimizer changes it by little. Queries go in chunks; each chunk
 has one softmax over all visible keys, and then its product with the values. In training and in traced graphs scores, softmax and dropout
 are float; in eval mode one-bit probabilities are found by integers (integer_softmax.py), as a packed model finds them.
 """
@@ -100,7 +100,7 @@ def _table_mask(frames: int, valid: Tensor | None) -> Tensor | None:
 
 
 class Probabilities(nn.Module):
-    """Quantiser of (visible keys) x P; its product with the values belongs to the module that holds it.
+    """Quantizer of (visible keys) x P; its product with the values belongs to the module that holds it.
 
     by_softmax: compute floats in eval mode too, as a graph that is to be traced does.
     """
@@ -353,7 +353,7 @@ class BinaryWeights(nn.Module):
 
 
 class SharedProbabilities:
-    """Quantised attention weights for several users; without gradient those of long input are computed anew for each."""
+    """Quantized attention weights for several users; without gradient those of long input are computed anew for each."""
 
     def __init__(
         self, codes: Callable[[int, int], Tensor], starts: range, heads: int, scale: Tensor, kept: bool, dtype: torch.dtype
@@ -372,7 +372,7 @@ class SharedProbabilities:
 
 
 class BinaryMix(nn.Module):
-    """A user of shared attention weights: quantises its values and mixes them."""
+    """A user of shared attention weights: quantizes its values and mixes them."""
 
     def __init__(self, bits: int, shapes: Shapes) -> None:
         super().__init__()

@@ -36,7 +36,7 @@ class Decision:
 
 
 def decisions(model: nn.Module, policy: Policy) -> list[Decision]:
-    """What the policy decides for each declared part of a HuBERT, float or binarised, in the model's order."""
+    """What the policy decides for each declared part of a HuBERT, float or binarized, in the model's order."""
     found = []
     blocks = {f"encoder.layers.{index}": block for index, block in enumerate(_blocks(model))}
     for prefix, block in blocks.items():
@@ -65,19 +65,19 @@ def _parts(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module, str, 
 
 
 def convert(model: nn.Module, bits: int, policy: Policy, streaming: bool = False) -> None:
-    """Binarise a HuBERT in place; its weights stay the parameters they are. `streaming`: nothing may depend on a whole utterance."""
+    """Binarize a HuBERT in place; its weights stay the parameters they are. `streaming`: nothing may depend on a whole utterance."""
     chosen = decisions(model, policy)
     if all(choice.action != BINARY for choice in chosen):
         kinds = sorted({choice.kind.name for choice in chosen if choice.kind.name in BINARY_KINDS})
         found = f"its policy leaves float all that its blocks declare ({', '.join(kinds)})" if kinds else "its blocks declare no kinds()"
-        raise UserError(f"nothing of this {type(model.get_submodule('encoder')).__name__} would be binarised: {found}")
+        raise UserError(f"nothing of this {type(model.get_submodule('encoder')).__name__} would be binarized: {found}")
     shared: dict[tuple[int, str], set[str]] = {}
     for choice in chosen:
         if choice.kind.shared:
             actions = shared.setdefault((id(choice.owner), choice.kind.shared), set())
             actions.add(choice.action)
             if len(actions) > 1:
-                raise UserError(f"the policy binarises only some of the layers that share the input of '{choice.path}': all or none")
+                raise UserError(f"the policy binarizes only some of the layers that share the input of '{choice.path}': all or none")
         if choice.action == BINARY:
             setattr(choice.owner, choice.name, _binary(choice, bits, policy))
             if choice.kind.activation:

@@ -1,4 +1,4 @@
-"""What a binarised student learns from a teacher (Liu et al. 2022, "BiT", section 3: each stage's model teaches the next one)."""
+"""What a binarized student learns from a teacher (Liu et al. 2022, "BiT", section 3: each stage's model teaches the next one)."""
 
 # B batch, T frames, D model dim, N chosen frames, C codewords
 
@@ -73,7 +73,7 @@ def check_teacher(teacher: HubertModel, student: HubertModel) -> None:
             "codebooks (classes of each)": list(model.num_classes),
             "label rate (task.label_rate)": config.label_rate,
             "samples under a frame (conv_feature_layers)": receptive,
-            "normalisation of the audio (task.normalize)": config.normalize,
+            "normalization of the audio (task.normalize)": config.normalize,
             "rule for padding (valid_frames)": config.valid_frames,
         }
 
@@ -98,7 +98,7 @@ def start_from(student: HubertModel, source: HubertModel, new_codebooks: bool = 
     """Give the student the weights of another model, in place; returns what was taken over, as a sentence.
 
     Codebooks, and what projects to them, are taken over where the source has as many classes in each, and not with `new_codebooks`; else
-    the student keeps its own. From a float model, or one with activations of other bits, a binarised one takes all weights, and finds its
+    the student keeps its own. From a float model, or one with activations of other bits, a binarized one takes all weights, and finds its
     scales on the first batch; from one of the same bits it takes the scales as well, and so does a w1a1 model from a w1a2 one. Raises
     `UserError` if the two are not the same model but for `quant` and codebooks.
     """
@@ -109,19 +109,19 @@ def start_from(student: HubertModel, source: HubertModel, new_codebooks: bool = 
         raise UserError(
             f"it is {'fused' if source.fused else 'packed'} for inference and cannot be trained: give the model it was made from"
         )
-    binarised = source.config.quant != "none"
-    if binarised and student.config.quant == "none":
-        raise UserError(f"a float model cannot start from a binarised one ({source.config.quant}): set model.quant=w1a1, or another start")
+    binarized = source.config.quant != "none"
+    if binarized and student.config.quant == "none":
+        raise UserError(f"a float model cannot start from a binarized one ({source.config.quant}): set model.quant=w1a1, or another start")
     _check_settings(student.config, source.config)
     kept = not new_codebooks and bool(source.num_classes) and tuple(student.num_classes) == tuple(source.num_classes)
     passed: tuple[str, ...] = () if kept else CODEBOOKS
     own = {name: tensor.shape for name, tensor in student.state_dict().items() if not name.startswith(passed)}
-    quantisers = [name.removesuffix("initialized") for name in own if name.endswith(".initialized")]
+    quantizers = [name.removesuffix("initialized") for name in own if name.endswith(".initialized")]
     state = {name: tensor for name, tensor in source.state_dict().items() if not name.startswith(passed)}
     started_anew: set[str] = set()
     was, becomes = source.config.quant, student.config.quant
-    if binarised and was != becomes and (was, becomes) != ("w1a2", "w1a1"):
-        started_anew = {f"{prefix}{part}" for prefix in quantisers for part in ("scale", "initialized")}
+    if binarized and was != becomes and (was, becomes) != ("w1a2", "w1a1"):
+        started_anew = {f"{prefix}{part}" for prefix in quantizers for part in ("scale", "initialized")}
         state = {name: tensor for name, tensor in state.items() if name not in started_anew}
     for name, tensor in state.items():
         if name not in own:
@@ -129,7 +129,7 @@ def start_from(student: HubertModel, source: HubertModel, new_codebooks: bool = 
         if own[name] != tensor.shape:
             raise UserError(f"'{name}' is {tuple(tensor.shape)} in the source, {tuple(own[name])} in the student: the sizes must agree")
     for name in own:
-        if name not in state and name not in started_anew and (binarised or not name.startswith(tuple(quantisers))):
+        if name not in state and name not in started_anew and (binarized or not name.startswith(tuple(quantizers))):
             raise UserError(f"the source has no '{name}', which the student has: the two must agree in the model's keys and quant_policy")
     student.load_state_dict({**student.state_dict(), **state})
     parameters = sum(tensor.numel() for tensor in state.values())

@@ -1,6 +1,6 @@
-"""Quantisers at one and more bits (Liu et al. 2022, "BiT", section 2), in the form that a bit-packed runtime can follow exactly.
+"""Quantizers at one and more bits (Liu et al. 2022, "BiT", section 2), in the form that a bit-packed runtime can follow exactly.
 
-A quantised tensor is a * codes with one learned scale a. A quantiser returns the codes, so that products sum integers first, and one
+A quantized tensor is a * codes with one learned scale a. A quantizer returns the codes, so that products sum integers first, and one
 multiplication by all scales follows: the same order of arithmetic with +-1 in floats and with packed bits. Gradients are those of
 y = a * codes, g = dL/dy, once the caller's product has multiplied by a:
 
@@ -144,9 +144,9 @@ def initial_scale(mean: Tensor | float, signed: bool, levels: int) -> Tensor | f
 
 class _Signs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, centre: Tensor, size: Tensor) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, center: Tensor, size: Tensor) -> Tensor:
         ctx.save_for_backward(size)
-        return (weight > centre).to(weight.dtype).mul_(2).sub_(1)
+        return (weight > center).to(weight.dtype).mul_(2).sub_(1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -159,7 +159,7 @@ def weight_signs(weight: Tensor, per_channel: bool, groups: int = 1) -> tuple[Te
     The size is float32 at least.
 
     m = mean |W|, e = mean(W) over the whole tensor; `per_channel`: m of each output channel. With groups e too, except that the
-    channels of a depthwise convolution (one input channel per group) are not centred: that would delete the DC of a smoothing filter.
+    channels of a depthwise convolution (one input channel per group) are not centered: that would delete the DC of a smoothing filter.
     """
     with torch.no_grad():
         rows = wide(weight.flatten(1))
@@ -168,10 +168,10 @@ def weight_signs(weight: Tensor, per_channel: bool, groups: int = 1) -> tuple[Te
         shape = (-1, *(1,) * (weight.dim() - 1))
         if per_channel and groups > 1:
             depthwise = weight.size(1) == 1
-            centre = torch.zeros_like(size) if depthwise else rows.mean(1)
+            center = torch.zeros_like(size) if depthwise else rows.mean(1)
         else:
-            centre = rows.mean().view(1)
+            center = rows.mean().view(1)
     if is_tracing():
-        return (weight > centre.view(shape)).to(weight.dtype) * 2 - 1, size
-    signs: Tensor = _Signs.apply(weight, centre.view(shape), size.view(shape))  # type: ignore[no-untyped-call]
+        return (weight > center.view(shape)).to(weight.dtype) * 2 - 1, size
+    signs: Tensor = _Signs.apply(weight, center.view(shape), size.view(shape))  # type: ignore[no-untyped-call]
     return signs, size

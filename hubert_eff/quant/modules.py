@@ -23,14 +23,14 @@ from .functional import FLOOR, effective_scale, initial_scale, scaled, signed_co
 
 
 class Codes(NamedTuple):
-    """A quantised tensor scale * values, values being integers (unsigned of more than one bit: integers and a common offset)."""
+    """A quantized tensor scale * values, values being integers (unsigned of more than one bit: integers and a common offset)."""
 
     values: Tensor
     scale: Tensor  # (1,), float32 at least
 
 
 class FrameMask:
-    """Which frames of the batch that a block is working on are no padding: hooks of the block tell all quantisers in it.
+    """Which frames of the batch that a block is working on are no padding: hooks of the block tell all quantizers in it.
 
     So a layer of the float model, and what stands in for it, are called in the same way, with nothing but their input.
     """
@@ -52,7 +52,7 @@ class FrameMask:
         return self.valid.unsqueeze(-1) if x.dim() == 3 else self.valid[:, None, :, None]
 
 
-# what a monitor is told of a tensor that was quantised: x with its move, codes, scale, minimum, mask
+# what a monitor is told of a tensor that was quantized: x with its move, codes, scale, minimum, mask
 Watch = Callable[[Tensor, Tensor, Tensor, "Tensor | None", "Tensor | None"], None]
 
 
@@ -62,7 +62,7 @@ class Quantizer(nn.Module):
     The scale starts from the first batch in train mode, padding left out and all data-parallel processes together; until then, and where
     that batch is all zeros, it is 1.
     `initial`: a start that is known beforehand. move: shape of the learnable bias per channel ("move"), None: there is none.
-    At two bits an unsigned tensor is quantised from its minimum on, that of each sequence; in a model that streams, which does not know
+    At two bits an unsigned tensor is quantized from its minimum on, that of each sequence; in a model that streams, which does not know
     it, from 0 on (`from_zero`), the minimum that a ReLU leaves.
     """
 
@@ -155,7 +155,7 @@ class BinaryLinear(nn.Linear):
     """y = (a m) (codes(x) . signs(W)) + bias; x (..., K) -> (..., N).
 
     bits: of the input. signed: whether the input takes both signs. per_channel: one weight size m per output instead of one in all. move:
-    a learnable bias before the input's quantiser. own_input: False where a quantiser shared by several layers hands over `Codes`.
+    a learnable bias before the input's quantizer. own_input: False where a quantizer shared by several layers hands over `Codes`.
     """
 
     def __init__(
@@ -185,7 +185,7 @@ class BinaryLinear(nn.Linear):
 class BinaryConv1d(nn.Module):
     """The same for a convolution over time with zero padding, (B, T, K) -> (B, ceil(T / stride), N); weight (N, K / groups, k).
 
-    At stride 1 the kernel, which is odd, is centred, or ends at its frame if `causal`; above it begins there. Padded frames and the padding
+    At stride 1 the kernel, which is odd, is centered or ends at its frame if `causal`; above it begins there. Padded frames and the padding
     at the ends are 0, that is neither of the two values of a bit: they add nothing to a sum.
     """
 

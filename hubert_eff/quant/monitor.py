@@ -22,9 +22,9 @@ BinaryLayer = BinaryLinear | BinaryConv1d
 
 @dataclass
 class Health:
-    """Shares in [0, 1], by name of the quantiser or layer.
+    """Shares in [0, 1], by name of the quantizer or layer.
 
-    saturated: of a quantiser's input that lies outside its range, where no gradient passes.
+    saturated: of a quantizer's input that lies outside its range, where no gradient passes.
     dead: of its channels whose code is the same at all valid frames of the batch; of attention probabilities: of queries that attend to
     nothing.
     flipped: of a layer's weights whose sign the update changed.
@@ -57,12 +57,12 @@ def _block(name: str) -> str:
 
 
 class Monitor:
-    """Watches a binarised model: its activations in a forward pass, its signs over an update, its scales."""
+    """Watches a binarized model: its activations in a forward pass, its signs over an update, its scales."""
 
     def __init__(self, model: HubertModel) -> None:
         self.quantizers: dict[str, Quantizer] = {}
         self.layers: dict[str, BinaryLayer] = {}
-        self.queries: set[str] = set()  # quantisers of probabilities
+        self.queries: set[str] = set()  # quantizers of probabilities
         for name, module in model.named_modules():
             if isinstance(module, Quantizer):
                 self.quantizers[name] = module
@@ -132,7 +132,7 @@ class Monitor:
         }
 
     def collapsed(self) -> list[str]:
-        """Quantisers whose scale has fallen to its floor since the last call."""
+        """Quantizers whose scale has fallen to its floor since the last call."""
         names = [name for name in self.quantizers if name not in self.warned]
         if not names:
             return []

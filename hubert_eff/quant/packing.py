@@ -1,4 +1,4 @@
-"""`pack`: a binarised model as one that runs from bits."""
+"""`pack`: a binarized model as one that runs from bits."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ REST = (torch.float32, torch.bfloat16)
 
 
 def pack(model: M, fused: bool = True, rest: torch.dtype = torch.float32) -> M:
-    """A copy of a binarised model (or a part of one) in eval mode that runs from packed bits, with the same outputs.
+    """A copy of a binarized model (or a part of one) in eval mode that runs from packed bits, with the same outputs.
 
     rest: one of `REST`, the dtype of everything that is not binary (extractor, positional convolution, norms, float layers ...) and of
     the outputs; scales and biases of binary layers are float32 at either. In float32 outputs are equal to the last bit. fused: a
-    packed layer whose output only a quantiser reads (a ReLU and the next feed-forward layer, or the attention's products) returns that
+    packed layer whose output only a quantizer reads (a ReLU and the next feed-forward layer, or the attention's products) returns that
     one's bits, and changes none of them. The source is not changed; the copy cannot be trained.
     Warns of scales that never saw data. Raises `UserError` for a model without binary layers, activations of more bits, or another dtype.
     """
@@ -72,7 +72,7 @@ def _convert(module: nn.Module) -> nn.Module:
     if make is not None:
         return make(module)
     if isinstance(module, PositionalConv1d):
-        return module.fold()  # the same weight, which would be normalised anew for each input
+        return module.fold()  # the same weight, which would be normalized anew for each input
     for name, child in module.named_children():
         setattr(module, name, _convert(child))
     return module
@@ -100,7 +100,7 @@ def _codes(codes: Any) -> Any:
 
 
 def _join(owner: nn.Module) -> None:
-    """Let packed layers return bits where nothing but a quantiser reads them: the first of two feed-forward layers with only a ReLU between
+    """Let packed layers return bits where nothing but a quantizer reads them: the first of two feed-forward layers with only a ReLU between
     them, projections to queries and keys whose heads fill whole words."""
     if not isinstance(owner, Declared):
         return

@@ -1,11 +1,11 @@
-"""Policies: which kinds of layers are binarised, which stay float, and why. A policy names no encoder; encoders declare kinds.
+"""Policies: which kinds of layers are binarized, which stay float, and why. A policy names no encoder; encoders declare kinds.
 
 As YAML, or the mapping that it reads as:
 
     base: default                  # what is not said below: default | paper
     depthwise_conv: binary         # binary | float, for any of `BINARY_KINDS`
     weight_scale: channel          # channel: one weight size per output channel; tensor: one per layer
-    moves: all                     # learnable biases before quantisers: all | attention (queries, keys and values of blocks without
+    moves: all                     # learnable biases before quantizers: all | attention (queries, keys and values of blocks without
                                    # convolution) | none
     attention_dropout: codes       # what dropout of attention zeroes: codes | probabilities (before the threshold, as BiT: what is left
                                    # of them is larger, and in training more of them become bits than in evaluation)
@@ -48,12 +48,12 @@ class Policy:
     source: Mapping[str, Any] = field(default_factory=dict)
 
     def decide(self, path: str, kind: str) -> tuple[str, str]:
-        """(action, reason) for the module at `path`. Raises `UserError` where the policy wants to binarise what cannot be."""
+        """(action, reason) for the module at `path`. Raises `UserError` where the policy wants to binarize what cannot be."""
         action, reason = (FLOAT, FLOAT_KINDS[kind]) if kind in FLOAT_KINDS else self.rules[kind]
         for pattern, wanted in self.modules:
             if _fits(path, pattern):
                 if kind in FLOAT_KINDS and wanted == BINARY:
-                    raise UserError(f"the policy binarises '{path}', which has to stay float: {reason}")
+                    raise UserError(f"the policy binarizes '{path}', which has to stay float: {reason}")
                 action, reason = wanted, f"the policy says so of {pattern}"
         return action, reason
 

@@ -17,7 +17,7 @@ from ..layers.kinds import Declared
 from .runtime import ops
 from .runtime.modules import PackedConv1d, PackedLinear, PackedQuantizer, constant
 
-SCALES = "quantizer_scales"  # in a file, the scales of all quantisers in the model's order: one tensor instead of hundreds of one number
+SCALES = "quantizer_scales"  # in a file, the scales of all quantizers in the model's order: one tensor instead of hundreds of one number
 PACKED_TYPES = (PackedLinear, PackedConv1d, PackedQuantizer)
 
 
@@ -31,7 +31,7 @@ def is_packed(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def fold_moves(packed: nn.Module) -> None:
-    """Fold the moves of quantisers that read a packed layer's output into that layer's bias, so that every bit stays what it was.
+    """Fold the moves of quantizers that read a packed layer's output into that layer's bias, so that every bit stays what it was.
 
     Modules say which these are (`Kind.sources`). The sum of the two is the new bias wherever it gives the same bits; where rounding would
     let it give others, the bias at which the last sum without a bit comes out as zero.

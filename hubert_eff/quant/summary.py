@@ -1,4 +1,4 @@
-"""What became of each part of a binarised model, and why."""
+"""What became of each part of a binarized model, and why."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class Alphabet:
         return [self._numbers[c] for c in spelled]
 
     def spell_any(self, text: str, where: str = "the text") -> list[int]:
-        """As `spell`, of a text as people write it: normalised first, in small letters where the alphabet has only these."""
+        """As `spell`, of a text as people write it: normalized first, in small letters where the alphabet has only these."""
         clean = normalize_text(text)
         return self.spell(clean.lower() if self.letters == self.letters.lower() else clean, where)
 

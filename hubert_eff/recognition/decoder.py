@@ -1,4 +1,4 @@
-"""Attention decoder: Transformer (pre-LN) as Conformer recognisers have it, or with BatchNorm after every layer (FusionFormer)."""
+"""Attention decoder: Transformer (pre-LN) as Conformer recognizers have it, or with BatchNorm after every layer (FusionFormer)."""
 
 # B batch, U letters, T frames, D model dim, H heads, V vocabulary
 

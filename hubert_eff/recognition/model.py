@@ -32,7 +32,7 @@ TRAINING_KEYS = (
     "mask_prob", "mask_length", "mask_selection", "mask_other",
     "mask_channel_prob", "mask_channel_length", "mask_channel_selection", "mask_channel_other",
 )  # fmt: skip
-# sizes of recognisers that papers train: encoder preset, encoder keys that differ, decoder keys
+# sizes of recognizers that papers train: encoder preset, encoder keys that differ, decoder keys
 PRESETS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     f"{encoder}-{layers}+6": (
         preset,
@@ -52,7 +52,7 @@ DROPOUT = Bounds(least=0, below=1)
 
 @dataclass
 class RecognizerConfig:
-    """What a recogniser is; `encoder` and `encoder_config` say what its encoder is, so that a checkpoint needs no other file."""
+    """What a recognizer is; `encoder` and `encoder_config` say what its encoder is, so that a checkpoint needs no other file."""
 
     encoder: str = option("", "name of the encoder")
     encoder_config: str = option("", "its configuration, as JSON; both are filled in when fine-tuning begins")
@@ -194,15 +194,15 @@ class Recognizer(nn.Module):
 def too_long(where: str, numbers: list[int], frames: int) -> str:
     """What to say of a transcript that is longer than its audio allows."""
     return (
-        f"{where}: {len(numbers)} letters need {frames_needed(numbers)} frames of 20 ms, one each and one between equal neighbours, but "
+        f"{where}: {len(numbers)} letters need {frames_needed(numbers)} frames of 20 ms, one each and one between equal neighbors, but "
         f"the audio has {max(frames, 0)}: correct the transcript, or leave the recording out"
     )
 
 
 def build_recognizer(preset: str, letters: str, **overrides: Any) -> Recognizer:
-    """A randomly initialised recogniser of one of `PRESETS`; `overrides` are keys of its encoder."""
+    """A randomly initialized recognizer of one of `PRESETS`; `overrides` are keys of its encoder."""
     if preset not in PRESETS:
-        raise unknown("preset of a recogniser", preset, PRESETS)
+        raise unknown("preset of a recognizer", preset, PRESETS)
     encoder, keys, decoder = PRESETS[preset]
     config = RecognizerConfig(letters=letters, **decoder)
     config.describe(preset_config(encoder, **{**keys, **overrides}))

@@ -79,7 +79,7 @@ def draw(timings: Sequence[Timing], shares: Sequence[Shares], folder: Path) -> l
     left.grid(alpha=0.3)
     left.legend(frameon=False)
     names = list(dict.fromkeys(row.name for s in shares for row in s.blocks if row.time_percent >= 1.0))
-    colors = dict(zip(names, distinct_colors(len(names)), strict=True)) | {"rest": "lightgrey"}
+    colors = dict(zip(names, distinct_colors(len(names)), strict=True)) | {"rest": "lightgray"}
     bars = [(f"{plot_text(s.label)}\n{s.seconds:g} s: {what}", _bar(s.blocks, key, names)) for s in shares for what, key in COLUMNS]
     for position, (_, parts) in enumerate(bars):
         start = 0.0

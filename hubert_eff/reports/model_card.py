@@ -22,7 +22,7 @@ from ..utils.files import write_text
 
 SECONDS = 10.0
 README = "README.md"
-# what the Hub calls licences
+# what the Hub calls licenses
 LICENSES = (
     "apache-2.0", "mit", "bsd-3-clause", "gpl-3.0", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0",
     "cc-by-nc-nd-4.0", "cc-by-nd-4.0", "openrail",
@@ -74,7 +74,7 @@ def write_readme(folder: str | os.PathLike[str], metadata: Mapping[str, str], ba
         *(["", "Without that import, `trust_remote_code=True` has the same classes imported."] if own else []),
     ]  # fmt: skip
     front = {
-        **_license(metadata.get("licence", "")),
+        **_license(metadata.get("license", "")),
         "library_name": "hubert-eff" if own else "transformers",
         "pipeline_tag": "feature-extraction" if auto == "AutoModel" else "automatic-speech-recognition",
         "tags": ["speech", "hubert", *(["one-bit"] if metadata["weights"] == PACKED else [])],
@@ -88,7 +88,7 @@ def write_readme(folder: str | os.PathLike[str], metadata: Mapping[str, str], ba
 
 
 def _license(said: str) -> dict[str, str]:
-    """A licence as the Hub wants it."""
+    """A license as the Hub wants it."""
     name = "-".join(said.lower().split())
     if not name:
         return {"license": "unknown"}
@@ -128,7 +128,7 @@ def _text(name: str, metadata: Mapping[str, str], figures: dict[str, Any], use: 
         "made from": metadata["source"] or "not stated",
         "written by": f"hubert-eff {metadata['package_version']}, format {metadata['format_version']}; this card: {datetime.date.today()}",
         "trained on": metadata.get("trained_on", "not stated"),
-        "licence of the weights": metadata.get("licence", "not stated: ask whoever gave you this file"),
+        "license of the weights": metadata.get("license", "not stated: ask whoever gave you this file"),
     }
     limits = [
         "Input is 16 kHz mono; `hubert-eff run` converts other rates. Output is one frame per 20 ms.",
@@ -138,7 +138,7 @@ def _text(name: str, metadata: Mapping[str, str], figures: dict[str, Any], use: 
         "Nothing is known here of who is misrepresented in the training data: test on the voices it is meant for.",
     ]
     if config["extractor_mode"] == "default":
-        limits.append("Its extractor normalises over the whole recording: padding a batch changes features.")
+        limits.append("Its extractor normalizes over the whole recording: padding a batch changes features.")
     if packed:
         limits.append("Kernels for AVX-512, AVX2 and NEON are compiled at first use; without a C++ compiler it computes the same, slowly.")
     if dtype == "bf16":

@@ -161,11 +161,11 @@ def _operations(counted: Count | PaperCount, bops: str) -> dict[str, float | Non
     def both(convention: str) -> tuple[float, float]:
         return bit_operations({(FLOAT_WIDTH, FLOAT_WIDTH): behind or 0, (1, 1): counted.binary_macs or 0}, convention)
 
-    nonq, quantised = both(bops)
+    nonq, quantized = both(bops)
     return {
         "gflop": None if counted.float_macs is None else 2 * counted.float_macs / 1e9,
         "bop_nonq_g": None if behind is None else nonq,
-        "bop_bq_g": None if counted.binary_macs is None else quantised,
+        "bop_bq_g": None if counted.binary_macs is None else quantized,
         "est_time_e4_s": None if behind is None or counted.binary_macs is None else 1e4 * read_device(DEVICE).paper_time(*both("paper")),
     }
 
@@ -180,17 +180,17 @@ def _findings(row: Row, counted: Count) -> list[str]:
     frames = int(num_frames(round(SECONDS * SAMPLE_RATE), config.conv_layers))
     frames = -(-frames // config.required_seq_len_multiple) * config.required_seq_len_multiple
     dense = config.encoder_layers * 2 * frames**2 * config.encoder_embed_dim
-    quantised = counted.binary_macs / 2**30
+    quantized = counted.binary_macs / 2**30
     if row.preset.startswith((DEEP, WIDE)) and counted.attention_macs < dense:
         saved = dense - counted.attention_macs
         if row.bop_bq_g is None:
             figure = f"{2 * (counted.float_macs + saved) / 1e9:.2f} GFLOP"
         else:
-            quantised += saved / 2**30
-            figure = f"BOP_BQ {quantised:.2f}"
+            quantized += saved / 2**30
+            figure = f"BOP_BQ {quantized:.2f}"
         found.append(f"ours is what sparse attention computes; the paper's attention is dense, in a clean count {figure}")
-    if row.bop_bq_g is not None and quantised:
-        found.append(f"the paper's BOP_BQ is {row.bop_bq_g / quantised:.2f} times the clean count")
+    if row.bop_bq_g is not None and quantized:
+        found.append(f"the paper's BOP_BQ is {row.bop_bq_g / quantized:.2f} times the clean count")
     return found
 
 
@@ -220,5 +220,5 @@ def _legend(bops: str) -> str:
     return (
         f"{SECONDS:g} s of audio. GFLOP: 2 per MAC of float operands. BOP: {convention}, G = 2^30. Time is estimated: BOP_NonQ / "
         f"({device.rate(16):g} x 1024) + BOP_BQ / ({device.rate(1):g} x 1024) s\n({device.name}, bit operations of the paper's "
-        "convention). Storage: 4 B per float (Vanilla rows 2 B), binarised weights 1 bit; MB = 1e6 B."
+        "convention). Storage: 4 B per float (Vanilla rows 2 B), binarized weights 1 bit; MB = 1e6 B."
     )

@@ -29,7 +29,7 @@ METRICS = {
     "qbe": Metric("spoken term detection, MTWV x 100", "mtwv", True),
     "ic": Metric("intent classification, accuracy", "accuracy", True),
     "asv": Metric("speaker verification, EER", "eer", False),
-    "sd": Metric("diarisation, DER", "der", False),
+    "sd": Metric("diarization, DER", "der", False),
     "er": Metric("emotion recognition, accuracy", "accuracy", True),
 }
 

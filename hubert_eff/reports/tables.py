@@ -26,7 +26,7 @@ BOPS_TEXT = {"paper": "a MAC counts the width of its wider operand", "product": 
 
 
 def render(profile: Profile, depth: int = 3) -> Group:
-    """Summary, kinds of operations, modules down to `depth` levels below the model, and operations. Equal neighbours share one row."""
+    """Summary, kinds of operations, modules down to `depth` levels below the model, and operations. Equal neighbors share one row."""
     summary = Table.grid(padding=(0, 2))
     labels = profile.params - profile.params_without_labels
     rows = {
@@ -35,7 +35,7 @@ def render(profile: Profile, depth: int = 3) -> Group:
         "storage": ", ".join(f"{mb:,.2f} MB {kind}" for kind, mb in profile.storage_mb.items()),
         "products": f"{profile.macs:,} MACs; float: {profile.gflop:,.2f} GFLOP",
         "widths": ", ".join(f"{w}x{a} bit {macs:,} MACs" for (w, a), macs in sorted(profile.macs_by_bits.items(), reverse=True)),
-        "bit operations": f"{profile.bop_nonq_g:,.2f} G float, {profile.bop_bq_g:,.2f} G quantised ({BOPS_TEXT[profile.bops]}, G = 2^30)",
+        "bit operations": f"{profile.bop_nonq_g:,.2f} G float, {profile.bop_bq_g:,.2f} G quantized ({BOPS_TEXT[profile.bops]}, G = 2^30)",
         "element operations": f"{profile.element_ops:,}",
         "estimated time": ", ".join(f"{1e3 * s:.3g} ms {kind}" for kind, s in profile.est_time_s.items()) + f" ({profile.device})",
     }
@@ -60,9 +60,9 @@ def render(profile: Profile, depth: int = 3) -> Group:
         if tally.macs or tally.element_ops:
             operations.add_row(name, f"{tally.calls:,}", f"{tally.macs:,}", f"{tally.element_ops:,}")
     fates = plain_table("part", "kind", "becomes", "parts", "weights", "why")
-    for row in profile.quantised:
+    for row in profile.quantized:
         fates.add_row(row["path"], row["kind"], row["becomes"], f"{row['parts']:,}", f"{row['weights']:,}", row["reason"])
-    return Group(summary, kinds, modules, operations, *([fates] if profile.quantised else []), NOTE)
+    return Group(summary, kinds, modules, operations, *([fates] if profile.quantized else []), NOTE)
 
 
 def compare(profiles: Sequence[Profile]) -> Group:
@@ -110,7 +110,7 @@ def plain_table(*columns: str) -> Table:
 
 
 def _rows(root: ModuleCost, depth: int) -> Iterator[tuple[int, str, ModuleCost]]:
-    """(level, label, module) from the root down. Numbered neighbours with the same figures all the way down are one row."""
+    """(level, label, module) from the root down. Numbered neighbors with the same figures all the way down are one row."""
     yield 0, "total", root
 
     def below(module: ModuleCost, level: int) -> Iterator[tuple[int, str, ModuleCost]]:

@@ -14,7 +14,7 @@ R = TypeVar("R")
 
 
 def in_order(executor: Executor, function: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
-    """Results in the order of `items`; at most `ahead` of them are submitted before they are wanted. On an error the rest is cancelled."""
+    """Results in the order of `items`; at most `ahead` of them are submitted before they are wanted. On an error the rest is canceled."""
     pending: deque[Future[R]] = deque()
     try:
         for item in items:

@@ -1,4 +1,4 @@
-"""Two metrics that S3PRL leaves to programs of its users: MTWV for spoken term detection, DER for diarisation."""
+"""Two metrics that S3PRL leaves to programs of its users: MTWV for spoken term detection, DER for diarization."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def errors(reference: Sequence[Turn], hypothesis: Sequence[Turn]) -> dict[str, t
 
 
 def der(reference: Sequence[Turn], hypothesis: Sequence[Turn]) -> float:
-    """The diarisation error rate: all `errors` over all speaker time. Raises `UserError` if nobody speaks in the reference."""
+    """The diarization error rate: all `errors` over all speaker time. Raises `UserError` if nobody speaks in the reference."""
     wrong, spoken = (sum(seconds) for seconds in zip(*errors(reference, hypothesis).values())) if reference else (0.0, 0.0)
     if not spoken:
         raise UserError("nobody speaks in the reference")

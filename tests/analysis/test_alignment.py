@@ -106,7 +106,7 @@ def test_a_flipped_encoder_is_detected_and_a_normal_one_is_not(flipped: int | No
 @pytest.mark.parametrize("encoder", ["squeezeformer", "zipformer"])
 @pytest.mark.parametrize("samples", [3_000, 10_000])
 def test_gradients_of_blocks_at_lower_rates_stand_where_their_frames_are(encoder: str, samples: int) -> None:
-    """A frame of a block at rate r has the same gradient in r neighbouring frames of 20 ms, also in audio of few frames."""
+    """A frame of a block at rate r has the same gradient in r neighboring frames of 20 ms, also in audio of few frames."""
     model = make(f"{encoder}-debug").eval()
     found = gradients(model, torch.randn(1, samples), model.alphabet.spell("A"))
     rates = model.hubert.encoder.block_rates
@@ -221,7 +221,7 @@ def test_identity_attention_of_zipformer_mixes_no_frames() -> None:
 
 
 def test_identity_attention_is_refused_where_it_cannot_be() -> None:
-    with pytest.raises(UserError, match="identity_attention_updates=5 must be 0 for a binarised model"):
+    with pytest.raises(UserError, match="identity_attention_updates=5 must be 0 for a binarized model"):
         hubert_eff.build("conformer-debug+w1a1", identity_attention_updates=5)
     assert attention(torch.randn(1, 1, 3, 4), torch.randn(1, 1, 3, 4), torch.randn(1, 1, 3, 4), None, 0.0).shape == (1, 1, 3, 4)
 

@@ -20,7 +20,7 @@ from ..helpers.paths import ROOT
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The benchmark's module; its neighbours can be imported too."""
+    """The benchmark's module; its neighbors can be imported too."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "speed"))
     import train_gpu
 

@@ -39,7 +39,7 @@ def audio(tmp_path: Path) -> list[Path]:
 
 
 def model(preset: str = "conformer-debug", **keys: Any) -> HubertModel:
-    """With scales, if it has quantisers."""
+    """With scales, if it has quantizers."""
     built = hubert_eff.build(preset, **keys).train()
     with torch.no_grad():
         built.hidden_states(torch.from_numpy(tone(2.0))[None])

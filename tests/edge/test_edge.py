@@ -30,7 +30,7 @@ def test_log_mel_equals_torchaudio() -> None:
     theirs = torchaudio.transforms.MelSpectrogram(
         16_000, n_fft=512, win_length=400, hop_length=160, n_mels=80, center=False, mel_scale="htk", norm=None
     )
-    power = theirs(F.pad(wav, (56, 56))).mT  # torchaudio centres the window of 400 in its 512 samples
+    power = theirs(F.pad(wav, (56, 56))).mT  # torchaudio centers the window of 400 in its 512 samples
     torch.testing.assert_close(LogMel()(wav), (power.clamp(min=1e-10).log10() + 4) / 4, rtol=1e-4, atol=1e-4)
     assert torch.equal(LogMel()(torch.zeros(1, 800)), torch.full((1, 3, 80), -1.5))
 
@@ -54,15 +54,15 @@ def test_a_mel_front_keeps_the_rules_of_frames(front: str) -> None:
 
 @pytest.mark.parametrize("front", MEL_FRONTS)
 def test_a_frame_of_a_mel_front_is_where_its_audio_is(front: str) -> None:
-    """What sounds at the centre of frame t's 400 samples moves frame t most."""
+    """What sounds at the center of frame t's 400 samples moves frame t most."""
     extractor = hubert_eff.build("conformer-debug", conv_feature_layers=front).eval().feature_extractor
     wav = torch.zeros(1, 16_000)
     click = wav.clone()
     click[0, 24 * 320 + 150 : 24 * 320 + 250] = torch.randn(100)
     with torch.no_grad():
         moved = (extractor(click) - extractor(wav)).norm(dim=-1)[0]
-    centre = (moved * torch.arange(len(moved))).sum() / moved.sum()
-    assert abs(float(centre) - 24) < 0.6 and moved.argmax() in (23, 24, 25)
+    center = (moved * torch.arange(len(moved))).sum() / moved.sum()
+    assert abs(float(center) - 24) < 0.6 and moved.argmax() in (23, 24, 25)
 
 
 @pytest.mark.parametrize("front", MEL_FRONTS)
@@ -135,7 +135,7 @@ def test_mad_layer_norm_in_half_precision_is_near_the_exact_one(channels: int) -
 
 
 @pytest.mark.parametrize("channels", [64, 361, 768, 2048])
-def test_bounds_of_the_pre_normaliser_hold(channels: int) -> None:
+def test_bounds_of_the_pre_normalizer_hold(channels: int) -> None:
     """|z| <= C / 2 and sum z^2 <= C^2 / 2, attained by two opposite spikes; with D: |z| <= D and 2 D^2, which float16 holds."""
     tightest = 0.0
     for name, x in adversarial(channels):
@@ -183,7 +183,7 @@ def test_conditional_softmax(spread: float, keys: int) -> None:
 
 
 def test_half_precision_keeps_a_model_that_is_loud() -> None:
-    """Activations of 3e4 in front of its norms: a plain half-precision model is wrong, one with the pre-normaliser is not."""
+    """Activations of 3e4 in front of its norms: a plain half-precision model is wrong, one with the pre-normalizer is not."""
     encoder = hubert_eff.build("transformer-debug", encoder_embed_dim=128, layer_norm_first=True).eval().encoder
     x = torch.randn(1, 20, 128) * 1e4
     with torch.no_grad():
@@ -233,7 +233,7 @@ def test_what_cannot_be_rewritten_is_refused() -> None:
             rewrite(hubert_eff.build(preset))
     with pytest.raises(UserError, match="sparse attention cannot be rewritten"):
         rewrite(hubert_eff.build("sparseformer-debug"))
-    with pytest.raises(UserError, match="binarised model cannot be fused"):
+    with pytest.raises(UserError, match="binarized model cannot be fused"):
         rewrite(hubert_eff.build("conformer-debug+w1a1"))
     model = rewrite(hubert_eff.build("conformer-debug"))
     with pytest.raises(UserError, match="not rewritten yet"):

@@ -210,7 +210,7 @@ def test_impossible_configurations_are_refused(keys: dict, message: str) -> None
 
 
 def test_masked_prediction_learns() -> None:
-    """Frames of one of four tones: a model that sees the neighbours can tell a masked frame's tone."""
+    """Frames of one of four tones: a model that sees the neighbors can tell a masked frame's tone."""
     torch.manual_seed(0)
     model = hubert_eff.build("fusionformer-debug", num_classes=(4,), conv_pos=16)
     optimizer = torch.optim.Adam(model.parameters(), 2e-3)

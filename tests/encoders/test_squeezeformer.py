@@ -176,7 +176,7 @@ def test_middle_blocks_run_at_half_the_rate_and_their_states_at_the_full_one() -
         assert len(rates) == depth + LAYERS
 
 
-def test_constants_and_initialisation_are_the_authors() -> None:
+def test_constants_and_initialization_are_the_authors() -> None:
     encoder = hubert_eff.build("squeezeformer-debug").encoder
     quiet = 1e-3 * torch.randn(2, 5, DIM)
     torch.testing.assert_close(encoder.layer_norm(quiet), F.layer_norm(math.sqrt(DIM) * quiet, (DIM,)), rtol=1e-4, atol=1e-5)

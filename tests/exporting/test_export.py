@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import hubert_eff
@@ -98,9 +98,9 @@ def test_stored_bits_are_the_signs_of_the_weight() -> None:
             if isinstance(module, (PackedLinear, PackedConv1d)):
                 weight = model.get_submodule(name).weight
                 stored = bytes_of(module)
-                centre = weight.mean()  # the paper policy: one for the whole tensor
+                center = weight.mean()  # the paper policy: one for the whole tensor
                 bits = (stored.unsqueeze(1) >> torch.arange(8) & 1).flatten()[: weight.numel()].bool()
-                assert torch.equal(bits.view(weight.shape), weight > centre), name
+                assert torch.equal(bits.view(weight.shape), weight > center), name
                 assert torch.equal(bits_of(stored, module), module.bits)
 
 
@@ -164,7 +164,7 @@ def test_a_profile_of_a_file_is_that_of_the_model(tmp_path: Path) -> None:
         folded = 2 * 64 * (3 if encoder == "transformer" else 2) + 32
         assert a.params - b.params == folded
         assert (a.storage_mb["file"] - b.storage_mb["file"]) * 1e6 == pytest.approx(4 * folded)
-        assert [row["becomes"] for row in a.quantised] == [row["becomes"] for row in b.quantised]
+        assert [row["becomes"] for row in a.quantized] == [row["becomes"] for row in b.quantized]
 
 
 # -- float, and what a file says ---------------------------------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ def test_models_with_tensors_that_are_not_saved(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_float_weights_of_a_binarised_model_train_on(tmp_path: Path) -> None:
+def test_float_weights_of_a_binarized_model_train_on(tmp_path: Path) -> None:
     path, (wav, padding) = tmp_path / "model.safetensors", batch()
     for quant in ("w1a1", "w1a2"):
         model = hubert_eff.build("conformer-debug", quant=quant)
@@ -220,7 +220,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder.mkdir(parents=True)
     source, out = folder / "checkpoint.safetensors", tmp_path / "out" / "model.safetensors"
     hubert_eff.export(debug("conformer", "paper"), source, packed=False)
-    said = ["--licence", "CC BY 4.0", "--trained-on", "speech | noise"]
+    said = ["--license", "CC BY 4.0", "--trained-on", "speech | noise"]
     assert main(["export", str(source), "--out", str(out), "--dtype", "fp16", *said, "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["bytes"] == out.stat().st_size and figures["weights"] == "packed" and set(figures["macs_by_bits"]) == {"32x32", "1x1"}
@@ -235,7 +235,13 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "secret" not in card
     assert main(["export", str(out), "--out", str(tmp_path / "again.safetensors"), "--trained-on", "other speech"]) == 0
     again = read_metadata(tmp_path / "again.safetensors")
-    assert (again["licence"], again["trained_on"]) == ("CC BY 4.0", "other speech")
+    assert (again["license"], again["trained_on"]) == ("CC BY 4.0", "other speech")
+    with safe_open(out, framework="pt") as stream:  # as version 0.1.0 spelled it, in files and on the command line
+        held, tensors = stream.metadata(), {name: stream.get_tensor(name) for name in stream.keys()}
+    save_file(tensors, folder / "old.safetensors", {"licence" if key == "license" else key: text for key, text in held.items()})
+    assert read_metadata(folder / "old.safetensors")["license"] == "CC BY 4.0"
+    assert main(["export", str(out), "--out", str(tmp_path / "again.safetensors"), "--licence", "CC0 1.0"]) == 0
+    assert read_metadata(tmp_path / "again.safetensors")["license"] == "CC0 1.0"
     code = re.findall(r"```python\n(.*?)```", card, re.S)[0].replace('"model.safetensors"', repr(str(out)))
     scope: dict[str, Any] = {}
     exec(code, scope)
@@ -249,7 +255,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["conformer-debug", "--onnx", "model.onnx", "--dtype", "fp16"], "--out FILE.safetensors or --hf DIR is written: both are missing"),
         (["conformer-debug", "--out", "model.bin"], "must end in .safetensors"),
         (["conformer-dbug", "--out", "m.safetensors"], "unknown preset or checkpoint 'conformer-dbug' - did you mean 'conformer-debug'"),
-        (["conformer-debug+w1a1", "--fuse", "--out", "m.safetensors"], "a binarised model cannot be fused"),
+        (["conformer-debug+w1a1", "--fuse", "--out", "m.safetensors"], "a binarized model cannot be fused"),
         (["conformer-debug+w1a1", "--policy", "papr", "--out", "m.safetensors"], "unknown policy 'papr'"),
         (["conformer-debug", "--dtype", "fp8", "--out", "m.safetensors"], "invalid choice: 'fp8'"),
     ],

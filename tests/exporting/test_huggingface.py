@@ -150,7 +150,7 @@ def test_a_recognizer_becomes_a_ctc_model(tmp_path: Path) -> None:
     import transformers
 
     model = make("transformer-debug", normalize=True).eval()
-    assert main(["export", str(save(model, tmp_path / "ctc.pt")), "--hf", str(tmp_path / "hf"), "--licence", "MIT"]) == 0
+    assert main(["export", str(save(model, tmp_path / "ctc.pt")), "--hf", str(tmp_path / "hf"), "--license", "MIT"]) == 0
     loaded = transformers.AutoModelForCTC.from_pretrained(tmp_path / "hf")
     processor = transformers.AutoProcessor.from_pretrained(tmp_path / "hf")
     wav, padding = audio()
@@ -175,7 +175,7 @@ def test_a_recognizer_becomes_a_ctc_model(tmp_path: Path) -> None:
 
 def test_the_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = [
-        "--licence",
+        "--license",
         "CC BY 4.0",
         "--trained-on",
         "LibriSpeech 960 h, own: speech | noise",
@@ -195,7 +195,7 @@ def test_the_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     params = transformers.AutoModel.from_pretrained(tmp_path / "native").num_parameters()
     assert figures["params"] == params and f"| parameters | {params:,} |" in text
     assert "import hubert_eff" not in text and "# native" in text
-    assert main(["export", "conformer-debug", "--hf", str(tmp_path / "own"), "--licence", "my own"]) == 0
+    assert main(["export", "conformer-debug", "--hf", str(tmp_path / "own"), "--license", "my own"]) == 0
     text = (tmp_path / "own" / "README.md").read_text()
     front = yaml.safe_load(text.split("---\n")[1])
     assert (front["license"], front["license_name"], front["library_name"]) == ("other", "my-own", "hubert-eff")

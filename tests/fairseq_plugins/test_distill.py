@@ -1,4 +1,4 @@
-"""Binarised models in fairseq: configurations, the criterion `hubert_distill`, the group of the scales, stages as a user runs them."""
+"""Binarized models in fairseq: configurations, the criterion `hubert_distill`, the group of the scales, stages as a user runs them."""
 
 from __future__ import annotations
 
@@ -243,7 +243,7 @@ def logged(output: str) -> dict[int, dict[str, str]]:
 
 
 @pytest.mark.long
-def test_quantised_pretraining_goes_on_as_if_nothing_had_happened(data: Path, tmp_path: Path) -> None:
+def test_quantized_pretraining_goes_on_as_if_nothing_had_happened(data: Path, tmp_path: Path) -> None:
     board = f"common.tensorboard_logdir={tmp_path / 'board'}"
     whole = start("quantize", "debug_w1a1", data, tmp_path / "whole", board).end()
     assert whole.returncode == 0, whole.stderr

@@ -78,7 +78,7 @@ def test_model_starts_from_the_checkpoint_and_keeps_no_path(name: str, data: Pat
     again.load_state_dict(model.state_dict(), strict=True, model_cfg=cfg.model)
 
 
-def test_a_binarised_model_is_fine_tuned_as_one(data: Path) -> None:
+def test_a_binarized_model_is_fine_tuned_as_one(data: Path) -> None:
     task, cfg = make_task("debug", f"task.data={data}", "model.w2v_path=null", "model.preset=conformer-debug+w1a1")
     model = task.build_model(cfg.model)
     assert isinstance(model.hubert.encoder.layers[0].self_attn.q_proj, BinaryLinear) and cfg.model.preset is None

@@ -62,7 +62,7 @@ def test_state_names_are_the_core_models(encoder: str, data: Path) -> None:
     assert model.num_updates == 12
 
 
-def test_binarised_model_and_its_policy_are_in_the_configuration(data: Path, tmp_path: Path) -> None:
+def test_binarized_model_and_its_policy_are_in_the_configuration(data: Path, tmp_path: Path) -> None:
     policy = tmp_path / "policy.yaml"
     policy.write_text("feed_forward: float")
     task, cfg = make_task(data, "model.quant=w1a1", f"model.quant_policy={policy}")

@@ -1,4 +1,4 @@
-"""Configurations of binarised models as fairseq completes them, a teacher, and what a training of one is made of."""
+"""Configurations of binarized models as fairseq completes them, a teacher, and what a training of one is made of."""
 
 from __future__ import annotations
 

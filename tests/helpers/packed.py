@@ -26,7 +26,7 @@ def in_torch(monkeypatch: pytest.MonkeyPatch, call: Callable[[], Tensor]) -> Ten
 
 
 def debug(encoder: str, policy: str = "default", zero: bool = False, **overrides: Any) -> hubert_eff.models.hubert.HubertModel:
-    """A binarised debug model whose attention is as decided as a trained one's."""
+    """A binarized debug model whose attention is as decided as a trained one's."""
     torch.manual_seed(0)
     model = hubert_eff.build(f"{encoder}-debug", **overrides)
     with torch.no_grad():

@@ -22,7 +22,7 @@ def ready(quantizer: Quantizer, scale: float) -> Quantizer:
 
 
 def masked_by(module: nn.Module, valid: Tensor) -> nn.Module:
-    """A module whose quantisers see a batch with these valid frames."""
+    """A module whose quantizers see a batch with these valid frames."""
     frames = FrameMask()
     frames.valid = valid
     for part in module.modules():
@@ -32,7 +32,7 @@ def masked_by(module: nn.Module, valid: Tensor) -> nn.Module:
 
 
 def debug(encoder: str, spec: str, policy: str = "default", **keys: object) -> hubert_eff.models.hubert.HubertModel:
-    """A binarised debug model; its scales start from its first batch in train mode."""
+    """A binarized debug model; its scales start from its first batch in train mode."""
     torch.manual_seed(0)
     model = hubert_eff.build(f"{encoder}-debug", num_classes=(20,), dropout=0.0, attention_dropout=0.0, **keys)
     return hubert_eff.binarize(model, spec, policy)

@@ -72,7 +72,7 @@ def test_group_norm_extractor_is_never_padded(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("preset", ["transformer-debug", "conformer-debug"])
-def test_long_recordings_are_normalised_as_a_whole(tmp_path, monkeypatch, preset) -> None:
+def test_long_recordings_are_normalized_as_a_whole(tmp_path, monkeypatch, preset) -> None:
     """A quiet half and a loud half stay so, although each is a piece of its own."""
     path = tmp_path / "model.safetensors"
     export(hubert_eff.build(preset, normalize=True).eval(), path)
@@ -82,7 +82,7 @@ def test_long_recordings_are_normalised_as_a_whole(tmp_path, monkeypatch, preset
     model = hubert_eff.load(str(path))
     with torch.no_grad():
         expected = [model.hidden_states(torch.from_numpy(w)[None])[0][0][0].numpy() for w in (wav, short)]
-    found = dict(layer.extract([wav, short]))  # in one piece: the model's own normalisation
+    found = dict(layer.extract([wav, short]))  # in one piece: the model's own normalization
     for index, values in enumerate(expected):
         np.testing.assert_allclose(found[index], values, atol=2e-5)
     whole = hubert_eff.models.hubert.normalize_waveform(torch.from_numpy(wav)[None])

@@ -23,29 +23,29 @@ pytest.importorskip("torchaudio")
 
 def blobs(folder: Path, count: int = 5, files: int = 4, rows: int = 3000) -> tuple[list[Path], np.ndarray]:
     rng = np.random.default_rng(0)
-    centres = rng.normal(size=(count, 8)).astype(np.float32) * 10
+    centers = rng.normal(size=(count, 8)).astype(np.float32) * 10
     paths = []
     for index in range(files):
         paths.append(folder / f"{index}.npy")
-        np.save(paths[-1], (centres[rng.integers(count, size=rows)] + rng.normal(size=(rows, 8))).astype(np.float32))
-    return paths, centres
+        np.save(paths[-1], (centers[rng.integers(count, size=rows)] + rng.normal(size=(rows, 8))).astype(np.float32))
+    return paths, centers
 
 
 @pytest.mark.parametrize("pool_bytes", [1 << 28, 150_000])
 def test_kmeans_finds_the_clusters_also_when_memory_holds_one_file(tmp_path, monkeypatch, pool_bytes) -> None:
     monkeypatch.setattr(kmeans, "POOL_BYTES", pool_bytes)
-    paths, centres = blobs(tmp_path)
+    paths, centers = blobs(tmp_path)
     found = fit(paths, 5, seed=1)
-    distance = np.linalg.norm(found[:, None] - centres[None], axis=-1)
+    distance = np.linalg.norm(found[:, None] - centers[None], axis=-1)
     assert sorted(distance.argmin(1)) == [0, 1, 2, 3, 4] and distance.min(1).max() < 0.2
     assert np.array_equal(found, fit(paths, 5, seed=1))
 
 
 def test_faiss_finds_the_clusters(tmp_path) -> None:
     pytest.importorskip("faiss")
-    paths, centres = blobs(tmp_path)
+    paths, centers = blobs(tmp_path)
     found = fit_faiss(paths, 5, seed=1)
-    assert found.shape == centres.shape and found.dtype == np.float32
+    assert found.shape == centers.shape and found.dtype == np.float32
     rows = np.concatenate([np.load(p) for p in paths])
     errors = [((rows - c[KMeans(c, {}).assign(rows)]) ** 2).sum() for c in (found, fit(paths, 5, seed=1))]
     assert errors[0] < 2 * errors[1] and np.array_equal(found, fit_faiss(paths, 5, seed=1))

@@ -146,7 +146,7 @@ def test_jobs_share_a_folder(manifest, tmp_path, monkeypatch, capsys) -> None:
         assert make_labels(manifest, out, clusters=10, share=(0, 3))["finished"] == first["shards"] - 1
         assert main([*arguments, "--nshard", "3", "--rank", "2"]) == 0
         assert f"{first['shards']} of all {first['shards']} shards are finished" in capsys.readouterr().out
-        patch.setattr(targets, "_label_shard", lambda *_, **__: pytest.fail("a shard was labelled again"))
+        patch.setattr(targets, "_label_shard", lambda *_, **__: pytest.fail("a shard was labeled again"))
         assert main(arguments) == 0
     for name in ("train.km", "valid.km", "dict.km.txt", "kmeans.safetensors"):
         assert (out / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()

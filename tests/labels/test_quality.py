@@ -36,8 +36,8 @@ def test_purities_by_hand() -> None:
     assert mixed["pnmi"] == pytest.approx(1 - rest / entropy)
 
 
-def test_frames_meet_the_phone_at_their_centre(tmp_path) -> None:
-    """Two phones of half a second; the label says which one the frame's centre is in, so every measure is 1."""
+def test_frames_meet_the_phone_at_their_center(tmp_path) -> None:
+    """Two phones of half a second; the label says which one the frame's center is in, so every measure is 1."""
     soundfile.write(tmp_path / "a.wav", noise(1.0), 16000)
     (tmp_path / "train.tsv").write_text(f"{tmp_path}\na.wav\t16000\n")
     labels = [int(i / 100 + 0.0125 >= 0.5) for i in range(98)]

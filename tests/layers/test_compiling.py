@@ -100,7 +100,7 @@ def test_flex_attention_is_called_between_compiled_parts(graphs: list[Any], monk
     compiled_flex.cache_clear()
 
 
-@pytest.mark.parametrize(("preset", "reason"), [("zipformer-debug", "Zipformer"), ("conformer-debug+w1a1", "binarised")])
+@pytest.mark.parametrize(("preset", "reason"), [("zipformer-debug", "Zipformer"), ("conformer-debug+w1a1", "binarized")])
 def test_what_cannot_be_compiled_is_refused(preset: str, reason: str) -> None:
     with pytest.raises(UserError, match=f"compile_blocks=true: .*{reason}"):
         hubert_eff.build(preset, compile_blocks=True)

@@ -91,7 +91,7 @@ def test_dropout_keeps_the_share_and_the_mean(p: float) -> None:
     y.sum().backward()
     assert torch.equal(x.grad, y.detach())
     assert torch.equal(layer.eval()(x), x)
-    # each place on its own: neighbours in a random word are independent
+    # each place on its own: neighbors in a random word are independent
     drops = (y.detach().flatten() == 0).float()
     for lag in (1, 2, 3, 4):
         assert abs(float((drops[lag:] * drops[:-lag]).mean()) - p * p) < 0.005

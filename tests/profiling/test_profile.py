@@ -192,7 +192,7 @@ def test_table1_sparse_rows_are_what_is_computed(rows):
         assert row["gflop"] < gflop and f"{gflop} GFLOP" in row["note"]  # the dense figure
 
 
-def test_table1_binarised_row(monkeypatch):
+def test_table1_binarized_row(monkeypatch):
     paper = table1.Row("BQ", "transformer-debug+w1a1", 0.5, 2.0, 3.0, 4.0, 5.0, "a reason", float_bytes=2)
     monkeypatch.setattr(table1, "PAPER_TABLE", (paper,))
     (row,) = table1.table1()
@@ -237,7 +237,7 @@ def test_command(capsys):
     text = capsys.readouterr().out
     assert f"{values['macs']:,} MACs" in text and "0-1 (2, each)" in text
     text += render_text(hubert_eff.profile("conformer-debug+w1a1", seconds=1.0))  # with long reasons
-    assert not any(mark in text for mark in ("\x1b", "\u2026"))  # neither colours nor cut-off cells
+    assert not any(mark in text for mark in ("\x1b", "\u2026"))  # neither colors nor cut-off cells
 
 
 def test_command_compares(capsys):

@@ -31,11 +31,11 @@ def test_one_bit_operations_of_a_block() -> None:
     assert block.macs_by_bits == {(1, 1): linear + attention, (32, 32): frames * dim * kernel + (2 * frames - 1) * dim * dim}
     two = hubert_eff.profile(hubert_eff.build("conformer-debug+w1a2"), seconds=1.0).macs_by_bits
     assert two[1, 2] == 2 * linear and two[2, 2] == 2 * attention
-    assert "encoder.layers.*.ffn1.w_1" in render_text(profile) and profile.to_dict()["quantised"] == quant_report(model)
+    assert "encoder.layers.*.ffn1.w_1" in render_text(profile) and profile.to_dict()["quantized"] == quant_report(model)
 
 
 def blocks_of_table1(preset: str) -> tuple[hubert_eff.models.hubert.HubertModel, int, int]:
-    """The binarised model, parameters of its float form, weights that the paper binarises: those of every linear layer and convolution."""
+    """The binarized model, parameters of its float form, weights that the paper binarizes: those of every linear layer and convolution."""
     model = hubert_eff.build(preset)
     weights = sum(m.weight.numel() for m in model.encoder.layers.modules() if isinstance(m, (Linear, DepthwiseConv)))
     params = sum(p.numel() for p in model.parameters())
@@ -63,7 +63,7 @@ def test_storage_of_table1(preset: str, params: int, moves: bool, float_bytes: i
 
 
 @pytest.mark.parametrize(
-    "preset, nonq, quantised",
+    "preset, nonq, quantized",
     [
         ("conformer-s-table1", 101.78, 15.37),
         ("squeezeformer-xs-table1", 101.78, 11.39),
@@ -72,7 +72,7 @@ def test_storage_of_table1(preset: str, params: int, moves: bool, float_bytes: i
         ("transformer-base", 174.37, 43.84),
     ],
 )
-def test_bit_operations_of_table1(preset: str, nonq: float, quantised: float) -> None:
+def test_bit_operations_of_table1(preset: str, nonq: float, quantized: float) -> None:
     model, _, _ = blocks_of_table1(preset)
     profile = hubert_eff.profile(model, 10.0)
     config, found = model.config, list(bit_operations(profile.macs_by_bits, "paper"))
@@ -82,10 +82,10 @@ def test_bit_operations_of_table1(preset: str, nonq: float, quantised: float) ->
         assert attention < 0.5 * dense
         found[1] += (dense - attention) / 2**30
     tolerance = 0.005 if preset.startswith("squeezeformer") else 0.0015  # the change of rate, which that count leaves out
-    assert found == [pytest.approx(nonq, rel=tolerance), pytest.approx(quantised, rel=0.001)]
+    assert found == [pytest.approx(nonq, rel=tolerance), pytest.approx(quantized, rel=0.001)]
 
 
-def test_frames_reach_quantisers_through_the_block() -> None:
+def test_frames_reach_quantizers_through_the_block() -> None:
     model = debug("conformer", "w1a1")
     block = model.encoder.layers[0]
     frames = block.ffn1.w_1.input.frames

@@ -1,4 +1,4 @@
-"""Learning from a teacher, what to watch in a binarised model, and the stages W32A32 -> W1A2 -> W1A1."""
+"""Learning from a teacher, what to watch in a binarized model, and the stages W32A32 -> W1A2 -> W1A1."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_hidden_distances_are_of_each_utterance_without_padding_and_can_be_divid
         ({"encoder_layers": 3}, "layers 3, the student's 2"),
         ({"encoder_embed_dim": 32}, "width .* 32, the student's 64"),
         ({"label_rate": 100.0}, "label rate .* 100.0, the student's 50.0"),
-        ({"normalize": True}, "normalisation"),
+        ({"normalize": True}, "normalization"),
         ({"valid_frames": "fairseq"}, "rule for padding"),
         ({"conv_feature_layers": "[(32,10,5)] + [(32,3,2)] * 3 + [(32,4,2)] + [(32,2,2)] * 2"}, "samples under a frame"),
     ],
@@ -110,7 +110,7 @@ def test_each_stage_starts_from_the_one_before_and_w1a1_inherits_scales(encoder:
 def test_starts_that_do_not_fit_are_refused() -> None:
     with pytest.raises(UserError, match="encoder transformer cannot start"):
         start_from(build("transformer-debug"), build())
-    with pytest.raises(UserError, match="float model cannot start from a binarised one"):
+    with pytest.raises(UserError, match="float model cannot start from a binarized one"):
         start_from(build(), build(quant="w1a2"))
     with pytest.raises(UserError, match="quant_policy"):
         start_from(build(quant="w1a1"), build(quant="w1a2", quant_policy="paper"))
@@ -182,7 +182,7 @@ def test_monitor_counts_queries_that_attend_to_nothing() -> None:
 
 @pytest.mark.parametrize("encoder", hubert_eff.list_encoders())
 @pytest.mark.parametrize("quant", ["w1a1", "w1a2"])
-def test_monitor_sees_every_quantiser_of_every_encoder(encoder: str, quant: str) -> None:
+def test_monitor_sees_every_quantizer_of_every_encoder(encoder: str, quant: str) -> None:
     model = build(f"{encoder}-debug", quant=quant).train()
     monitor = Monitor(model)
     with monitor.watching():

@@ -28,7 +28,7 @@ def test_weights() -> None:
     filters = torch.tensor([[[0.1, 0.2, 0.3]], [[-1.0, 2.0, -1.0]]])
     assert weight_signs(filters, True, groups=2)[0].tolist() == [[[1, 1, 1]], [[-1, 1, -1]]]  # a smoothing filter keeps its DC
     grouped = torch.tensor([[[1.0, 2.0], [3.0, 4.0]], [[-1.0, -2.0], [-3.0, -4.0]]])
-    assert weight_signs(grouped, True, groups=2)[0].tolist() == [[[-1, -1], [1, 1]], [[1, 1], [-1, -1]]]  # centred one by one
+    assert weight_signs(grouped, True, groups=2)[0].tolist() == [[[-1, -1], [1, 1]], [[1, 1], [-1, -1]]]  # centered one by one
 
 
 # -- layers ----------------------------------------------------------------------------------------------------------------
@@ -48,19 +48,19 @@ def test_linear_sums_integers_then_multiplies_once(per_channel: bool) -> None:
     assert torch.equal(y.detach(), sums.float() * (layer.input.scale.detach() * size) + layer.bias.detach())
 
 
-def test_linear_gradients_are_those_of_the_quantised_product() -> None:
+def test_linear_gradients_are_those_of_the_quantized_product() -> None:
     layer = BinaryLinear(6, 3).double()
     x = torch.randn(1, 4, 6, dtype=torch.float64, requires_grad=True)
     layer(x.detach())
     g = torch.randn(1, 4, 3, dtype=torch.float64)
     (layer(x) * g).sum().backward()
     scale, size = layer.input.scale.item(), layer.weight.detach().abs().mean(1)
-    quantised = scale * torch.where(x.detach() > 0, 1.0, -1.0).double()
+    quantized = scale * torch.where(x.detach() > 0, 1.0, -1.0).double()
     weight = size[:, None] * torch.where(layer.weight.detach() > layer.weight.detach().mean(), 1.0, -1.0)
     of_input = g @ weight
-    torch.testing.assert_close(layer.weight.grad, g[0].T @ quantised[0])
+    torch.testing.assert_close(layer.weight.grad, g[0].T @ quantized[0])
     torch.testing.assert_close(x.grad, of_input * (x.detach().abs() <= scale))
-    torch.testing.assert_close(layer.input.scale.grad.item(), float((of_input * quantised).sum()) / scale / math.sqrt(24))
+    torch.testing.assert_close(layer.input.scale.grad.item(), float((of_input * quantized).sum()) / scale / math.sqrt(24))
     torch.testing.assert_close(layer.input.move.grad, x.grad[0].sum(0))
 
 
@@ -75,12 +75,12 @@ def test_convolution(channels: int, out: int, kernel: int, stride: int, groups: 
     valid = torch.arange(13) < torch.tensor([[13], [7]])
     y = masked_by(layer, valid).train()(x)
     scale = layer.input.scale.detach()
-    quantised = torch.where(x > 0, scale, -scale) if signed else torch.where(x > scale / 2, scale, torch.zeros(()))
-    quantised = (quantised * valid.unsqueeze(-1)).mT
+    quantized = torch.where(x > 0, scale, -scale) if signed else torch.where(x > scale / 2, scale, torch.zeros(()))
+    quantized = (quantized * valid.unsqueeze(-1)).mT
     signs, size = weight_signs(layer.weight.detach(), True, groups)
     left = kernel // 2 if stride == 1 else 0
     right = left if stride == 1 else max(0, kernel - stride + -13 % stride)
-    reference = F.conv1d(F.pad(quantised, (left, right)), signs * size.view(-1, 1, 1), layer.bias, stride, groups=groups).mT
+    reference = F.conv1d(F.pad(quantized, (left, right)), signs * size.view(-1, 1, 1), layer.bias, stride, groups=groups).mT
     assert y.shape == (2, -(-13 // stride), out)
     torch.testing.assert_close(y, reference)
     other = torch.where(valid.unsqueeze(-1), x, torch.randn_like(x))

@@ -253,7 +253,7 @@ def test_an_encoder_that_declares_nothing_is_refused(monkeypatch: pytest.MonkeyP
     for module in model.modules():
         if isinstance(module, Declared):
             monkeypatch.setattr(type(module), "kinds", lambda self: {})
-    with pytest.raises(UserError, match="nothing of this TransformerEncoder would be binarised: its blocks declare no kinds"):
+    with pytest.raises(UserError, match="nothing of this TransformerEncoder would be binarized: its blocks declare no kinds"):
         hubert_eff.binarize(model)
 
 
@@ -278,7 +278,7 @@ def test_report_says_what_became_of_each_part() -> None:
 @pytest.mark.parametrize(
     "spec, policy, message",
     [
-        ("w1a11", "default", "unknown quantisation 'w1a11' - did you mean 'w1a1'"),
+        ("w1a11", "default", "unknown quantization 'w1a11' - did you mean 'w1a1'"),
         ("w1a1", "papers", "unknown policy 'papers' - did you mean 'paper'"),
         ("w1a1", "nowhere.yaml", "path of a YAML file, which is not there"),
         ("w1a1", {"feed_forwards": "float"}, "did you mean 'feed_forward'"),
@@ -291,7 +291,7 @@ def test_report_says_what_became_of_each_part() -> None:
         ("w1a1", "{base: [}", "no YAML"),
         ("w1a1", {"base": ["paper"]}, "unknown policy"),
         ({"base": "papers"}, "default", "unknown policy 'papers'"),
-        (dict.fromkeys(BINARY_KINDS, "float"), "default", "nothing of this ConformerEncoder would be binarised: its policy leaves float"),
+        (dict.fromkeys(BINARY_KINDS, "float"), "default", "nothing of this ConformerEncoder would be binarized: its policy leaves float"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(spec: str, policy: object, message: str) -> None:
@@ -304,13 +304,13 @@ def test_wrong_forms_are_refused() -> None:
     model = hubert_eff.build("conformer-debug")
     binary = hubert_eff.binarize(model, "w1a1")
     for spec in ("w1a1", "w1a2"):
-        with pytest.raises(UserError, match="binarised already \\(w1a1\\)"):
+        with pytest.raises(UserError, match="binarized already \\(w1a1\\)"):
             hubert_eff.binarize(binary, spec)
     with pytest.raises(UserError, match="fused"):
         hubert_eff.binarize(hubert_eff.fuse(model), "w1a1")
     with pytest.raises(UserError, match="cannot be fused"):
         hubert_eff.fuse(binary)
-    with pytest.raises(UserError, match="weights of a binarised model"):
+    with pytest.raises(UserError, match="weights of a binarized model"):
         model.load_state_dict(binary.state_dict())
     with pytest.raises(UserError, match="weights of a float model"):
         binary.load_state_dict(model.state_dict())

@@ -81,17 +81,17 @@ def test_convolution(out: int, kernel: int, stride: int, groups: int, takes_sign
 
     seen, moved = VALID.unsqueeze(-1), copy + move
     if takes_signs:
-        quantised = signed(moved, scale, bits, int(VALID.sum()) * D)
+        quantized = signed(moved, scale, bits, int(VALID.sum()) * D)
     else:
         least = 0.0 if bits == 1 else moved.detach().masked_fill(~seen, math.inf).amin((1, 2), keepdim=True)
-        quantised = unsigned(moved, scale, bits, int(VALID.sum()) * D, least)
+        quantized = unsigned(moved, scale, bits, int(VALID.sum()) * D, least)
     rows = weight.detach().flatten(1)
     size = rows.abs().mean(1).view(-1, 1, 1)
-    centre = rows.mean() if groups == 1 else torch.zeros(()) if groups == D else rows.mean(1).view(-1, 1, 1)
-    binary = torch.where(weight > centre, size, -size).detach() + weight - weight.detach()
+    center = rows.mean() if groups == 1 else torch.zeros(()) if groups == D else rows.mean(1).view(-1, 1, 1)
+    binary = torch.where(weight > center, size, -size).detach() + weight - weight.detach()
     before = kernel // 2 if stride == 1 else 0
     after = before if stride == 1 else max(0, kernel - stride + -T % stride)
-    padded = F.pad(torch.where(seen, quantised, 0.0).mT, (before, after))
+    padded = F.pad(torch.where(seen, quantized, 0.0).mT, (before, after))
     expected = F.conv1d(padded, binary, layer.bias, stride, groups=groups).mT
     torch.testing.assert_close(y, expected)
     (expected * g).sum().backward()
@@ -113,8 +113,8 @@ def test_attention(sparse: bool, bits: int) -> None:
     g = torch.randn_like(y)
     (y * g).sum().backward()
 
-    quantisers = [getattr(products, name) for name in names]
-    theirs, scales, shifts = leaves(*inputs), leaves(*(q.scale for q in quantisers)), leaves(*(q.move for q in quantisers))
+    quantizers = [getattr(products, name) for name in names]
+    theirs, scales, shifts = leaves(*inputs), leaves(*(q.scale for q in quantizers)), leaves(*(q.move for q in quantizers))
     (top,) = leaves(products.probabilities.quantizer.scale)
     q, k, v = (signed(x + b, a, bits, int(VALID.sum()) * H * D) for x, b, a in zip(theirs, shifts, scales, strict=True))
     place = torch.arange(T)
@@ -126,6 +126,6 @@ def test_attention(sparse: bool, bits: int) -> None:
     expected = (probabilities / visible) @ v * rows
     torch.testing.assert_close(y, expected)
     (expected * g).sum().backward()
-    same([*mine, *(q.scale for q in quantisers), *(q.move for q in quantisers)], [*theirs, *scales, *shifts])
+    same([*mine, *(q.scale for q in quantizers), *(q.move for q in quantizers)], [*theirs, *scales, *shifts])
     # sparse attention counts about as many visible keys as there are
     torch.testing.assert_close(products.probabilities.quantizer.scale.grad, top.grad, rtol=0.05 if sparse else 1e-7, atol=0.0)

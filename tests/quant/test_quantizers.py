@@ -23,7 +23,7 @@ def gradients(quantizer: Quantizer, x: list[float], g: list[float]) -> tuple[lis
     return y.flatten().tolist(), leaf.grad.flatten().tolist(), quantizer.scale.grad.item()
 
 
-# -- quantisers, against numbers worked out by hand ------------------------------------------------------------------------
+# -- quantizers, against numbers worked out by hand ------------------------------------------------------------------------
 
 
 def test_signed_one_bit() -> None:

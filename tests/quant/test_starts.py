@@ -50,7 +50,7 @@ def test_codebooks_of_as_many_classes_come_along_unless_they_shall_not() -> None
         assert said.endswith("codebooks of [7] classes are new (the source has [7])" if new else "codebooks of [7] classes too")
 
 
-def test_a_binarised_student_may_have_other_classes_than_its_source() -> None:
+def test_a_binarized_student_may_have_other_classes_than_its_source() -> None:
     source, student = build((5,)), build(quant="w1a1")
     start_from(student, source)
     assert torch.equal(student.encoder.layers[0].ffn1.w_1.weight, source.encoder.layers[0].ffn1.w_1.weight)

@@ -142,7 +142,7 @@ def test_presets_of_papers_have_their_sizes() -> None:
         model = build_recognizer("fusionformer-16+6", LETTERS)
     assert len(model.hubert.encoder.layers) == 16 and len(model.head.layers) == 6 and model.head.embedding.embedding_dim == 384
     assert not any(isinstance(m, torch.nn.LayerNorm) for m in [*model.hubert.encoder.modules(), *model.head.modules()])
-    with pytest.raises(UserError, match="unknown preset of a recogniser"):
+    with pytest.raises(UserError, match="unknown preset of a recognizer"):
         build_recognizer("conformer-13+6", LETTERS)
 
 

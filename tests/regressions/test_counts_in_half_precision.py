@@ -1,4 +1,4 @@
-"""float16 ends at 65,504: the gradient of a scale was 0 where its quantiser saw more elements, since their number became infinite.
+"""float16 ends at 65,504: the gradient of a scale was 0 where its quantizer saw more elements, since their number became infinite.
 
 The same for other counts, sums over frames and sums of squares.
 """

@@ -163,7 +163,7 @@ def test_letters_are_of_their_utterances(data: Path) -> None:
         (data / "train.ltr").write_bytes(change("".join(f"{line} 1\n" for line in said).encode()))
         with pytest.raises(UserError, match="train.ltr"):
             read_transcripts(read_manifest(data / "train.tsv"), data, "ltr")
-    (data / "train.wrd").write_text("one two\n" * COUNT)  # words: "onetwo" would be learnt
+    (data / "train.wrd").write_text("one two\n" * COUNT)  # words: "onetwo" would be learned
     with pytest.raises(UserError, match="train.wrd, line 1: expected letters with spaces between them, .* found 'one'"):
         read_transcripts(read_manifest(data / "train.tsv"), data, "wrd")
 

@@ -104,7 +104,7 @@ def test_a_fine_tuned_model(keys: dict[str, int], heads: str, tmp_path: Path, ca
 
 
 def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
-    model, notes = small(), {"licence": "CC BY 4.0 – ä \u0001 \"'\\ \n", "trained_on": "𝄞", "z": "", "a": "x" * 99}
+    model, notes = small(), {"license": "CC BY 4.0 – ä \u0001 \"'\\ \n", "trained_on": "𝄞", "z": "", "a": "x" * 99}
     contents = set()
     for number in range(6):
         path = tmp_path / f"{number}.safetensors"
@@ -117,8 +117,8 @@ def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["\udcff", 3, None, b"bytes"])
 def test_notes_that_are_no_text(text: object, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="the note 'licence' is no text: "):
-        hubert_eff.export(small(), tmp_path / "model.safetensors", notes={"licence": text})  # type: ignore[dict-item]
+    with pytest.raises(UserError, match="the note 'license' is no text: "):
+        hubert_eff.export(small(), tmp_path / "model.safetensors", notes={"license": text})  # type: ignore[dict-item]
 
 
 def test_others_may_read_the_file_where_the_umask_lets_them(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def test_labels_of_this_manifest_are_taken(folder: Path) -> None:
     assert check(folder) + check(folder, "valid") == 12
 
 
-def test_another_split_of_the_same_recordings_is_refused_until_it_is_labelled(made: Path, folder: Path) -> None:
+def test_another_split_of_the_same_recordings_is_refused_until_it_is_labeled(made: Path, folder: Path) -> None:
     make_manifest(made / "audio", folder / "data", options=Options(seed=2, valid_percent=25))
     for split in ("train", "valid"):
         with pytest.raises(UserError, match=f"the labels of {split} in .* are not of .*{split}.tsv: .* Make them again .hubert-eff labels"):

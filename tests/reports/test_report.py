@@ -89,7 +89,7 @@ def runs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def report(runs, tmp_path_factory):
     patch = pytest.MonkeyPatch()
-    patch.setattr(table1, "PAPER_TABLE", table1.PAPER_TABLE[1:2] + table1.PAPER_TABLE[5:])  # Conformer-S and the binarised rows
+    patch.setattr(table1, "PAPER_TABLE", table1.PAPER_TABLE[1:2] + table1.PAPER_TABLE[5:])  # Conformer-S and the binarized rows
     out = tmp_path_factory.mktemp("report")
     assert main(["report", str(runs), "--out", str(out)]) == 0
     patch.undo()

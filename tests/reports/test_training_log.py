@@ -41,7 +41,7 @@ def test_both_formats_and_a_restart(tmp_path):
         assert "best validation at 20, loss 5.800, masked accuracy 12.5% (most frequent label: 6.2%)" in str(log)
 
 
-def test_the_best_of_a_recogniser_is_the_one_with_fewest_word_errors(tmp_path):
+def test_the_best_of_a_recognizer_is_the_one_with_fewest_word_errors(tmp_path):
     records = ((1, 2, 80), (2, 3, 70))
     lines = [f"epoch 001 | valid on 'valid' subset | loss {loss} | wer {wer} | num_updates {n}" for n, loss, wer in records]
     (tmp_path / LOG).write_text("\n".join(lines))

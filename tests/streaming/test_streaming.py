@@ -178,7 +178,7 @@ def test_what_cannot_stream_is_refused_with_the_reason() -> None:
             StreamingModel(model, size, left)
     with pytest.raises(UserError, match="chunk_size=0 must be"):
         model.hidden_states(torch.randn(1, 8_000), chunk_size=0)
-    with pytest.raises(UserError, match="normalises over the whole utterance.*streaming=true"):
+    with pytest.raises(UserError, match="normalizes over the whole utterance.*streaming=true"):
         StreamingModel(hubert_eff.build("conformer-s"))
     with pytest.raises(UserError, match="see beyond the end of a chunk"):
         hubert_eff.build("conformer-debug").hidden_states(torch.randn(1, 8_000), chunk_size=16)

@@ -185,7 +185,7 @@ def test_emotions_can_be_heard(data):
     assert iemocap.in_mood(voice, "sad").pitch < voice.pitch < iemocap.in_mood(voice, "hap").pitch
 
 
-def test_conversations_are_labelled_where_they_are_loud():
+def test_conversations_are_labeled_where_they_are_loud():
     """Outside the segments there is silence, inside there is speech; speakers overlap now and then; none overlaps itself."""
     rng, overlaps = random.Random(0), 0
     pair = [("a", voices(2, "x", 0)[0]), ("b", voices(2, "x", 0)[1])]

@@ -74,12 +74,12 @@ def test_small_settings_change_values_of_the_same_kind():
             assert after == value and (after is None or type(before) is type(after))  # None: left out
 
 
-def test_list_names_data_licence_and_source(capsys):
+def test_list_names_data_license_and_source(capsys):
     assert cli(["superb", "list", "--json"]) == 0
     tasks = json.loads(capsys.readouterr().out)["tasks"]
     assert [task["task"] for task in tasks] == ["asr", "ks", "sf", "sid", "pr", "qbe", "ic", "asv", "sd", "er"]
     for task in tasks:
-        assert task["licence"] and "http" in task["url"] and all(folder in task["layout"] for folder in task["folders"][:1])
+        assert task["license"] and "http" in task["url"] and all(folder in task["layout"] for folder in task["folders"][:1])
         assert len(task["learning_rates"]) == (0 if task["task"] == "qbe" else 7)
     assert cli(["superb", "list"]) == 0
     assert "Libri2Mix" in capsys.readouterr().out

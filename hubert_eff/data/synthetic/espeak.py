@@ -1,13 +1,13 @@
 """Text to speech with phone and word timings, by libespeak-ng of the package `espeakng-loader`, called through ctypes.
 
 `speak` is a pure function: the same text, voice and seed give the same samples, in any order of calls. The library alone is not:
-its synthesiser keeps counters and noise states in static variables that its own re-initialisation does not reset. Each call therefore
+its synthesizer keeps counters and noise states in static variables that its own re-initialization does not reset. Each call therefore
 loads a fresh image of the shared library and unloads it afterwards (about 3 ms). Consequences:
 
 - threads of one process take turns (one lock);
 - processes are independent of each other, also after a fork, since no state outlives a call;
 - a process that keeps libespeak-ng loaded through another package shares its image with it: then the samples may vary from call to
-  call, and the other package has to initialise the library again.
+  call, and the other package has to initialize the library again.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Speech:
-    """Synthesised audio, float32 at 16 kHz in [-1, 1], with its phones (IPA without stress marks, pauses as `sil`) and words."""
+    """Synthesized audio, float32 at 16 kHz in [-1, 1], with its phones (IPA without stress marks, pauses as `sil`) and words."""
 
     audio: npt.NDArray[np.float32]
     phones: tuple[Segment, ...]
@@ -118,12 +118,12 @@ def version() -> str:
 
 
 def speak(text: str, voice: Voice | None = None, seed: int = 1) -> Speech:
-    """Synthesise `text` with `voice` (default: US English).
+    """Synthesize `text` with `voice` (default: US English).
 
     Args:
         text: what to say; words are separated by spaces. Digits are read out, their word label is the digits as written.
         voice: the speaker.
-        seed: seed of the synthesiser's noise sources; the same seed gives the same samples.
+        seed: seed of the synthesizer's noise sources; the same seed gives the same samples.
 
     Returns:
         The audio at 16 kHz with its phone tier, which covers the whole audio, and its word tier, which leaves the pauses out.
@@ -138,7 +138,7 @@ def speak(text: str, voice: Voice | None = None, seed: int = 1) -> Speech:
         import soxr
     except ImportError as error:
         raise missing_extra("soxr", "data", "speech synthesis") from error
-    native, rate, events = _synthesise(text, voice, seed)
+    native, rate, events = _synthesize(text, voice, seed)
     audio = soxr.resample(native.astype(np.float32) / 32768.0, rate, SAMPLE_RATE)
     peak = float(np.abs(audio).max(initial=0.0))
     if peak > 1.0:  # overshoot of the resampling filter
@@ -187,7 +187,7 @@ def _unload(library: ctypes.CDLL) -> None:
 
 @contextmanager
 def _loaded() -> Iterator[tuple[Any, int, str]]:
-    """A fresh image of the library, initialised: the library, its sampling rate and its data folder. One thread at a time."""
+    """A fresh image of the library, initialized: the library, its sampling rate and its data folder. One thread at a time."""
     library_path, data_path = _paths()
     with _lock:
         library = ctypes.CDLL(library_path)
@@ -203,7 +203,7 @@ def _loaded() -> Iterator[tuple[Any, int, str]]:
             _unload(library)
 
 
-def _synthesise(text: str, voice: Voice, seed: int) -> tuple[npt.NDArray[np.int16], int, list[tuple[int, int, int, str]]]:
+def _synthesize(text: str, voice: Voice, seed: int) -> tuple[npt.NDArray[np.int16], int, list[tuple[int, int, int, str]]]:
     """Samples, their rate, and the events (type, sample, text position, phoneme)."""
     chunks: list[npt.NDArray[np.int16]] = []
     events: list[tuple[int, int, int, str]] = []
@@ -263,7 +263,7 @@ def _segments(
         phones.append(Segment(0.0, starts[0][0], SILENCE))
         owners.append(-1)
     for (start, label, owner), end in zip(starts, [s[0] for s in starts[1:]] + [seconds]):
-        if end <= start:  # the synthesiser merged it into its neighbour
+        if end <= start:  # the synthesizer merged it into its neighbor
             continue
         if label == SILENCE and phones and phones[-1].label == SILENCE:
             phones[-1] = Segment(phones[-1].start, end, SILENCE)

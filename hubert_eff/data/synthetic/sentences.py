@@ -1,4 +1,4 @@
-"""A small English corpus from a synthesiser: transcripts, phone and word timings; made offline and the same for the same seed.
+"""A small English corpus from a synthesizer: transcripts, phone and word timings; made offline and the same for the same seed.
 
 Layout:
 
@@ -43,7 +43,7 @@ _WORDS: dict[str, tuple[str, ...]] = {
         "Agnes Walter Yvonne Keith Laura Edgar".split()
     ),
     "person": tuple(
-        "teacher farmer doctor judge nurse sailor baker neighbour painter mother brother cousin engineer child driver "
+        "teacher farmer doctor judge nurse sailor baker neighbor painter mother brother cousin engineer child driver "
         "writer singer soldier lawyer guest shepherd keeper".split()
     ),
     "animal": tuple("dog horse rabbit fox spider parrot eagle donkey cow thrush owl monkey goat lion seagull".split()),
@@ -85,7 +85,7 @@ _WORDS: dict[str, tuple[str, ...]] = {
     ),
     "number": tuple("two three four five six seven eight nine ten twelve fourteen thirty fifty".split()),
     "weather": tuple("rain snow thunder fog sunshine wind ice heat cloud".split()),
-    "preposition": tuple("near behind under beside above beyond towards around".split()),
+    "preposition": tuple("near behind under beside above beyond toward around".split()),
 }
 
 _TEMPLATES = (
@@ -223,8 +223,8 @@ def record(text: str, voice: Voice, seed: int, levels: tuple[float, float] = (0.
     phones = moved(speech.phones)
     for edge, silence in ((0, Segment(0.0, shift, "sil")), (-1, Segment(end - after / SAMPLE_RATE, end, "sil"))):
         if phones[edge].label == "sil":  # one pause, not two
-            neighbour = phones[edge]
-            phones[edge] = Segment(min(neighbour.start, silence.start), max(neighbour.end, silence.end), "sil")
+            neighbor = phones[edge]
+            phones[edge] = Segment(min(neighbor.start, silence.start), max(neighbor.end, silence.end), "sil")
         else:
             phones.insert(0 if edge == 0 else len(phones), silence)
     return Speech(audio.astype(np.float32), tuple(phones), tuple(moved(speech.words)))

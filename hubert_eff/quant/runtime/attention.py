@@ -86,7 +86,7 @@ def _costs(*terms: tuple[Tensor, int]) -> Tensor:
 
 
 class _Packed(nn.Module):
-    """What all forms share: the quantisers of the binary module, by their names."""
+    """What all forms share: the quantizers of the binary module, by their names."""
 
     operand_bits = (1, 1)
 

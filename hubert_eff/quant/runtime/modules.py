@@ -1,7 +1,7 @@
 """Layers that run on packed bits: the same results as the binary layers that they are made from, bit for bit. They do not train.
 
 One bit per weight is kept, in panels of 16 outputs (ops.py), and all else as in the binary layer: sizes of the weights, biases, scales
-and moves of quantisers.
+and moves of quantizers.
 """
 
 # B batch, T frames, K inputs, N outputs, G groups, k kernel, W words of 32 bits
@@ -28,7 +28,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class PackedCodes(NamedTuple):
-    """A quantised tensor: scale times its bits. What `Codes` is to binary layers."""
+    """A quantized tensor: scale times its bits. What `Codes` is to binary layers."""
 
     bits: Tensor  # (..., W), int32
     scale: Tensor  # (1,)

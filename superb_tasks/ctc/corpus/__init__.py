@@ -11,7 +11,7 @@ Item = tuple[str, list[int]]  # a recording's path, its tokens
 
 
 class Transcribed(Dataset):  # type: ignore[type-arg]
-    """Recordings with tokens, longest transcript first. With buckets, an item is the `bucket_size` neighbours that begin there."""
+    """Recordings with tokens, longest transcript first. With buckets, an item is the `bucket_size` neighbors that begin there."""
 
     def __init__(self, items: Sequence[tuple[Path, list[int]]], bucket_size: int) -> None:
         self.items: list[Item] = sorted(((str(path), tokens) for path, tokens in items), key=lambda item: (-len(item[1]), item[0]))

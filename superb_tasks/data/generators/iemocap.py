@@ -91,7 +91,7 @@ def _write(root: Path, minutes: float, seed: int) -> dict[str, Any]:
 
 
 def in_mood(voice: Voice, emotion: str) -> Voice:
-    """The voice as it speaks in an emotion, within the synthesiser's limits."""
+    """The voice as it speaks in an emotion, within the synthesizer's limits."""
     mood = MOODS[emotion]
 
     def limited(value: int) -> int:

@@ -43,7 +43,7 @@ _CONSONANTS = {
 }  # fmt: skip
 _STRESS = {"ˈ": "1", "ˌ": "2"}
 _SYMBOL = re.compile("|".join(sorted((*_VOWELS, *_CONSONANTS, *_STRESS), key=len, reverse=True)) + "|.")
-_ARTICLE = {"A": "ə"}  # alone, the synthesiser takes it for the letter
+_ARTICLE = {"A": "ə"}  # alone, the synthesizer takes it for the letter
 
 
 def make(out: Path, minutes: float, seed: int) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def _write(root: Path, minutes: float, seed: int) -> dict[str, Any]:
 
 
 def arpabet(words: list[str]) -> dict[str, list[str]]:
-    """The phones of words in capitals, as the synthesiser's American English says them. Raises `UserError` for a foreign phone."""
+    """The phones of words in capitals, as the synthesizer's American English says them. Raises `UserError` for a foreign phone."""
     said = pronounce([word.lower() for word in words])
     return {word: _phones(word, _ARTICLE.get(word, ipa)) for word, ipa in zip(words, said)}
 
@@ -102,5 +102,5 @@ def _phones(word: str, ipa: str) -> list[str]:
             phones += [first + stress, *(vowel + "0" for vowel in rest)]
             stress = "0"
         else:
-            raise UserError(f"the synthesiser says '{word}' with '{symbol}' ({ipa}), which ARPAbet has no phone for")
+            raise UserError(f"the synthesizer says '{word}' with '{symbol}' ({ipa}), which ARPAbet has no phone for")
     return phones
