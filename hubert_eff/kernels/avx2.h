@@ -205,13 +205,16 @@ struct Nibbles256 {
         return static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_cmpeq_epi8(nearer, distance)));
     }
 
-    AVX2 static inline void collect(const float* x, float limit, int64_t i, uint32_t* words) {
-        const __m256i one = _mm256_set1_epi32(static_cast<int32_t>(1u << i));
-        for (int h = 0; h < 2; ++h) {
-            const __m256 set = _mm256_cmp_ps(_mm256_loadu_ps(x + 8 * h), _mm256_set1_ps(limit), _CMP_GT_OQ);
-            __m256i* word = reinterpret_cast<__m256i*>(words + 8 * h);
-            _mm256_storeu_si256(word, _mm256_or_si256(_mm256_loadu_si256(word), _mm256_and_si256(_mm256_castps_si256(set), one)));
-        }
+    AVX2 static inline void collect(const Column& c, uint32_t* words) {
+        const __m256 limit = _mm256_set1_ps(c.limit);
+        __m256i bits[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()}, one = _mm256_set1_epi32(static_cast<int32_t>(1u << c.first));
+        for (int i = 0; i < c.count; ++i, one = _mm256_slli_epi32(one, 1))
+            for (int h = 0; h < 2; ++h) {
+                __m256 x = _mm256_loadu_ps(c.x + i * c.stride + 8 * h);
+                if (c.move) x = _mm256_add_ps(x, _mm256_loadu_ps(c.move + i * c.move_stride + 8 * h));
+                bits[h] = _mm256_or_si256(bits[h], _mm256_and_si256(_mm256_castps_si256(_mm256_cmp_ps(x, limit, _CMP_GT_OQ)), one));
+            }
+        for (int h = 0; h < 2; ++h) _mm256_storeu_si256(reinterpret_cast<__m256i*>(words) + h, bits[h]);
     }
 };
 

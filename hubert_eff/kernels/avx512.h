@@ -38,14 +38,13 @@ struct Popcnt512 {
         const __m512 f = _mm512_set1_ps(factor), t = _mm512_set1_ps(limit);
         __m512 low = _mm512_mul_ps(_mm512_loadu_ps(x), f), high = _mm512_mul_ps(_mm512_loadu_ps(x + LANES), f);
         if (move) low = _mm512_add_ps(low, _mm512_loadu_ps(move)), high = _mm512_add_ps(high, _mm512_loadu_ps(move + LANES));
-        return static_cast<uint32_t>(_mm512_cmp_ps_mask(low, t, _CMP_GT_OQ)) |
-               static_cast<uint32_t>(_mm512_cmp_ps_mask(high, t, _CMP_GT_OQ)) << 16;
+        return _mm512_kunpackw(_mm512_cmp_ps_mask(high, t, _CMP_GT_OQ), _mm512_cmp_ps_mask(low, t, _CMP_GT_OQ));
     }
 
     AVX512POPCNT static inline uint32_t at_most(const int32_t* x, const int32_t* limit) {
-        const uint32_t low = _mm512_cmple_epi32_mask(_mm512_loadu_si512(x), _mm512_loadu_si512(limit));
-        const uint32_t high = _mm512_cmple_epi32_mask(_mm512_loadu_si512(x + LANES), _mm512_loadu_si512(limit + LANES));
-        return low | high << 16;
+        const __mmask16 low = _mm512_cmple_epi32_mask(_mm512_loadu_si512(x), _mm512_loadu_si512(limit));
+        const __mmask16 high = _mm512_cmple_epi32_mask(_mm512_loadu_si512(x + LANES), _mm512_loadu_si512(limit + LANES));
+        return _mm512_kunpackw(high, low);
     }
 
     // The sum of the weights of n distances (whole vectors), of those less than `count` beyond `best`: by tables of 64 bytes.
@@ -73,10 +72,15 @@ struct Popcnt512 {
 
     AVX512POPCNT static inline uint32_t within(const uint8_t* d, uint8_t furthest) { return within512(d, furthest); }
 
-    AVX512POPCNT static inline void collect(const float* x, float limit, int64_t i, uint32_t* words) {
-        const __mmask16 set = _mm512_cmp_ps_mask(_mm512_loadu_ps(x), _mm512_set1_ps(limit), _CMP_GT_OQ);
-        const __m512i old = _mm512_loadu_si512(words);
-        _mm512_storeu_si512(words, _mm512_mask_or_epi32(old, set, old, _mm512_set1_epi32(static_cast<int32_t>(1u << i))));
+    AVX512POPCNT static inline void collect(const Column& c, uint32_t* words) {
+        const __m512 limit = _mm512_set1_ps(c.limit);
+        __m512i bits = _mm512_setzero_si512(), one = _mm512_set1_epi32(static_cast<int32_t>(1u << c.first));
+        for (int i = 0; i < c.count; ++i, one = _mm512_slli_epi32(one, 1)) {
+            __m512 x = _mm512_loadu_ps(c.x + i * c.stride);
+            if (c.move) x = _mm512_add_ps(x, _mm512_loadu_ps(c.move + i * c.move_stride));
+            bits = _mm512_mask_or_epi32(bits, _mm512_cmp_ps_mask(x, limit, _CMP_GT_OQ), bits, one);
+        }
+        _mm512_storeu_si512(words, bits);
     }
 };
 
@@ -124,14 +128,13 @@ struct Shuffle512 {
         const __m512 f = _mm512_set1_ps(factor), t = _mm512_set1_ps(limit);
         __m512 low = _mm512_mul_ps(_mm512_loadu_ps(x), f), high = _mm512_mul_ps(_mm512_loadu_ps(x + LANES), f);
         if (move) low = _mm512_add_ps(low, _mm512_loadu_ps(move)), high = _mm512_add_ps(high, _mm512_loadu_ps(move + LANES));
-        return static_cast<uint32_t>(_mm512_cmp_ps_mask(low, t, _CMP_GT_OQ)) |
-               static_cast<uint32_t>(_mm512_cmp_ps_mask(high, t, _CMP_GT_OQ)) << 16;
+        return _mm512_kunpackw(_mm512_cmp_ps_mask(high, t, _CMP_GT_OQ), _mm512_cmp_ps_mask(low, t, _CMP_GT_OQ));
     }
 
     AVX512BW static inline uint32_t at_most(const int32_t* x, const int32_t* limit) {
-        const uint32_t low = _mm512_cmple_epi32_mask(_mm512_loadu_si512(x), _mm512_loadu_si512(limit));
-        const uint32_t high = _mm512_cmple_epi32_mask(_mm512_loadu_si512(x + LANES), _mm512_loadu_si512(limit + LANES));
-        return low | high << 16;
+        const __mmask16 low = _mm512_cmple_epi32_mask(_mm512_loadu_si512(x), _mm512_loadu_si512(limit));
+        const __mmask16 high = _mm512_cmple_epi32_mask(_mm512_loadu_si512(x + LANES), _mm512_loadu_si512(limit + LANES));
+        return _mm512_kunpackw(high, low);
     }
 
     // The same by tables of sixteen bytes.
@@ -156,10 +159,15 @@ struct Shuffle512 {
 
     AVX512BW static inline uint32_t within(const uint8_t* d, uint8_t furthest) { return within512(d, furthest); }
 
-    AVX512BW static inline void collect(const float* x, float limit, int64_t i, uint32_t* words) {
-        const __mmask16 set = _mm512_cmp_ps_mask(_mm512_loadu_ps(x), _mm512_set1_ps(limit), _CMP_GT_OQ);
-        const __m512i old = _mm512_loadu_si512(words);
-        _mm512_storeu_si512(words, _mm512_mask_or_epi32(old, set, old, _mm512_set1_epi32(static_cast<int32_t>(1u << i))));
+    AVX512BW static inline void collect(const Column& c, uint32_t* words) {
+        const __m512 limit = _mm512_set1_ps(c.limit);
+        __m512i bits = _mm512_setzero_si512(), one = _mm512_set1_epi32(static_cast<int32_t>(1u << c.first));
+        for (int i = 0; i < c.count; ++i, one = _mm512_slli_epi32(one, 1)) {
+            __m512 x = _mm512_loadu_ps(c.x + i * c.stride);
+            if (c.move) x = _mm512_add_ps(x, _mm512_loadu_ps(c.move + i * c.move_stride));
+            bits = _mm512_mask_or_epi32(bits, _mm512_cmp_ps_mask(x, limit, _CMP_GT_OQ), bits, one);
+        }
+        _mm512_storeu_si512(words, bits);
     }
 };
 

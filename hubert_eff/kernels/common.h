@@ -24,9 +24,17 @@ constexpr int64_t BLOCK = 64;  // rows whose words stay in cache
 
 // An instruction set is a class: its `Operands` hold some rows, at most `blocks` times BLOCK, and some panels, and write popcounts of tiles
 // of them, or `sums` that stand for them, to out[panels / 2][rows][32]; `above` compares 32 numbers x * factor + move with a limit,
-// `at_most` 32 integers; `collect` sets bit i of each of 16 words whose number is above a limit; `weigh` sums the weights of bytes, whole
+// `at_most` 32 integers; `collect` packs a column of frames, 16 words side by side; `weigh` sums the weights of bytes, whole
 // vectors of 64, by how far beyond `best` they are, and `within` compares 32 bytes with one; `native` says whether it counts bits in one
 // instruction.
+
+// Up to 32 frames of sixteen channels, x + move > limit; frame i is bit `first` + i of a channel's word.
+struct Column {
+    const float *x, *move;  // move may be null: 0
+    int64_t stride, move_stride;
+    int first, count;
+    float limit;
+};
 
 // Operands of a product as they lie in memory, for an instruction set whose `tile` reads them so: popcounts of R rows and P panels,
 // out[R][32].

@@ -54,9 +54,11 @@ def _structure(name: str, pointers: str, sizes: str, strides: str = "", last: st
 
 
 # as in pack.h, product.h, depthwise.h, columns.h and attention.h
-Pack = _structure("Pack", "x move factor limit", "columns", "size x_stride move_stride factor_stride", "out", "half")
+Pack = _structure("Pack", "x move factor limit", "columns", "size x_stride move_stride factor_stride", "out", "half before words")
 Product = _structure("Product", "a b scale size bias limit out", "batch m n k words sizes is_signed half")
-Depthwise = _structure("Depthwise", "x valid weight scale size bias out", "batch frames channels words kernel stride sizes is_signed half")
+Depthwise = _structure(
+    "Depthwise", "x valid weight scale size bias out", "batch frames channels words kernel stride begin end sizes is_signed half"
+)
 Join = _structure("Join", "kept more out", "panels frames surplus words more_words out_words")
 Attention = _structure(
     "Attention", "q keys shared seen shared_seen p offsets cost threshold out",

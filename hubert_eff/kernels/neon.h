@@ -76,12 +76,15 @@ struct Neon {
         return word;
     }
 
-    static inline void collect(const float* x, float limit, int64_t i, uint32_t* words) {
-        const uint32x4_t one = vdupq_n_u32(1u << i);
-        for (int h = 0; h < 4; ++h) {
-            const uint32x4_t set = vcgtq_f32(vld1q_f32(x + 4 * h), vdupq_n_f32(limit));
-            vst1q_u32(words + 4 * h, vorrq_u32(vld1q_u32(words + 4 * h), vandq_u32(set, one)));
-        }
+    static inline void collect(const Column& c, uint32_t* words) {
+        uint32x4_t bits[4] = {}, one = vdupq_n_u32(1u << c.first);
+        for (int i = 0; i < c.count; ++i, one = vshlq_n_u32(one, 1))
+            for (int h = 0; h < 4; ++h) {
+                float32x4_t x = vld1q_f32(c.x + i * c.stride + 4 * h);
+                if (c.move) x = vaddq_f32(x, vld1q_f32(c.move + i * c.move_stride + 4 * h));
+                bits[h] = vorrq_u32(bits[h], vandq_u32(vcgtq_f32(x, vdupq_n_f32(c.limit)), one));
+            }
+        for (int h = 0; h < 4; ++h) vst1q_u32(words + 4 * h, bits[h]);
     }
 };
 

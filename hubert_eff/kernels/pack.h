@@ -9,8 +9,8 @@ struct Pack {  // rows of x * factor + move > limit
     const void* x;
     const float *move, *factor, *limit;  // each may be null: 0, 1, 0
     int64_t size[DIMS], x_stride[DIMS], move_stride[DIMS], factor_stride[DIMS], columns;
-    uint32_t* out;  // rows: [size...][words]; columns: [size 0][size 1][columns/16][words of size 2][16]
-    int64_t half;
+    uint32_t* out;  // rows: [size...][words]; columns: [size 0][size 1][columns/16][words][16]
+    int64_t half, before, words;  // of columns: bits of 0 in front of those of size 2, and words in all
 };
 
 template <bool HALF, class Isa>
@@ -54,31 +54,34 @@ INLINE void pack_panel(const Pack& p, int64_t panel, uint32_t* out) {  // `panel
     const int64_t begin[DIMS] = {lead / p.size[1], lead % p.size[1], 0};
     const int64_t x_begin = offset(begin, p.x_stride) + first;
     const float* move_begin = p.move ? p.move + offset(begin, p.move_stride) + first : nullptr;
-    const float limit = p.limit ? *p.limit : 0.0f;
-    for (int64_t t = 0; t < frames; t += 32, out += LANES) {
-        uint32_t word[LANES] = {};
-        const int64_t until = std::min<int64_t>(32, frames - t);
-        for (int64_t i = 0; i < until; ++i) {
-            const int64_t x = x_begin + (t + i) * p.x_stride[2];
-            const float* move = move_begin ? move_begin + (t + i) * p.move_stride[2] : nullptr;
-            float values[LANES] = {};
-            if (n == LANES) {
-                for (int j = 0; j < LANES; ++j) values[j] = read(p.x, x + j, HALF);
-                if (move)
-                    for (int j = 0; j < LANES; ++j) values[j] += move[j];
-                Isa::collect(values, limit, i, word);
-            } else {
-                for (int64_t j = 0; j < n; ++j)
-                    word[j] |= static_cast<uint32_t>(read(p.x, x + j, HALF) + (move ? move[j] : 0.0f) > limit) << i;
-            }
+    const bool in_place = !HALF && n == LANES;
+    float values[32 * LANES] = {}, moves[32 * LANES] = {};  // of frames that are not floats side by side
+    for (int64_t word = 0; word < p.words; ++word, out += LANES) {
+        const int64_t from = std::max<int64_t>(32 * word, p.before), until = std::min<int64_t>(32 * (word + 1), p.before + frames);
+        if (from >= until) {
+            std::fill_n(out, LANES, 0u);
+            continue;
         }
-        std::memcpy(out, word, sizeof word);
+        const int64_t t = from - p.before, x = x_begin + t * p.x_stride[2];
+        const float* move = move_begin ? move_begin + t * p.move_stride[2] : nullptr;
+        Column column = {static_cast<const float*>(p.x) + x, move, p.x_stride[2], p.move_stride[2], static_cast<int>(from % 32),
+                         static_cast<int>(until - from), p.limit ? *p.limit : 0.0f};
+        if (!in_place) {
+            for (int i = 0; i < column.count; ++i)
+                for (int64_t j = 0; j < n; ++j) {
+                    values[i * LANES + j] = read(p.x, x + i * p.x_stride[2] + j, HALF);
+                    if (move) moves[i * LANES + j] = move[i * p.move_stride[2] + j];
+                }
+            column.x = values, column.move = move ? moves : nullptr, column.stride = column.move_stride = LANES;
+        }
+        Isa::collect(column, out);
+        for (int64_t j = n; j < LANES; ++j) out[j] = 0;
     }
 }
 
 template <class Isa>
 INLINE void pack_panels(const Pack& p, int64_t begin, int64_t end) {
-    const int64_t length = (p.size[2] + 31) / 32 * LANES;
+    const int64_t length = p.words * LANES;
     for (int64_t panel = begin; panel < end; ++panel) {
         if (p.half)
             pack_panel<true, Isa>(p, panel, p.out + panel * length);

@@ -69,7 +69,7 @@ class Choice:
 
 STOCK = Choice()
 # Zen 5 computes 512 bits at a time, of which MKL, the library behind torch's products, uses half on processors that are not Intel's
-FULL_WIDTH = Choice(((16, 2**14),), ((16, 2**14),), attention=192, relative=192, least=2**14)
+FULL_WIDTH = Choice(((64, 2**14), (32, 2**16), (16, 2**21)), ((64, 2**14), (16, 2**16)), attention=192, relative=192, least=2**14)
 # Zen 4 and before, 256 bits at a time: MKL is near the processor's peak, and only its handling of wide weights is behind oneDNN's
 HALF_WIDTH = Choice(((1536, 2**14), (384, 2**18)), ((128, 5 * 2**14), (16, 3 * 2**16)), relative=768, least=5 * 2**14)
 

@@ -39,23 +39,24 @@ void one(const char* name, const void* kernel) {
     const int64_t words = (k + 31) / 32, panels = (n + 15) / 16, threads = number(1, 3);
     Exact<float> x(batch * m * k), move(k), limit(1), scale(1), size(n), bias(n);
     for (Exact<float>* values : {&x, &move, &limit, &scale, &size, &bias}) fill(*values);
-    Exact<uint32_t> a(batch * m * words), b(batch * panels * words * 16), columns(batch * ((k + 15) / 16) * ((m + 31) / 32) * 16);
+    const int64_t before = number(0, 1) ? number(0, 40) : 0, all = before + m + (before ? number(0, 40) : 0), column_words = (all + 31) / 32;
+    Exact<uint32_t> a(batch * m * words), b(batch * panels * words * 16), columns(batch * ((k + 15) / 16) * column_words * 16);
 
     Pack pack = {};
     pack.x = x.data, pack.move = move.data, pack.limit = limit.data, pack.columns = k;
     pack.size[0] = 1, pack.size[1] = batch, pack.size[2] = m, pack.x_stride[1] = m * k, pack.x_stride[2] = k;
     pack.out = a.data;
     hubert_eff_pack(kernel, &pack, 0, threads);
-    pack.out = columns.data;
+    pack.out = columns.data, pack.before = before, pack.words = column_words;
     hubert_eff_pack(kernel, &pack, 1, threads);
     for (int64_t i = 0; i < batch; ++i)
-        for (int64_t t = 0; t < m; ++t)
-            for (int64_t c = 0; c < k; ++c) {
-                const bool above = x.data[(i * m + t) * k + c] + move.data[c] > *limit.data;
-                expect(bit(a.data + (i * m + t) * words, c) == above, name, "packing of rows");
-                const int64_t panel = i * ((k + 15) / 16) + c / 16;
-                const uint32_t word = columns.data[(panel * ((m + 31) / 32) + t / 32) * 16 + c % 16];
-                expect((word >> (t % 32) & 1) == above, name, "packing of columns");
+        for (int64_t place = 0; place < 32 * column_words; ++place)
+            for (int64_t c = 0; c < (k + 15) / 16 * 16; ++c) {
+                const int64_t t = place - before, panel = i * ((k + 15) / 16) + c / 16;
+                const bool real = t >= 0 && t < m && c < k, above = real && x.data[(i * m + t) * k + c] + move.data[c] > *limit.data;
+                if (real) expect(bit(a.data + (i * m + t) * words, c) == above, name, "packing of rows");
+                const uint32_t word = columns.data[(panel * column_words + place / 32) * 16 + c % 16];
+                expect((word >> (place % 32) & 1) == above, name, "packing of columns");
             }
 
     for (int64_t i = 0; i < b.size; ++i) b.data[i] = 0;
@@ -92,21 +93,23 @@ void one(const char* name, const void* kernel) {
         }
 
     const int64_t width = number(1, 70), stride = number(1, 3), taps = (width + 31) / 32, frames = (m + stride - 1) / stride;
-    Exact<uint32_t> valid(batch * ((m + 31) / 32)), filter((k + 15) / 16 * taps * 16);
+    Exact<uint32_t> valid(batch * column_words), filter((k + 15) / 16 * taps * 16);
     for (int64_t i = 0; i < valid.size; ++i) valid.data[i] = draw();
     for (int64_t i = 0; i < filter.size; ++i) filter.data[i] = draw();
     Exact<float> z(batch * frames * k);
     Depthwise depthwise = {};
-    depthwise.x = columns.data, depthwise.valid = valid.data, depthwise.weight = filter.data, depthwise.out = z.data;
-    depthwise.batch = batch, depthwise.frames = frames, depthwise.channels = k, depthwise.words = (m + 31) / 32;
+    depthwise.x = columns.data, depthwise.valid = number(0, 1) ? valid.data : nullptr, depthwise.weight = filter.data, depthwise.out = z.data;
+    depthwise.batch = batch, depthwise.frames = frames, depthwise.channels = k, depthwise.words = column_words;
     depthwise.kernel = width, depthwise.stride = stride, depthwise.sizes = 1, depthwise.is_signed = product.is_signed;
+    depthwise.begin = number(0, 32 * column_words), depthwise.end = number(depthwise.begin, 32 * column_words);
     hubert_eff_depthwise(kernel, &depthwise, threads);
     for (int64_t i = 0; i < batch * frames * k; ++i) {
         const int64_t c = i % k, t = i / k % frames, of = i / (k * frames);
         int64_t sum = 0;
         for (int64_t j = 0; j < width && t * stride + j < depthwise.words * 32; ++j) {
             const int64_t at = t * stride + j, panel = of * ((k + 15) / 16) + c / 16;
-            if (!bit(valid.data + of * depthwise.words, at)) continue;
+            const bool counts = at >= depthwise.begin && at < depthwise.end;
+            if (depthwise.valid ? !bit(valid.data + of * depthwise.words, at) : !counts) continue;
             const bool left = columns.data[(panel * depthwise.words + at / 32) * 16 + c % 16] >> (at % 32) & 1;
             const bool right = filter.data[(c / 16 * taps + j / 32) * 16 + c % 16] >> (j % 32) & 1;
             sum += (left ? 1 : depthwise.is_signed ? -1 : 0) * (right ? 1 : -1);

@@ -81,9 +81,9 @@ class PackedQuantizer(nn.Module):
         """x (..., K)."""
         return PackedCodes(ops.pack(x, self.move, None, self.limit), self.scale, x.size(-1), self.signed, x.dtype == torch.bfloat16)
 
-    def columns(self, x: Tensor) -> Tensor:
-        """Bits of x (..., T, C) along its frames, as panels."""
-        return ops.pack_columns(x, self.move, self.limit)
+    def columns(self, x: Tensor, before: int = 0, after: int = 0) -> Tensor:
+        """Bits of x (..., T, C) along its frames, as panels, with so many bits of 0 before and after them."""
+        return ops.pack_columns(x, self.move, self.limit, before, after)
 
 
 def _stored(bits: Tensor, weights: int, size: Tensor) -> dict[str, tuple[int, float]]:
@@ -204,11 +204,17 @@ class PackedConv1d(nn.Module):
         batch, frames = x.shape[:2]
         before, after = reach(self.kernel, self.stride, self.causal, frames)
         mask = self.input.frames.over(x)  # (B, T, 1)
-        valid = x.new_ones(batch, frames, 1, dtype=torch.float32) if mask is None else mask.float()
         half = x.dtype == torch.bfloat16
+        if self.depthwise and chunks is None and mask is None:
+            out = (before + frames + after - self.kernel) // self.stride + 1
+            return ops.depthwise(
+                self.input.columns(x, before, after), None, self.bits, self.out_channels, self.kernel, self.stride, out, self.input.signed,
+                self.input.scale, self.size, self.bias, half, before, before + frames,
+            )  # fmt: skip
+        valid = x.new_ones(batch, frames, 1, dtype=torch.float32) if mask is None else mask.float()
         if self.depthwise:
             if chunks is None:
-                bits, valid = self.input.columns(F.pad(x, (0, 0, before, after))), F.pad(valid, (0, 0, before, after))
+                bits, valid = self.input.columns(x, before, after), F.pad(valid, (0, 0, before, after))
             elif chunks.kept is None:
                 bits, valid = (chunks.windows(self, part, before, after) for part in (x, valid))
                 bits = self.input.columns(bits)

@@ -135,8 +135,9 @@ def _expect(holds: bool, what: str, *found: object) -> None:
 
 
 def _pack(
-    kernel: loader.Kernel, x: Tensor, move: Tensor | None, factor: Tensor | None, limit: Tensor | None, shape: Sequence[int], panels: bool
-) -> Tensor:
+    kernel: loader.Kernel, x: Tensor, move: Tensor | None, factor: Tensor | None, limit: Tensor | None, shape: Sequence[int], panels: bool,
+    before: int = 0,
+) -> Tensor:  # fmt: skip
     whole = x.shape
     x = _readable(x)
     _expect(limit is None or limit.numel() == 1, "the limit must be one number")
@@ -154,7 +155,7 @@ def _pack(
     task = loader.Pack(
         x.data_ptr(), _pointer(moves), _pointer(factors), _pointer(limits), _leading(x.shape[:-1], 1), _leading(x.stride()[:-1], 0),
         _leading(() if moves is None else moves.stride()[:-1], 0), _leading(() if factors is None else factors.stride()[:-1], 0),
-        x.size(-1), out.data_ptr(), x.dtype == torch.bfloat16,
+        x.size(-1), out.data_ptr(), x.dtype == torch.bfloat16, before, shape[-2] if panels else shape[-1],
     )  # fmt: skip
     if out.numel():
         kernel.library.hubert_eff_pack(kernel.functions, ctypes.byref(task), panels, torch.get_num_threads())
@@ -221,19 +222,23 @@ def pack(x: Tensor, move: Tensor | None = None, factor: Tensor | None = None, li
     return _pack(kernel, x, move, factor, limit, (*x.shape[:-1], words_of(x.size(-1))), False)
 
 
-def _columns_shape(x: Tensor, move: Tensor | None = None, limit: Tensor | None = None) -> Tensor:
-    return x.new_empty(*x.shape[:-2], panels_of(x.size(-1)), words_of(x.size(-2)), LANES, dtype=torch.int32)
+def _columns_shape(x: Tensor, move: Tensor | None = None, limit: Tensor | None = None, before: int = 0, after: int = 0) -> Tensor:
+    return x.new_empty(*x.shape[:-2], panels_of(x.size(-1)), words_of(before + x.size(-2) + after), LANES, dtype=torch.int32)
 
 
-@_operation("pack_columns(Tensor x, Tensor? move=None, Tensor? limit=None) -> Tensor", _columns_shape)
-def pack_columns(x: Tensor, move: Tensor | None = None, limit: Tensor | None = None) -> Tensor:
-    """The bits of `pack` along the frames of x (..., T, C): panels (..., ceil(C / 16), ceil(T / 32), 16) with channels as outputs."""
+@_operation("pack_columns(Tensor x, Tensor? move=None, Tensor? limit=None, SymInt before=0, SymInt after=0) -> Tensor", _columns_shape)
+def pack_columns(x: Tensor, move: Tensor | None = None, limit: Tensor | None = None, before: int = 0, after: int = 0) -> Tensor:
+    """The bits of `pack` along the frames of x (..., T, C), with so many bits of 0 before and after them.
+
+    -> panels (..., ceil(C / 16), ceil((before + T + after) / 32), 16) with channels as outputs.
+    """
     kernel = loader.current() if x.device.type == "cpu" else None
     if kernel is None:
-        return panels_from(words_from(_bits(x, move, None, limit).mT))
+        return panels_from(words_from(F.pad(_bits(x, move, None, limit).mT, (before, after))))
     lead = x.shape[:-2]
     x = x.unsqueeze(0) if x.dim() == 2 else x
-    return _pack(kernel, x, move, None, limit, (*lead, panels_of(x.size(-1)), words_of(x.size(-2)), LANES), True)
+    shape = (*lead, panels_of(x.size(-1)), words_of(before + x.size(-2) + after), LANES)
+    return _pack(kernel, x, move, None, limit, shape, True, before)
 
 
 def _product_shape(
@@ -277,45 +282,52 @@ def product_bits(a: Tensor, b: Tensor, outputs: int, inputs: int, limit: Tensor)
 
 
 def _depthwise_shape(
-    x: Tensor, valid: Tensor, weight: Tensor, channels: int, kernel: int, stride: int, frames: int, signed: bool,
-    scale: Tensor | None = None, size: Tensor | None = None, bias: Tensor | None = None, half: bool = False,
+    x: Tensor, valid: Tensor | None, weight: Tensor, channels: int, kernel: int, stride: int, frames: int, signed: bool,
+    scale: Tensor | None = None, size: Tensor | None = None, bias: Tensor | None = None, half: bool = False, begin: int = 0, end: int = 0,
 ) -> Tensor:  # fmt: skip
     return x.new_empty(x.size(0), frames, channels, dtype=torch.bfloat16 if half else torch.float32)
 
 
 @_operation(
-    "depthwise(Tensor x, Tensor valid, Tensor weight, SymInt channels, SymInt kernel, SymInt stride, SymInt frames, bool signed, "
-    "Tensor? scale=None, Tensor? size=None, Tensor? bias=None, bool half=False) -> Tensor",
+    "depthwise(Tensor x, Tensor? valid, Tensor weight, SymInt channels, SymInt kernel, SymInt stride, SymInt frames, bool signed, "
+    "Tensor? scale=None, Tensor? size=None, Tensor? bias=None, bool half=False, SymInt begin=0, SymInt end=0) -> Tensor",
     _depthwise_shape,
 )
 def depthwise(
-    x: Tensor, valid: Tensor, weight: Tensor, channels: int, kernel: int, stride: int, frames: int, signed: bool,
-    scale: Tensor | None = None, size: Tensor | None = None, bias: Tensor | None = None, half: bool = False,
+    x: Tensor, valid: Tensor | None, weight: Tensor, channels: int, kernel: int, stride: int, frames: int, signed: bool,
+    scale: Tensor | None = None, size: Tensor | None = None, bias: Tensor | None = None, half: bool = False, begin: int = 0, end: int = 0,
 ) -> Tensor:  # fmt: skip
     """Depthwise convolution of x, panels of `pack_columns` (B, ceil(C / 16), W, 16), with filters (ceil(C / 16), ceil(k / 32), 16).
 
-    Output t < frames sees inputs t stride ... t stride + k - 1, of which those count whose bit in valid (B, W) is 1 -> (B, frames, C).
+    Output t < frames sees inputs t stride ... t stride + k - 1, of which those count whose bit in valid (B, W) is 1, or
+    without valid inputs begin ... end - 1 -> (B, frames, C).
     """
     length = (frames - 1) * stride + kernel
     native = loader.current() if x.device.type == "cpu" else None
     if native is None:
-        bits, real = bits_from(rows_from(x, channels), x.size(-2) * WORD), bits_from(valid, x.size(-2) * WORD)
+        bits = bits_from(rows_from(x, channels), x.size(-2) * WORD)
+        places = torch.arange(x.size(-2) * WORD, device=x.device)
+        real = ((places >= begin) & (places < end)).expand(x.size(0), -1) if valid is None else bits_from(valid, x.size(-2) * WORD)
         values = (_signs(bits) if signed else bits.float()).masked_fill_(~real.unsqueeze(1), 0.0)  # (B, C, T)
         windows = F.pad(values, (0, max(0, length - values.size(-1))))[..., :length]
         filters = _signs(bits_from(rows_from(weight, channels), kernel)).unsqueeze(1)
         return _scaled(F.conv1d(windows, filters, stride=stride, groups=channels).mT, scale, size, bias, half).contiguous()
     batch, words = x.size(0), x.size(-2)
     _expect(x.shape == (batch, panels_of(channels), words, LANES), f"panels {tuple(x.shape)} for {channels} channels")
-    _expect(valid.shape == (batch, words), f"valid frames {tuple(valid.shape)} for panels {tuple(x.shape)}")
+    if valid is None:
+        _expect(0 <= begin <= end <= words * WORD, f"frames {begin} to {end} of panels {tuple(x.shape)}")
+    else:
+        _expect(valid.shape == (batch, words), f"valid frames {tuple(valid.shape)} for panels {tuple(x.shape)}")
+        valid = _words(valid)
     _expect(weight.shape == (panels_of(channels), words_of(kernel), LANES), f"filters {tuple(weight.shape)} for {channels} channels")
     _expect(scale is None or scale.numel() == 1, "the scale must be one number")
     _expect(size is None or size.numel() in (1, channels), "one size, or as many as channels")
     _expect(bias is None or bias.numel() == channels, "as many biases as channels")
-    x, valid, weight, scale, size, bias = _words(x), _words(valid), _words(weight), _floats(scale), _floats(size), _floats(bias)
+    x, weight, scale, size, bias = _words(x), _words(weight), _floats(scale), _floats(size), _floats(bias)
     out = x.new_empty(batch, frames, channels, dtype=torch.bfloat16 if half else torch.float32)
     task = loader.Depthwise(
-        x.data_ptr(), valid.data_ptr(), weight.data_ptr(), _pointer(scale), _pointer(size), _pointer(bias), out.data_ptr(), batch, frames,
-        channels, words, kernel, stride, 1 if size is None else size.numel(), signed, half,
+        x.data_ptr(), _pointer(valid), weight.data_ptr(), _pointer(scale), _pointer(size), _pointer(bias), out.data_ptr(), batch, frames,
+        channels, words, kernel, stride, begin, end, 1 if size is None else size.numel(), signed, half,
     )  # fmt: skip
     if out.numel():
         native.library.hubert_eff_depthwise(native.functions, ctypes.byref(task), torch.get_num_threads())
