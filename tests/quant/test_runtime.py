@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import platform
 import shutil
@@ -115,21 +116,8 @@ def test_depthwise(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
                 call = lambda: ops.depthwise(x, valid, filters, channels, width, stride, out, signed, *rest)  # noqa: B023, E731
                 assert torch.equal(call(), in_torch(monkeypatch, call))
                 begin, end = frames // 3, frames - frames // 4
-                call = (
-                    lambda: ops.depthwise(  # noqa: B023, E731
-                        x,
-                        None,
-                        filters,
-                        channels,
-                        width,
-                        stride,
-                        out,
-                        signed,
-                        *(*rest, None, None, None, False)[:4],
-                        begin,
-                        end,  # noqa: B023
-                    )
-                )
+                operands = (x, None, filters, channels, width, stride, out, signed)
+                call = functools.partial(ops.depthwise, *operands, *rest, begin=begin, end=end)
                 assert torch.equal(call(), in_torch(monkeypatch, call))
 
 
