@@ -16,7 +16,7 @@ from ..config import CONV_FEATURE_LAYERS, LONGEST, MOST_LAYERS, SAMPLE_RATE, Hub
 from ..encoders.registry import stored_config
 from ..errors import UserError, about, short
 from ..models.hubert import HEADS, HubertModel
-from .foreign import Held, filled, held_in, without_prefix
+from .foreign import FLOATS, Held, filled, held_in, without_prefix
 from .pickled import Stored
 from .safetensors import NAMES, read_export
 from .torchfile import TorchFile
@@ -61,6 +61,7 @@ FIXED: dict[str, Any] = {
     "hidden_act": "gelu", "feat_extract_activation": "gelu", "layer_norm_eps": 1e-5, "conv_pos_batch_norm": False, "add_adapter": False,
     "adapter_attn_dim": None,
 }  # fmt: skip
+COUNTS = ("num_batches_tracked", "position_ids")  # tensors of whole numbers that are not quantized
 EPS = 1e-7  # what transformers adds to the variance of audio
 OWN = "hubert_eff"  # model_type of what only `hubert_eff.hf` reads
 MODELS = ("hubert", "wav2vec2")
@@ -143,7 +144,7 @@ def read_folder(folder: Path) -> HubertModel:
         values = read_json(folder / CONFIG)
         if values.get("model_type") == OWN:
             return read_export(folder / WEIGHTS[0])
-        config = config_from(values, _preprocessing(folder))
+        config = config_from(values, normalizes(folder))
         with contextlib.ExitStack() as opened:
             held = _weights(folder, opened)
             heads = {head for name in held for prefix, head in FINE_TUNED.items() if name.startswith(prefix)}
@@ -170,6 +171,28 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"its {file.name} is no JSON object")
     return content
+
+
+def reads(values: Mapping[str, Any]) -> bool:
+    """Whether the Transformer here can hold what a config.json describes."""
+    if values.get("model_type") == OWN:
+        return True
+    if values.get("quantization_config") is not None:
+        return False
+    try:
+        config_from(values, False)
+    except UserError:
+        return False
+    return True
+
+
+def check_weights(folder: Path) -> str:
+    """The name of the file of a folder's weights, or of its index. Raises `UserError` where they are missing, damaged or quantized."""
+    with contextlib.ExitStack() as opened:
+        for name, tensor in _weights(folder, opened).items():
+            if tensor.dtype not in FLOATS and not name.endswith(COUNTS):
+                raise UserError(f"{short(name)} is {tensor.dtype}: quantized weights are not read, give the float model it was made from")
+    return next(name for name in WEIGHTS if (folder / name).is_file())
 
 
 def config_from(values: Mapping[str, Any], normalize: bool) -> HubertConfig:
@@ -202,7 +225,7 @@ def config_from(values: Mapping[str, Any], normalize: bool) -> HubertConfig:
     )
 
 
-def _preprocessing(folder: Path) -> bool:
+def normalizes(folder: Path) -> bool:
     """Whether preprocessor_config.json has audio normalized."""
     if not (folder / PREPROCESSOR).is_file():
         return False

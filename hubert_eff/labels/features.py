@@ -1,17 +1,18 @@
-"""Features to cluster: MFCC with deltas (100 Hz), or a hidden layer of a checkpoint (50 Hz).
+"""Features to cluster: MFCC with deltas (100 Hz), or hidden states of a trained encoder (50 Hz).
 
 An utterance of S samples at 16 kHz has
 
     1 + (S - 400) // 160   MFCC frames          (a frame is a window of 25 ms that lies inside the audio)
-    1 + (S - 400) // 320   frames of a model    (a frame is a receptive field of 25 ms, likewise)
+    1 + (S - 400) // 320   frames of an encoder (a frame is a receptive field of 25 ms, likewise)
 
-so the labels end at most 15 ms, or 20 ms, before the audio does. Frame i is centered at i / rate + 12.5 ms in both.
+so the labels end at most 15 ms, or 20 ms, before the audio does. Frame i is centered at i / rate + 12.5 ms in both. What encoders there
+are, and how those of other rates come to 50 Hz: `labels.teachers`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,14 +25,13 @@ from ..errors import UserError, missing_extra
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..models.hubert import HubertModel
+    from .teachers import Teacher
 
 MFCC_RATE = 100.0
 MFCC_STRIDE = SAMPLE_RATE // 100
 WINDOW = 400  # samples: 25 ms
 CENTER = WINDOW / 2 / SAMPLE_RATE  # seconds from the start of a frame to its middle
 MFCC_CHUNK = 30_000  # frames computed at a time (5 min): bounds the memory for long recordings
-LAYER_CHUNK = 3_000  # the same for a model (1 min): attention takes memory quadratic in it
 
 Array = npt.NDArray[np.float32]
 
@@ -41,6 +41,9 @@ class Extractor(Protocol):
 
     rate: float
     heavy: bool
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the features, for labels.json and for telling runs apart."""
 
     def frames(self, samples: int) -> int:
         """Number of frames of an utterance of `samples` samples; 0 if it is too short."""
@@ -54,37 +57,24 @@ class FeatureSource:
     """What to extract; small enough to be sent to other processes.
 
     Args:
-        checkpoint: file that `hubert_eff.load` reads; None is MFCC.
-        layer: hidden state, 0 (input of the first block) to the number of layers.
-        device: torch device of the model.
+        checkpoint: a trained encoder, see `labels.teachers`; None is MFCC.
+        layer: hidden state, 0 (input of the first block) to the number of layers; several for `HiddenLayer.extract_all`.
+        device: torch device of the encoder.
         batch_seconds: audio per forward pass.
     """
 
     checkpoint: str | None = None
-    layer: int | None = None
+    layer: int | tuple[int, ...] | None = None
     device: str = "cpu"
     batch_seconds: float = 60.0
 
     def open(self) -> Extractor:
-        """Load what is needed. Raises `UserError` for a checkpoint that cannot be read, a layer that is not there, a wrong device."""
+        """Load what is needed. Raises `UserError` for an encoder that cannot be read, a layer that is not there, a wrong device."""
         if self.checkpoint is None:
             return Mfcc()
         if self.layer is None:
             raise UserError("--checkpoint needs --layer: the hidden state to cluster, e.g. 6 of 12")
         return HiddenLayer(self.checkpoint, self.layer, self.device, self.batch_seconds)
-
-    def identity(self) -> dict[str, Any]:
-        """What decides the features, for labels.json and for telling runs apart."""
-        if self.checkpoint is None:
-            return {"source": "mfcc", "checkpoint": None, "checkpoint_sha256": None, "layer": None}
-        from ..checkpoints.open import digest_of
-
-        return {
-            "source": "checkpoint",
-            "checkpoint": str(Path(self.checkpoint).absolute()),
-            "checkpoint_sha256": digest_of(self.checkpoint),
-            "layer": self.layer,
-        }
 
 
 class Mfcc:
@@ -98,6 +88,9 @@ class Mfcc:
             import torchaudio.compliance.kaldi  # noqa: F401
         except ImportError as error:
             raise missing_extra("torchaudio", "data", "MFCC") from error
+
+    def identity(self) -> dict[str, Any]:
+        return {"source": "mfcc", "checkpoint": None, "checkpoint_sha256": None, "layer": None}
 
     def frames(self, samples: int) -> int:
         return max(0, 1 + (samples - WINDOW) // MFCC_STRIDE)
@@ -125,49 +118,61 @@ class Mfcc:
 
 
 class HiddenLayer:
-    """Hidden state `layer` of a checkpoint, valid frames only.
+    """A hidden state of an encoder, or several of one pass, at 50 Hz; valid frames only.
 
-    Utterances of different lengths share a batch only where padding changes nothing: with the layer_norm extractor and this package's
-    rule of valid frames. Otherwise (GroupNorm over time, stock checkpoints) only utterances of equal length do.
+    Utterances of different lengths share a batch only where padding changes nothing (`Teacher.pads`): of this package's models with the
+    layer_norm extractor and its own rule of valid frames. Otherwise (GroupNorm over time, stock checkpoints) only utterances of equal
+    length do.
     """
 
     rate = SAMPLE_RATE / FRAME_STRIDE
     heavy = True
 
-    def __init__(self, checkpoint: str, layer: int, device: str, batch_seconds: float) -> None:
+    def __init__(self, checkpoint: str, layer: int | Sequence[int], device: str, batch_seconds: float) -> None:
         import torch
 
-        from ..checkpoints.load import load
-        from ..models.extractor import receptive_field
+        from .teachers import open_teacher
 
-        model: HubertModel = load(checkpoint)
-        depth = len(model.encoder.layers)
-        if not 0 <= layer <= depth:
-            raise UserError(f"--layer {layer} is not in {checkpoint}: it has hidden states 0 to {depth}")
+        teacher: Teacher = open_teacher(checkpoint)
+        self.layers = (layer,) if isinstance(layer, int) else tuple(layer)
+        teacher.check_layers(self.layers)
         try:
             self.device = torch.device(device)
-            self.model = model.to(self.device).eval()
+            self.teacher = teacher.to(self.device)
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
-        self.layer = layer
         self.batch_samples = int(batch_seconds * SAMPLE_RATE)
-        config = model.config
-        self.normalize, self.eps = config.normalize, config.normalize_eps
-        model.config = replace(config, normalize=False)  # `extract` does it: over whole recordings, not over pieces of them
-        self.window = receptive_field(config.conv_layers)
-        self.pads = config.extractor_mode == "layer_norm" and config.valid_frames == "receptive_field"
+
+    def identity(self) -> dict[str, Any]:
+        """Of an encoder at another rate also that rate, and what was done to its frames."""
+        from ..checkpoints.open import digest_of
+        from .teachers import RATES
+
+        name = self.teacher.name
+        rates = sorted({self.teacher.rates[layer] for layer in self.layers} - {self.rate})
+        changed = {"teacher_rate": rates[0], "teacher_frames": RATES[rates[0]]} if rates else {}
+        return {
+            "source": "checkpoint",
+            "checkpoint": str(Path(name).absolute()) if Path(name).exists() else name,
+            "checkpoint_sha256": digest_of(name) or self.teacher.digest(),
+            "layer": self.layers[0] if len(self.layers) == 1 else list(self.layers),
+            **changed,
+        }
 
     def frames(self, samples: int) -> int:
-        return self.model.num_frames(samples)
+        return self.teacher.frames(samples)
 
     def extract(self, audio: list[Array]) -> Iterator[tuple[int, Array]]:
+        for index, states in self.extract_all(audio):
+            yield index, states[0]
+
+    def extract_all(self, audio: list[Array]) -> Iterator[tuple[int, list[Array]]]:
+        """(index, (frames, dim) of each layer) of each utterance, in any order."""
         import torch
 
-        from ..models.hubert import normalize_waveform
-
-        if self.normalize:
-            audio = [normalize_waveform(torch.from_numpy(wav)[None], eps=self.eps)[0].numpy() for wav in audio]
-        pieces: dict[int, list[Array]] = {}  # of long recordings that are not complete yet
+        if self.teacher.eps is not None:
+            audio = [self.teacher.normalized(torch.from_numpy(wav)[None])[0].numpy() for wav in audio]
+        pieces: dict[int, list[list[Array]]] = {}  # of long recordings that are not complete yet
         for batch in self._batches(audio):
             length = max(end - start for _, start, end in batch)
             wav = torch.zeros(len(batch), length)
@@ -177,25 +182,26 @@ class HiddenLayer:
                 padding[row, : end - start] = False
             with torch.no_grad():
                 mask = padding.to(self.device) if bool(padding.any()) else None
-                states, _ = self.model.hidden_states(wav.to(self.device), mask)
-            values = states[self.layer].float().cpu().numpy()
+                states = self.teacher.states(wav.to(self.device), mask, self.layers)
+            values = [state.float().cpu().numpy() for state in states]
             for row, (index, start, end) in enumerate(batch):
-                pieces.setdefault(index, []).append(values[row, : self.frames(end - start)].copy())
+                pieces.setdefault(index, []).append([value[row, : self.frames(end - start)].copy() for value in values])
                 if end == len(audio[index]):  # the last piece
-                    yield index, np.concatenate(pieces.pop(index))
+                    yield index, [np.concatenate(parts) for parts in zip(*pieces.pop(index), strict=True)]
 
     def _batches(self, audio: list[Array]) -> Iterator[list[tuple[int, int, int]]]:
         """Batches of (utterance, start, end), longest first; pieces of one utterance stay in order."""
+        teacher = self.teacher
         items = [
             (index, start, end)
             for index in sorted(range(len(audio)), key=lambda i: -len(audio[i]))
-            for start, end in chunks(len(audio[index]), self.frames(len(audio[index])), FRAME_STRIDE, self.window, LAYER_CHUNK)
+            for start, end in chunks(len(audio[index]), self.frames(len(audio[index])), FRAME_STRIDE, teacher.window, teacher.piece)
         ]
         batch: list[tuple[int, int, int]] = []
         for item in items:
             lengths = [end - start for _, start, end in [*batch, item]]
-            full = max(lengths) * len(lengths) > self.batch_samples
-            if batch and (full or (not self.pads and lengths[-1] != lengths[0])):
+            full = max(teacher.least, *lengths) * len(lengths) > self.batch_samples
+            if batch and (full or (not teacher.pads and lengths[-1] != lengths[0])):
                 yield batch
                 batch = []
             batch.append(item)

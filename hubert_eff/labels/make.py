@@ -61,7 +61,8 @@ def make_labels(
     Args:
         manifest: folder of TSVs.
         out: folder for the labels; it may be the same.
-        source: the features (default: MFCC).
+        source: the features (default: MFCC); of a trained encoder at 25 or 100 Hz labels.json also holds `teacher_rate` and
+            `teacher_frames`.
         clusters: number of labels, k.
         splits: names of TSVs (default: all in `manifest`).
         fit_split: split that k-means is fitted on.
@@ -106,7 +107,7 @@ def make_labels(
             f"--clusters {clusters} needs as many frames, {fitted.path} has {frames}: ask for fewer clusters or give more audio"
         )
     settings = {
-        **source.identity(), "k": clusters, "rate": extractor.rate, "seed": seed, "fit_split": fit_split,
+        **extractor.identity(), "k": clusters, "rate": extractor.rate, "seed": seed, "fit_split": fit_split,
         "fit_hours": fit_hours, **({"kmeans": kmeans} if kmeans != "minibatch" else {}),
     }  # fmt: skip
     # the path of a checkpoint does not matter, its content does

@@ -216,7 +216,7 @@ def test_a_folder_is_told_from_another_by_its_content(tmp_path: Path) -> None:
 
     for name in ("one", "same", "other"):
         theirs(kind="base" if name != "other" else "pre-norm-group").save_pretrained(tmp_path / name)
-    one, same, other = (FeatureSource(str(tmp_path / name), 1).identity()["checkpoint_sha256"] for name in ("one", "same", "other"))
+    one, same, other = (FeatureSource(str(tmp_path / name), 1).open().identity()["checkpoint_sha256"] for name in ("one", "same", "other"))
     assert one == same != other  # the weights of the last are the others': config.json alone differs
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "other")]
     assert weights[0] == weights[1]

@@ -10,7 +10,7 @@ import torch
 
 import hubert_eff
 from hubert_eff.exporting.safetensors import export
-from hubert_eff.labels import features
+from hubert_eff.labels import features, teachers
 from hubert_eff.labels.features import FeatureSource, HiddenLayer, Mfcc
 
 from ..helpers.recordings import noise
@@ -43,7 +43,7 @@ def test_features_of_long_audio_in_pieces_have_the_same_frames(checkpoint, monke
     [(_, pieces)] = Mfcc().extract([wav])
     np.testing.assert_allclose(pieces, whole, atol=1e-4)
     layer = FeatureSource(checkpoint, 0).open()
-    monkeypatch.setattr(features, "LAYER_CHUNK", 30)
+    monkeypatch.setattr(teachers.Teacher, "piece", 30)
     found = dict(layer.extract([wav, noise(0.3), noise(1.2)]))
     assert {i: len(f) for i, f in found.items()} == {0: 100, 1: 14, 2: 59}
 
@@ -67,7 +67,7 @@ def test_group_norm_extractor_is_never_padded(tmp_path) -> None:
     audio = [noise(s, i) for i, s in enumerate((0.5, 0.8, 0.5))]
     assert sorted(len(b) for b in layer._batches(audio)) == [1, 2]
     with torch.no_grad():
-        states, _ = layer.model.hidden_states(torch.from_numpy(audio[0])[None])
+        states, _ = layer.teacher.model.hidden_states(torch.from_numpy(audio[0])[None])
     np.testing.assert_allclose(dict(layer.extract(audio))[0], states[1][0].numpy(), atol=2e-5)
 
 
@@ -86,7 +86,7 @@ def test_long_recordings_are_normalized_as_a_whole(tmp_path, monkeypatch, preset
     for index, values in enumerate(expected):
         np.testing.assert_allclose(found[index], values, atol=2e-5)
     whole = hubert_eff.models.hubert.normalize_waveform(torch.from_numpy(wav)[None])
-    monkeypatch.setattr(features, "LAYER_CHUNK", 30)
+    monkeypatch.setattr(teachers.Teacher, "piece", 30)
     pieces = list(features.chunks(len(wav), layer.frames(len(wav)), 320, 400, 30))
     assert len(pieces) == 2 and model.config.normalize
     model.config = dataclasses.replace(model.config, normalize=False)
