@@ -12,13 +12,15 @@ from ..errors import UserError
 
 # the numbers of clusters of HuBERT's first and second iteration
 DEFAULT_CLUSTERS = {"mfcc": 100, "checkpoint": 500}
+FIT_HOURS = 10.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """One positional shape for making (`DIR`) and one for measuring (`quality LABELDIR`)."""
+    """One positional shape for making (`DIR`) and one for measuring (`quality DIR`)."""
     parser.usage = (
-        "hubert-eff labels DIR --out LABELDIR (--features mfcc | --checkpoint CKPT --layer L) [--clusters K] ...\n"
-        "       hubert-eff labels quality LABELDIR --alignments FILE [--manifest DIR] [--json]"
+        "hubert-eff labels DIR --out LABELDIR (--features mfcc | --checkpoint SPEC --layer L) [--clusters K] ...\n"
+        "       hubert-eff labels quality LABELDIR --alignments FILE [--manifest DIR] [--json]\n"
+        "       hubert-eff labels quality DIR --layers all --alignments FILE [--checkpoint SPEC] [--clusters K] ..."
     )
     parser.add_argument(
         "paths", nargs="+", metavar="DIR", help="folder made by `hubert-eff manifest`; or the word quality and a folder of labels"
@@ -27,7 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     make = parser.add_argument_group("making labels")
     make.add_argument("--out", type=Path, metavar="LABELDIR", help="folder for SPLIT.km, dict.km.txt, labels.json; may be DIR")
     make.add_argument("--features", choices=("mfcc",), help="cluster MFCC with deltas: 100 labels per second")
-    make.add_argument("--checkpoint", metavar="CKPT", help="cluster a hidden state of this checkpoint: 50 labels per second")
+    make.add_argument(
+        "--checkpoint", metavar="SPEC",
+        help="cluster a hidden state of this encoder, 50 labels per second: a checkpoint, a preset, a folder of Hugging Face (HuBERT, "
+        "wav2vec 2.0, WavLM, Whisper), or s3prl:NAME",
+    )  # fmt: skip
     make.add_argument("--layer", type=int, metavar="L", help="which: 0 enters block 1, L leaves block L")
     make.add_argument(
         "--clusters", type=int, metavar="K", help=f"number of labels (default: {DEFAULT_CLUSTERS['mfcc']} for MFCC, "
@@ -36,8 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     make.add_argument("--splits", nargs="+", metavar="SPLIT", help="default: every TSV in DIR")
     make.add_argument("--fit-split", default="train", metavar="SPLIT", help="split that k-means learns from (default: %(default)s)")
     make.add_argument(
-        "--fit-hours", type=float, default=10.0, metavar="H",
-        help="at most so much of it, drawn at random; the features stand on disk meanwhile (default: %(default)g)",
+        "--fit-hours", type=float, metavar="H",
+        help=f"at most so much of it, drawn at random; the features stand on disk meanwhile (default: {FIT_HOURS:g}; 1 with --layers)",
     )  # fmt: skip
     make.add_argument(
         "--kmeans", default="minibatch", metavar="KIND",
@@ -57,6 +63,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     make.add_argument("--seed", type=int, default=1, help="seed of k-means (default: %(default)d)")
     measure = parser.add_argument_group("measuring labels")
     measure.add_argument("--alignments", type=Path, metavar="FILE", help="TSV: path, tier, start, end, label")
+    measure.add_argument(
+        "--layers", metavar="L[,L...]",
+        help="all, or numbers of hidden states: fit k-means on each of them, and compare; --splits: what is measured (default: valid)",
+    )  # fmt: skip
     measure.add_argument("--manifest", type=Path, metavar="DIR", help="the manifests, if they have moved since")
 
 
@@ -76,8 +86,8 @@ def _make(args: argparse.Namespace) -> int:
 
     if args.out is None:
         raise UserError("--out LABELDIR is missing: the folder for the labels")
-    if args.alignments or args.manifest:
-        raise UserError("--alignments and --manifest belong to `hubert-eff labels quality LABELDIR`")
+    if args.alignments or args.manifest or args.layers:
+        raise UserError("--alignments, --manifest and --layers belong to `hubert-eff labels quality DIR`")
     if (args.features is None) == (args.checkpoint is None):
         raise UserError("name one source of features: --features mfcc, or --checkpoint CKPT --layer L")
     if args.features and args.layer is not None:
@@ -86,7 +96,6 @@ def _make(args: argparse.Namespace) -> int:
         raise UserError("--nshard N and --rank I go together: the number of jobs, and which of them this is, from 0")
     kind = "checkpoint" if args.checkpoint else "mfcc"
     device = _device(args.device) if args.checkpoint else "cpu"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     part = "" if args.rank is None else f"rank-{args.rank}-of-{args.nshard}"  # the others share the folder
     with locked(args.out, part):
         summary = make_labels(
@@ -96,9 +105,9 @@ def _make(args: argparse.Namespace) -> int:
             clusters=DEFAULT_CLUSTERS[kind] if args.clusters is None else args.clusters,
             splits=args.splits,
             fit_split=args.fit_split,
-            fit_hours=args.fit_hours,
+            fit_hours=FIT_HOURS if args.fit_hours is None else args.fit_hours,
             seed=args.seed,
-            workers=args.workers if args.workers is not None else (cores if device == "cpu" else 1),
+            workers=_workers(args.workers, device),
             kmeans=args.kmeans,
             share=None if args.rank is None else (args.rank, args.nshard),
         )
@@ -129,11 +138,22 @@ def _device(name: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def _workers(given: int | None, device: str) -> int:
+    if given is not None:
+        return given
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores if device == "cpu" else 1
+
+
 def _quality(args: argparse.Namespace) -> int:
     from ..labels.quality import label_quality
 
     if args.alignments is None:
         raise UserError("--alignments FILE is missing: phone timings, e.g. the alignments.tsv of `hubert-eff corpus demo`")
+    if args.layers is not None:
+        return _layers(args)
+    if args.checkpoint is not None:
+        raise UserError("--checkpoint goes with --layers in `hubert-eff labels quality`: --layers all compares its layers")
     report: dict[str, Any] = label_quality(args.paths[1], args.alignments, args.manifest)
     if args.json:
         print(json.dumps(report, ensure_ascii=False))
@@ -143,5 +163,38 @@ def _quality(args: argparse.Namespace) -> int:
         print(
             f"{name:10} {row['phone_purity']:12.3f} {row['cluster_purity']:14.3f} {row['pnmi']:6.3f} "
             f"{row['aligned_frames']:9d} {row['phones']:6d}"
+        )
+    return 0
+
+
+def _layers(args: argparse.Namespace) -> int:
+    from ..labels.layers import LayerChoice, layer_quality
+    from ..utils.locks import locked
+
+    numbers = [] if args.layers == "all" else args.layers.split(",")
+    if not all(number.isascii() and number.isdecimal() for number in numbers):
+        raise UserError(f"--layers {args.layers}: give all, or numbers of hidden states with commas between them, such as 6,9,12")
+    if not os.path.isdir(args.paths[1]):
+        raise UserError(f"{args.paths[1]} is not a folder: name one made by `hubert-eff labels` or `hubert-eff manifest`")
+    device = _device(args.device)
+    given = {"hours": args.fit_hours, "splits": tuple(args.splits or ())}
+    choice = LayerChoice(
+        args.checkpoint, tuple(map(int, numbers)), args.clusters, args.fit_split, seed=args.seed,
+        **{key: value for key, value in given.items() if value is not None},
+    )  # fmt: skip
+    with locked(args.paths[1], "layers"):
+        found = layer_quality(
+            args.paths[1], args.alignments, choice, args.manifest, _workers(args.workers, device), device, args.batch_seconds
+        )
+    if args.json:
+        print(json.dumps(found, ensure_ascii=False))
+        return 0
+    print(f"{found['k']} clusters of {found['fit_frames']} frames of {found['fit_split']}, measured on {', '.join(found['splits'])}")
+    print(f"{'layer':>5} {'phone purity':>12} {'cluster purity':>14} {'PNMI':>6} {'used':>5} {'frames':>9}")
+    for row in found["layers"]:
+        whole, mark = row["all"], "  <- highest PNMI" if row["layer"] == found["best"] else ""
+        print(
+            f"{row['layer']:5d} {whole['phone_purity']:12.3f} {whole['cluster_purity']:14.3f} {whole['pnmi']:6.3f} "
+            f"{row['used_clusters']:5d} {whole['aligned_frames']:9d}{mark}"
         )
     return 0

@@ -58,7 +58,7 @@ class FeatureSource:
 
     Args:
         checkpoint: a trained encoder, see `labels.teachers`; None is MFCC.
-        layer: hidden state, 0 (input of the first block) to the number of layers; several for `HiddenLayer.extract_all`.
+        layer: hidden state, 0 (input of the first block) to the number of layers; several, or () for all, for `HiddenLayer.extract_all`.
         device: torch device of the encoder.
         batch_seconds: audio per forward pass.
     """
@@ -134,7 +134,7 @@ class HiddenLayer:
         from .teachers import open_teacher
 
         teacher: Teacher = open_teacher(checkpoint)
-        self.layers = (layer,) if isinstance(layer, int) else tuple(layer)
+        self.layers = (layer,) if isinstance(layer, int) else tuple(layer) or tuple(range(teacher.depth + 1))
         teacher.check_layers(self.layers)
         try:
             self.device = torch.device(device)

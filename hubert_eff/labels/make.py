@@ -250,11 +250,12 @@ def _has_dictionary(target: Path, clusters: object) -> bool:
 def _features(task: Task, extractor: Extractor) -> list[Array]:
     """Features of the utterances of a task, in order."""
     _, root, entries = task
-    found = dict(extractor.extract([_read(root / path, samples) for path, samples in entries]))
+    found = dict(extractor.extract([read_audio(root / path, samples) for path, samples in entries]))
     return [found[i] for i in range(len(entries))]
 
 
-def _read(path: Path, samples: int) -> Array:
+def read_audio(path: Path, samples: int) -> Array:
+    """An utterance as its manifest says it is. Raises `UserError` where it is another."""
     import soundfile
 
     try:

@@ -12,8 +12,8 @@ A frame belongs to the phone at its center; frames in no phone interval are left
 from __future__ import annotations
 
 import os
-from bisect import bisect_right
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,42 @@ Intervals = list[tuple[float, float, str]]  # start s, end s, label; in order of
 Parts = list[tuple[float, float, str, float]]  # start s, end s, real path of the recording, second of it that is heard at the start
 
 MOST_CELLS = 20_000_000  # of the table of phones and clusters
+
+
+@dataclass(frozen=True)
+class Phones:
+    """Phone intervals of recordings, and of which recordings the utterances of a manifest are made."""
+
+    intervals: dict[str, Intervals]  # by real path
+    sources: dict[str, Parts]
+    inventory: dict[str, int]  # phone -> row of a table
+
+    @classmethod
+    def read(cls, alignments: Path, tables: Path, clusters: int) -> Phones:
+        """See `label_quality`. Raises `UserError` for files that are missing or malformed, or a table too large for `clusters`."""
+        intervals = _read_alignments(alignments)
+        inventory = {label: i for i, label in enumerate(sorted({s[2] for spans in intervals.values() for s in spans}))}
+        if len(inventory) * clusters > MOST_CELLS:
+            raise UserError(
+                f"{alignments} has {len(inventory)} different phones, too many for {clusters} clusters: is the last column one?"
+            )
+        return cls(intervals, _sources(tables), inventory)
+
+    def of(self, root: Path, path: str, samples: int, frames: int, rate: float) -> npt.NDArray[np.int64]:
+        """The phone at the center of each frame of an utterance, (frames,); -1 where there is none."""
+        whole: Parts = [(0.0, samples, os.path.realpath(root / path), 0.0)]
+        spans = [
+            (begin + max(start - first, 0.0), min(begin + end - first, finish), self.inventory[label])
+            for begin, finish, source, first in self.sources.get(path, whole)
+            for start, end, label in self.intervals.get(source, [])
+            if end > first and start - first < finish - begin
+        ]
+        if not spans:
+            return np.full(frames, -1, dtype=np.int64)
+        starts, ends, labels = (np.array(column) for column in zip(*spans, strict=True))
+        times = np.arange(frames) / rate + CENTER
+        at = np.searchsorted(starts, times, side="right") - 1
+        return np.where((at >= 0) & (times < ends[at]), labels[at], -1).astype(np.int64)
 
 
 def purities(joint: npt.NDArray[np.floating[Any] | np.integer[Any]]) -> dict[str, float]:
@@ -66,28 +102,30 @@ def label_quality(labels: str | Path, alignments: str | Path, manifest: str | Pa
     if record is None or record.rate is None or record.clusters is None or not record.splits or not (manifest or record.manifest):
         raise UserError(f"no labels in {folder}: it needs the labels.json of `hubert-eff labels`")
     rate, clusters, tables = record.rate, record.clusters, Path(manifest or record.manifest or "")
-    phones = _read_alignments(Path(alignments))
-    inventory = {label: i for i, label in enumerate(sorted({s[2] for spans in phones.values() for s in spans}))}
-    if len(inventory) * clusters > MOST_CELLS:
-        raise UserError(f"{alignments} has {len(inventory)} different phones, too many for {clusters} clusters: is the last column one?")
-    sources = _sources(tables)
+    phones = Phones.read(Path(alignments), tables, clusters)
     result: dict[str, Any] = {}
-    total = np.zeros((len(inventory), clusters), dtype=np.int64)
+    total = np.zeros((len(phones.inventory), clusters), dtype=np.int64)
     total_frames = 0
     for name in record.splits:
         table = read_manifest(tables / f"{name}.tsv")
         record.check_manifest(table)
-        joint, frames = _count(folder / f"{name}.km", table, sources, phones, inventory, rate, clusters)
+        joint, frames = _count(folder / f"{name}.km", table, phones, rate, clusters)
         total += joint
         total_frames += frames
         if joint.any():
-            result[name] = _report(joint, frames)
+            result[name] = report(joint, frames)
     if not total.any():
-        raise UserError(f"{alignments} has phones of none of the recordings of {tables}: its paths are relative to its own folder")
-    return {"labels": str(folder), "k": clusters, "rate": rate, "splits": result, "all": _report(total, total_frames)}
+        raise foreign_alignments(alignments, tables)
+    return {"labels": str(folder), "k": clusters, "rate": rate, "splits": result, "all": report(total, total_frames)}
 
 
-def _report(joint: npt.NDArray[np.int64], frames: int) -> dict[str, Any]:
+def foreign_alignments(alignments: str | Path, tables: Path) -> UserError:
+    """What to raise where no utterance has a phone."""
+    return UserError(f"{alignments} has phones of none of the recordings of {tables}: its paths are relative to its own folder")
+
+
+def report(joint: npt.NDArray[np.int64], frames: int) -> dict[str, Any]:
+    """What is printed of a table of frame counts (phones, clusters), of so many frames in all."""
     measures = {name: round(value, 4) for name, value in purities(joint).items()}
     aligned = int(joint.sum())
     return {
@@ -139,17 +177,9 @@ def _sources(tables: Path) -> dict[str, Parts]:
     return parts
 
 
-def _count(
-    file: Path,
-    table: Manifest,
-    sources: dict[str, Parts],
-    phones: dict[str, Intervals],
-    inventory: dict[str, int],
-    rate: float,
-    clusters: int,
-) -> tuple[npt.NDArray[np.int64], int]:
+def _count(file: Path, table: Manifest, phones: Phones, rate: float, clusters: int) -> tuple[npt.NDArray[np.int64], int]:
     """(frames of each phone and cluster, frames in all)."""
-    joint = np.zeros((len(inventory), clusters), dtype=np.int64)
+    joint = np.zeros((len(phones.inventory), clusters), dtype=np.int64)
     if not file.is_file():
         raise UserError(f"{file} cannot be read, labels.json beside it lists that split: make the labels again")
     lines = [line for _, line in read_lines(file, HINT)]
@@ -157,22 +187,16 @@ def _count(
         raise UserError(f"{file} has {len(lines)} lines, {table.path} lists {len(table.entries)} utterances: make the labels again")
     frames = 0
     for number, (line, (path, samples)) in enumerate(zip(lines, table.entries), start=1):
-        labels = [_label(v, clusters, file, number) for v in line.split()]
+        labels = np.array([_label(v, clusters, file, number) for v in line.split()], dtype=np.int64)
         frames += len(labels)
-        whole: Parts = [(0.0, samples, os.path.realpath(table.root / path), 0.0)]
-        spans = [
-            (begin + max(start - first, 0.0), min(begin + end - first, finish), inventory[label])
-            for begin, finish, source, first in sources.get(path, whole)
-            for start, end, label in phones.get(source, [])
-            if end > first and start - first < finish - begin
-        ]
-        starts = [s[0] for s in spans]
-        for index, cluster in enumerate(labels):
-            time = index / rate + CENTER
-            at = bisect_right(starts, time) - 1
-            if at >= 0 and time < spans[at][1]:
-                joint[spans[at][2], cluster] += 1
+        count_frames(joint, phones.of(table.root, path, samples, len(labels), rate), labels)
     return joint, frames
+
+
+def count_frames(joint: npt.NDArray[np.int64], phones: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]) -> None:
+    """Add the frames of an utterance, phones (T,), -1 where there is none, and labels (T,), to a table (phones, clusters)."""
+    known = phones >= 0
+    np.add.at(joint, (phones[known], labels[known]), 1)
 
 
 def _label(text: str, clusters: int, file: Path, number: int) -> int:

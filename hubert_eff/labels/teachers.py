@@ -8,8 +8,8 @@
                           and returns its hidden states, a sequence of (B, T, D)
 
 Every state is brought to frames of 20 ms, 1 + (S - 400) // 320 of S samples: of one at 25 Hz each frame stands twice, of one at 100 Hz
-every second frame is taken. State 0 is what enters the first block, state L what leaves block L; a state is what the encoder's own library gives
-under that number.
+every second frame is taken. State 0 is what enters the first block, state L what leaves block L; a state is what the encoder's own library
+gives under that number.
 """
 
 # B batch, S samples, T frames, D channels of a state

@@ -57,7 +57,7 @@ def test_floats_beyond_full_scale_are_scaled_where_they_would_be_used_as_they_li
 def test_later_readers_name_the_file(value: float, tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a.wav", spoilt(value), 16_000, subtype="FLOAT")
     with pytest.raises(UserError, match=r"a.wav holds samples that are not finite, or no audio: make the manifest again"):
-        targets._read(tmp_path / "a.wav", 8000)  # `labels`, for manifests that other programs write
+        targets.read_audio(tmp_path / "a.wav", 8000)  # `labels`, for manifests that other programs write
     with pytest.raises(UserError, match=r"a.wav: it has changed since it was checked"):
         list(read_mono(tmp_path / "a.wav", Checked(16_000, 1, 9000, 0.5, 0.01)))
 
