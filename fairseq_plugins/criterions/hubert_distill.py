@@ -4,8 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,10 +13,12 @@ import torch
 from fairseq.criterions import register_criterion
 from fairseq.dataclass import FairseqDataclass
 from omegaconf import MISSING
-from torch import Tensor
+from torch import Tensor, nn
 
-import hubert_eff
+from hubert_eff.checkpoints.open import open_model
 from hubert_eff.errors import UserError
+from hubert_eff.labels.teachers import Teacher, is_foreign, open_teacher
+from hubert_eff.models.hubert import HubertModel
 from hubert_eff.quant.distill import check_teacher, codebook_divergence, hidden_distances
 
 from ..runtime.stopping import one_line_errors
@@ -28,7 +30,21 @@ from .throughput import audio_seconds
 class HubertDistillConfig(FairseqDataclass):
     """Keys of `criterion`."""
 
-    teacher: str = field(default=MISSING, metadata={"help": "checkpoint to learn from: of this plug-in, or of stock HuBERT"})
+    teacher: str = field(
+        default=MISSING,
+        metadata={
+            "help": "encoder to learn from: a checkpoint of this plug-in or of stock HuBERT; with teacher_layers any that `hubert-eff labels "
+            "--checkpoint` takes"
+        },
+    )
+    student_layers: list[int] = field(default_factory=list, metadata={"help": "hidden states that learn, one for each of teacher_layers"})
+    teacher_layers: list[int] = field(
+        default_factory=list,
+        metadata={
+            "help": "hidden states that teach, through a learned linear map, of a teacher of any shape, which hears whole audio; empty: each "
+            "state of a teacher of the student's shape"
+        },
+    )
     pred_masked_weight: float = field(default=0.0, metadata={"help": "weight of the cross-entropy with the labels at masked frames"})
     pred_nomask_weight: float = field(default=0.0, metadata={"help": "weight of the cross-entropy with the labels at unmasked frames"})
     codebook_weight: float = field(default=1.0, metadata={"help": "weight of KL(teacher || student) over the codebook at masked frames"})
@@ -37,6 +53,24 @@ class HubertDistillConfig(FairseqDataclass):
         default=1.0, metadata={"help": "weight of the mean squared difference of the hidden states, a mean over states"}
     )
     hidden_normalize: bool = field(default=False, metadata={"help": "divide that of each state by the variance of the teacher's state"})
+
+
+class StateMaps(nn.Module):
+    """Linear maps from states of a student, of one width, to those of a teacher: FitNets' regressors (Romero et al. 2015, section 2.2)."""
+
+    def __init__(self, ours: tuple[int, ...], theirs: tuple[int, ...], width: int, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.ours, self.theirs = ours, theirs
+        self.maps = nn.ModuleList(nn.Linear(width, wide) for wide in widths)
+
+    def forward(self, states: Sequence[Tensor], wanted: Sequence[Tensor], length: int) -> tuple[list[Tensor], list[Tensor]]:
+        """The student's states (B, T, D), all of them, and the teacher's chosen ones: pairs over the first `length` frames."""
+        return [m(states[i][:, :length]) for m, i in zip(self.maps, self.ours, strict=True)], [w[:, :length] for w in wanted]
+
+
+def weights_digest(name: str, model: Any) -> str:
+    """What tells a teacher that no file holds from others."""
+    return model.digest() if isinstance(model, Teacher) else OwnModel(name, model).digest()
 
 
 @register_criterion("hubert_distill", dataclass=HubertDistillConfig)
@@ -51,7 +85,11 @@ class HubertDistillCriterion(HubertEffCriterion):
     all of them where only hidden states do; their total is what fairseq divides by. The last mean is over the states 0 ... L, valid
     frames and channels of the utterance, so that neither depth nor the other utterances of a batch change the balance.
 
-    The teacher is in eval mode and sees the student's masks, in the student's chunks if it was built for them. It is no part of what is
+    With `student_layers` and `teacher_layers` the teacher may be any encoder (`hubert_eff.labels.teachers`): it hears the audio without masks,
+    |.|^2 is between a learned linear map of the student's state and the teacher's state, and the mean is over these pairs (FitNets, Romero et
+    al. 2015, section 2.2). There is no KL then. The maps are trained, and saved, with the criterion.
+
+    Without them the teacher is in eval mode and sees the student's masks, in the student's chunks if it was built for them. It is no part of what is
     optimized or saved. Beside the figures of `hubert_eff` it logs `loss_kl` and `loss_kl_u` (bits per masked and per unmasked frame),
     `hidden_mse` (a mean over states) and
     `correct_t_i`, the share of masked frames at which student and teacher choose the same class.
@@ -71,20 +109,60 @@ class HubertDistillCriterion(HubertEffCriterion):
         pred_masked_weight: float = 0.0,
         pred_nomask_weight: float = 0.0,
         codebook_nomask_weight: float = 0.0,
+        student_layers: Sequence[int] = (),
+        teacher_layers: Sequence[int] = (),
     ) -> None:
         super().__init__(task, pred_masked_weight, pred_nomask_weight)
         self.divergence_weights = {"m": codebook_weight, "u": codebook_nomask_weight}
         self.hidden_weight, self.hidden_normalize = hidden_weight, hidden_normalize
+        self.maps: StateMaps | None = None
+        self.same_classes = False
         with one_line_errors():
             if not teacher:
                 raise UserError("criterion.teacher is not set: give the checkpoint to learn from, criterion.teacher=FILE")
-            model = hubert_eff.load(teacher).requires_grad_(False)
-            task.note_file("criterion.teacher", Path(teacher))
             try:
-                check_teacher(model, task.model)
+                if student_layers or teacher_layers:
+                    model = self._by_layers(teacher, task.model, tuple(student_layers), tuple(teacher_layers))
+                else:
+                    model = self._by_shape(teacher, task.model)
             except UserError as error:
                 raise UserError(f"criterion.teacher={teacher}: {error}") from error
+            task.note_file("criterion.teacher", Path(teacher) if Path(teacher).exists() else weights_digest(teacher, model).encode())
         self.teacher = (model,)  # in a tuple: no part of the criterion's parameters
+
+    def _by_shape(self, name: str, student: HubertModel) -> HubertModel:
+        """A teacher whose states and codebooks are those of the student."""
+        if is_foreign(name):
+            raise UserError(
+                "it is run by another package, and its states are not the student's: name those that are to be compared, such as "
+                "criterion.student_layers=[2] criterion.teacher_layers=[12]"
+            )
+        model = open_model(name).requires_grad_(False)
+        check_teacher(model, student, codebooks=any(self.divergence_weights.values()))
+        self.same_classes = model.num_classes == student.num_classes
+        model.config = replace(model.config, label_rate=student.config.label_rate)  # audio is cut to labels alike, also without codebooks
+        return model
+
+    def _by_layers(self, name: str, student: HubertModel, ours: tuple[int, ...], theirs: tuple[int, ...]) -> Teacher:
+        """A teacher of any shape, and the maps to its states."""
+        if any(self.divergence_weights.values()):
+            raise UserError(
+                "with criterion.teacher_layers only hidden states teach: set criterion.codebook_weight=0 and "
+                "criterion.codebook_nomask_weight=0"
+            )
+        if self.hidden_weight == 0:
+            raise UserError("criterion.teacher_layers are compared, but criterion.hidden_weight is 0: set it above 0")
+        if len(ours) != len(theirs):
+            raise UserError(f"criterion.student_layers={list(ours)} and teacher_layers={list(theirs)} are pairs: give as many of both")
+        depth = len(student.encoder.layers)
+        if not all(0 <= layer <= depth for layer in ours):
+            raise UserError(f"criterion.student_layers={list(ours)}: the student has hidden states 0 to {depth}")
+        model = open_teacher(name).requires_grad_(False)
+        model.check_layers(theirs, "criterion.teacher_layers:")
+        if student.config.normalize and model.eps is None:
+            raise UserError("it takes audio as it is recorded, which task.normalize=true makes other: set task.normalize=false")
+        self.maps = StateMaps(ours, theirs, student.config.encoder_embed_dim, model.widths(theirs))
+        return model
 
     def forward(self, model: Any, sample: dict[str, Any]) -> tuple[Tensor, int, dict[str, Any]]:
         """Returns the loss (a sum over frames), the number of frames it counts, and what to log: numbers and histograms."""
@@ -92,18 +170,16 @@ class HubertDistillCriterion(HubertEffCriterion):
         output = model(target_list=targets, return_states=True, **inputs)
         teacher = self._placed(inputs["source"])
         with torch.no_grad():
-            taught = teacher(
-                inputs["source"], targets, inputs.get("padding_mask"), features_only=True, masks=output["masks"], return_states=True,
-                chunks=output["chunks"] if teacher.config.streaming else None,
-            )  # fmt: skip
+            taught = None if self.maps is not None else self._heard(teacher, inputs, targets, output)
             padding, masked = output["padding_mask"], output["mask_indices"]  # (B, T)
-            valid = torch.ones(taught["x"].shape[:2], dtype=torch.bool, device=taught["x"].device) if padding is None else ~padding
+            x = output["x"]
+            valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if padding is None else ~padding
             masked = torch.zeros_like(valid) if masked is None else masked
             frames = {"m": valid & masked, "u": valid & ~masked}
         loss, _, log = self.label_losses(output)
         for part, weight in self.divergence_weights.items():
             ours = output[f"logits_{part}"]  # (N, C) per codebook
-            if ours is None or (part == "u" and weight == 0):
+            if taught is None or not self.same_classes or ours is None or (part == "u" and weight == 0):
                 continue
             with torch.no_grad():
                 theirs = teacher.logits(taught["x"][frames[part]])
@@ -116,7 +192,14 @@ class HubertDistillCriterion(HubertEffCriterion):
                     log[f"correct_t_{i}"], log[f"count_t_{i}"] = (mine.argmax(-1) == wanted.argmax(-1)).sum(), wanted.size(0)
         counted = torch.stack([frames[part].sum(1) for part in self._counted()]).sum(0)  # (B,)
         sample_size = int(counted.sum())
-        distance = hidden_distances(output["states"], taught["states"], None if padding is None else valid, self.hidden_normalize).mean(1)
+        if self.maps is None:
+            states = output["states"], taught["states"]
+        else:
+            with torch.no_grad():
+                wanted = teacher.of_batch(inputs["source"], inputs.get("padding_mask"), self.maps.theirs)
+            length = min(valid.size(1), wanted[0].size(1))
+            states, valid = self.maps(output["states"], wanted, length), valid[:, :length]
+        distance = hidden_distances(*states, None if padding is None else valid, self.hidden_normalize).mean(1)
         hidden = (distance * counted).sum()
         loss = loss + self.hidden_weight * hidden
         log.update(
@@ -125,6 +208,13 @@ class HubertDistillCriterion(HubertEffCriterion):
         )  # fmt: skip
         return loss, sample_size, log
 
+    def _heard(self, teacher: HubertModel, inputs: dict[str, Any], targets: Any, output: Any) -> Any:
+        """What a teacher of the student's shape makes of a batch, under the student's masks."""
+        return teacher(
+            inputs["source"], targets, inputs.get("padding_mask"), features_only=True, masks=output["masks"], return_states=True,
+            chunks=output["chunks"] if teacher.config.streaming else None,
+        )  # fmt: skip
+
     def _counted(self) -> list[str]:
         """The kinds of frames that the loss is a mean over."""
         return [part for part in "mu" if self.weights[part] > 0 or self.divergence_weights[part] > 0] or ["m", "u"]
@@ -132,7 +222,9 @@ class HubertDistillCriterion(HubertEffCriterion):
     def _placed(self, source: Tensor) -> Any:
         """The teacher where the audio (B, S) is, in its precision."""
         (teacher,) = self.teacher
-        first = next(teacher.parameters())
+        first = next(teacher.parameters(), None)
+        if first is None:  # such as a filter bank
+            return teacher
         if first.device != source.device or first.dtype != source.dtype:
             teacher.to(source.device, source.dtype)
         return teacher

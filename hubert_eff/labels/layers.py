@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from ..config import SAMPLE_RATE
 from ..data.lines import read_json
 from ..data.tsv import Manifest, read_manifest
 from ..errors import UserError
@@ -108,7 +107,7 @@ def layer_quality(
     wanted = {split: _phones(phones, manifests[split], samples[split], extractor) for split in splits}
     if not any((known >= 0).any() for found in wanted.values() for known in found):
         raise foreign_alignments(alignments, tables)
-    widths = _widths(extractor)
+    widths = extractor.teacher.widths(layers)
     settings = {
         **{key: value for key, value in extractor.identity().items() if key not in ("checkpoint", "layer")}, "layers": list(layers),
         "k": clusters, "seed": choice.seed, "hours": choice.hours, "fit": choice.fit_split, "splits": list(splits),
@@ -143,13 +142,6 @@ def layer_quality(
 
 def _phones(phones: Phones, table: Manifest, sample: Entries, extractor: Extractor) -> list[Any]:
     return [phones.of(table.root, path, n, extractor.frames(n), extractor.rate) for path, n in sample]
-
-
-def _widths(extractor: HiddenLayer) -> list[int]:
-    """Channels of each layer."""
-    noise = np.random.default_rng(0).normal(scale=0.1, size=SAMPLE_RATE).astype(np.float32)
-    [(_, states)] = extractor.extract_all([noise])
-    return [state.shape[1] for state in states]
 
 
 def _check_disk(folder: Path, needed: int) -> None:

@@ -130,6 +130,13 @@ class Teacher(nn.Module):
                 whole[rows, : state.size(1)] = state.to(whole.dtype)
         return found
 
+    def widths(self, layers: Sequence[int]) -> list[int]:
+        """Channels of the chosen states."""
+        device = next((tensor.device for tensor in self.parameters()), torch.device("cpu"))
+        noise = 0.1 * torch.randn(1, SAMPLE_RATE, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            return [state.size(-1) for state in self.states(self.normalized(noise).to(device), None, layers)]
+
     def digest(self) -> str:
         """SHA-256 of the name and of all weights: what tells an encoder that no file holds from others."""
         digest = hashlib.sha256(self.name.encode())
@@ -204,21 +211,27 @@ def open_teacher(name: str) -> Teacher:
     Raises `UserError` for a name that is none of them, a folder without configuration or weights, quantized weights, a package that is
     missing, and as `open_model` does.
     """
-    if os.path.exists(name):
-        folder = Path(name)
-        if folder.is_dir() and is_folder(folder):
-            with about(folder):
-                values = read_json(folder / CONFIG)
-            if not reads(values):
-                from .huggingface import open_folder
-
-                with about(folder):
-                    return open_folder(folder, values)
+    if not is_foreign(name):
         return OwnModel(name, open_model(name))
-    kind, colon, rest = name.partition(":")
-    if colon and os.sep not in kind:
-        return Foreign(name, _from_entry_point(kind, rest))
-    return OwnModel(name, open_model(name))
+    if os.path.exists(name):
+        from .huggingface import open_folder
+
+        with about(name):
+            return open_folder(Path(name), read_json(Path(name) / CONFIG))
+    kind, _, rest = name.partition(":")
+    return Foreign(name, _from_entry_point(kind, rest))
+
+
+def is_foreign(name: str) -> bool:
+    """Whether a name stands for an encoder that another package runs."""
+    path = Path(name)
+    if not path.exists():
+        kind, colon, _ = name.partition(":")
+        return bool(colon) and os.sep not in kind
+    if not (path.is_dir() and is_folder(path)):
+        return False
+    with about(path):
+        return not reads(read_json(path / CONFIG))
 
 
 def _from_entry_point(kind: str, name: str) -> Any:

@@ -61,29 +61,30 @@ def _mean(x: Tensor, valid: Tensor | None) -> Tensor:
     return x.masked_fill(~valid.unsqueeze(-1), 0.0).sum((1, 2)) / elements
 
 
-def check_teacher(teacher: HubertModel, student: HubertModel) -> None:
-    """Raise `UserError` unless each of the student's states and logits has a counterpart in the teacher."""
+def check_teacher(teacher: HubertModel, student: HubertModel, codebooks: bool = True) -> None:
+    """Raise `UserError` unless each of the student's states, and with `codebooks` of its logits, has a counterpart in the teacher."""
 
     def sizes(model: HubertModel) -> dict[str, Any]:
         config = model.config
         receptive = receptive_field(model.config.conv_layers)
+        of_codebooks = {"codebooks (classes of each)": list(model.num_classes), "label rate (task.label_rate)": config.label_rate}
         return {
             "layers": len(model.encoder.layers),
             "width (encoder_embed_dim)": config.encoder_embed_dim,
-            "codebooks (classes of each)": list(model.num_classes),
-            "label rate (task.label_rate)": config.label_rate,
+            **(of_codebooks if codebooks else {}),
             "samples under a frame (conv_feature_layers)": receptive,
             "normalization of the audio (task.normalize)": config.normalize,
             "rule for padding (valid_frames)": config.valid_frames,
         }
 
-    _has_codebooks(teacher)
+    if codebooks:
+        _has_codebooks(teacher)
     wanted = sizes(student)
     for what, value in sizes(teacher).items():
         if value != wanted[what]:
             raise UserError(
-                f"the teacher does not fit the student: {what} {value}, the student's {wanted[what]}: change the student's configuration "
-                "or take another teacher"
+                f"the teacher does not fit the student: {what} {value}, the student's {wanted[what]}: change the student's configuration, "
+                "take another teacher, or name the states that are to be compared (criterion.student_layers, teacher_layers)"
             )
     if student.config.mask_channel_prob > 0 and teacher.config.input_dim != student.config.input_dim:
         raise UserError("masks of channels need a teacher whose first block has the student's width: set model.mask_channel_prob=0")
@@ -91,7 +92,10 @@ def check_teacher(teacher: HubertModel, student: HubertModel) -> None:
 
 def _has_codebooks(model: HubertModel) -> None:
     if not model.num_classes:
-        raise UserError("it has no codebooks, which exports leave out: give the checkpoint that fairseq-hydra-train wrote")
+        raise UserError(
+            "it has no codebooks, which exports leave out: give the checkpoint that fairseq-hydra-train wrote, or set the weights of KL to 0 "
+            "(criterion.codebook_weight, codebook_nomask_weight)"
+        )
 
 
 def start_from(student: HubertModel, source: HubertModel, new_codebooks: bool = False) -> str:
