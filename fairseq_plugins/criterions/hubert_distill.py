@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hubert_eff.checkpoints.open import open_model
 from hubert_eff.errors import UserError
-from hubert_eff.labels.teachers import Teacher, is_foreign, open_teacher
+from hubert_eff.labels.teachers import Teacher, is_foreign, open_teacher, weights_digest
 from hubert_eff.models.hubert import HubertModel
 from hubert_eff.quant.distill import check_teacher, codebook_divergence, hidden_distances
 
@@ -33,16 +33,16 @@ class HubertDistillConfig(FairseqDataclass):
     teacher: str = field(
         default=MISSING,
         metadata={
-            "help": "encoder to learn from: a checkpoint of this plug-in or of stock HuBERT; with teacher_layers any that `hubert-eff labels "
-            "--checkpoint` takes"
+            "help": "encoder to learn from: a checkpoint of this plug-in or of stock HuBERT; with teacher_layers any that `hubert-eff "
+            "labels --checkpoint` takes"
         },
     )
     student_layers: list[int] = field(default_factory=list, metadata={"help": "hidden states that learn, one for each of teacher_layers"})
     teacher_layers: list[int] = field(
         default_factory=list,
         metadata={
-            "help": "hidden states that teach, through a learned linear map, of a teacher of any shape, which hears whole audio; empty: each "
-            "state of a teacher of the student's shape"
+            "help": "hidden states that teach, through a learned linear map, of a teacher of any shape, which hears audio without masks; "
+            "empty: each state of a teacher of the student's shape"
         },
     )
     pred_masked_weight: float = field(default=0.0, metadata={"help": "weight of the cross-entropy with the labels at masked frames"})
@@ -68,11 +68,6 @@ class StateMaps(nn.Module):
         return [m(states[i][:, :length]) for m, i in zip(self.maps, self.ours, strict=True)], [w[:, :length] for w in wanted]
 
 
-def weights_digest(name: str, model: Any) -> str:
-    """What tells a teacher that no file holds from others."""
-    return model.digest() if isinstance(model, Teacher) else OwnModel(name, model).digest()
-
-
 @register_criterion("hubert_distill", dataclass=HubertDistillConfig)
 class HubertDistillCriterion(HubertEffCriterion):
     """Cross-entropy with labels and KL from a teacher, each at masked and at unmasked frames, and the differences of all hidden states.
@@ -85,14 +80,15 @@ class HubertDistillCriterion(HubertEffCriterion):
     all of them where only hidden states do; their total is what fairseq divides by. The last mean is over the states 0 ... L, valid
     frames and channels of the utterance, so that neither depth nor the other utterances of a batch change the balance.
 
-    With `student_layers` and `teacher_layers` the teacher may be any encoder (`hubert_eff.labels.teachers`): it hears the audio without masks,
-    |.|^2 is between a learned linear map of the student's state and the teacher's state, and the mean is over these pairs (FitNets, Romero et
-    al. 2015, section 2.2). There is no KL then. The maps are trained, and saved, with the criterion.
+    The teacher is in eval mode and sees the student's masks, in the student's chunks if it was built for them. It is no part of what is
+    optimized or saved.
 
-    Without them the teacher is in eval mode and sees the student's masks, in the student's chunks if it was built for them. It is no part of what is
-    optimized or saved. Beside the figures of `hubert_eff` it logs `loss_kl` and `loss_kl_u` (bits per masked and per unmasked frame),
-    `hidden_mse` (a mean over states) and
-    `correct_t_i`, the share of masked frames at which student and teacher choose the same class.
+    With `student_layers` and `teacher_layers` the teacher may be any encoder (`hubert_eff.labels.teachers`). It hears the audio without
+    masks, the last term is |map(student_s) - teacher_t|^2 with a learned linear map for each pair, a mean over these pairs (FitNets, Romero
+    et al. 2015, section 2.2), and there is no KL. The maps are trained and saved with the criterion.
+
+    Beside the figures of `hubert_eff` it logs `loss_kl` and `loss_kl_u` (bits per masked and per unmasked frame), `hidden_mse` (a mean over
+    states) and `correct_t_i`, the share of masked frames at which student and teacher choose the same class.
     """
 
     terms: ClassVar[Mapping[str, str]] = {

@@ -135,7 +135,7 @@ class HiddenLayer:
 
         teacher: Teacher = open_teacher(checkpoint)
         self.layers = (layer,) if isinstance(layer, int) else tuple(layer) or tuple(range(teacher.depth + 1))
-        teacher.check_layers(self.layers)
+        teacher.check_layers(self.layers, "--layer" if isinstance(layer, int) else "--layers")
         try:
             self.device = torch.device(device)
             self.teacher = teacher.to(self.device)
@@ -146,7 +146,7 @@ class HiddenLayer:
     def identity(self) -> dict[str, Any]:
         """Of an encoder at another rate also that rate, and what was done to its frames."""
         from ..checkpoints.open import digest_of
-        from .teachers import RATES
+        from .teachers import RATES, weights_digest
 
         name = self.teacher.name
         rates = sorted({self.teacher.rates[layer] for layer in self.layers} - {self.rate})
@@ -154,7 +154,7 @@ class HiddenLayer:
         return {
             "source": "checkpoint",
             "checkpoint": str(Path(name).absolute()) if Path(name).exists() else name,
-            "checkpoint_sha256": digest_of(name) or self.teacher.digest(),
+            "checkpoint_sha256": digest_of(name) or weights_digest(name, self.teacher),
             "layer": self.layers[0] if len(self.layers) == 1 else list(self.layers),
             **changed,
         }

@@ -125,10 +125,12 @@ class Teacher(nn.Module):
                 parts.append(self.states(wav[rows, start:end], mask if mask is not None and bool(mask.any()) else None, layers))
             result.append((rows, [torch.cat(part, 1) for part in zip(*parts, strict=True)]))
         found = [wav.new_zeros(len(wav), total, state.size(-1)) for state in result[0][1]]
+        own = torch.tensor([self.frames(samples) for samples in lengths], device=wav.device)  # (B,)
+        behind = (torch.arange(total, device=wav.device) >= own[:, None])[..., None]  # (B, T, 1)
         for rows, states in result:
             for whole, state in zip(found, states, strict=True):
                 whole[rows, : state.size(1)] = state.to(whole.dtype)
-        return found
+        return [state.masked_fill(behind, 0.0) for state in found]
 
     def widths(self, layers: Sequence[int]) -> list[int]:
         """Channels of the chosen states."""
@@ -136,14 +138,6 @@ class Teacher(nn.Module):
         noise = 0.1 * torch.randn(1, SAMPLE_RATE, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             return [state.size(-1) for state in self.states(self.normalized(noise).to(device), None, layers)]
-
-    def digest(self) -> str:
-        """SHA-256 of the name and of all weights: what tells an encoder that no file holds from others."""
-        digest = hashlib.sha256(self.name.encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
 
 
 class OwnModel(Teacher):
@@ -247,3 +241,12 @@ def _from_entry_point(kind: str, name: str) -> Any:
     except Exception as error:  # whatever another package raises
         raise UserError(f"{kind}:{name} cannot be opened: {type(error).__name__}: {short(error)}") from error
     return model.eval() if isinstance(model, nn.Module) else model
+
+
+def weights_digest(name: str, model: nn.Module) -> str:
+    """SHA-256 of a name and of all weights: what tells an encoder that no file holds from others."""
+    digest = hashlib.sha256(name.encode())
+    for key, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

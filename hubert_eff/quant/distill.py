@@ -93,8 +93,8 @@ def check_teacher(teacher: HubertModel, student: HubertModel, codebooks: bool = 
 def _has_codebooks(model: HubertModel) -> None:
     if not model.num_classes:
         raise UserError(
-            "it has no codebooks, which exports leave out: give the checkpoint that fairseq-hydra-train wrote, or set the weights of KL to 0 "
-            "(criterion.codebook_weight, codebook_nomask_weight)"
+            "it has no codebooks, which exports leave out: give the checkpoint that fairseq-hydra-train wrote, or set the weights of KL "
+            "(criterion.codebook_weight, codebook_nomask_weight) to 0"
         )
 
 
