@@ -116,6 +116,7 @@ class HubertDistillCriterion(HubertEffCriterion):
         with one_line_errors():
             if not teacher:
                 raise UserError("criterion.teacher is not set: give the checkpoint to learn from, criterion.teacher=FILE")
+            model: HubertModel | Teacher
             try:
                 if student_layers or teacher_layers:
                     model = self._by_layers(teacher, task.model, tuple(student_layers), tuple(teacher_layers))
@@ -166,7 +167,7 @@ class HubertDistillCriterion(HubertEffCriterion):
         output = model(target_list=targets, return_states=True, **inputs)
         teacher = self._placed(inputs["source"])
         with torch.no_grad():
-            taught = None if self.maps is not None else self._heard(teacher, inputs, targets, output)
+            taught: Any = None if self.maps is not None else self._heard(teacher, inputs, targets, output)
             padding, masked = output["padding_mask"], output["mask_indices"]  # (B, T)
             x = output["x"]
             valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if padding is None else ~padding

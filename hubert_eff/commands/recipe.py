@@ -23,21 +23,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--updates",
         type=whole(COUNT),
-        nargs=2,
+        nargs="+",
         default=(),
-        metavar=("N1", "N2"),
-        help="of the two phases (default: the file's, and 2.4 times)",
+        metavar="N",
+        help="of the two phases (default: the file's, and 2.4 times); with --from one number (default: the file's)",
     )
     parser.add_argument(
         "--clusters",
         type=whole(Bounds(least=2)),
-        nargs=2,
-        default=(100, 500),
-        metavar=("K1", "K2"),
-        help="of the two phases' labels (default: 100 500)",
+        nargs="+",
+        default=(),
+        metavar="K",
+        help="of the two phases' labels (default: 100 500); with --from one number (default: 500)",
     )
     parser.add_argument(
-        "--layer", type=whole(NOT_NEGATIVE), metavar="L", help="of phase 1's model, whose output is clustered (default: the middle one)"
+        "--layer", type=whole(NOT_NEGATIVE), metavar="L", help="of phase 1's or --from's model, whose output is clustered (default: middle)"
     )
     parser.add_argument(
         "--folder-level", type=whole(COUNT), default=1, metavar="N", help="which names the speaker (default: 1; LibriSpeech: 2)"
@@ -51,6 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--fit-hours", type=real(POSITIVE), default=10.0, metavar="H", help="that k-means learns from (default: %(default)g)"
+    )
+    parser.add_argument(
+        "--from",
+        dest="start",
+        metavar="MODEL",
+        help="go on from a checkpoint or a folder of Hugging Face in place of phase 1: labels of its --layer, its weights, new codebooks",
     )
     parser.add_argument("--warm", action="store_true", help="start phase 2 from the weights of phase 1, with new codebooks")
     parser.add_argument(
@@ -84,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     recipe = Pretraining(
         args.speech, args.out, args.config, args.gpus, tuple(args.updates), tuple(args.clusters), args.layer, args.folder_level,
         args.valid_percent, args.fit_hours, args.superb, args.set, args.warm or None, args.quant and tuple(args.quant),
-        args.quant_updates and tuple(args.quant_updates), args.policy,
+        args.quant_updates and tuple(args.quant_updates), args.policy, args.start,
     )  # fmt: skip
     found = recipe.dry_run(args.device, args.mfu) if args.dry_run else recipe.run()
     if args.json:
@@ -109,7 +115,8 @@ def _plan(found: dict[str, Any]) -> None:
     table = plain_table(
         "", "parameters", "updates", "hours of audio", "PFLOP", "GPU-hours", "GB of each GPU, at least", "GB per checkpoint"
     )  # fmt: skip
-    runs = {f"phase {number}": needs for number, needs in enumerate(found["phases"], start=1)} | found["quantization"]
+    first = 3 - len(found["phases"])
+    runs = {f"phase {number}": needs for number, needs in enumerate(found["phases"], start=first)} | found["quantization"]
     for name, needs in runs.items():
         hours = needs["updates"] * needs["audio_seconds_per_update"] / 3600
         table.add_row(

@@ -1,6 +1,7 @@
 """The recipe of a paper's model from a folder of recordings to an export: two phases of pre-training, each on labels of its own.
 
     manifest -> MFCC labels -> phase 1 -> labels of one of its layers -> phase 2 -> mean of the last checkpoints -> export
+    or, from a model that there is: manifest -> labels of one of its layers -> phase 2, which starts from it -> ...
         (-> distillation to one bit, from phase 2's model and on its labels -> export) (-> SUPERB)
 
 Every step is a command that a user could type.
@@ -18,15 +19,16 @@ from typing import Any
 
 import torch
 
+from ..checkpoints.open import open_model
 from ..config import SAMPLE_RATE
 from ..data.audio import DIRECT_SUFFIXES
 from ..data.lhotse_kaldi import read_import
 from ..data.sources import list_folder
-from ..encoders.registry import written_config
+from ..encoders.registry import encoder_of, written_config
 from ..errors import UserError
 from ..models.hubert import HubertModel
 from ..profiling.training_cost import MFU, MFU_SOURCE, PAPER_GPUS, PAPER_UPDATES, Needs, training_needs
-from ..quant.distill import check_teacher
+from ..quant.distill import check_teacher, start_from
 from ..quant.policy import SPECS
 from ..reports.training_log import LOG, read_log
 from ..utils.configurations import find_configuration, load_config
@@ -35,12 +37,18 @@ from .base import Recipe, Step, check_keys, path_overrides, say, training
 from .binarize import distillation, keep_policy, policy_of, stage_keys
 
 AVERAGED = 5  # checkpoints
+CLUSTERS = (100, 500)  # of the two phases
 LABEL_RATES = (100, 50)  # Hz, of the two phases: MFCC, the model's frames
 PROBED = 100  # recordings whose headers a dry run reads
 SET_HERE = {
     "common.user_dir", "task.data", "task.label_dir", "task.label_rate", "checkpoint.save_dir", "checkpoint.keep_interval_updates",
     "checkpoint.no_save", "checkpoint.no_last_checkpoints", "optimization.max_update", "distributed_training.distributed_world_size",
 }  # fmt: skip
+# keys that a model which is gone on from decides: they change what its weights compute
+TAKEN = (
+    "encoder_layers", "encoder_embed_dim", "encoder_ffn_embed_dim", "encoder_attention_heads", "layer_norm_first", "extractor_mode",
+    "conv_feature_layers", "conv_bias", "feature_norm", "conv_pos", "conv_pos_groups", "valid_frames",
+)  # fmt: skip
 SET_BY_QUANT = {"criterion.teacher", "task.init_from", "model.quant", "model.quant_policy", "quant", "objective"}
 
 
@@ -49,6 +57,8 @@ class Pretraining(Recipe):
     """What to train on what. `updates`: of the two phases (default: the configuration's, and 2.4 times as many, as in the paper);
     `clusters`: of their labels; `layer`: of phase 1's model (default: the middle one); `superb`: folder of SUPERB's data, with small heads
     and few steps where the configuration is one for a CPU; `warm`: phase 2 starts from the weights of phase 1, with new codebooks.
+    `start`: a checkpoint, or a folder of Hugging Face, in place of phase 1: its layer gives the labels, phase 2 starts from its weights,
+    with its sizes in place of the configuration's, and `updates` and `clusters` are one number each.
     `quant`: the stages that follow, each taught by the model before: ("w1a1",), or ("w1a2", "w1a1"); `quant_updates`: of each (default: as
     many as phase 2), `policy`: what is binarized (default: what the configuration says).
 
@@ -57,7 +67,8 @@ class Pretraining(Recipe):
 
     LATER = ("quant", "quant_updates", "policy")
     SETTINGS = (
-        "speech", "config", "updates", "clusters", "layer", "folder_level", "valid_percent", "fit_hours", "overrides", "warm", *LATER,
+        "speech", "config", "updates", "clusters", "layer", "folder_level", "valid_percent", "fit_hours", "overrides", "warm", "start",
+        *LATER,
     )  # fmt: skip
 
     speech: Path
@@ -65,7 +76,7 @@ class Pretraining(Recipe):
     config: str
     gpus: int = 1
     updates: tuple[int, ...] = ()
-    clusters: tuple[int, int] = (100, 500)
+    clusters: tuple[int, ...] = ()
     layer: int | None = None
     folder_level: int = 1
     valid_percent: float = 1.0
@@ -76,6 +87,7 @@ class Pretraining(Recipe):
     quant: tuple[str, ...] | None = None
     quant_updates: tuple[int, ...] | None = None
     policy: str | None = None
+    start: str | None = None
 
     def __post_init__(self) -> None:
         find_configuration(f"pretrain/{self.config}")
@@ -85,18 +97,22 @@ class Pretraining(Recipe):
         if self.warm and any(override.startswith("task.init_from=") for override in self.overrides):
             raise UserError("--warm starts phase 2 from phase 1, --set task.init_from from something else: leave out one of the two")
         self.written = load_config(f"pretrain/{self.config}", self.overrides)
+        self.adapted = self._adapted()
+        if self.adapted:
+            self.written = load_config(f"pretrain/{self.config}", [*self.adapted, *self.overrides])
         with torch.device("meta"):
             depth = len(HubertModel(written_config(self.written)).encoder.layers)
         self.layer = depth // 2 if self.layer is None else self.layer
         if not 0 <= self.layer <= depth:
             raise UserError(f"--layer {self.layer} is not there: the encoder of {self.config} has blocks 1 to {depth}")
-        if not self.updates:
-            first = int(self.written["optimization"]["max_update"])
-            self.updates = (first, round(first * PAPER_UPDATES[1] / PAPER_UPDATES[0]))
+        first = int(self.written["optimization"]["max_update"])
+        both = (first, round(first * PAPER_UPDATES[1] / PAPER_UPDATES[0]))
+        self.updates = self._of_phases("updates", self.updates, (first,) if self.start else both)
+        self.clusters = self._of_phases("clusters", self.clusters, CLUSTERS[1:] if self.start else CLUSTERS)
         every = int(self.written["checkpoint"]["save_interval_updates"])
-        if every < 1 or self.updates[1] // every < AVERAGED + 2:  # those at the end of an epoch are not kept under a number
+        if every < 1 or self.updates[-1] // every < AVERAGED + 2:  # those at the end of an epoch are not kept under a number
             raise UserError(
-                f"phase 2 of {self.updates[1]} updates saves every {every}, and the last {AVERAGED} of these are averaged: add "
+                f"phase 2 of {self.updates[-1]} updates saves every {every}, and the last {AVERAGED} of these are averaged: add "
                 "--set checkpoint.save_interval_updates=N"
             )
         self.speech, self.out = self.speech.resolve(), self.out.resolve()
@@ -113,12 +129,50 @@ class Pretraining(Recipe):
         bits = [SPECS.get(stage, 0) for stage in self.quant]
         if self.quant[-1] != "w1a1" or 0 in bits or bits != sorted(set(bits), reverse=True):
             raise UserError(f"--quant {' '.join(self.quant)}: the stages go down to w1a1, such as w1a1, or w1a2 w1a1")
-        self.quant_updates = self.quant_updates or (self.updates[1],) * len(self.quant)
+        self.quant_updates = self.quant_updates or (self.updates[-1],) * len(self.quant)
         if len(self.quant_updates) != len(self.quant):
             raise UserError(f"--quant-updates {' '.join(map(str, self.quant_updates))}: give one number for each of {' '.join(self.quant)}")
         name = distillation(self.config)
         self.policy = policy_of(name, self.policy or "")
-        return load_config(name, self.overrides)
+        return load_config(name, [*self.adapted, *self.overrides])
+
+    @property
+    def rates(self) -> tuple[int, ...]:
+        """Labels per second in each of these phases."""
+        return tuple(LABEL_RATES[phase - 1] for phase in self.phases)
+
+    @property
+    def phases(self) -> tuple[int, ...]:
+        """The numbers of the phases that are trained."""
+        return (2,) if self.start else (1, 2)
+
+    def _of_phases(self, option: str, given: tuple[int, ...], usual: tuple[int, ...]) -> tuple[int, ...]:
+        """A number for each phase that is trained."""
+        if given and len(given) != len(self.phases):
+            wanted = "one number, for there is one phase with --from" if self.start else "two numbers, one for each phase"
+            raise UserError(f"--{option} {' '.join(map(str, given))}: give {wanted}")
+        return given or usual
+
+    def _adapted(self) -> list[str]:
+        """Overrides by which the configuration is that of the model which is gone on from, where the two differ."""
+        if self.start is None:
+            return []
+        if self.warm or any(override.startswith(("task.init_from=", "task.new_codebooks=")) for override in self.overrides):
+            raise UserError("--from says what training starts from: leave out --warm, and task.init_from and task.new_codebooks in --set")
+        if not os.path.exists(self.start):
+            raise UserError(f"--from {self.start} is not there: give a checkpoint, or a folder of Hugging Face")
+        self.start = os.path.realpath(self.start)
+        self.source = open_model(self.start)
+        ours, theirs = written_config(self.written), self.source.config
+        if encoder_of(ours).name != encoder_of(theirs).name:
+            raise UserError(
+                f"--from {self.start} is a model with the encoder {encoder_of(theirs).name}, {self.config} one with "
+                f"{encoder_of(ours).name}: choose another --config"
+            )
+        found = {f"model.{key}": getattr(theirs, key) for key in TAKEN if getattr(theirs, key) != getattr(ours, key)}
+        if theirs.normalize != ours.normalize:
+            found["task.normalize"] = theirs.normalize
+        return path_overrides({key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in found.items()})
 
     @property
     def on_cpu(self) -> bool:
@@ -133,17 +187,21 @@ class Pretraining(Recipe):
         first, second = out / "labels-mfcc", out / "labels-layer"
         fit = ("--fit-hours", f"{self.fit_hours:g}")
         split = ("--folder-level", self.folder_level, "--valid-percent", f"{self.valid_percent:g}")
-        layer = ("--checkpoint", out / "phase1" / "checkpoint_last.pt", "--layer", self.layer)
-        found = [
-            Step("Check the audio, split it", ("hubert-eff", "manifest", self.speech, "--out", data, *split)),
+        layer = ("--checkpoint", self.start or out / "phase1" / "checkpoint_last.pt", "--layer", self.layer)
+        whose = "the given" if self.start else "phase 1's"
+        phase_1 = [
             Step(
                 "Labels of phase 1: k-means on MFCC",
                 ("hubert-eff", "labels", data, "--out", first, "--features", "mfcc", "--clusters", self.clusters[0], *fit),
             ),
             Step("Phase 1", self._training(1, first)),
+        ]
+        found = [
+            Step("Check the audio, split it", ("hubert-eff", "manifest", self.speech, "--out", data, *split)),
+            *([] if self.start else phase_1),
             Step(
-                "Labels of phase 2: k-means on a layer of phase 1's model",
-                ("hubert-eff", "labels", data, "--out", second, *layer, "--clusters", self.clusters[1], *fit),
+                f"Labels of phase 2: k-means on a layer of {whose} model",
+                ("hubert-eff", "labels", data, "--out", second, *layer, "--clusters", self.clusters[-1], *fit),
             ),
             Step("Phase 2", self._training(2, second)),
             Step(
@@ -171,9 +229,11 @@ class Pretraining(Recipe):
 
     def _training(self, phase: int, labels: Path) -> tuple[object, ...]:
         keys = [f"checkpoint.keep_interval_updates={AVERAGED}"] if phase == 2 else []
-        if phase == 2 and self.warm:
-            keys += [*path_overrides({"task.init_from": self.out / "phase1" / "checkpoint_last.pt"}), "task.new_codebooks=true"]
-        return self._words(f"pretrain/{self.config}", self.written, f"phase{phase}", labels, phase, self.updates[phase - 1], keys)
+        source = self.start or (self.out / "phase1" / "checkpoint_last.pt" if self.warm else None)
+        if phase == 2 and source:
+            keys += [*path_overrides({"task.init_from": source}), "task.new_codebooks=true"]
+        updates = self.updates[self.phases.index(phase)] if phase in self.phases else 0
+        return self._words(f"pretrain/{self.config}", self.written, f"phase{phase}", labels, phase, updates, keys)
 
     def _stages(self, labels: Path) -> list[Step]:
         """The training of each stage at one bit, from the model before, which teaches it, and the export of the last."""
@@ -200,7 +260,9 @@ class Pretraining(Recipe):
         if self._accumulated() != self.written["optimization"]["update_freq"][0]:
             keys.append(f"optimization.update_freq=[{self._accumulated()}]")
         kind, _, config = name.partition("/")
-        return training(kind, config, {"task.data": self.out / "data", "task.label_dir": labels}, *keys, *more, *self.overrides)
+        return training(
+            kind, config, {"task.data": self.out / "data", "task.label_dir": labels}, *keys, *more, *self.adapted, *self.overrides
+        )
 
     def _accumulated(self) -> int:
         if self.on_cpu or any(override.startswith("optimization.update_freq=") for override in self.overrides):
@@ -209,7 +271,7 @@ class Pretraining(Recipe):
 
     def results(self) -> dict[str, Any]:
         """The best validation of both phases and of the stages at one bit, and the files of the models."""
-        phases = {f"phase {n}": read_log(self.out / f"phase{n}" / LOG).best for n in (1, 2)}
+        phases = {f"phase {n}": read_log(self.out / f"phase{n}" / LOG).best for n in self.phases}
         found = {"phases": phases, "model": str(self.out / "model.safetensors")}
         if self.quant:
             stages = {stage: read_log(self.out / stage / LOG).best for stage in self.quant}
@@ -221,6 +283,11 @@ class Pretraining(Recipe):
     def check(self) -> None:
         """Raise `UserError` for what would only fail in a later step. Changes nothing."""
         super().check()
+        if self.start:
+            try:
+                start_from(HubertModel(written_config(self.written), self.clusters), self.source, new_codebooks=True)
+            except UserError as error:
+                raise UserError(f"--from {self.start}: {error}") from error
         if self.quant:
             self._check_student()
         if self.superb:
@@ -234,7 +301,7 @@ class Pretraining(Recipe):
         assert self.quant is not None
         own = {"quant": self.quant[-1], "quant_policy": self.policy}
         student = {**self.distilled, "model": {**self.distilled["model"], **own}}
-        classes = (self.clusters[1],)
+        classes = self.clusters[-1:]
         with torch.device("meta"):
             check_teacher(HubertModel(written_config(self.written), classes), HubertModel(written_config(student), classes))
 
@@ -259,20 +326,20 @@ class Pretraining(Recipe):
         speech = look_at(self.speech)
         phases = [
             self._needs(self.written, clusters, updates, rate, device, mfu)
-            for clusters, updates, rate in zip(self.clusters, self.updates, LABEL_RATES, strict=True)
+            for clusters, updates, rate in zip(self.clusters, self.updates, self.rates, strict=True)
         ]
         stages = []
         for stage, updates in zip(self.quant or (), self.quant_updates or (), strict=True):
             model = {**self.distilled["model"], "quant": stage, "quant_policy": self.policy}
-            stages.append(self._needs({**self.distilled, "model": model}, self.clusters[1], updates, LABEL_RATES[1], device, mfu, True))
+            stages.append(self._needs({**self.distilled, "model": model}, self.clusters[-1], updates, LABEL_RATES[1], device, mfu, True))
         usual = 2 + int(self.written["checkpoint"]["keep_interval_updates"])  # last, best
-        kept = usual, 2 + AVERAGED, *(usual for _ in stages)
+        kept = [*(usual for _ in phases[1:]), 2 + AVERAGED, *(usual for _ in stages)]
         width = int(self.written["model"]["encoder_embed_dim"])
         fitted = min(self.fit_hours, speech["hours"]) * 3600
         disk = {
             "converted audio": speech["convert_hours"] * 3600 * SAMPLE_RATE * 2 * 0.6e-9,  # FLAC takes about 0.6 of 16-bit samples
             "labels": sum(
-                speech["hours"] * 3600 * rate * (len(str(k - 1)) + 1) * 1e-9 for k, rate in zip(self.clusters, LABEL_RATES, strict=True)
+                speech["hours"] * 3600 * rate * (len(str(k - 1)) + 1) * 1e-9 for k, rate in zip(self.clusters, self.rates, strict=True)
             ),
             "features while k-means runs": fitted * max(100 * 39, 50 * width) * 4e-9,
             "checkpoints": sum(n * needs.checkpoint_gb for n, needs in zip(kept, [*phases, *stages], strict=True)),

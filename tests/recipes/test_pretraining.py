@@ -27,6 +27,8 @@ from hubert_eff.recipes.pretrain import Pretraining, look_at
 from hubert_eff.reports.training_log import TrainingLog
 from hubert_eff.utils.configurations import load_config
 
+from ..helpers.foreign import theirs
+
 pytest.importorskip("fairseq", reason="fairseq is not installed: pip install 'hubert-eff[fairseq]'")
 
 
@@ -266,3 +268,76 @@ def test_dry_run_counts_the_teacher(speech: Path, tmp_path: Path, capsys: pytest
 def test_bad_stages_are_one_line(change: list[str], message: str, speech: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipe", str(speech), "--config", "debug", "--out", str(tmp_path / "out"), "--dry-run", *change]) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+# -- from a model that there is ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def found_model(tmp_path: Path) -> Path:
+    """A HuBERT of Hugging Face of other sizes than the configuration's, and another front."""
+    pytest.importorskip("transformers")
+    theirs().save_pretrained(tmp_path / "hubert")
+    (tmp_path / "hubert" / "preprocessor_config.json").write_text(json.dumps({"do_normalize": True, "sampling_rate": 16_000}))
+    return tmp_path / "hubert"
+
+
+def test_a_model_takes_the_place_of_phase_1(speech: Path, tmp_path: Path, found_model: Path) -> None:
+    recipe = Pretraining(speech, tmp_path / "out", "transformer_base", gpus=8, start=str(found_model), layer=1)
+    manifest, labels, training, export = ([str(word) for word in step.words] for step in recipe.steps())
+    assert labels[labels.index("--checkpoint") + 1] == str(found_model) and labels[labels.index("--layer") + 1] == "1"
+    assert labels[labels.index("--clusters") + 1] == "500"
+    sizes = {"model.encoder_layers=2", "model.encoder_embed_dim=32", "model.conv_pos_groups=4", "task.normalize=true"}
+    start = {f"task.init_from={found_model}", "task.new_codebooks=true", "task.label_rate=50", "optimization.max_update=250000"}
+    assert sizes | start <= set(training)
+    assert any(word.startswith("model.conv_feature_layers='[(16, 10, 5)") for word in training)
+    recipe.check()
+    found = recipe.dry_run("a100")
+    assert len(found["phases"]) == 1 and found["phases"][0]["updates"] == 250_000
+    _plan(found)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--from", "nowhere"], "--from nowhere is not there"),
+        (["--config", "debug"], "is a model with the encoder transformer, debug one with conformer: choose another --config"),
+        (["--warm"], "--from says what training starts from"),
+        (["--set", "task.init_from=x"], "--from says what training starts from"),
+        (["--updates", "10", "20"], "--updates 10 20: give one number, for there is one phase with --from"),
+        (["--layer", "3"], "has blocks 1 to 2"),
+        (["--set", "model.encoder_layers=1"], "the student has no 'encoder.layers.1"),
+    ],
+)
+def test_what_cannot_be_gone_on_from(
+    change: list[str], message: str, speech: Path, tmp_path: Path, found_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["recipe", str(speech), "--config", "transformer_debug", "--out", str(tmp_path / "out"), "--from", str(found_model)]
+    change = [*change, "checkpoint.save_interval_updates=9"] if "--set" in change else change
+    assert main([*arguments, "--dry-run", *change]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert main(["recipe", str(speech), "--config", "debug", "--out", str(tmp_path / "out"), "--dry-run", "--updates", "900"]) == 2
+    assert "--updates 900: give two numbers, one for each phase" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.long
+def test_one_command_from_a_folder_of_hugging_face_to_a_model(
+    speech: Path, tmp_path: Path, found_model: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "recipe", str(speech), "--config", "transformer_debug", "--out", str(tmp_path / "out"), "--from", str(found_model), "--updates",
+        "8", "--clusters", "12", "--valid-percent", "25", "--set", "dataset.max_tokens=64000", "checkpoint.save_interval_updates=1",
+        "dataset.num_workers=0",
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    assert "phase 2: masked accuracy, valid" in capfd.readouterr().out
+    log = (tmp_path / "out" / "phase2" / "hydra_train.log").read_text()
+    assert re.search(r"task.init_from=\S+hubert: \d+ tensors .* taken over, codebooks of \[16\] classes are new", log)
+    labels = json.loads((tmp_path / "out" / "labels-layer" / "labels.json").read_text())
+    assert (labels["checkpoint"], labels["layer"], labels["rate"]) == (str(found_model), 1, 50.0)
+    model, source = hubert_eff.load(tmp_path / "out" / "model.safetensors"), hubert_eff.load(found_model)
+    assert model.config.conv_layers == source.config.conv_layers and model.config.normalize and source.config.normalize
+    moved = [
+        float((model.state_dict()[name] - tensor).abs().max()) for name, tensor in source.encoder.state_dict(prefix="encoder.").items()
+    ]
+    assert max(moved) > 0 and all(m < 0.1 for m in moved)  # eight updates away from where it came from
