@@ -13,13 +13,16 @@ from .helpers.paths import ROOT
 
 
 def test_wheel_is_complete(tmp_path: Path) -> None:
-    """All modules, the kernels' sources, the configurations and S3PRL's configuration; no tests."""
+    """All modules, the kernels' sources, the configurations, S3PRL's configuration and entry point; no tests."""
     source = tmp_path / "source"
     subprocess.run(["git", "-C", str(ROOT), "checkout-index", "-a", f"--prefix={source}/"], check=True)
     options = ["--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path)]
     subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(source)], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
-    held = set(zipfile.ZipFile(wheel).namelist())
+    archive = zipfile.ZipFile(wheel)
+    held = set(archive.namelist())
+    (declared,) = (archive.read(name).decode() for name in held if name.endswith("entry_points.txt"))
+    assert "[hubert_eff.teachers]\ns3prl = superb_tasks.teachers:open_s3prl" in declared
     modules = [p for room in ("hubert_eff", "fairseq_plugins", "superb_tasks", "hydra_plugins") for p in (source / room).rglob("*.py")]
     expected = {str(p.relative_to(source)) for p in modules} | {"hubert_eff/py.typed"}
     expected |= {f"hubert_eff/kernels/{p.name}" for p in loader.SOURCES}

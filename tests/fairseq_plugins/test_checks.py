@@ -54,6 +54,10 @@ BAD_DATA = {
         lambda d: (d / "labels.json").write_text('{"rate": 50, "source": "layer 6"}'),
         "made at 50 per second from layer 6",
     ),
+    "recorded clusters": (
+        lambda d: (d / "labels.json").write_text('{"rate": 100, "k": 7, "source": "mfcc"}'),
+        "labels.json is of 7 clusters, the dictionary beside it has 5 classes",
+    ),
 }
 
 
