@@ -4,14 +4,15 @@
     python benchmarks/reliability/parity.py --published      # the published sizes, some minutes and 6 GB of memory
 
 Each model has random weights, all of which are moved so that none is 0 or 1. Two recordings of noise, 1 s and 0.7 s, share a batch, with a
-padding mask where the other library has one. The figure is the largest difference of any number in any hidden state, on valid frames, beside
-the largest number. Models are read from files as a user has them, and written models are read by the other library.
+padding mask where the other library has one. The figure is the largest difference of any number in any hidden state, on valid frames,
+beside the largest number. Models are read from files as a user has them, and written models are read by the other library.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -136,16 +137,12 @@ def for_transformers(published: bool, folder: Path) -> Iterator[Row]:
     from hubert_eff.recognition import Recognizer, RecognizerConfig
 
     wav, padding = recordings()
-    names = (
-        "transformer-base",
-        "conformer-s",
-        "squeezeformer-xs",
-        "sparseformer-dn-s",
-        "fusionformer-s",
-        "zipformer-s",
-        "conformer-s+w1a1",
-    )
-    for name in names if published else [f"{n.partition('-')[0]}-debug" + n.partition("+")[1] + n.partition("+")[2] for n in names]:
+    names = [
+        "transformer-base", "conformer-s", "squeezeformer-xs", "sparseformer-dn-s", "fusionformer-s", "zipformer-s", "conformer-s+w1a1"
+    ]  # fmt: skip
+    if not published:
+        names = [re.sub(r"-[^+]*", "-debug", name) for name in names]
+    for name in names:
         model = shaken(hubert_eff.build(name))
         if "+" in name:
             model.train().hidden_states(wav, padding)  # the first batch sets the scales
@@ -156,7 +153,7 @@ def for_transformers(published: bool, folder: Path) -> Iterator[Row]:
         states, frames = (hubert_eff.load(folder / name) if "+" in name else model).hidden_states(wav, padding)
         yield row("out", name, type(loaded).__name__, states, theirs, frames)
     config = RecognizerConfig(letters="|ABCDEFGHIJ")
-    config.describe(preset_config(names[0] if published else "transformer-debug"))
+    config.describe(preset_config(names[0]))
     recognizer = shaken(Recognizer(config))
     export_folder(recognizer, folder / "ctc")
     encoded, frames = recognizer.encode(wav, padding)
