@@ -248,7 +248,7 @@ def test_recipe_chains_the_stages(folder: Path, monkeypatch: pytest.MonkeyPatch)
     assert runs.stages == list(figures) == ["float", "w1a2", "w1a1"]
     assert figures["w1a1"]["accuracy"] == 0.4 and figures["w1a1"]["updates"] == 5
     first, second, third = (set(words) for words in runs.commands)
-    assert {"debug", "optimization.max_update=3"} <= first and not any("teacher" in word for word in first)
+    assert {"debug", "optimization.max_update=3"} <= first and not any("criterion.teacher" in word for word in first)
     assert {"debug_distill", "model.quant=w1a2", "model.quant_policy=paper", "optimization.max_update=2"} <= second
     assert f"criterion.teacher={folder / 'out' / 'float' / 'checkpoint_best.pt'}" in second
     assert {f"criterion.teacher={folder / 'out' / 'w1a2' / 'checkpoint_best.pt'}", "model.quant=w1a1"} <= third
