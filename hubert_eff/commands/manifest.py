@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ..errors import printable
+from ..errors import printable, short
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder of wav, flac, ogg or mp3 files, of any rate; a lhotse manifest (jsonl, jsonl.gz) or a folder of such; a Kaldi data "
         "folder (wav.scp; segments, text, utt2spk, utt2dur)",
     )  # fmt: skip
-    parser.add_argument("--out", required=True, type=Path, help="folder for train.tsv, valid.tsv, parts.tsv, left_out.tsv")
+    parser.add_argument("--out", required=True, type=Path, help="folder for train.tsv, valid.tsv, test.tsv, parts.tsv, left_out.tsv")
     parser.add_argument("--cache", type=Path, help="folder for converted audio (default: OUT/audio)")
     parser.add_argument(
         "--valid-percent", type=float, default=Options.valid_percent, metavar="P",
@@ -36,6 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--folder-level", type=int, default=Options.folder_level, metavar="N",
         help="the N-th folder below DIR names the speaker, e.g. 2 for LibriSpeech/SUBSET/SPEAKER (default: %(default)d)",
     )  # fmt: skip
+    for split in ("valid", "test"):
+        parser.add_argument(
+            f"--{split}-speakers", type=_speakers, default=(), metavar="NAMES|FILE",
+            help=f"speakers that make up {split}.tsv: names with commas between them, or a text file with one name a line",
+        )  # fmt: skip
     parser.add_argument(
         "--join", type=float, metavar="SECONDS",
         help="join the recordings of each folder (or speaker), shuffled by --seed, into utterances of about this length",
@@ -48,6 +53,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=Options.seed, help="seed of the split and of --join (default: %(default)d)")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="threads (default: %(default)d)")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
+
+
+def _speakers(text: str) -> tuple[str, ...]:
+    """Names of speakers, as --valid-speakers gives them."""
+    path = Path(text)
+    if path.is_file():
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise argparse.ArgumentTypeError(f"{text} cannot be read as text ({short(error)})") from error
+    else:
+        lines = text.split(",")
+    names = tuple(line.strip() for line in lines if line.strip())
+    if not names:
+        raise argparse.ArgumentTypeError(f"{text or repr(text)} names no speaker")
+    return names
 
 
 def run(args: argparse.Namespace) -> int:
@@ -73,7 +94,7 @@ def _lines(summary: dict[str, Any], out: Path) -> list[str]:
     if summary["left_out"]:
         reasons = ", ".join(f"{count} {reason}" for reason, count in summary["left_out_reasons"].items())
         lines.append(f"left out {summary['left_out']}: {reasons}; each is named in {out / 'left_out.tsv'}")
-    if summary["valid_folders"]:
+    if summary["valid_folders"] and not summary["options"]["valid_speakers"]:
         share = 100 * splits["valid"]["minutes"] / total
         lines.append(
             f"valid holds {share:.0f}% of the audio, whole folders: {', '.join(summary['valid_folders'])} "

@@ -4,7 +4,7 @@ A recording that is 16 kHz mono already (wav, flac or ogg) is used where it lies
 converted once to FLAC in a cache, under a name that depends on its path, size and time of change, so that the next run finds it. It has
 16 bits, or 24 where 16 would lose what is quiet.
 
-    OUT/train.tsv, OUT/valid.tsv   root folder, then `path <tab> samples` per utterance
+    OUT/train.tsv, OUT/valid.tsv   (OUT/test.tsv with test speakers) root folder, then `path <tab> samples` per utterance
     OUT/parts.tsv                  what each utterance is made of: utterance, start s, end s, source, transcript, and the second of its
                                    source at which that part begins (with a header)
     OUT/left_out.tsv               source, reason (with a header)
@@ -51,6 +51,8 @@ class Options:
         min_seconds, max_seconds: shorter or longer recordings are left out.
         seed: seed of the split and of the order in which recordings are joined.
         workers: threads that decode and convert.
+        valid_speakers, test_speakers: speakers (folders, or speakers of a manifest) that make up the valid and the test split. Without
+            valid speakers, valid is drawn from those that are left; without test speakers there is no test split.
     """
 
     valid_percent: float = 5.0
@@ -61,6 +63,13 @@ class Options:
     max_seconds: float | None = None
     seed: int = 1
     workers: int = 4
+    valid_speakers: tuple[str, ...] = ()
+    test_speakers: tuple[str, ...] = ()
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """All speakers that are named."""
+        return (*self.valid_speakers, *self.test_speakers)
 
     def validate(self) -> None:
         """Raise `UserError` for a value out of range."""
@@ -76,6 +85,11 @@ class Options:
             raise UserError(f"--join {self.join:g} must be --min-seconds to 3600 seconds")
         if self.folder_level < 1 or self.workers < 1:
             raise UserError("--folder-level and --workers must be at least 1")
+        twice = [name for name, count in Counter(self.named).items() if count > 1]
+        if twice:
+            raise UserError(f"the speaker '{twice[0]}' is named twice in --valid-speakers and --test-speakers: a speaker is in one split")
+        if self.named and self.split_by == "file":
+            raise UserError("--split-by file does not go with named speakers: leave it out")
 
 
 def make_manifest(source: str | Path, out: str | Path, cache: str | Path | None = None, options: Options | None = None) -> dict[str, Any]:
@@ -106,6 +120,7 @@ def make_manifest(source: str | Path, out: str | Path, cache: str | Path | None 
         raise UserError(f"the folder {place} cannot be read")
 
     listing = read_import(place) or list_folder(place, {target, store}, options.folder_level)
+    _check_speakers(listing, options)
     root, speakers = listing.root, _speakers_needed(options)
     recordings, left_out = check_all(listing, store, options.min_seconds, options.max_seconds, speakers, options.workers)
     while True:
@@ -122,10 +137,14 @@ def make_manifest(source: str | Path, out: str | Path, cache: str | Path | None 
         recordings = [r for r in recordings if id(r) not in dropped]
         if not recordings:
             raise nothing_usable(listing, left_out)
-    train, valid, held_out = _split(utterances, by_folder, options)
+    rest, test, _ = _take(utterances, options.test_speakers)
+    train, valid, held_out = _take(rest, options.valid_speakers) if options.valid_speakers else _split(rest, by_folder, options)
+    for split, found, named in (("train", train, True), ("valid", valid, options.valid_speakers), ("test", test, options.test_speakers)):
+        if named and not found:
+            raise UserError(f"no usable recording is left for {split}.tsv: {root} has too few, or none of its speakers")
 
     repeated = options.valid_percent > 0 and not valid
-    splits = {"train": train, "valid": train if repeated else valid}
+    splits = {"train": train, "valid": train if repeated else valid, "test": test}
     above = len(os.path.join(top, ""))  # of a path, what the root says
     target.mkdir(parents=True, exist_ok=True)
     rows = [r for u in utterances for r in _part_rows(u, above, listing)]
@@ -149,6 +168,7 @@ def make_manifest(source: str | Path, out: str | Path, cache: str | Path | None 
         "transcribed": sum(bool(row.rstrip("\n").split("\t")[4]) for row in rows),
         "split_by": "folder" if by_folder else "file",
         "valid_folders": [plain_line(name) for name in held_out],
+        "test_folders": [plain_line(name) for name in sorted(options.test_speakers)],
         "valid_repeats_train": repeated,
         "splits": {n: {"utterances": len(s), "minutes": round(_minutes(s), 3)} for n, s in splits.items() if s},
     }
@@ -214,13 +234,36 @@ def _join(recordings: list[Recording], store: Path, options: Options) -> list[Ut
 # ---- splits
 
 
+def _check_speakers(listing: Listing, options: Options) -> None:
+    """Raise `UserError`, with the nearest name, for a named speaker that the source does not have."""
+    known = {item.speaker for item in listing.items}
+    for name in options.named:
+        if name not in known:
+            raise unknown(f"speaker in {listing.root}", name, known)
+    if options.named and known <= set(options.named):
+        raise UserError(f"--valid-speakers and --test-speakers name all speakers of {listing.root}: none is left for train.tsv")
+
+
+def _take(utterances: list[Utterance], speakers: Iterable[str]) -> tuple[list[Utterance], list[Utterance], list[str]]:
+    """(those of others, those of these speakers, these speakers)."""
+    names = set(speakers)
+    others, taken = [], []
+    for utterance in utterances:
+        (taken if utterance.parts[0].item.speaker in names else others).append(utterance)
+    return others, taken, sorted(names)
+
+
 def _speakers_needed(options: Options) -> int:
     """Of how many speakers usable recordings must be for the split asked for."""
+    if options.named:
+        return len(options.named) + 1
     return 2 if options.split_by == "folder" and options.valid_percent > 0 else 1
 
 
 def _splits_by_folder(recordings: Iterable[Recording], options: Options, root: Path) -> bool:
     count = len({r.item.speaker for r in recordings})
+    if options.named:
+        return True
     if count < _speakers_needed(options):
         raise UserError(
             f"--split-by folder needs two folders (or speakers of a manifest) with usable recordings, {root} has {count}: "

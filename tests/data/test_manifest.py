@@ -225,6 +225,47 @@ def test_split_by_folder_needs_two(tmp_path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def by_speaker(out: Path, split: str) -> set[str]:
+    return {path.parent.name for path, _ in read_tsv(out / f"{split}.tsv")}
+
+
+def test_speakers_by_name(tmp_path, capsys) -> None:
+    for speaker in "abcdef":
+        tone(tmp_path / "in" / speaker / "1.wav", 1.0)
+    listed = tmp_path / "valid.txt"
+    listed.write_text("b\nc\n")
+    out = tmp_path / "out"
+    assert main(["manifest", str(tmp_path / "in"), "--out", str(out), "--valid-speakers", str(listed), "--test-speakers", "a, f"]) == 0
+    assert [by_speaker(out, split) for split in ("train", "valid", "test")] == [{"d", "e"}, {"b", "c"}, {"a", "f"}]
+    summary = json.loads((out / "manifest.json").read_text())
+    assert summary["valid_folders"] == ["b", "c"] and summary["test_folders"] == ["a", "f"]
+    assert "test 2 utterances" in capsys.readouterr().out
+    # valid is drawn from those that are left
+    make_manifest(tmp_path / "in", out, options=Options(test_speakers=("a", "f"), valid_percent=25))
+    assert by_speaker(out, "test") == {"a", "f"} and len(by_speaker(out, "valid")) == 1
+    make_manifest(tmp_path / "in", out)
+    assert not (out / "test.tsv").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--valid-speakers", "annn"], "unknown speaker in {source} 'annn' - did you mean 'ann'?"),
+        (["--valid-speakers", "ann", "--test-speakers", "bob,ann"], "'ann' is named twice"),
+        (["--valid-speakers", "ann", "--test-speakers", "bob"], "name all speakers of {source}"),
+        (["--valid-speakers", "ann", "--split-by", "file"], "--split-by file does not go with named speakers"),
+        (["--test-speakers", ","], "names no speaker"),
+    ],
+)
+def test_speakers_that_cannot_be(tmp_path, options, said, capsys) -> None:
+    for speaker in ("ann", "bob"):
+        tone(tmp_path / "in" / speaker / "1.wav", 1.0)
+    assert main(["manifest", str(tmp_path / "in"), "--out", str(tmp_path / "out"), *options]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and said.format(source=tmp_path / "in") in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_was_checked_is_kept_before_the_checks_end(tmp_path, monkeypatch) -> None:
     """A brief file before the first usable one waits for it; an interrupted run loses neither."""
     tone(tmp_path / "in" / "a.wav", 0.05)
