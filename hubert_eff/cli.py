@@ -6,9 +6,11 @@ A sub-command is a module of `hubert_eff.commands` with `add_arguments(parser)` 
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from .errors import StepFailed, UserError, printable
@@ -17,6 +19,8 @@ from .utils.signals import say_stopped, stoppable
 COMMANDS = {
     "doctor": "versions, known breakages of this environment and the fix for each",
     "config": "a training configuration as a whole, with overrides; the names of configurations and groups",
+    "list": "presets with their sizes and costs, and the configurations that train them",
+    "train": "one training run of a configuration: fairseq-hydra-train with the plug-in filled in",
     "demo": "corpus, labels, pre-training, keyword spotting and profile, on a small synthetic corpus",
     "corpus": "make a small synthetic speech corpus offline",
     "manifest": "check a folder of audio, convert it once to 16 kHz mono, write train.tsv and valid.tsv",
@@ -43,7 +47,19 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong on one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
+        message += self._nearest(message)
         self.exit(2, f"{self.prog}: {printable(message)} (--help lists the options)\n")
+
+    def _nearest(self, message: str) -> str:
+        """What may have been meant by a command or an option that there is not, as argparse names it in its message."""
+        wrong = re.search(r"invalid choice: '([^']*)'|unrecognized arguments: (-[^\s=]+)", message)
+        if wrong is None:
+            return ""
+        known: Iterable[str] = self._option_string_actions
+        if wrong[1]:
+            known = re.findall(r"[\w-]+", message[wrong.end() :].removeprefix(" (choose from"))
+        close = difflib.get_close_matches(wrong[1] or wrong[2], list(known), n=1, cutoff=0.5)
+        return f" - did you mean {close[0]}?" if close else ""
 
 
 def _parser(command: str | None) -> argparse.ArgumentParser:

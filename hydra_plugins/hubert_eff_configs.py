@@ -10,7 +10,7 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 
 from hubert_eff.errors import UserError
-from hubert_eff.utils.configurations import KINDS, check_choices, choices, groups_dir, load_config
+from hubert_eff.utils.configurations import KINDS, check_choices, choices, find_configuration, groups_dir, load_config, plugin_dir
 
 PROGRAM = "fairseq-hydra-train"
 _checked = False  # composing asks for the search path again
@@ -20,7 +20,8 @@ class HubertEffConfigs(SearchPathPlugin):
     """Appends the folder of groups to hydra's search path."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        """Called by hydra once per run. A wrong GROUP=MEMBER for one of our own configurations ends the run with one line."""
+        """Called by hydra once per run. For one of our own configurations a wrong name, a wrong GROUP=MEMBER and a plug-in that is not
+        named end the run with one line."""
         global _checked
         search_path.append("hubert-eff", f"file://{groups_dir()}")
         if Path(sys.argv[0]).stem in (PROGRAM, "hydra_train") and not _checked:
@@ -40,7 +41,10 @@ def _check_command_line() -> None:
     folder = Path(given.config_dir).resolve()
     if folder.parent != groups_dir().parent.resolve() or folder.name not in KINDS:
         return  # a configuration of the user's own
+    find_configuration(f"{folder.name}/{given.config_name}")
     check_choices(rest)
+    if not any(word.lstrip("+").startswith("common.user_dir=") for word in rest) and not {"--cfg", "-c", "--help", "--info"} & set(rest):
+        raise UserError(f"common.user_dir=DIR must name the plug-in: add common.user_dir={plugin_dir()}, or run hubert-eff train instead")
     chosen = choices(word for word in rest if not word.startswith("-"))
     if chosen and not any("," in word for word in chosen):  # else a sweep, whose jobs are composed one by one
         load_config(f"{folder.name}/{given.config_name}", chosen)

@@ -41,9 +41,8 @@ from learning import config_name, records
 
 import hubert_eff
 from hubert_eff.models.hubert import normalize_waveform
-from hubert_eff.recipes.base import plugin_dir
 from hubert_eff.recipes.schedule import shared_schedule
-from hubert_eff.utils.configurations import load_config
+from hubert_eff.utils.configurations import load_config, plugin_dir
 from hubert_eff.utils.files import config_dir
 
 KINDS = ("attention_projection", "attention_product", "feed_forward", "pointwise_conv", "depthwise_conv")

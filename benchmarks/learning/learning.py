@@ -22,7 +22,7 @@ from typing import Any
 import hubert_eff
 from hubert_eff.encoders.registry import get_encoder
 from hubert_eff.errors import UserError
-from hubert_eff.recipes.base import plugin_dir
+from hubert_eff.utils.configurations import plugin_dir
 from hubert_eff.utils.files import config_dir
 
 COLUMNS = (

@@ -35,7 +35,7 @@ import hubert_eff
 from hubert_eff.checkpoints.load import read_fairseq, updates_of
 from hubert_eff.config import SAMPLE_RATE
 from hubert_eff.errors import UserError
-from hubert_eff.recipes.base import plugin_dir
+from hubert_eff.utils.configurations import plugin_dir
 from hubert_eff.utils.files import config_dir, write_json
 from hubert_eff.utils.progress import progress
 

@@ -6,7 +6,6 @@ A recipe lists its steps; here they are run.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import re
@@ -26,19 +25,12 @@ from typing import Any, ClassVar
 from ..data.lines import read_json
 from ..errors import StepFailed, UserError
 from ..reports.training_log import read_log
+from ..utils.configurations import plugin_dir
 from ..utils.files import check_writable, config_dir, writable, write_json
 from ..utils.locks import locked
 from ..utils.signals import STEP
 
 INTERRUPT_SECONDS = 2.0  # after which a command that was interrupted is asked to stop
-
-
-def plugin_dir() -> Path:
-    """The folder to give fairseq as `common.user_dir`."""
-    spec = importlib.util.find_spec("fairseq_plugins")
-    if spec is None or spec.origin is None:
-        raise UserError("the package fairseq_plugins is not installed: pip install 'hubert-eff[all]'")
-    return Path(spec.origin).parent
 
 
 def say(text: str) -> None:

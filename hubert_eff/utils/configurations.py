@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,6 +13,14 @@ from .files import config_dir
 
 KINDS = ("pretrain", "quantize", "finetune")
 HYDRA_KEYS = {"job": ("chdir",), "run": ("dir",), "sweep": ("dir", "subdir")}  # what the configurations set of hydra's own
+
+
+def plugin_dir() -> Path:
+    """The folder to give fairseq as `common.user_dir`."""
+    spec = importlib.util.find_spec("fairseq_plugins")
+    if spec is None or spec.origin is None:
+        raise UserError("the package fairseq_plugins is not installed: pip install 'hubert-eff[all]'")
+    return Path(spec.origin).parent
 
 
 def groups_dir() -> Path:
@@ -33,19 +42,31 @@ def list_configurations(kind: str | None = None) -> list[str]:
 
 
 def find_configuration(name: str) -> Path:
-    """The primary file of NAME or KIND/NAME; of a name that several kinds have, the first of `KINDS`.
+    """The primary file of NAME or KIND/NAME; of a name that several kinds have, the first of `KINDS`. Dashes stand for underscores, as in
+    names of presets; a preset whose configuration has another name, as conformer-debug, has that one.
 
     Raises `UserError` with the nearest name if there is none.
     """
-    kind, slash, stem = name.rpartition("/")
+    kind, slash, stem = name.replace("-", "_").rpartition("/")
     for candidate in (kind,) if slash else KINDS:
         path = config_dir() / candidate / f"{stem}.yaml"
         if candidate in KINDS and path.is_file():
             return path
+        if candidate in KINDS and stem in list_groups()["encoder"]:
+            trained = [entry for entry in list_configurations(candidate) if encoder_of(candidate, entry) == stem]
+            if len(trained) == 1:
+                return config_dir() / candidate / f"{trained[0]}.yaml"
     if kind in KINDS:
         raise unknown("configuration", stem, list_configurations(kind))
     known = list_configurations()
     raise unknown("configuration", name, known if slash else sorted({entry.partition("/")[2] for entry in known}))
+
+
+def encoder_of(kind: str, name: str) -> str | None:
+    """The member of the group encoder that the configuration KIND/NAME chooses, such as conformer_s."""
+    text = (config_dir() / kind / f"{name}.yaml").read_text(encoding="utf-8")
+    found = re.search(r"^  - encoder: (\w+)$", text, re.MULTILINE)
+    return found[1] if found else None
 
 
 def choices(words: Iterable[str]) -> list[str]:

@@ -1,0 +1,52 @@
+"""`hubert-eff train NAME`: the same run as `fairseq-hydra-train`, with the plug-in and the folder of the configuration filled in."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from typing import Any
+
+from ..errors import UserError
+
+USER_DIR = "common.user_dir"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the sub-command."""
+    parser.add_argument("name", metavar="NAME", help="configuration, such as conformer_s, or KIND/NAME, such as quantize/conformer_s_w1a1")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="OVERRIDE",
+        help="SECTION.KEY=VALUE, such as task.data=DIR, or GROUP=MEMBER, such as optim=scaled_adam; relative paths are those of this folder",
+    )  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="print the command of fairseq that would run, and run nothing")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check the configuration, then become fairseq-hydra-train, which gets signals and whose exit code is this one's."""
+    from ..recipes.base import command_line, training
+    from ..utils.configurations import find_configuration, load_config
+
+    written = load_config(args.name, args.overrides)
+    missing = [key for key in _missing(written) if key != USER_DIR]
+    if missing:
+        raise UserError(f"{args.name} needs {' '.join(f'{key}=...' for key in missing)} ('hubert-eff config {args.name}' shows all keys)")
+    path = find_configuration(args.name)
+    words = training(path.parent.name, path.stem, {}, *args.overrides)
+    if any(word.lstrip("+").startswith(f"{USER_DIR}=") for word in args.overrides):  # a plug-in of the user's own, which imports ours
+        words = tuple(word for word in words if word in args.overrides or not str(word).startswith(f"{USER_DIR}="))
+    if args.dry_run:
+        print(shlex.join(map(str, words)))
+        return 0
+    line = command_line(*words)
+    sys.stdout.flush()
+    os.execv(line[0], line)
+
+
+def _missing(values: dict[str, Any], above: str = "") -> list[str]:
+    """Keys that the configuration leaves to whoever runs it."""
+    found: list[str] = []
+    for key, value in values.items():
+        found += _missing(value, f"{above}{key}.") if isinstance(value, dict) else [f"{above}{key}"] * (value == "???")
+    return found
