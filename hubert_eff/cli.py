@@ -55,7 +55,9 @@ class _Parser(argparse.ArgumentParser):
         wrong = re.search(r"invalid choice: '([^']*)'|unrecognized arguments: (-[^\s=]+)", message)
         if wrong is None:
             return ""
-        known: Iterable[str] = self._option_string_actions
+        below = [a for a in self._actions if isinstance(a, argparse._SubParsersAction)]
+        parsers: list[argparse.ArgumentParser] = [self, *(parser for action in below for parser in action.choices.values())]
+        known: Iterable[str] = {option for parser in parsers for option in parser._option_string_actions}
         if wrong[1]:
             known = re.findall(r"[\w-]+", message[wrong.end() :].removeprefix(" (choose from"))
         close = difflib.get_close_matches(wrong[1] or wrong[2], list(known), n=1, cutoff=0.5)

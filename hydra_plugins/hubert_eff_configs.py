@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
@@ -26,6 +27,7 @@ class HubertEffConfigs(SearchPathPlugin):
         search_path.append("hubert-eff", f"file://{groups_dir()}")
         if Path(sys.argv[0]).stem in (PROGRAM, "hydra_train") and not _checked:
             _checked = True
+            logging.getLogger("hydra.core.utils").setLevel(logging.INFO)  # it prints the name of the job twice, for nobody
             try:
                 _check_command_line()
             except UserError as error:

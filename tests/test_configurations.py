@@ -125,10 +125,11 @@ def test_fairseqs_command_line_is_refused_in_one_line_with_the_code_of_bad_input
     plugin = pytest.importorskip("hydra_plugins.hubert_eff_configs")
     from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
 
-    def started_with(*words):
+    def started_with(*words, plug_in=("common.user_dir=plug-in",), name="debug"):
+        words = (*plug_in, *words)
         monkeypatch.setattr(plugin, "_checked", False)
         folder = str(config_dir() / "pretrain")
-        monkeypatch.setattr("sys.argv", ["fairseq-hydra-train", "--config-dir", folder, "--config-name", "debug", *words])
+        monkeypatch.setattr("sys.argv", ["fairseq-hydra-train", "--config-dir", folder, "--config-name", name, *words])
         plugin.HubertEffConfigs().manipulate_search_path(ConfigSearchPathImpl())
 
     started_with("encoder=zipformer_debug", "optimization.lr=[0.1]")
@@ -145,3 +146,8 @@ def test_fairseqs_command_line_is_refused_in_one_line_with_the_code_of_bad_input
         error = capsys.readouterr().err
         assert stopped.value.code == 2 and error.count("\n") == 1 and message in error
     started_with("~common.seed")
+    for arguments, message in (({"plug_in": ()}, "or run hubert-eff train instead"), ({"name": "debgu"}, "did you mean 'debug'")):
+        with pytest.raises(SystemExit) as stopped:
+            started_with(**arguments)
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2 and error.count("\n") == 1 and message in error

@@ -77,6 +77,6 @@ def _table(rows: list[dict[str, Any]]) -> Any:
         table.add_row(row["preset"], f"{row['parameters']:,}", *figures, " ".join(row["configurations"]))
     return Group(
         table,
-        "Parameters without label embeddings; GFLOP of 10 s of audio (a multiplication and an addition are two); MB of an export in float32\n"
-        "and at one bit (quant=w1a1). hubert-eff train CONFIGURATION trains, hubert-eff profile PRESET shows the cost by module.",
+        "Parameters without label embeddings; GFLOP of 10 s of audio (a multiplication and an addition are two); MB of an export in\n"
+        "float32 and at one bit (quant=w1a1). hubert-eff train CONFIGURATION trains, hubert-eff profile PRESET shows the cost by module.",
     )

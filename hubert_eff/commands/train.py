@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import UserError
 
 USER_DIR = "common.user_dir"
+CONSOLE = "hydra.job_logging.handlers.console.class=hubert_eff.reports.console.Console"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "overrides", nargs="*", metavar="OVERRIDE",
         help="SECTION.KEY=VALUE, such as task.data=DIR, or GROUP=MEMBER, such as optim=scaled_adam; relative paths are those of this folder",
     )  # fmt: skip
+    parser.add_argument("--verbose", action="store_true", help="print all of fairseq's log, which the run's hydra_train.log keeps anyway")
     parser.add_argument("--dry-run", action="store_true", help="print the command of fairseq that would run, and run nothing")
 
 
@@ -33,15 +35,18 @@ def run(args: argparse.Namespace) -> int:
     if missing:
         raise UserError(f"{args.name} needs {' '.join(f'{key}=...' for key in missing)} ('hubert-eff config {args.name}' shows all keys)")
     path = find_configuration(args.name)
-    words = training(path.parent.name, path.stem, {}, *args.overrides)
+    console = () if args.verbose or any("job_logging" in word for word in args.overrides) else (CONSOLE,)
+    words = training(path.parent.name, path.stem, {}, *args.overrides, *console)
     if any(word.lstrip("+").startswith(f"{USER_DIR}=") for word in args.overrides):  # a plug-in of the user's own, which imports ours
         words = tuple(word for word in words if word in args.overrides or not str(word).startswith(f"{USER_DIR}="))
     if args.dry_run:
         print(shlex.join(map(str, words)))
         return 0
     line = command_line(*words)
+    # warnings of hydra, fairseq and torch about each other, of which a user can do nothing; those of this product are log lines
+    environment = os.environ if args.verbose else {"PYTHONWARNINGS": "ignore", **os.environ}
     sys.stdout.flush()
-    os.execv(line[0], line)
+    os.execve(line[0], line, environment)
 
 
 def _missing(values: dict[str, Any], above: str = "") -> list[str]:
