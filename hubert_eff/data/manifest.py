@@ -247,7 +247,8 @@ def _check_speakers(listing: Listing, options: Options) -> None:
 def _take(utterances: list[Utterance], speakers: Iterable[str]) -> tuple[list[Utterance], list[Utterance], list[str]]:
     """(those of others, those of these speakers, these speakers)."""
     names = set(speakers)
-    others, taken = [], []
+    others: list[Utterance] = []
+    taken: list[Utterance] = []
     for utterance in utterances:
         (taken if utterance.parts[0].item.speaker in names else others).append(utterance)
     return others, taken, sorted(names)
