@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .encoders.registry import list_presets as list_presets
     from .encoders.registry import register_encoder as register_encoder
     from .exporting.safetensors import export as export
+    from .inference.features import features as features
     from .models.fuse import fuse as fuse
     from .models.hubert import build as build
     from .profiling import profile as profile
@@ -26,6 +27,7 @@ _PUBLIC = {
     "binarize": "quant",
     "build": "models.hubert",
     "export": "exporting.safetensors",
+    "features": "inference.features",
     "fuse": "models.fuse",
     "list_encoders": "registry",
     "list_presets": "registry",

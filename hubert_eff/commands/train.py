@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "overrides", nargs="*", metavar="OVERRIDE",
         help="SECTION.KEY=VALUE, such as task.data=DIR, or GROUP=MEMBER, such as optim=scaled_adam; relative paths are those of this folder",
     )  # fmt: skip
-    parser.add_argument("--verbose", action="store_true", help="print all of the log, which hydra_train.log keeps anyway")
+    parser.add_argument("--verbose", action="store_true", help="print the whole log, which hydra_train.log keeps in any case")
     parser.add_argument("--dry-run", action="store_true", help="print the command of fairseq that would run, and run nothing")
 
 

@@ -163,7 +163,7 @@ def decoded(path: Path, checked: Checked, first: int, frames: int) -> Iterator[A
 
     left = round(frames * SAMPLE_RATE / checked.rate)
     try:
-        for block in _resampled((b * np.float32(checked.gain) for b in _blocks_of(path, checked, first, frames)), checked.rate):
+        for block in resampled((b * np.float32(checked.gain) for b in _blocks_of(path, checked, first, frames)), checked.rate):
             block = np.clip(block[:left], -1.0, 1.0)  # the filter may overshoot
             left -= len(block)
             yield block
@@ -262,7 +262,8 @@ def _blocks_of(path: Path, checked: Checked, first: int, frames: int) -> Iterato
         raise Unusable("it has changed since it was checked")
 
 
-def _resampled(blocks: Iterator[Array], rate: int) -> Iterator[Array]:
+def resampled(blocks: Iterator[Array], rate: int) -> Iterator[Array]:
+    """16 kHz blocks of mono blocks of another rate. Raises `UserError` where soxr is needed and not installed."""
     if rate == SAMPLE_RATE:
         yield from blocks
         return

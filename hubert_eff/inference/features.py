@@ -1,0 +1,70 @@
+"""Hidden states of one recording, in memory."""
+
+# S samples, T frames of 20 ms, L blocks, D model dim
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ..checkpoints.open import open_model
+from ..config import SAMPLE_RATE
+from ..data.audio import Unusable, check, read_mono, resampled
+from ..errors import UserError
+from ..models.hubert import HubertModel
+from ..utils.evaluating import evaluation_copy
+
+
+def features(
+    model: HubertModel | str | os.PathLike[str],
+    audio: str | os.PathLike[str] | npt.NDArray[np.floating] | Tensor,
+    rate: int | None = None,
+    layer: int | None = -1,
+) -> Tensor:
+    """Hidden states of one recording, computed in one piece; `extract` is for many files and for long ones.
+
+    Args:
+        model: a model, which is left as it is, or what `open_model` takes: a checkpoint, an export, a preset.
+        audio: the path of an audio file of any rate, or samples (S,) of one channel, floats within [-1, 1].
+        rate: samples per second of samples; 16 kHz if left out. A file says its own.
+        layer: the hidden state: 0 enters block 1, i leaves block i, -1 is the last one; None: all of them.
+
+    Returns:
+        float32 (T, D), or (L + 1, T, D) for all, at 20 ms per frame, on the model's device.
+
+    Raises:
+        UserError: a file that is missing or not sound audio, samples of another shape or type, not finite or shorter than a frame, a
+            rate below 1, a layer that the model does not have.
+    """
+    wav = torch.from_numpy(_samples(audio, rate)).unsqueeze(0)
+    hubert = evaluation_copy(model) if isinstance(model, HubertModel) else open_model(model)
+    depth = len(hubert.encoder.layers)
+    if layer is not None and not -depth - 1 <= layer <= depth:
+        raise UserError(f"layer {layer} is not there: this model has hidden states 0 to {depth}")
+    with torch.inference_mode():
+        states, _ = hubert.hidden_states(wav.to(next(hubert.parameters()).device))
+        chosen = torch.stack(states)[:, 0] if layer is None else states[layer][0]
+        return chosen.float()
+
+
+def _samples(audio: str | os.PathLike[str] | npt.NDArray[np.floating] | Tensor, rate: int | None) -> npt.NDArray[np.float32]:
+    """16 kHz mono samples (S,)."""
+    if isinstance(audio, (str, os.PathLike)):
+        if rate is not None:
+            raise UserError(f"rate={rate} is for samples: the file {os.fspath(audio)} says its own")
+        path = Path(audio)
+        try:
+            return np.concatenate(list(read_mono(path, check(path))))
+        except Unusable as reason:
+            raise UserError(f"{path}: {reason}") from reason
+    samples = audio.detach().cpu().numpy() if isinstance(audio, Tensor) else np.asarray(audio)
+    if samples.ndim != 1 or not np.issubdtype(samples.dtype, np.floating):
+        raise UserError(f"samples must be floats of the shape (S,), one channel within [-1, 1]; these are {samples.dtype} {samples.shape}")
+    if rate is not None and rate < 1:
+        raise UserError(f"rate={rate} must be at least 1 sample per second")
+    return np.concatenate([*resampled(iter([samples.astype(np.float32)]), rate or SAMPLE_RATE)])
