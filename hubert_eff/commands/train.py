@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help="configuration, such as conformer_s, or KIND/NAME, such as quantize/conformer_s_w1a1")
     parser.add_argument(
         "overrides", nargs="*", metavar="OVERRIDE",
-        help="SECTION.KEY=VALUE, such as task.data=DIR, or GROUP=MEMBER, such as optim=scaled_adam; relative paths are those of this folder",
+        help="SECTION.KEY=VALUE, e.g. task.data=DIR, or GROUP=MEMBER, such as optim=scaled_adam; relative paths start from this folder",
     )  # fmt: skip
     parser.add_argument("--verbose", action="store_true", help="print the whole log, which hydra_train.log keeps in any case")
     parser.add_argument("--dry-run", action="store_true", help="print the command of fairseq that would run, and run nothing")
