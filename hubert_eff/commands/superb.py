@@ -16,16 +16,17 @@ from ..errors import UserError, missing_extra
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the four sub-commands."""
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
+    names = "short names of tasks, see list, with spaces or commas between them"
     listing = kinds.add_parser("list", help="the ten tasks: metric, data, license, where the data are from")
     listing.add_argument("--json", action="store_true", help="print the tasks with their settings and layouts as JSON")
 
     check = kinds.add_parser("check", help="whether the data of tasks are there, in the layout that S3PRL reads")
     check.add_argument("--data", required=True, type=Path, metavar="DIR", help="folder that holds the data sets")
-    check.add_argument("--task", default="all", metavar="TASK,...", help="short names, see list (default: all)")
+    check.add_argument("--task", nargs="+", default=["all"], metavar="TASK", help=f"{names} (default: all)")
     check.add_argument("--json", action="store_true", help="print what is missing as JSON")
 
     run = kinds.add_parser("run", help="train and test tasks on a frozen upstream")
-    run.add_argument("--task", required=True, metavar="TASK,...", help="short names, see list, or all")
+    run.add_argument("--task", nargs="+", required=True, metavar="TASK", help=f"{names}, or all")
     sources = "a checkpoint, an export, an untrained model, or one of S3PRL's that need no file, such as s3prl:fbank"
     run.add_argument("--upstream", required=True, metavar="CKPT|FILE|PRESET[@SEED]", help=sources)
     run.add_argument("--data", required=True, type=Path, metavar="DIR", help="folder that holds the data sets")
@@ -73,7 +74,9 @@ def _list(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> int:
     tasks = _bridge("tasks")
     missing: dict[str, str] = {}
-    chosen = tasks.choose(args.task)
+    chosen = tasks.choose(",".join(args.task))
+    if not args.data.is_dir():
+        raise UserError(f"no folder at {args.data}")
     for task in chosen:
         try:
             tasks.check(task, args.data)
@@ -99,7 +102,7 @@ def _run(args: argparse.Namespace) -> int:
     request = runner.Request(
         args.upstream, args.data, args.steps, args.lr, args.lr_sweep, args.small, args.seed, args.device, args.workers, args.cache
     )
-    results = runner.run_tasks(args.task, request, args.out)
+    results = runner.run_tasks(",".join(args.task), request, args.out)
     if args.json:
         print(json.dumps({"results": results}, indent=2, ensure_ascii=False))
         return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import math
+import subprocess
 import sys
 import types
 
@@ -129,6 +130,22 @@ def test_s3prl_finds_the_upstream_and_reads_its_features(wavs):
             single, count = upstream(wav[None], lengths[row : row + 1])
             for state, alone in zip(states, single):
                 torch.testing.assert_close(state[row, : int(count[0])], alone[0], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("order", [("superb_tasks", "s3prl"), ("s3prl.hub", "superb_tasks")])
+def test_importing_the_bridge_is_enough(order):
+    pytest.importorskip("s3prl")
+    code = (
+        "\n".join(f"import {name}" for name in order)
+        + """
+from s3prl.nn import S3PRLUpstream
+import s3prl.hub
+assert s3prl.hub.hubert_eff.__module__ == "superb_tasks.upstream.hubconf"
+print(S3PRLUpstream("hubert_eff", path_or_url="conformer-debug@0").num_layers)
+"""
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "3", done.stderr
 
 
 def test_a_missing_s3prl_is_named(monkeypatch):
