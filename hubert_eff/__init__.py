@@ -36,7 +36,7 @@ _PUBLIC = {
     "profile": "profiling",
     "register_encoder": "registry",
 }
-_MODULES = ("edge", "recognition", "streaming")  # public modules, likewise
+_MODULES = ("edge", "recognition", "registry", "streaming")  # public modules, likewise
 __all__ = sorted(_PUBLIC)
 
 

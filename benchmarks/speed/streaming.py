@@ -5,7 +5,7 @@ one chunk and RTF; of one-bit models beside their own float forms; and whether m
     python benchmarks/speed/streaming.py --one-bit sparseformer-debug sparseformer-dn-s --modes 16-4 --rounds 15
     python benchmarks/speed/streaming.py --minutes 30
 
-RTF is computing time over audio time, extractor included, one stream. The paper that asks (Song et al. 2022, table 3) has 0.1053 for its
+RTF is computing time over audio time, extractor included, one stream. The paper that asks (Song et al. 2022, table 5) has 0.1053 for its
 Conformer and 0.0896 for FusionFormer, 1.17x, on another machine. HUBERT_EFF_KERNEL chooses the kernel of the one-bit models, of which the
 packed stream is compared with the simulated one, bit by bit, before anything is timed.
 """

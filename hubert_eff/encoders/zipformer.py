@@ -126,7 +126,7 @@ def _integers(key: str, text: str) -> tuple[int, ...]:
 
 
 class ZipformerBlock(Scheduled):
-    """One block (figure 2, right); what is skipped or made uniform early in training is drawn anew for every batch.
+    """One block (figure 2, left); what is skipped or made uniform early in training is drawn anew for every batch.
 
     x0 -> attention weights; x0 + FF1 + NLA + SA1 + Conv1 + FF2, bypass, + SA2 + Conv2 + FF3, BiasNorm, bypass from x0.
     """
@@ -215,7 +215,7 @@ ZIPFORMER = {
     "zipformer",
     config=ZipformerConfig,
     presets={
-        # table 2 of the paper, at 50 Hz; pre-training keys as in HuBERT-base
+        # table 1 of the paper, at 50 Hz; pre-training keys as in HuBERT-base
         "zipformer-s": ZIPFORMER,
         "zipformer-m": {
             **ZIPFORMER,

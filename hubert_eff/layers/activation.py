@@ -56,10 +56,10 @@ def _apply(x: Tensor, shift: float, offset: float) -> Tensor:
 
 
 def swoosh_l(x: Tensor) -> Tensor:
-    """log(1 + exp(x - 4)) - 0.08 x - 0.035, element by element (Zipformer, equation 3)."""
+    """log(1 + exp(x - 4)) - 0.08 x - 0.035, element by element (Zipformer, equation 4)."""
     return _apply(x, 4.0, 0.035)
 
 
 def swoosh_r(x: Tensor) -> Tensor:
-    """log(1 + exp(x - 1)) - 0.08 x - 0.313261687, element by element; 0 at 0 (Zipformer, equation 3)."""
+    """log(1 + exp(x - 1)) - 0.08 x - 0.313261687, element by element; 0 at 0 (Zipformer, equation 4)."""
     return _apply(x, 1.0, 0.313261687)

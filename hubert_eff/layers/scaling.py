@@ -119,7 +119,7 @@ class _BiasNorm(torch.autograd.Function):
 
 
 class BiasNorm(nn.Module):
-    """x exp(gamma) / RMS(x - b) over the channels, without an epsilon (Zipformer, equation 4); (..., C) -> (..., C).
+    """x exp(gamma) / RMS(x - b) over the channels, without an epsilon (Zipformer, equation 2); (..., C) -> (..., C).
 
     Computed in float32 at least. In training gamma's gradient keeps it within +-1.5.
     """
@@ -186,7 +186,7 @@ BALANCER_RATE = Schedule(((0, 0.5), (8_000, 0.125)))
 
 
 class Balancer(Scheduled):
-    """Adds |gradient| times a push of each channel of (B, T, C) into bounds (Zipformer, section 3.3 and appendix A).
+    """Adds |gradient| times a push of each channel of (B, T, C) into bounds (Zipformer, appendix A.3.1).
 
     Bounds: on the share of positive values, through mean / standard deviation, and on the mean absolute value, through the rms, both
     as if values were normal. Padding is not counted.
@@ -273,7 +273,7 @@ class _Whiten(torch.autograd.Function):
 
 
 class Whitener(Scheduled):
-    """Adds to the gradient a push of x (B, T, C) toward white, while `whitening_metric` is above a limit (Zipformer, appendix A).
+    """Adds to the gradient a push of x (B, T, C) toward white, while `whitening_metric` is above a limit (Zipformer, appendix A.3.2).
 
     Padding is not counted. After a batch below the limit it works on fewer batches; as in the authors' code that is no part of the state,
     so a run that goes on from a checkpoint starts with the higher share.

@@ -43,7 +43,8 @@ def compact_positions(frames: int, dim: int, like: Tensor) -> Tensor:
     """Positional table of the offsets -(T-1) .. T-1, (2T - 1, dim), in the dtype and on the device of `like`.
 
     Offsets are compressed to a logarithm beyond sqrt(dim) frames, and by an arc tangent to a circle; its cosines and sines fill the
-    channels in turn, the last one is 1 (appendix A of the paper: finer near 0 than sinusoids of the offset).
+    channels in turn, the last one is 1: finer near 0 than sinusoids of the offset. The paper does not describe this table; it is that of
+    the authors' code.
     """
     x = torch.arange(1 - frames, frames, device=like.device, dtype=torch.float32)
     start = math.sqrt(dim)
@@ -139,7 +140,7 @@ class SelfAttention(nn.Module):
 
 
 class NonlinearAttention(nn.Module):
-    """out(A (v tanh s) * y) with the weights A of one head; s, v, y of 3/4 C channels (section 3.1)."""
+    """out(A (v tanh s) * y) with the weights A of one head; s, v, y of 3/4 C channels (section 3.2)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -233,7 +234,7 @@ class ConvolutionModule(nn.Module):
 
 
 class Bypass(Scheduled):
-    """x0 + (x - x0) c, c one learned scale per channel (equation 2).
+    """x0 + (x - x0) c, c one learned scale per channel (section 3.2).
 
     In training c's gradient keeps it between a minimum that falls from 0.9 to 0.2 and 1, so that all modules learn early, and
     `skip` is the share of sequences for which c is 0.

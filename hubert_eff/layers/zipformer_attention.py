@@ -147,7 +147,7 @@ def _mix_cost(weights: RelativeWeights, values: Tensor) -> Cost:
 
 
 class RelativeWeights:
-    """Weights softmax_j(q_i k_j + p_i offset_{j-i}) of all heads, without the usual 1 / sqrt(d) (Zipformer, section 3.1).
+    """Weights softmax_j(q_i k_j + p_i offset_{j-i}) of all heads, without the usual 1 / sqrt(d) (Zipformer, section 3.2).
 
     q, k: (B, H, T, d); p: (B, H, T, e); offsets: (H, 2T - 1, e), those of -(T-1) .. T-1; seen: (B, 1, T) bool, the keys that may be
     seen, or (B, T, T) of each query, none if it is padding; None = all. In a stream the queries are those of the last keys. What
