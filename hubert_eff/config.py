@@ -108,6 +108,10 @@ class HubertConfig:
         "default | fastconv | fairseq's list [(channels, kernel, stride)] * n + ..., or on a log-mel spectrogram, where extractor_mode "
         "and conv_bias do nothing: " + " | ".join(MEL_FRONTS),
     )
+    conv_embed: str = option(
+        "paper", "conv-embed as Zipformer's paper describes it (10 bins at its end), or its authors' code (19, and a BiasNorm)",
+        ("paper", "authors"),
+    )  # fmt: skip
     conv_bias: bool = option(False, "bias in the extractor's convolutions")
     feature_norm: bool = option(True, "LayerNorm on the extractor's output, before it is projected; DistilHuBERT has none")
     feature_grad_mult: float = option(1.0, "factor on the gradient that reaches the extractor; 0 freezes it", bounds=NOT_NEGATIVE)
@@ -216,6 +220,11 @@ class HubertConfig:
             )
         if self.label_rate * FRAME_STRIDE % SAMPLE_RATE:
             raise UserError(f"label_rate={self.label_rate} is no multiple of the frame rate {SAMPLE_RATE // FRAME_STRIDE} Hz")
+        if self.conv_embed != "paper" and self.conv_feature_layers != "conv-embed":
+            raise UserError(
+                f"conv_embed={self.conv_embed} does nothing with conv_feature_layers={short(repr(self.conv_feature_layers))}: set "
+                "conv_feature_layers=conv-embed, or leave conv_embed=paper"
+            )
         stride = math.prod(s for _, _, s in self.conv_layers)
         if stride != FRAME_STRIDE:
             raise UserError(

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from ..layers.grid import GridAttention, GridBlock, Residual, depthwise, pointwi
 from ..layers.kinds import DEPTHWISE, FEED_FORWARD, POINTWISE, PRODUCT, PROJECTION, Kind, head_shapes
 from ..layers.linear import Linear
 from ..layers.norm import MaskedBatchNorm
-from .base import DEBUG, HUBERT_BASE, Encoder, Frames
+from .base import DEBUG, Encoder, Frames, published_size
 from .registry import register_encoder
 
 
@@ -212,18 +213,19 @@ class FusionformerBlock(nn.Module):
         return torch.add(x, self.ffn2(x, frames.valid), alpha=0.5)
 
 
+def published(layers: int, dim: int, heads: int) -> dict[str, Any]:
+    """Keys of a preset of a size that the paper prints."""
+    return {**published_size(layers, dim, heads), "encoder_ffn_embed_dim": 2048}
+
+
 @register_encoder(
     "fusionformer",
     config=FusionformerConfig,
     presets={
-        "fusionformer-s": {
-            **HUBERT_BASE,
-            "encoder_layers": 12,
-            "encoder_embed_dim": 256,
-            "encoder_ffn_embed_dim": 2048,
-            "encoder_attention_heads": 4,
-            "required_seq_len_multiple": 1,
-        },
+        "fusionformer-s": published(12, 256, 4),
+        # the encoders of the paper's models of 48 and 98 million parameters, which have these only with twice D in the convolution module
+        "fusionformer-12x256": {**published(12, 256, 4), "conv_module_expansion": 2},
+        "fusionformer-16x384": {**published(16, 384, 6), "conv_module_expansion": 2},
         "fusionformer-debug": DEBUG,
     },
 )

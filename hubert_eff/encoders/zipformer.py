@@ -13,19 +13,24 @@ from torch import Tensor, nn
 
 from ..config import COUNT, MOST_LAYERS, Bounds, HubertConfig, option, read_numbers
 from ..errors import UserError, short
+from ..layers.activation import silu, swoosh_r
 from ..layers.chunks import Chunks
+from ..layers.norm import norm_of
 from ..layers.position import repeated
-from ..layers.scaling import Balancer, BiasNorm, Schedule, Scheduled, chance
+from ..layers.scaling import Balancer, BiasNorm, Schedule, Scheduled, Whitener, chance
 from ..layers.zipformer import (
     AttentionWeights,
     Bypass,
     ConvolutionModule,
     FeedForward,
+    NoBypass,
     NonlinearAttention,
+    NormFirst,
     RateChange,
     SelfAttention,
     compact_positions,
     fitted,
+    leave_out,
     skipped,
     whitener,
 )
@@ -75,6 +80,19 @@ class ZipformerConfig(HubertConfig):
     zipformer_position_dim: int = option(4, "dimension of a head's positional queries", bounds=COUNT)
     zipformer_table_dim: int = option(48, "dimension of the table of relative positions; even", bounds=COUNT)
 
+    # what the paper takes away or exchanges (its section 4.0.3)
+    zipformer_block: str = option("zipformer", "blocks: Zipformer's, or two in the style of a Conformer for each", ("zipformer", "conformer"))
+    zipformer_nonlinear_attention: bool = option(True, "nonlinear attention in every block")
+    zipformer_share_weights: bool = option(True, "attention weights of a block computed once; false: anew for the second self-attention")
+    zipformer_bypass: bool = option(True, "bypass in the middle and at the end of every block; those of whole stacks always stay")
+    zipformer_norm: str = option("bias_norm", "norm of every block, and in front of the first", ("bias_norm", "layer_norm"))
+    zipformer_activation: str = option(
+        "swoosh", "SwooshL in feed-forward and SwooshR in convolution modules, or one function in both", ("swoosh", "swoosh_r", "swish")
+    )
+    zipformer_module_norm: bool = option(False, "norm in front of every module of a block, for optimizers that do not learn sizes (Adam)")
+    zipformer_balancer: bool = option(True, "Balancers, which keep activations in range by their gradients in training")
+    zipformer_whitener: bool = option(True, "Whiteners, which keep activations decorrelated by their gradients in training")
+
     @property
     def stacks(self) -> tuple[Stack, ...]:
         """The stacks, first to last. Raises `UserError` for a list that cannot be read, or lists of different lengths."""
@@ -113,7 +131,21 @@ class ZipformerConfig(HubertConfig):
                 raise UserError(f"{key}={getattr(self, key)!r}: {value} must be a multiple of 4")
         if self.zipformer_table_dim % 2:
             raise UserError(f"zipformer_table_dim={self.zipformer_table_dim} must be even: cosines and sines alternate")
+        self._check_ablations()
         super().validate()
+
+    def _check_ablations(self) -> None:
+        for key in ("zipformer_nonlinear_attention", "zipformer_share_weights"):
+            if self.zipformer_block == "conformer" and not getattr(self, key):
+                raise UserError(
+                    f"{key}=false contradicts zipformer_block=conformer, whose blocks have no nonlinear attention and one self-attention "
+                    "each: leave it true, or set zipformer_block=zipformer"
+                )
+        if self.zipformer_nonlinear_attention and not self.zipformer_share_weights:
+            raise UserError(
+                "zipformer_share_weights=false contradicts zipformer_nonlinear_attention=true, which has no weights of its own: set "
+                "zipformer_nonlinear_attention=false, as the paper does"
+            )
 
 
 def _integers(key: str, text: str) -> tuple[int, ...]:
@@ -125,36 +157,79 @@ def _integers(key: str, text: str) -> tuple[int, ...]:
         raise UserError(f"{key}={short(repr(text))} must be whole numbers joined by commas, one per stack, such as '2,2,2'") from error
 
 
+# shares of the sequences that do without a module
+ATTENTION_SKIP = CONVOLUTION_SKIP = Schedule(((0, 0.2), (4_000, 0.05), (16_000, 0.0)))
+FEED_FORWARD_SKIP = Schedule(((0, 0.1), (4_000, 0.01), (50_000, 0.0)))
+
+
+def attention_weights(config: ZipformerConfig, stack: Stack) -> AttentionWeights:
+    """Attention weights of a block's own."""
+    return AttentionWeights(
+        stack.dim, stack.heads, config.zipformer_query_dim, config.zipformer_position_dim, config.zipformer_table_dim,
+        config.attention_dropout,
+    )  # fmt: skip
+
+
+def feed_forward(config: ZipformerConfig, stack: Stack, quarters: int) -> FeedForward:
+    """A feed-forward module of so many quarters of the stack's inner dimension."""
+    return FeedForward(stack.dim, quarters * stack.ffn_dim // 4, config.dropout, config.activation_dropout)
+
+
+def block_norm(config: ZipformerConfig, dim: int) -> nn.Module:
+    """The norm that `zipformer_norm` names."""
+    return BiasNorm(dim) if config.zipformer_norm == "bias_norm" else norm_of("layer_norm", dim)
+
+
+def ablate(block: nn.Module, config: ZipformerConfig, modules: tuple[str, ...], dim: int) -> None:
+    """Exchange or leave out what the config says of all modules of a block; `modules`: those that read the residual sum."""
+    if not config.zipformer_balancer:
+        leave_out(block, Balancer)
+    if not config.zipformer_whitener:
+        leave_out(block, Whitener)
+    if config.zipformer_activation != "swoosh":
+        for module in block.modules():
+            if isinstance(module, (FeedForward, ConvolutionModule)):
+                module.activation = swoosh_r if config.zipformer_activation == "swoosh_r" else silu
+    if config.zipformer_module_norm:
+        for name in modules:
+            if getattr(block, name) is not None:
+                setattr(block, name, NormFirst(block_norm(config, dim), getattr(block, name)))
+
+
+def keys_seen(x: Tensor, frames: Frames) -> Tensor | None:
+    """The keys that may be seen: (B, 1, T), or (B, T, T) in chunks; None = all."""
+    seen = None if frames.attend is None else frames.attend[:, 0]
+    if seen is not None and seen.size(1) > 1:
+        seen = seen.expand(len(x), -1, -1) if frames.valid is None else seen & frames.valid.unsqueeze(2)
+    return seen
+
+
 class ZipformerBlock(Scheduled):
     """One block (figure 2, left); what is skipped or made uniform early in training is drawn anew for every batch.
 
     x0 -> attention weights; x0 + FF1 + NLA + SA1 + Conv1 + FF2, bypass, + SA2 + Conv2 + FF3, BiasNorm, bypass from x0.
     """
 
-    # shares of the sequences that do without a module
-    ATTENTION_SKIP = CONVOLUTION_SKIP = Schedule(((0, 0.2), (4_000, 0.05), (16_000, 0.0)))
-    FEED_FORWARD_SKIP = Schedule(((0, 0.1), (4_000, 0.01), (50_000, 0.0)))
+    MODULES = (
+        "self_attn_weights", "self_attn_weights2", "self_attn1", "self_attn2", "feed_forward1", "feed_forward2", "feed_forward3",
+        "nonlin_attention", "conv_module1", "conv_module2",
+    )  # fmt: skip
     # share of the batches in which the non-linear attention weighs all frames alike
     UNIFORM = Schedule(((0, 0.25), (4_000, 0.025)), unset=0.0)
 
     def __init__(self, config: ZipformerConfig, stack: Stack, skip: Schedule) -> None:
         super().__init__()
         dim = stack.dim
-        self.self_attn_weights = AttentionWeights(
-            dim, stack.heads, config.zipformer_query_dim, config.zipformer_position_dim, config.zipformer_table_dim,
-            config.attention_dropout,
-        )  # fmt: skip
+        self.self_attn_weights = attention_weights(config, stack)
         self.self_attn1 = SelfAttention(dim, stack.heads, config.zipformer_value_dim)
         self.self_attn2 = SelfAttention(dim, stack.heads, config.zipformer_value_dim)
-        self.feed_forward1, self.feed_forward2, self.feed_forward3 = (
-            FeedForward(dim, quarters * stack.ffn_dim // 4, config.dropout, config.activation_dropout) for quarters in (3, 4, 5)
-        )
-        self.nonlin_attention = NonlinearAttention(dim)
+        self.feed_forward1, self.feed_forward2, self.feed_forward3 = (feed_forward(config, stack, quarters) for quarters in (3, 4, 5))
+        self.nonlin_attention = NonlinearAttention(dim) if config.zipformer_nonlinear_attention else None
         self.conv_module1 = ConvolutionModule(dim, stack.kernel, config.causal)
         self.conv_module2 = ConvolutionModule(dim, stack.kernel, config.causal)
-        self.bypass_mid = Bypass(dim)
-        self.norm = BiasNorm(dim)
-        self.bypass = Bypass(dim, skip)
+        self.bypass_mid = Bypass(dim) if config.zipformer_bypass else NoBypass()
+        self.norm = block_norm(config, dim)
+        self.bypass = Bypass(dim, skip) if config.zipformer_bypass else NoBypass()
         self.balancer1 = Balancer((0.45, 0.55), (0.2, 4.0))
         self.balancer2 = Balancer((0.45, 0.55), (0.1, 4.0))
         rare = 0.05
@@ -162,32 +237,82 @@ class ZipformerBlock(Scheduled):
         self.balancer_ff2 = Balancer((0.3, 0.7), (Schedule(((0, 0.0), (4_000, 0.1))), 2.0), rare)
         self.balancer_ff3 = Balancer((0.3, 0.7), (Schedule(((0, 0.0), (4_000, 0.2))), 4.0), rare)
         self.whiten = whitener(4.0, growth=3.0)
+        self.self_attn_weights2 = None if config.zipformer_share_weights else attention_weights(config, stack)
+        ablate(self, config, self.MODULES, dim)
 
     def forward(self, before: Tensor, frames: Frames) -> Tensor:  # (B, T, C)
         valid, chunks, x = frames.valid, frames.chunks, before
-        seen = None if frames.attend is None else frames.attend[:, 0]  # (B, 1, T), or (B, T, T) in chunks
-        if seen is not None and seen.size(1) > 1:
-            seen = seen.expand(len(x), -1, -1) if valid is None else seen & valid.unsqueeze(2)
-        convolution = self.now(self.CONVOLUTION_SKIP) if self.training else 0.0
-        feed_forward = self.now(self.FEED_FORWARD_SKIP) if self.training else 0.0
-        uniform = self.training and chance(self.now(self.UNIFORM))
+        seen = keys_seen(x, frames)
+        convolution = self.now(CONVOLUTION_SKIP) if self.training else 0.0
+        feed_forward = self.now(FEED_FORWARD_SKIP) if self.training else 0.0
+        uniform = self.training and self.nonlin_attention is not None and chance(self.now(self.UNIFORM))
         # a sequence does without all three users of the attention weights, or without none
-        attended = skipped(x.new_ones(x.size(0), 1, 1), self.now(self.ATTENTION_SKIP)) if self.training else None
+        attended = skipped(x.new_ones(x.size(0), 1, 1), self.now(ATTENTION_SKIP)) if self.training else None
 
         assert frames.positions is not None
         weights = self.self_attn_weights(x, frames.positions, valid, seen, chunks)
         x = x + self.feed_forward1(x, valid)
-        x = _added(x, self.balancer_na(self.nonlin_attention(x, weights, valid, seen, uniform, chunks), valid), attended)
+        if self.nonlin_attention is not None:
+            x = _added(x, self.balancer_na(self.nonlin_attention(x, weights, valid, seen, uniform, chunks), valid), attended)
         x = _added(x, self.self_attn1(x, weights, valid, chunks), attended)
         x = x + skipped(self.conv_module1(x, valid, chunks), convolution)
         x = x + skipped(self.balancer_ff2(self.feed_forward2(x, valid), valid), feed_forward)
         x = self.bypass_mid(before, x)
+        if self.self_attn_weights2 is not None:
+            weights = self.self_attn_weights2(x, frames.positions, valid, seen, chunks)
         x = _added(x, self.self_attn2(x, weights, valid, chunks), attended)
         x = x + skipped(self.conv_module2(x, valid, chunks), convolution)
         x = x + skipped(self.balancer_ff3(self.feed_forward3(x, valid), valid), feed_forward)
         x = self.norm(self.balancer1(x, valid))
         x = self.bypass(before, x)
         return self.whiten(self.balancer2(x, valid), valid)  # type: ignore[no-any-return]
+
+
+class ConformerStyleBlock(Scheduled):
+    """A Conformer block (Gulati et al. 2020, equation 1) of Zipformer's modules: half a feed-forward module, self-attention with weights of
+    its own, convolution, half a feed-forward module, norm, bypass."""
+
+    MODULES = ("self_attn_weights", "self_attn", "feed_forward1", "feed_forward2", "conv_module")
+
+    def __init__(self, config: ZipformerConfig, stack: Stack, skip: Schedule) -> None:
+        super().__init__()
+        dim = stack.dim
+        self.feed_forward1, self.feed_forward2 = (feed_forward(config, stack, 4) for _ in range(2))
+        self.self_attn_weights = attention_weights(config, stack)
+        self.self_attn = SelfAttention(dim, stack.heads, config.zipformer_value_dim)
+        self.conv_module = ConvolutionModule(dim, stack.kernel, config.causal)
+        self.norm = block_norm(config, dim)
+        self.bypass = Bypass(dim, skip) if config.zipformer_bypass else NoBypass()
+        self.balancer1 = Balancer((0.45, 0.55), (0.2, 4.0))
+        self.balancer2 = Balancer((0.45, 0.55), (0.1, 4.0))
+        self.whiten = whitener(4.0, growth=3.0)
+        ablate(self, config, self.MODULES, dim)
+
+    def forward(self, before: Tensor, frames: Frames) -> Tensor:  # (B, T, C)
+        valid, chunks = frames.valid, frames.chunks
+        attention, convolution, last = (self.now(s) if self.training else 0.0 for s in (ATTENTION_SKIP, CONVOLUTION_SKIP, FEED_FORWARD_SKIP))
+        assert frames.positions is not None
+        x = torch.add(before, self.feed_forward1(before, valid), alpha=0.5)
+        weights = self.self_attn_weights(x, frames.positions, valid, keys_seen(x, frames), chunks)
+        x = x + skipped(self.self_attn(x, weights, valid, chunks), attention)
+        x = x + skipped(self.conv_module(x, valid, chunks), convolution)
+        x = torch.add(x, skipped(self.feed_forward2(x, valid), last), alpha=0.5)
+        x = self.bypass(before, self.norm(self.balancer1(x, valid)))
+        return self.whiten(self.balancer2(x, valid), valid)  # type: ignore[no-any-return]
+
+
+class ConformerPair(nn.Module):
+    """Two `ConformerStyleBlock`s in the place of one `ZipformerBlock`, which has about as many modules as two Conformer blocks."""
+
+    def __init__(self, config: ZipformerConfig, stack: Stack, skip: Schedule) -> None:
+        super().__init__()
+        self.first, self.second = (ConformerStyleBlock(config, stack, skip) for _ in range(2))
+
+    def forward(self, x: Tensor, frames: Frames) -> Tensor:  # (B, T, C)
+        return self.second(self.first(x, frames), frames)  # type: ignore[no-any-return]
+
+
+BLOCKS = {"zipformer": ZipformerBlock, "conformer": ConformerPair}
 
 
 def _added(x: Tensor, y: Tensor, factor: Tensor | None) -> Tensor:
@@ -235,6 +360,19 @@ ZIPFORMER = {
             "zipformer_dims": "192,256,512,768,512,256",
             "zipformer_ffn_dims": "512,768,1536,2048,1536,768",
         },
+        # without temporal downsampling (section 4.0.3); the paper runs it at 25 Hz
+        "zipformer-m-flat": {
+            **ZIPFORMER,
+            "encoder_layers": 12,
+            "encoder_embed_dim": 512,
+            "encoder_ffn_embed_dim": 1536,
+            "zipformer_layers": "12",
+            "zipformer_dims": "512",
+            "zipformer_ffn_dims": "1536",
+            "zipformer_heads": "8",
+            "zipformer_kernels": "31",
+            "zipformer_rates": "1",
+        },
         "zipformer-debug": {
             **DEBUG,
             "encoder_layers": 3,
@@ -275,10 +413,11 @@ class ZipformerEncoder(Encoder):
     def build_block(self, config: HubertConfig, index: int) -> nn.Module:
         assert isinstance(config, ZipformerConfig)
         of_block = [stack for stack in config.stacks for _ in range(stack.layers)]
-        return ZipformerBlock(config, of_block[index], block_skip(config, index))
+        return BLOCKS[config.zipformer_block](config, of_block[index], block_skip(config, index))
 
     def build_norm(self, config: HubertConfig) -> nn.Module:
-        return BiasNorm(config.encoder_embed_dim if config.layer_norm_first else config.input_dim)
+        assert isinstance(config, ZipformerConfig)
+        return block_norm(config, config.encoder_embed_dim if config.layer_norm_first else config.input_dim)
 
     @property
     def block_rates(self) -> list[int]:

@@ -17,6 +17,7 @@ from .convolution import DepthwiseConv
 from .dropout import Dropout
 from .kinds import DEPTHWISE, FEED_FORWARD, POINTWISE, POSITION_PROJECTION, PRODUCT, PROJECTION, Kind, head_shapes
 from .linear import Linear
+from .norm import NoNorm
 from .position import repeated
 from .precision import wide
 from .scaling import LIMIT_RATE, Balancer, Schedule, Scheduled, Whitener, chance, limit_parameter
@@ -254,6 +255,33 @@ class Bypass(Scheduled):
                 scale = limit_parameter(scale, self.now(self.MINIMUM), 1.0)
             scale = skipped(scale.to(before.dtype).expand(before.size(0), 1, -1), self.now(self.skip))
         return torch.addcmul(before, after - before, scale.to(before.dtype))
+
+
+class NoBypass(nn.Module):
+    """Stands where a bypass could: the modules' output as it is."""
+
+    def forward(self, before: Tensor, after: Tensor) -> Tensor:
+        return after
+
+
+class NormFirst(nn.Module):
+    """A module of the residual sum with a norm in front of it."""
+
+    def __init__(self, norm: nn.Module, module: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.module = norm, module
+
+    def forward(self, x: Tensor, *args: Any) -> Any:
+        """x (B, T, C), and what else the module takes."""
+        return self.module(self.norm(x), *args)
+
+
+def leave_out(block: nn.Module, kind: type[nn.Module]) -> None:
+    """Take the modules of a kind, which pass their input on, out of a block: draws that they would make are not made either."""
+    for module in list(block.modules()):
+        for name, part in list(module.named_children()):
+            if isinstance(part, kind):
+                setattr(module, name, NoNorm())
 
 
 def skipped(x: Tensor, rate: float) -> Tensor:

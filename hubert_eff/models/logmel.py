@@ -18,6 +18,7 @@ from ..config import MEL_FRONTS, RECEPTIVE_FIELD, SAMPLE_RATE, HubertConfig
 from ..layers.activation import swoosh_l, swoosh_r
 from ..layers.convolution import GroupedConv2d
 from ..layers.linear import Linear
+from ..layers.scaling import BiasNorm
 
 BINS, WINDOW, HOP, FFT = 80, 400, 160, 512
 FLOOR = 1e-10  # of the power in a bin; silence, too
@@ -78,17 +79,24 @@ class Subsampling(nn.Module):
 
 
 class ConvEmbed(nn.Module):
-    """Zipformer's front (section 3.1): three convolutions to 8, 32, 128 channels with time x frequency strides 1x2, 2x2, 1x2, a ConvNeXt
-    layer, a linear layer; (B, M, 80) -> (B, T, D). Its BiasNorm is left to HuBERT's LayerNorm behind the extractor."""
+    """Zipformer's front (section 3.1): three convolutions to 8, 32, 128 channels, a ConvNeXt layer, a linear layer; (B, M, 80) -> (B, T, D).
 
-    def __init__(self, dim: int) -> None:
+    Their time x frequency strides are 1x2, 2x2, 1x2, so that 10 of 80 bins are left; its BiasNorm is left to HuBERT's LayerNorm behind the
+    extractor. In the authors' code (`authors`; the sizes and FLOP that the paper prints are its) the first stride is 1x1, the others see no
+    zeros beyond the bins, 19 are left, and the BiasNorm is there.
+    """
+
+    def __init__(self, dim: int, authors: bool = False) -> None:
         super().__init__()
-        widths = ((1, 8, (1, 2)), (8, 32, (2, 2)), (32, 128, (1, 2)))
-        self.convs = nn.ModuleList([nn.Conv2d(c, n, 3, stride, padding=(0, 1)) for c, n, stride in widths])
+        first, bins = ((1, 1), 19) if authors else ((1, 2), BINS // 8)
+        padding = ((0, 1), (0, 0), (0, 0)) if authors else ((0, 1),) * 3
+        widths = zip((1, 8, 32), (8, 32, 128), (first, (2, 2), (1, 2)), padding, strict=True)
+        self.convs = nn.ModuleList([nn.Conv2d(c, n, 3, stride, padding=pad) for c, n, stride, pad in widths])
         self.depthwise = GroupedConv2d(128, 128, 7, padding=(0, 3), groups=128)
         self.pointwise1 = nn.Conv2d(128, 384, 1)
         self.pointwise2 = nn.Conv2d(384, 128, 1)
-        self.linear = Linear(128 * BINS // 8, dim)
+        self.linear = Linear(128 * bins, dim)
+        self.norm = BiasNorm(dim) if authors else None
 
     def forward(self, mel: Tensor) -> Tensor:
         x = mel.unsqueeze(1)
@@ -96,7 +104,8 @@ class ConvEmbed(nn.Module):
             x = swoosh_r(conv(x))
         reach = self.depthwise.kernel_size[0] // 2
         x = x[:, :, reach : x.size(2) - reach] + self.pointwise2(swoosh_l(self.pointwise1(self.depthwise(x))))
-        return self.linear(x.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        x = self.linear(x.transpose(1, 2).flatten(2))
+        return x if self.norm is None else self.norm(x)
 
 
 # mel frames that a frame sees, by front: 1 + what each kernel adds
@@ -113,7 +122,7 @@ class LogMelExtractor(nn.Module):
         beyond = WINDOW + (MEL_FRAMES[front] - 1) * HOP - RECEPTIVE_FIELD
         self.reach = (beyond // 2, beyond // 2)
         self.mel = LogMel()
-        self.front = ConvEmbed(dim) if front == "conv-embed" else Subsampling(dim, separable=front == "logmel-dws")
+        self.front = ConvEmbed(dim, config.conv_embed == "authors") if front == "conv-embed" else Subsampling(dim, separable=front == "logmel-dws")
 
     def forward(self, source: Tensor) -> Tensor:
         return self.of_padded(F.pad(source, self.reach))
