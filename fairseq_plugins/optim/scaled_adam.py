@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hubert_eff.errors import UserError
 from hubert_eff.optim import ScaledAdam
+from hubert_eff.optim.scaled_adam import FORMS
 
 from ..runtime.stopping import one_line_errors
 
@@ -39,6 +40,10 @@ class FairseqScaledAdamConfig(FairseqDataclass):
     param_min_rms: float = field(default=1e-5, metadata={"help": "root mean square below which a tensor grows"})
     param_max_rms: float = field(default=3.0, metadata={"help": "root mean square above which no tensor grows"})
     size_update_period: int = field(default=4, metadata={"help": "updates between two updates of the tensors' sizes"})
+    form: str = field(
+        default=FORMS[0],
+        metadata={"help": "what the authors train with, or the paper's Algorithm 1 as it is printed", "choices": list(FORMS)},
+    )
     lr: List[float] = II("optimization.lr")  # noqa: UP006
     clip_norm: float = II("optimization.clip_norm")
     fp16: bool = II("common.fp16")
@@ -77,4 +82,5 @@ class FairseqScaledAdam(FairseqOptimizer):
             "param_min_rms": cfg.param_min_rms,
             "param_max_rms": cfg.param_max_rms,
             "size_update_period": cfg.size_update_period,
+            "form": cfg.form,
         }

@@ -81,7 +81,7 @@ class ZipformerConfig(HubertConfig):
     zipformer_table_dim: int = option(48, "dimension of the table of relative positions; even", bounds=COUNT)
 
     # what the paper takes away or exchanges (its section 4.0.3)
-    zipformer_block: str = option("zipformer", "blocks: Zipformer's, or two in the style of a Conformer for each", ("zipformer", "conformer"))
+    zipformer_block: str = option("zipformer", "blocks: Zipformer's, or two Conformer blocks for each", ("zipformer", "conformer"))
     zipformer_nonlinear_attention: bool = option(True, "nonlinear attention in every block")
     zipformer_share_weights: bool = option(True, "attention weights of a block computed once; false: anew for the second self-attention")
     zipformer_bypass: bool = option(True, "bypass in the middle and at the end of every block; those of whole stacks always stay")
@@ -290,7 +290,8 @@ class ConformerStyleBlock(Scheduled):
 
     def forward(self, before: Tensor, frames: Frames) -> Tensor:  # (B, T, C)
         valid, chunks = frames.valid, frames.chunks
-        attention, convolution, last = (self.now(s) if self.training else 0.0 for s in (ATTENTION_SKIP, CONVOLUTION_SKIP, FEED_FORWARD_SKIP))
+        skips = ATTENTION_SKIP, CONVOLUTION_SKIP, FEED_FORWARD_SKIP
+        attention, convolution, last = (self.now(skip) if self.training else 0.0 for skip in skips)
         assert frames.positions is not None
         x = torch.add(before, self.feed_forward1(before, valid), alpha=0.5)
         weights = self.self_attn_weights(x, frames.positions, valid, keys_seen(x, frames), chunks)

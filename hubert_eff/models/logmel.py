@@ -79,7 +79,7 @@ class Subsampling(nn.Module):
 
 
 class ConvEmbed(nn.Module):
-    """Zipformer's front (section 3.1): three convolutions to 8, 32, 128 channels, a ConvNeXt layer, a linear layer; (B, M, 80) -> (B, T, D).
+    """Zipformer's front (section 3.1): three convolutions to 8, 32, 128 channels, ConvNeXt layer, linear layer; (B, M, 80) -> (B, T, D).
 
     Their time x frequency strides are 1x2, 2x2, 1x2, so that 10 of 80 bins are left; its BiasNorm is left to HuBERT's LayerNorm behind the
     extractor. In the authors' code (`authors`; the sizes and FLOP that the paper prints are its) the first stride is 1x1, the others see no
@@ -104,8 +104,8 @@ class ConvEmbed(nn.Module):
             x = swoosh_r(conv(x))
         reach = self.depthwise.kernel_size[0] // 2
         x = x[:, :, reach : x.size(2) - reach] + self.pointwise2(swoosh_l(self.pointwise1(self.depthwise(x))))
-        x = self.linear(x.transpose(1, 2).flatten(2))
-        return x if self.norm is None else self.norm(x)
+        y: Tensor = self.linear(x.transpose(1, 2).flatten(2))
+        return y if self.norm is None else self.norm(y)
 
 
 # mel frames that a frame sees, by front: 1 + what each kernel adds
@@ -122,7 +122,8 @@ class LogMelExtractor(nn.Module):
         beyond = WINDOW + (MEL_FRAMES[front] - 1) * HOP - RECEPTIVE_FIELD
         self.reach = (beyond // 2, beyond // 2)
         self.mel = LogMel()
-        self.front = ConvEmbed(dim, config.conv_embed == "authors") if front == "conv-embed" else Subsampling(dim, separable=front == "logmel-dws")
+        embeds, authors = front == "conv-embed", config.conv_embed == "authors"
+        self.front = ConvEmbed(dim, authors) if embeds else Subsampling(dim, separable=front == "logmel-dws")
 
     def forward(self, source: Tensor) -> Tensor:
         return self.of_padded(F.pad(source, self.reach))

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, unknown
 
 EARLY_ESTIMATES = (10, 20, 40)  # steps at which the clipping threshold is estimated before clipping_update_period is reached
+FORMS = ("authors", "paper")
 MAX_SKIPPED = 10  # steps in a row that are left out because the gradient is not finite
 
 
@@ -62,7 +63,7 @@ def _rms(x: Tensor) -> Tensor:
 class ScaledAdam(torch.optim.Optimizer):
     """Adam whose step is relative to each tensor's root mean square (rms), and which learns that rms too.
 
-    This is the form in which the authors train. For a tensor with elements theta, rms r and gradient g at step t = 0, 1, ...
+    With `form` "authors" it is what the authors train with. For a tensor with elements theta, rms r and gradient g at step t = 0, 1, ...
 
     - Delta <- beta1 Delta + (1 - beta1) (direction + size), theta <- theta + Delta,
     - direction = -lr max(r, param_min_rms) g / (sqrt(v) + eps), v the average of g^2 (beta2),
@@ -74,8 +75,14 @@ class ScaledAdam(torch.optim.Optimizer):
       counts times r and a scalar's times scalar_lr_scale. The threshold is estimated at steps 10, 20 and 40, and doubled there, then
       every `clipping_update_period` steps.
 
-    It differs from the paper's Algorithm 1 in this: beta1 averages the update, not the gradient, and has no bias correction; the bias
-    correction of beta2 ends when it reaches 0.99; r and the size are refreshed every P steps, not in each; s and scalars are bounded.
+    With `form` "paper" it is the paper's Algorithm 1 (equations 6 to 9): beta1 averages the gradient, both averages have Adam's bias
+    corrections, and r and the size are refreshed in every step, without bounds (`size_update_period` and `param_max_rms` do nothing):
+
+    - theta <- theta - lr r' m / (sqrt(v) + eps) - lr scalar_lr_scale theta n / (sqrt(w) + eps), times sqrt(1 - beta2^t) / (1 - beta1^t),
+      t = 1, 2, ..., m and v the averages of g and g^2, n and w those of h and h^2, h = sum(g theta) / r', r' = max(r, param_min_rms).
+
+    The algorithm does not say what becomes of a tensor that is zero, nor of scalars, nor does it clip. Here `param_min_rms` bounds r, which
+    grows slowly from there; scalars and clipping are the authors' (clipping_scale=None for none).
 
     Parameters are updated in batches of one shape, so that many small tensors cost few operations. A parameter without gradient is left
     as it is, its state included. State is kept in float32 for parameters of half precision.
@@ -102,7 +109,10 @@ class ScaledAdam(torch.optim.Optimizer):
         param_min_rms: float = 1e-5,
         param_max_rms: float = 3.0,
         size_update_period: int = 4,
+        form: str = FORMS[0],
     ) -> None:
+        if form not in FORMS:
+            raise unknown("form of ScaledAdam", form, FORMS)
         for name, count in (("clipping_update_period", clipping_update_period), ("size_update_period", size_update_period)):
             if count < 1:
                 raise UserError(f"{name}={count} must be at least 1: it counts steps")
@@ -121,17 +131,22 @@ class ScaledAdam(torch.optim.Optimizer):
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "clipping_scale": clipping_scale, "clipping_update_period": clipping_update_period,
             "scalar_lr_scale": scalar_lr_scale, "scalar_max": scalar_max, "param_min_rms": param_min_rms, "param_max_rms": param_max_rms,
-            "size_update_period": size_update_period, "step": 0, "skipped": 0, "threshold": None,
+            "size_update_period": size_update_period, "form": form, "step": 0, "skipped": 0, "threshold": None,
         }  # fmt: skip
         super().__init__(params, defaults)
         self._stacked: dict[tuple[int, ...], _Batch] = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("form", FORMS[0])  # of a state that was saved before there were two
         self._stacked = {}  # made again from the state at the next step
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave; training goes on exactly."""
+        """Load what `state_dict` gave; training goes on exactly. Raises `UserError` for a state of the other form."""
+        for own, saved in zip(self.param_groups, state_dict["param_groups"]):
+            if own["form"] != saved.get("form", FORMS[0]):
+                raise UserError(f"this is a state of ScaledAdam's form={saved.get('form', FORMS[0])}: go on with it, not {own['form']}")
         super().load_state_dict(state_dict)
         # the base class casts to the type of the parameters, which may be half precision
         indices = [i for group in state_dict["param_groups"] for i in group["params"]]
@@ -165,18 +180,20 @@ class ScaledAdam(torch.optim.Optimizer):
             if p.grad.is_sparse:
                 raise UserError("ScaledAdam takes no sparse gradients: build the embedding with sparse=False")
             if not self.state[p]:
-                self.state[p] = self._new_state(p, group["size_update_period"])
+                self.state[p] = self._new_state(p, group)
             alike.setdefault((p.device, p.dtype, p.shape, self.state[p]["step"]), []).append(p)
         keyed = {tuple(map(id, params)): params for params in alike.values()}
         return {key: self._stacked.get(key) or self._stack(params) for key, params in keyed.items()}
 
     @staticmethod
-    def _new_state(p: Tensor, period: int) -> dict[str, Any]:
+    def _new_state(p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         zeros = torch.zeros_like(p, dtype=_state_dtype(p), memory_format=torch.contiguous_format)
-        state: dict[str, Any] = {"step": 0, "delta": zeros, "exp_avg_sq": zeros}
-        if p.numel() > 1:
-            state.update(rms=_rms(_flat([p.detach()]))[0], size_grads=zeros.new_zeros(period), size_exp_avg_sq=zeros.new_zeros(1))
-        return state
+        if p.numel() == 1:
+            return {"step": 0, "delta": zeros, "exp_avg_sq": zeros}
+        size = {"rms": _rms(_flat([p.detach()]))[0], "size_exp_avg_sq": zeros.new_zeros(1)}
+        if group["form"] == "paper":
+            return {"step": 0, "exp_avg": zeros, "exp_avg_sq": zeros, "size_exp_avg": zeros.new_zeros(1), **size}
+        return {"step": 0, "delta": zeros, "exp_avg_sq": zeros, "size_grads": zeros.new_zeros(group["size_update_period"]), **size}
 
     def _stack(self, params: list[Tensor]) -> _Batch:
         """Join the states of `params`, which from now on are rows of the joint one."""
@@ -195,8 +212,12 @@ class ScaledAdam(torch.optim.Optimizer):
             if scale < 1.0:
                 grad = grad * scale
             step = self.state[batch.params[0]]["step"]
-            batch.state["delta"].mul_(group["betas"][0])
-            (_step_scalars if grad.size(1) == 1 else _step_tensors)(group, batch, grad, step)
+            if grad.size(1) == 1:
+                _step_scalars(group, batch, grad, step)
+            elif group["form"] == "paper":
+                _step_as_printed(group, batch, grad, step)
+            else:
+                _step_tensors(group, batch, grad, step)
             for p in batch.params:
                 self.state[p]["step"] = step + 1
 
@@ -230,6 +251,7 @@ class ScaledAdam(torch.optim.Optimizer):
 def _step_tensors(group: dict[str, Any], batch: _Batch, grad: Tensor, step: int) -> None:
     """Update tensors of K > 1 elements. grad (N, K)."""
     (beta1, beta2), period, state = group["betas"], group["size_update_period"], batch.state
+    state["delta"].mul_(beta1)
     value = batch.value()
     # derivative with respect to the logarithm of each tensor's size
     state["size_grads"][:, step % period] = torch.bmm(value.unsqueeze(1), grad.unsqueeze(2))[:, 0, 0]
@@ -243,6 +265,24 @@ def _step_tensors(group: dict[str, Any], batch: _Batch, grad: Tensor, step: int)
     rate = state["rms"].clamp(min=group["param_min_rms"]).mul_(-group["lr"] * (1 - beta1))  # (N, 1)
     state["delta"].addcmul_(grad / denominator, rate)
     batch.add(state["delta"])
+
+
+def _step_as_printed(group: dict[str, Any], batch: _Batch, grad: Tensor, step: int) -> None:
+    """Update tensors of K > 1 elements by the paper's Algorithm 1. grad (N, K)."""
+    (beta1, beta2), state, value = group["betas"], batch.state, batch.value()
+    rms = state["rms"].copy_(_rms(value)).clamp(min=group["param_min_rms"])
+    rate = group["lr"] * math.sqrt(1 - beta2 ** (step + 1)) / (1 - beta1 ** (step + 1))
+    size_grad = (grad * value).sum(1, keepdim=True) / rms  # derivative with respect to each tensor's size
+    change = _averaged(state, "exp_avg", grad, beta1, beta2, group["eps"]).mul_(-rate * rms)
+    size_change = _averaged(state, "size_exp_avg", size_grad, beta1, beta2, group["eps"]).mul_(-rate * group["scalar_lr_scale"])
+    batch.add(change.addcmul_(value, size_change))
+
+
+def _averaged(state: dict[str, Tensor], name: str, grad: Tensor, beta1: float, beta2: float, eps: float) -> Tensor:
+    """Adam's ratio of averages, without bias corrections."""
+    mean = state[name].mul_(beta1).add_(grad, alpha=1 - beta1)
+    square = state[f"{name}_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    return mean / square.sqrt().add_(eps)
 
 
 def _size_step(group: dict[str, Any], state: dict[str, Tensor], count: int) -> Tensor:
@@ -259,6 +299,7 @@ def _size_step(group: dict[str, Any], state: dict[str, Tensor], count: int) -> T
 def _step_scalars(group: dict[str, Any], batch: _Batch, grad: Tensor, step: int) -> None:
     """Update tensors of one element. grad (N, 1)."""
     (beta1, beta2), state = group["betas"], batch.state
+    state["delta"].mul_(beta1)
     v = state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     denominator = (v / (1 - beta2 ** (step + 1))).sqrt_().add_(group["eps"])
     state["delta"].addcdiv_(grad, denominator, value=-group["lr"] * group["scalar_lr_scale"] * (1 - beta1))

@@ -36,6 +36,60 @@ def test_scaled_adam_follows_the_authors_trajectory() -> None:
     assert params["f"].detach().square().mean().sqrt() > 2e-6  # smaller than param_min_rms: it has grown, unlike its gradient says
 
 
+def test_the_papers_form_is_its_algorithm() -> None:
+    """Algorithm 1 written down tensor by tensor in float64; without clipping. A scalar is treated as the authors do."""
+    params, theirs = tensors(torch.float64), tensors()
+    paper, authors = (ScaledAdam(p, lr=0.03, clipping_scale=None, form=form) for p, form in ((params, "paper"), (theirs, "authors")))
+    theta = [p.detach().clone() for p in params]
+    m, v = [torch.zeros_like(p) for p in theta], [torch.zeros_like(p) for p in theta]
+    n, w = [0.0] * len(theta), [0.0] * len(theta)
+    for t in range(1, 31):
+        gradients(params, t)
+        gradients(theirs, t)
+        paper.step()
+        authors.step()
+        for i, p in enumerate(params):
+            if p.numel() == 1:
+                torch.testing.assert_close(p.float(), theirs[i], rtol=1e-5, atol=1e-6)
+                continue
+            g, r = p.grad, max(float(theta[i].square().mean().sqrt()), 1e-5)
+            h = float((g * theta[i]).sum()) / r
+            m[i], v[i] = 0.9 * m[i] + 0.1 * g, 0.98 * v[i] + 0.02 * g * g
+            n[i], w[i] = 0.9 * n[i] + 0.1 * h, 0.98 * w[i] + 0.02 * h * h
+            rate = 0.03 * (1 - 0.98**t) ** 0.5 / (1 - 0.9**t)
+            along = r * m[i] / (v[i].sqrt() + 1e-8)
+            grown = 0.1 * theta[i] * n[i] / (w[i] ** 0.5 + 1e-8)
+            theta[i] = theta[i] - rate * (along + grown)
+            torch.testing.assert_close(p.detach(), theta[i], rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(params[0].float(), theirs[0], rtol=1e-2)  # and another trajectory than the authors'
+    assert 0 < float(params[-1].detach().abs().max()) < 1e-4  # the tensor that began as zero has moved, hardly
+
+
+def test_the_papers_form_goes_on_from_its_own_state_only() -> None:
+    whole, first, second = tensors(), tensors(), tensors()
+    optimizer, before = ScaledAdam(whole, form="paper"), ScaledAdam(first, form="paper")
+    train(whole, optimizer, range(20))
+    train(first, before, range(12))
+    with torch.no_grad():
+        for p, q in zip(second, first):
+            p.copy_(q)
+    after = ScaledAdam(second, form="paper")
+    after.load_state_dict(before.state_dict())
+    train(second, after, range(12, 20))
+    assert all(torch.equal(a, b) for a, b in zip(whole, second))
+    old = ScaledAdam(tensors())
+    train(old.param_groups[0]["params"], old, range(2))
+    saved = old.state_dict()
+    del saved["param_groups"][0]["form"]  # as it was before there were two
+    with pytest.raises(UserError, match="form=authors: go on with it, not paper"):
+        after.load_state_dict(saved)
+    new = ScaledAdam(tensors())
+    new.load_state_dict(saved)
+    train(new.param_groups[0]["params"], new, range(2, 4))
+    with pytest.raises(UserError, match="unknown form of ScaledAdam 'printed'"):
+        ScaledAdam(tensors(), form="printed")
+
+
 def test_eden_is_the_closed_form() -> None:
     for batch, epoch, lr in golden("eden")["batch_epoch_lr_f64"]:
         assert eden(int(batch), int(epoch), 0.045, 7500, 3.5, 500, 0.5) == pytest.approx(lr, rel=1e-12)
@@ -178,12 +232,13 @@ def test_half_precision_parameters_keep_a_float32_state() -> None:
     assert all(torch.isfinite(p).all() for p in params)
 
 
-def test_it_fits_a_function() -> None:
+@pytest.mark.parametrize("form", ["authors", "paper"])
+def test_it_fits_a_function(form: str) -> None:
     torch.manual_seed(3)
     x = torch.randn(256, 8)
     y = torch.sin(2 * x[:, :1]) * x[:, 1:2]
     model = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 1))
-    optimizer = ScaledAdam(model.parameters(), lr=0.045)
+    optimizer = ScaledAdam(model.parameters(), lr=0.045, form=form)
 
     def closure() -> Tensor:
         optimizer.zero_grad()
