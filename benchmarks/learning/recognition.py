@@ -19,7 +19,7 @@ import torch
 from hubert_eff.recognition import load_recognizer
 from hubert_eff.recognition.recordings import read_recording
 from hubert_eff.recognition.search import decoder_scores, greedy, prefix_beam
-from hubert_eff.streaming.stream import MODES
+from hubert_eff.streaming.stream import MODES, mode_seconds
 from hubert_eff.utils.files import write_json
 from hubert_eff.utils.progress import progress
 
@@ -39,6 +39,7 @@ def main() -> None:
     root, *rows = args.manifest.read_text(encoding="utf-8").splitlines()
     names = [row.partition("\t")[0] for row in rows[: args.utterances]]
     result: list[dict[str, Any]] = []
+    print("; ".join(f"{mode}: {mode_seconds(mode)}" for mode in MODES))
     print(f"{'':34}{'greedy':>28}{'first pass':>28}{'second pass':>28}")
     print(f"{'WER, %':34}" + "".join(f"{mode:>10}" if mode == "16-4" else f"{mode:>9}" for _ in range(3) for mode in MODES))
     for checkpoint in args.checkpoints:

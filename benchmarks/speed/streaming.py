@@ -1,13 +1,14 @@
 """Streams of a FusionFormer beside those of a Conformer of its size, as they are built, fused, and fused with int8 linear layers: time of
 one chunk and RTF; of one-bit models beside their own float forms; and whether memory stays flat over a long stream.
 
-    python benchmarks/speed/streaming.py --rounds 15
+    python benchmarks/speed/streaming.py --rounds 15 --modes 16-4 32-4 16-inf
     python benchmarks/speed/streaming.py --one-bit sparseformer-debug sparseformer-dn-s --modes 16-4 --rounds 15
     python benchmarks/speed/streaming.py --minutes 30
 
 RTF is computing time over audio time, extractor included, one stream. The paper that asks (Song et al. 2022, table 5) has 0.1053 for its
-Conformer and 0.0896 for FusionFormer, 1.17x, on another machine. HUBERT_EFF_KERNEL chooses the kernel of the one-bit models, of which the
-packed stream is compared with the simulated one, bit by bit, before anything is timed.
+Conformer and 0.0896 for FusionFormer, 1.17x, on another machine; its mode 16-4, of frames of 40 ms, is 32-4 here. HUBERT_EFF_KERNEL
+chooses the kernel of the one-bit models, of which the packed stream is compared with the simulated one, bit by bit, before anything is
+timed.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from hubert_eff.profiling.precision import at_precision
 from hubert_eff.quant import pack
 from hubert_eff.quant.packing import packed_copy
 from hubert_eff.quant.runtime import kernel_in_use
-from hubert_eff.streaming.stream import StreamingModel, parse_mode
+from hubert_eff.streaming.stream import StreamingModel, mode_seconds, parse_mode
 
 SIZE = {"encoder_layers": 12, "encoder_ffn_embed_dim": 2048, "depthwise_conv_kernel_size": 15, "streaming": True}
 PRESETS = {  # sides, at FusionFormer-S's size
@@ -148,8 +149,11 @@ def main() -> None:
         "clock": "CPU" if args.cpu_time else "wall",
     }
     if args.json:
+        facts["modes"] = {mode: mode_seconds(mode) for mode in args.modes}
         facts["table"] = [dict(zip(("mode", "model", "form", "chunk_ms", "rtf"), line)) for line in table]
     else:
+        for mode in args.modes:
+            print(f"mode {mode}: {mode_seconds(mode)}")
         print(f"{'mode':<8}{'model':<20}{'form':<24}{'chunk ms':>9}{'RTF':>9}")
         for mode, name, form, chunk, rtf in table:
             print(f"{mode:<8}{name:<20}{form:<24}{chunk:>9.2f}{rtf:>9.4f}")

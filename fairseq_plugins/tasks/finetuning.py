@@ -119,7 +119,7 @@ class HubertEffFinetuningTask(SafeTask, FairseqTask):
         limits = limits[0], self._longest(manifest, split, *limits)
         self.note_files(split)
         assert self.alphabet is not None
-        spelled = check_transcripts(texts, source, manifest, self.alphabet, self.model.hubert.num_frames, max(speeds), *limits)
+        spelled = check_transcripts(texts, source, manifest, self.alphabet, self.model.num_frames, max(speeds), *limits)
         checks.check_audio(manifest, cfg.sample_rate, cfg.bad_audio == "skip")
         self.datasets[split] = TranscribedDataset(manifest, spelled, speeds, *limits, cfg.seed, training)
         self.datasets[split].equal_lengths = not training and self.sees_padding

@@ -94,7 +94,7 @@ def gradients(model: Recognizer, wav: Tensor, labels: Sequence[int], head: str =
         config.feature_grad_mult = frozen
         for handle in handles:
             handle.remove()
-    frames = encoded.size(1)
+    frames = model.hubert.num_frames(wav.size(1))
     names = ["input", *map(str, range(len(tapped)))]
     block_rates = model.hubert.encoder.block_rates
     rates = dict(zip(names, [1, block_rates[0], *block_rates], strict=True))  # what enters block 1 has its rate
@@ -170,7 +170,8 @@ def ctc_alignment(model: Recognizer, wav: Tensor, labels: Sequence[int]) -> list
         if label != BLANK:
             spans = [*spans[:-1], (spans[-1][0], t + 1)] if label == before else [*spans, (t, t + 1)]
         before = label
-    return spans
+    rate, frames = model.config.output_downsampling, model.hubert.num_frames(wav.size(1))
+    return [(start * rate, min(end * rate, frames)) for start, end in spans]
 
 
 def segments(model: Recognizer, labels: Sequence[int], spans: Sequence[tuple[int, int]]) -> tuple[list[Segment], list[Segment]]:
@@ -251,7 +252,8 @@ def cross_attention(model: Recognizer, wav: Tensor, labels: Sequence[int]) -> li
     encoded, _ = model.encode(wav)
     letters, _, _ = shifted(torch.tensor([list(labels)]), torch.tensor([len(labels)]), model.alphabet.end)
     model.head(letters, encoded, weights=weights)
-    return [block[0].mean(0)[: len(labels)] for block in weights]
+    rate, frames = model.config.output_downsampling, model.hubert.num_frames(wav.size(1))
+    return [block[0].mean(0)[: len(labels)].repeat_interleave(rate, 1)[:, :frames] for block in weights]
 
 
 # -- inside the blocks -----------------------------------------------------------------------------------------------------

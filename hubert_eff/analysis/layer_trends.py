@@ -73,10 +73,11 @@ class LayerTrends:
         """Everything that runs inside is looked at. The dictionary is filled at the end: layer -> figures of its last call."""
         found: dict[str, Tensor] = {}
         handles = []
+        parts = _output_parts(self.model)
         for name, module in self.model.named_modules():
             if isinstance(module, LAYERS):
                 channel = 1 if isinstance(module, (nn.Conv1d, nn.Conv2d, PositionalConv1d)) else -1
-                handles.append(module.register_forward_hook(_watch(name, channel, found)))
+                handles.append(module.register_forward_hook(_watch(parts.get(name, (name,)), channel, found)))
             elif callable(getattr(module, "projections", None)):
                 handles.append(module.register_forward_pre_hook(_watch_projections(name, module, found)))
         figures: dict[str, Stats] = {}
@@ -90,10 +91,17 @@ class LayerTrends:
             figures.update((name, (row[0], row[1], row[2])) for name, row in zip(found, rows, strict=True))
 
 
-def _watch(name: str, channel: int, found: dict[str, Tensor]) -> Any:
+def _output_parts(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Layers whose output is that of several, side by side, as the modules that hold them declare in `output_parts()`: path -> paths."""
+    declared = {name: module.output_parts() for name, module in model.named_modules() if hasattr(module, "output_parts")}
+    return {f"{name}.{key}": tuple(f"{name}.{part}" for part in parts) for name, keys in declared.items() for key, parts in keys.items()}
+
+
+def _watch(names: tuple[str, ...], channel: int, found: dict[str, Tensor]) -> Any:
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
         if isinstance(output, Tensor) and output.is_floating_point() and output.numel():
-            found[name] = _figures(output, channel)
+            for name, part in zip(names, output.chunk(len(names), channel), strict=True):
+                found[name] = _figures(part, channel)
 
     return hook
 

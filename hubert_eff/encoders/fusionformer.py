@@ -110,6 +110,10 @@ class Attention(nn.Module):
         products = Kind(PRODUCT, form="dense", shapes=shapes)
         return {"qkv_proj": Kind(PROJECTION), "products": products, "out_proj": Kind(PROJECTION)}
 
+    def output_parts(self) -> Mapping[str, tuple[str, ...]]:
+        """See `analysis.layer_trends`: the paper's figures have rows of queries, keys and values."""
+        return {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
+
     def channels_first(self) -> GridAttention:
         """See `layers.grid`."""
         return GridAttention(self.qkv_proj, self.out_proj, self.heads)

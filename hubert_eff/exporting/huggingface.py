@@ -102,6 +102,9 @@ def _require_ctc(recognizer: Recognizer) -> None:
         raise UserError("its attention decoder has no place in transformers' classes: --encoder-only leaves decoder and CTC layer out")
     if not is_native(recognizer.hubert):
         raise UserError("transformers has a CTC layer for the Transformer alone: --encoder-only leaves it out, the checkpoint keeps it")
+    if recognizer.config.output_downsampling > 1:
+        rate = recognizer.config.output_downsampling
+        raise UserError(f"its output_downsampling={rate} has no place in transformers' classes: --encoder-only leaves the CTC layer out")
     recognizer.check_ctc()
 
 

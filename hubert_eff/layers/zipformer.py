@@ -291,17 +291,13 @@ def skipped(x: Tensor, rate: float) -> Tensor:
     return x * x.new_empty(x.size(0), *(1,) * (x.dim() - 1)).bernoulli_(1.0 - rate)
 
 
-class RateChange(nn.Module):
-    """Into a stack of 1 / rate of the frames, by a learned average of `rate` frames, and back, by repetition and a bypass.
+class Downsample(nn.Module):
+    """1 / rate of the frames, by a learned average of `rate` frames. At rate 1 nothing is done, and there are no parameters."""
 
-    At rate 1 nothing is done, and there are no parameters.
-    """
-
-    def __init__(self, dim: int, rate: int) -> None:
+    def __init__(self, rate: int) -> None:
         super().__init__()
         self.rate = rate
         self.log_shares = nn.Parameter(torch.zeros(rate)) if rate > 1 else None
-        self.bypass = Bypass(dim) if rate > 1 else None
 
     def down(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
         """(B, T, C) -> (B, ceil(T / rate), C). Past the last valid frame (or T) that frame is repeated, so that padding has no share."""
@@ -316,6 +312,14 @@ class RateChange(nn.Module):
         shares = self.log_shares.softmax(0).to(x.dtype)
         groups = x.view(x.size(0), -1, self.rate, x.size(2))
         return (groups * shares[:, None]).sum(2)
+
+
+class RateChange(Downsample):
+    """Into a stack of 1 / rate of the frames, and back, by repetition and a bypass."""
+
+    def __init__(self, dim: int, rate: int) -> None:
+        super().__init__(rate)
+        self.bypass = Bypass(dim) if rate > 1 else None
 
     def up(self, x: Tensor, before: Tensor) -> Tensor:
         """x (B, ceil(T / rate), C), before (B, T, C) -> (B, T, C)."""

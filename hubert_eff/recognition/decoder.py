@@ -94,10 +94,13 @@ class AttentionDecoder(nn.Module):
     """Letters so far (B, U) and encoder output (B, T, D) -> scores of the next letter (B, U, V).
 
     Embedding times sqrt(D), sinusoids of the position, blocks (Vaswani et al. 2017, section 3), with pre-LN a LayerNorm at the end.
+    `right` is None, or a second decoder beside it that says texts from their end (U2++, Wu et al. 2021, section 2.1); its letters are those
+    of `backwards`.
     """
 
     def __init__(self, vocabulary: int, dim: int, layers: int, inner: int, heads: int, dropout: float, norm: str) -> None:
         super().__init__()
+        self.right: AttentionDecoder | None = None
         self.embedding = nn.Embedding(vocabulary, dim)
         nn.init.normal_(self.embedding.weight, std=dim**-0.5)
         self.layers = nn.ModuleList([DecoderBlock(dim, inner, heads, dropout, norm) for _ in range(layers)])
@@ -148,3 +151,9 @@ def shifted(targets: Tensor, lengths: Tensor, end: int) -> tuple[Tensor, Tensor,
     letters = targets.masked_fill(place[None, :longest] >= lengths[:, None], end)
     edge = letters.new_full((batch, 1), end)
     return torch.cat((edge, letters), 1), torch.cat((letters, edge), 1), place[None] <= lengths[:, None]
+
+
+def backwards(targets: Tensor, lengths: Tensor) -> Tensor:
+    """Targets (B, U) of `lengths` (B,) from their ends; what is filler behind them means nothing."""
+    place = lengths[:, None] - 1 - torch.arange(targets.size(1), device=targets.device)
+    return targets.gather(1, place.clamp(min=0))

@@ -20,10 +20,11 @@ from ..encoders.registry import encoder_of, preset_config, stored_config
 from ..errors import UserError, unknown
 from ..layers.dropout import Dropout
 from ..layers.linear import Linear
+from ..layers.zipformer import Downsample
 from ..models.hubert import HEADS, HubertModel, normalize_waveform
 from ..models.output import RecognizerOutput
 from .alphabet import BLANK, Alphabet, frames_needed
-from .decoder import AttentionDecoder, shifted
+from .decoder import AttentionDecoder, backwards, shifted
 
 # encoder keys that fine-tuning may set: they change no weight
 TRAINING_KEYS = (
@@ -34,17 +35,24 @@ TRAINING_KEYS = (
 )  # fmt: skip
 # sizes of recognizers that papers train: encoder preset, encoder keys that differ, decoder keys
 PRESETS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    f"{encoder}-{layers}+6": (
+    f"{encoder}-{layers}+{decoders}": (
         preset,
-        {"encoder_layers": layers, "encoder_embed_dim": dim, "encoder_ffn_embed_dim": 2048, "encoder_attention_heads": heads, **more},
-        {"decoder_layers": 6, "decoder_ffn_embed_dim": 2048, "decoder_attention_heads": heads, "decoder_norm": norm},
+        {
+            "encoder_layers": layers, "encoder_embed_dim": dim, "encoder_ffn_embed_dim": 2048, "encoder_attention_heads": heads, **more,
+            **({"conv_module_expansion": 2} if encoder == "fusionformer" and decoders == "3+3" else {}),
+        },
+        {
+            "decoder_layers": 6 if decoders == "6" else 3, "decoder_right_layers": 0 if decoders == "6" else 3,
+            "decoder_ffn_embed_dim": 2048, "decoder_attention_heads": heads, "decoder_norm": norm,
+        },
     )
     for encoder, preset, norm, more in (
         ("fusionformer", "fusionformer-s", "batch_norm", {}),
         ("conformer", "conformer-s", "layer_norm", {"depthwise_conv_kernel_size": 15}),
     )
     for layers, dim, heads in ((12, 256, 4), (16, 384, 6))
-}
+    for decoders in ("6", "3+3")  # 3+3: U2++'s two; with 4,233 symbols these have the 48 and 98 million parameters that are printed
+}  # fmt: skip
 
 
 DROPOUT = Bounds(least=0, below=1)
@@ -71,9 +79,18 @@ class RecognizerConfig:
     decoder_norm: str = option(
         "layer_norm", "LayerNorm before each of its modules, or BatchNorm after each linear layer", ("layer_norm", "batch_norm")
     )
+    decoder_right_layers: int = option(
+        0, "blocks of a second decoder that says texts from their end, as in U2++; 0 is none", bounds=Bounds(0, MOST_LAYERS)
+    )
+    decoder_reverse_weight: float = option(0.3, "weight of the second decoder in the loss and in rescoring", bounds=PROBABILITY)
+    output_downsampling: int = option(
+        1, "frames of 20 ms per frame that CTC layer and decoder read, by a learned average; hidden states stay", bounds=Bounds(1, 8)
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.decoder_right_layers and not self.decoder_layers:
+            raise UserError(f"decoder_right_layers={self.decoder_right_layers} needs a first decoder beside it: set decoder_layers above 0")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RecognizerConfig:
@@ -106,6 +123,7 @@ class Recognizer(nn.Module):
         self.hubert = HubertModel(config.hubert())
         self.hubert.heads = HEADS[bool(config.decoder_layers)]
         dim = self.hubert.config.encoder_embed_dim
+        self.downsample = Downsample(config.output_downsampling)
         self.final_dropout = Dropout(config.final_dropout)
         self.ctc_proj = Linear(dim, len(self.alphabet))
         self.decoder: AttentionDecoder | None = None
@@ -115,6 +133,13 @@ class Recognizer(nn.Module):
                 raise UserError(f"decoder_attention_heads={config.decoder_attention_heads} does not divide the encoder's dimension {dim}")
             self.decoder = AttentionDecoder(
                 len(self.alphabet) + 1, dim, config.decoder_layers, config.decoder_ffn_embed_dim, config.decoder_attention_heads,
+                config.decoder_dropout, config.decoder_norm,
+            )  # fmt: skip
+        if config.decoder_right_layers:
+            if not isinstance(self.decoder, AttentionDecoder):
+                raise UserError(f"decoder_right_layers={config.decoder_right_layers} is for Transformer decoders: set it to 0")
+            self.decoder.right = AttentionDecoder(
+                len(self.alphabet) + 1, dim, config.decoder_right_layers, config.decoder_ffn_embed_dim, config.decoder_attention_heads,
                 config.decoder_dropout, config.decoder_norm,
             )  # fmt: skip
 
@@ -146,9 +171,23 @@ class Recognizer(nn.Module):
     # -- inference ---------------------------------------------------------------------------------------------------
 
     def encode(self, wav: Tensor, padding_mask: Tensor | None = None, **chunks: Any) -> tuple[Tensor, Tensor]:
-        """Audio (B, S) -> encoder output (B, T, D) and its padding (B, T). `chunks`: chunk_size and left_chunks of `hidden_states`."""
+        """Audio (B, S) -> what CTC layer and decoder read, (B, T / output_downsampling, D), and its padding, (B, T / output_downsampling).
+
+        chunks: chunk_size and left_chunks of `hidden_states`. Raises `UserError` for chunks that no whole frame of the heads fits.
+        """
+        size = chunks.get("chunk_size")
+        if size and size % self.downsample.rate:
+            raise UserError(f"chunk_size={size} must be a multiple of output_downsampling={self.downsample.rate}")
         states, padding = self.hubert.hidden_states(wav, padding_mask, **chunks)
-        return states[-1], padding
+        return self.for_heads(states[-1], ~padding), padding[:, :: self.downsample.rate]
+
+    def for_heads(self, encoded: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Encoder output (B, T, D), of which frames (B, T) are valid, at the rate that CTC layer and decoder read."""
+        return self.downsample.down(encoded, valid)
+
+    def num_frames(self, samples: int) -> int:
+        """Frames of an utterance of so many samples that CTC layer and decoder read."""
+        return -(-self.hubert.num_frames(samples) // self.downsample.rate)
 
     def ctc_log_probs(self, encoded: Tensor) -> Tensor:
         """(B, T, D) -> log-probabilities of blank and letters (B, T, V). Raises `UserError` if the layer has learned nothing."""
@@ -169,6 +208,8 @@ class Recognizer(nn.Module):
             masked = self.config.apply_mask and self.training
             output = self.hubert(source, padding_mask=padding_mask, mask=masked, features_only=True, sample_ids=sample_ids)
         encoded, padding = output.x, output.padding_mask
+        encoded = self.for_heads(encoded, None if padding is None else ~padding)
+        padding = None if padding is None else padding[:, :: self.downsample.rate]
         result = RecognizerOutput(encoded.new_zeros((), dtype=torch.float32))
         if self.learns_ctc:
             lengths = torch.full_like(target_lengths, encoded.size(1)) if padding is None else (~padding).sum(1)
@@ -177,16 +218,28 @@ class Recognizer(nn.Module):
             result = RecognizerOutput(loss, loss.detach(), log_probs.detach(), lengths)
         if self.decoder is None:
             return result
-        letters, wanted, valid = shifted(targets, target_lengths, self.alphabet.end)
-        scores = self.decoder(letters, encoded, padding, valid)[valid].float()  # (N, V)
-        attention = F.cross_entropy(scores, wanted[valid], reduction="sum", label_smoothing=self.config.label_smoothing)
+        attention, result.correct, result.count = self._says(self.decoder, targets, target_lengths, encoded, padding)
+        if self.config.decoder_right_layers:
+            weight, right = self.config.decoder_reverse_weight, self.decoder.right
+            assert right is not None
+            reverse = self._says(right, backwards(targets, target_lengths), target_lengths, encoded, padding)[0]
+            attention = (1 - weight) * attention + weight * reverse
         result.loss = self.config.ctc_weight * result.loss + (1 - self.config.ctc_weight) * attention
-        result.loss_attention, result.correct, result.count = attention.detach(), (scores.argmax(-1) == wanted[valid]).sum(), valid.sum()
+        result.loss_attention = attention.detach()
         return result
+
+    def _says(
+        self, decoder: nn.Module, targets: Tensor, lengths: Tensor, encoded: Tensor, padding: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A decoder's loss, a sum over letters, and how many of how many letters it has right after the true ones."""
+        letters, wanted, valid = shifted(targets, lengths, self.alphabet.end)
+        scores = decoder(letters, encoded, padding, valid)[valid].float()  # (N, V)
+        loss = F.cross_entropy(scores, wanted[valid], reduction="sum", label_smoothing=self.config.label_smoothing)
+        return loss, (scores.argmax(-1) == wanted[valid]).sum(), valid.sum()
 
     def check_length(self, numbers: list[int], samples: int, where: str) -> None:
         """Raise `UserError` if a text is longer than its audio allows."""
-        frames = self.hubert.num_frames(samples)
+        frames = self.num_frames(samples)
         if frames_needed(numbers) > frames:
             raise UserError(too_long(where, numbers, frames))
 
@@ -194,7 +247,7 @@ class Recognizer(nn.Module):
 def too_long(where: str, numbers: list[int], frames: int) -> str:
     """What to say of a transcript that is longer than its audio allows."""
     return (
-        f"{where}: {len(numbers)} letters need {frames_needed(numbers)} frames of 20 ms, one each and one between equal neighbors, but "
+        f"{where}: {len(numbers)} letters need {frames_needed(numbers)} frames, one each and one between equal neighbors, but "
         f"the audio has {max(frames, 0)}: correct the transcript, or leave the recording out"
     )
 

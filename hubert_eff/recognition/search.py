@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import UserError, unknown
 from .alphabet import BLANK
-from .decoder import shifted
+from .decoder import backwards, shifted
 from .model import Recognizer
 
 SEARCHES = ("greedy", "beam", "rescore")
@@ -77,15 +77,26 @@ def prefix_beam(log_probs: Tensor, beam: int) -> list[tuple[tuple[int, ...], flo
 
 @torch.no_grad()
 def decoder_scores(model: Recognizer, encoded: Tensor, texts: Sequence[Sequence[int]]) -> list[float]:
-    """log p(text | audio) of N texts under the attention decoder; encoded (1, T, D), all frames valid."""
+    """log p(text | audio) of N texts under the attention decoder; encoded (1, T, D), all frames valid.
+
+    With a second decoder its log p of the texts from their end counts as in training, by `decoder_reverse_weight` (U2++, equation 4).
+    """
     lengths = torch.tensor([len(t) for t in texts], device=encoded.device)
     targets = torch.full((len(texts), max(1, int(lengths.max()))), BLANK, device=encoded.device)
     for row, text in enumerate(texts):
         targets[row, : len(text)] = torch.tensor(text, dtype=torch.long)
-    letters, wanted, valid = shifted(targets, lengths, model.alphabet.end)
-    scores = model.head(letters, encoded.expand(len(texts), -1, -1), None, valid).float().log_softmax(-1)
-    chosen = scores.gather(-1, wanted[..., None]).squeeze(-1)  # (N, U + 1)
-    return chosen.masked_fill(~valid, 0.0).sum(1).tolist()  # type: ignore[no-any-return]
+    memory, end = encoded.expand(len(texts), -1, -1), model.alphabet.end
+
+    def of(decoder: Any, said: Tensor) -> Tensor:
+        letters, wanted, valid = shifted(said, lengths, end)
+        scores = decoder(letters, memory, None, valid).float().log_softmax(-1)
+        chosen: Tensor = scores.gather(-1, wanted[..., None]).squeeze(-1)  # (N, U + 1)
+        return chosen.masked_fill(~valid, 0.0).sum(1)
+
+    scores = of(model.head, targets)
+    if model.config.decoder_right_layers:
+        scores = torch.lerp(scores, of(model.head.right, backwards(targets, lengths)), model.config.decoder_reverse_weight)
+    return scores.tolist()
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from ..models.hubert import HubertModel
 from ..quant.packing import packed_copy
 from ..quant.storage import is_packed
 from ..utils.files import replacing
-from .stream import StreamingModel, parse_mode
+from .stream import StreamingModel, mode_seconds, parse_mode
 
 PIECE = 0.1  # seconds of audio that are read at a time
 STDIN = "-"
@@ -54,11 +54,12 @@ class StreamReport:
 
     def plain(self) -> dict[str, Any]:
         """For JSON."""
-        return {**asdict(self), "rtf": self.rtf}
+        return {**asdict(self), "mode_seconds": mode_seconds(self.mode), "rtf": self.rtf}
 
     def __str__(self) -> str:
         return (
-            f"{self.seconds:.1f} s in {self.chunks} chunks (mode {self.mode}), {self.frames} frames: RTF {self.rtf:.4f}; "
+            f"{self.seconds:.1f} s in {self.chunks} chunks, {self.frames} frames (mode {self.mode}: {mode_seconds(self.mode)}): RTF "
+            f"{self.rtf:.4f}; "
             f"a chunk waits {1e3 * self.latency:.0f} ms for its audio and takes {self.chunk_ms:.1f} ms (slowest {self.slowest_ms:.1f} ms); "
             f"{self.state_elements:,} numbers kept"
         )

@@ -18,7 +18,8 @@ from ..layers.chunks import Chunks
 from ..models.extractor import check_audio, check_samples, receptive_field
 from ..models.hubert import HubertModel
 
-# (chunk_size, left_chunks) of the ways to decode that FusionFormer's table 2 compares, in frames and chunks
+# (chunk_size, left_chunks) of the ways to decode that FusionFormer's table 2 compares, in frames of 20 ms and chunks. The paper's frames
+# are behind a front that has 40 ms each: its 16-4 lasts as long as 32-4 here.
 MODES: dict[str, tuple[int | None, int]] = {"16-4": (16, 4), "16-inf": (16, -1), "full": (None, -1)}
 
 
@@ -30,6 +31,15 @@ def parse_mode(text: str) -> tuple[int | None, int]:
     if not size.isdecimal() or not (left.isdecimal() or left == "inf"):
         raise unknown("mode (FRAMES-CHUNKS, such as 16-4, or 16-inf, or full)", text, MODES)
     return int(size), -1 if left == "inf" else int(left)
+
+
+def mode_seconds(text: str) -> str:
+    """A mode in words: how long a chunk is, and what it attends to before it. Raises `UserError` as `parse_mode` does."""
+    size, left = parse_mode(text)
+    if size is None:
+        return "the whole utterance"
+    chunk = size * FRAME_STRIDE / SAMPLE_RATE
+    return f"chunks of {chunk:g} s, with {'all' if left < 0 else f'{left * chunk:g} s'} before them"
 
 
 @dataclass

@@ -263,7 +263,7 @@ def test_ctc_alignment_and_segments() -> None:
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [
-        ("AB" * 40, [], "a.wav: 80 letters need 80 frames of 20 ms"),
+        ("AB" * 40, [], "a.wav: 80 letters need 80 frames, one each"),
         ("ZAB", [], "the text has 'Z', which is not in the dictionary of 4 letters: |ABC"),
         ("...", [], "the text is empty"),
         ("AB", ["--layer", "7"], "unknown value of --layer '7'"),

@@ -12,6 +12,7 @@ import torch
 import hubert_eff
 from hubert_eff import cli
 from hubert_eff.analysis.layer_trends import LayerTrends, Record, TrendLog, alarms, by_block, look, place, read_trends
+from hubert_eff.encoders.base import Frames
 from hubert_eff.errors import UserError
 
 PRESETS = [p for p in hubert_eff.list_presets() if p.endswith("-debug")]
@@ -40,7 +41,8 @@ def test_every_linear_and_convolutional_layer_is_seen(preset: str) -> None:
     record = look(model, 7)
     kinds = ("DepthwiseConv", "PositionalConv1d")
     layers = {name for name, m in model.encoder.named_modules() if isinstance(m, torch.nn.Linear) or type(m).__name__ in kinds}
-    assert layers == set(record.layers) and record.update == 7
+    parts = {name.replace("qkv_proj", part) for name in layers if "qkv_proj" in name for part in ("q_proj", "k_proj", "v_proj")}
+    assert {name for name in layers if "qkv_proj" not in name} | parts == set(record.layers) and record.update == 7
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()) and model.training
     assert look(model, 7) == record  # the same input each time
     blocks = by_block(record.layers)
@@ -55,6 +57,18 @@ def test_projections_computed_as_one_product_are_told_apart() -> None:
     for key in ("q_proj", "k_proj", "v_proj"):
         y = getattr(block.self_attn, key)(x)
         assert figures[f"self_attn.{key}"][1] == pytest.approx(float(y.var(correction=0)), rel=1e-4)
+
+
+def test_queries_keys_and_values_of_a_fusionformer_have_rows_of_their_own() -> None:
+    block = hubert_eff.build("fusionformer-debug").eval().encoder.layers[0]
+    x = torch.randn(1, 9, 64)
+    with LayerTrends(block).watching() as figures:
+        block(x, Frames())
+    with torch.no_grad():
+        y = block.self_attn.qkv_proj(torch.add(x, block.ffn1(x, None), alpha=0.5))
+    for part, key in zip(y.chunk(3, -1), ("q_proj", "k_proj", "v_proj")):
+        assert figures[f"self_attn.{key}"][1] == pytest.approx(float(part.var(correction=0)), rel=1e-4)
+    assert "self_attn.qkv_proj" not in figures
 
 
 def test_alarms() -> None:

@@ -137,7 +137,8 @@ def test_fused_recognizer_says_the_same() -> None:
 
 
 def test_presets_of_papers_have_their_sizes() -> None:
-    assert set(PRESETS) == {"fusionformer-12+6", "fusionformer-16+6", "conformer-12+6", "conformer-16+6"}
+    sizes = [f"{size}+{decoders}" for size in (12, 16) for decoders in ("6", "3+3")]
+    assert set(PRESETS) == {f"{encoder}-{size}" for encoder in ("fusionformer", "conformer") for size in sizes}
     with torch.device("meta"):
         model = build_recognizer("fusionformer-16+6", LETTERS)
     assert len(model.hubert.encoder.layers) == 16 and len(model.head.layers) == 6 and model.head.embedding.embedding_dim == 384
