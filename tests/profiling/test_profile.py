@@ -137,7 +137,7 @@ def test_every_encoder_is_counted_and_twice_the_same(encoder):
     assert narrow.macs_by_bits.get((16, 16), 0) > 0.99 * narrow.macs  # a table of positions may stay wider
 
 
-LARGE = ("-m", "-ml", "-l")  # these add seconds, and differ from the small ones in their sizes only
+LARGE = ("-m", "-ml", "-l", "-flat", "-16x384")  # these add seconds, and differ from the small ones in their sizes only
 
 
 @pytest.mark.parametrize("preset", [pytest.param(p, marks=pytest.mark.long) if p.endswith(LARGE) else p for p in hubert_eff.list_presets()])
