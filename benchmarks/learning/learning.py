@@ -16,6 +16,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,22 +43,23 @@ def parameters(encoder: str) -> int:
     return sum(p.numel() for p in model.parameters()) - model.config.codebook_dim
 
 
-def train(encoder: str, data: Path, labels: Path, updates: int, out: Path) -> dict[str, Any]:
-    """One run; its figures. `RuntimeError` with the end of the log if it fails."""
+def train(encoder: str, data: Path, labels: Path, updates: int, out: Path, overrides: Sequence[str] = (), name: str = "") -> dict[str, Any]:
+    """One run, called `name` (default: as its encoder); its figures. `RuntimeError` with the end of the log if it fails."""
+    name = name or encoder
     command = [
         sys.executable, "-m", "fairseq_cli.hydra_train", "--config-dir", str(config_dir() / "pretrain"),
         "--config-name", config_name(encoder), f"common.user_dir={plugin_dir()}", f"task.data={data}", f"task.label_dir={labels}",
-        f"optimization.max_update={updates}", f"dataset.validate_interval_updates={updates}", f"checkpoint.save_dir={out / encoder}",
-        "checkpoint.no_save=true", "common.log_format=json", "common.log_interval=10",
+        f"optimization.max_update={updates}", f"dataset.validate_interval_updates={updates}", f"checkpoint.save_dir={out / name}",
+        "checkpoint.no_save=true", "common.log_format=json", "common.log_interval=10", *overrides,
     ]  # fmt: skip
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONWARNINGS": "ignore"}
     out.mkdir(parents=True, exist_ok=True)
-    log = out / f"{encoder}.log"
+    log = out / f"{name}.log"
     with log.open("w", encoding="utf-8") as stream:
         code = subprocess.run(command, check=False, stdout=stream, stderr=subprocess.STDOUT, env=environment).returncode
     lines = log.read_text(encoding="utf-8").splitlines()
     if code:
-        raise RuntimeError(f"{encoder} ended with exit code {code}; the end of {log}:\n" + "\n".join(lines[-5:]))
+        raise RuntimeError(f"{name} ended with exit code {code}; the end of {log}:\n" + "\n".join(lines[-5:]))
     inner, valid = records(lines, "[train_inner]"), records(lines, "[valid]")[-1]
     first, last = inner[0], inner[-1]  # the start of the run is not its speed
     seconds = float(last["wall"]) - float(first["wall"])

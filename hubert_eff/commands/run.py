@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stream", metavar="MODE",
         help="one 16 kHz file, or - for raw 16-bit PCM on standard input, chunk by chunk: frames of a chunk and chunks before it that are "
-        "seen, such as 16-4 or 16-inf; prints the real-time factor",
+        "seen, such as 16-4 (chunks of 0.32 s) or 16-inf; prints the real-time factor",
     )  # fmt: skip
     parser.add_argument(
         "--layer", type=int, metavar="L",
