@@ -80,7 +80,7 @@ class ZipformerConfig(HubertConfig):
     zipformer_position_dim: int = option(4, "dimension of a head's positional queries", bounds=COUNT)
     zipformer_table_dim: int = option(48, "dimension of the table of relative positions; even", bounds=COUNT)
 
-    # what the paper takes away or exchanges (its section 4.0.3)
+    # what the paper takes away or exchanges (its tables 5 and 6)
     zipformer_block: str = option("zipformer", "blocks: Zipformer's, or two Conformer blocks for each", ("zipformer", "conformer"))
     zipformer_nonlinear_attention: bool = option(True, "nonlinear attention in every block")
     zipformer_share_weights: bool = option(True, "attention weights of a block computed once; false: anew for the second self-attention")
@@ -361,7 +361,7 @@ ZIPFORMER = {
             "zipformer_dims": "192,256,512,768,512,256",
             "zipformer_ffn_dims": "512,768,1536,2048,1536,768",
         },
-        # without temporal downsampling (section 4.0.3); the paper runs it at 25 Hz
+        # without temporal downsampling (table 5); the paper runs it at 25 Hz
         "zipformer-m-flat": {
             **ZIPFORMER,
             "encoder_layers": 12,

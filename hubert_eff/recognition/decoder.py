@@ -94,7 +94,7 @@ class AttentionDecoder(nn.Module):
     """Letters so far (B, U) and encoder output (B, T, D) -> scores of the next letter (B, U, V).
 
     Embedding times sqrt(D), sinusoids of the position, blocks (Vaswani et al. 2017, section 3), with pre-LN a LayerNorm at the end.
-    `right` is None, or a second decoder beside it that says texts from their end (U2++, Wu et al. 2021, section 2.1); its letters are those
+    `right` is None, or a second decoder beside it that says texts from their end (U2++, Wu et al. 2021); its letters are those
     of `backwards`.
     """
 

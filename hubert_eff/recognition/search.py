@@ -79,7 +79,7 @@ def prefix_beam(log_probs: Tensor, beam: int) -> list[tuple[tuple[int, ...], flo
 def decoder_scores(model: Recognizer, encoded: Tensor, texts: Sequence[Sequence[int]]) -> list[float]:
     """log p(text | audio) of N texts under the attention decoder; encoded (1, T, D), all frames valid.
 
-    With a second decoder its log p of the texts from their end counts as in training, by `decoder_reverse_weight` (U2++, equation 4).
+    With a second decoder its log p of the texts from their end counts as in training, by `decoder_reverse_weight` (U2++, Wu et al. 2021).
     """
     lengths = torch.tensor([len(t) for t in texts], device=encoded.device)
     targets = torch.full((len(texts), max(1, int(lengths.max()))), BLANK, device=encoded.device)
