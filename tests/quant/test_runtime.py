@@ -11,6 +11,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,21 @@ def test_threads_change_nothing(kernel: str) -> None:
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def test_four_threads_of_python_give_the_bits_of_one() -> None:
+    torch.manual_seed(0)
+    packed = pack(hubert_eff.build("conformer-debug+w1a1").eval())
+    waves = [torch.randn(1, 16000 + 320 * i) for i in range(4)]
+
+    def states(wav: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return packed.hidden_states(wav)[0][-1]
+
+    alone = [states(wav) for wav in waves]
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(5):
+            assert all(torch.equal(a, b) for a, b in zip(alone, threads.map(states, waves)))
 
 
 def test_operands_of_the_wrong_shape_are_refused(kernel: str) -> None:
