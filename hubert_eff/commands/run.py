@@ -13,7 +13,13 @@ from ..errors import UserError, printable
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `hubert-eff run`."""
     parser.add_argument("model", metavar="FILE|CHECKPOINT|PRESET", help="an export, a checkpoint, or a preset (with random weights)")
-    parser.add_argument("audio", nargs="+", type=Path, metavar="AUDIO", help="wav, flac, ogg or mp3, of any rate")
+    parser.add_argument(
+        "audio",
+        nargs="+",
+        type=Path,
+        metavar="AUDIO",
+        help="wav, flac, ogg or mp3 files of any rate, folders of such, manifests (train.tsv)",
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="features.npz, or .pt: a dict of tensors; of a stream .npy, or none")
     parser.add_argument(
         "--stream", metavar="MODE",

@@ -9,7 +9,6 @@ import os
 import shutil
 import tempfile
 import zipfile
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from ..checkpoints.open import open_model
 from ..config import FRAME_STRIDE, SAMPLE_RATE
 from ..data.audio import FOREIGN_SUFFIXES, Checked, Unusable, check, read_mono
+from ..data.inputs import recordings
 from ..errors import UnusableFile, UserError, missing_extra
 from ..models.extractor import ConvBlock, TimeNorm, receptive_field
 from ..models.hubert import HubertModel
@@ -66,7 +66,8 @@ def extract(
 ) -> list[Recording]:  # fmt: skip
     """Write the hidden states of audio files, of any rate, to `out`: an .npz or a .pt file (a dict of tensors) with one float32 array each.
 
-    Its name there is the file's below the folder that all have in common, without suffix. layer: that state only, (T, D), 0 being what
+    files: audio files, folders of such, manifests (SPLIT.tsv). A name in `out` is the file's without folder and suffix; of a folder's or a
+    manifest's file, its path below (`data.inputs.recordings`). layer: that state only, (T, D), 0 being what
     enters block 1; None: all of them, (L + 1, T, D). batch: so many files at a time at most; those of different lengths share one only
     where padding changes nothing. window: recordings of more seconds are computed in windows of that length, 0: in one piece. .npz is
     written array by array; .pt holds all of them in memory at the end.
@@ -78,12 +79,13 @@ def extract(
     """
     target = Path(out)
     _check_options(target, files, batch, window)
-    keys = _keys([Path(file) for file in files])
+    given = recordings(files)
+    keys = [key for _, key in given]
     hubert = evaluation_copy(model) if isinstance(model, HubertModel) else open_model(model)
     depth = len(hubert.encoder.layers)
     if layer is not None and not 0 <= layer <= depth:
         raise UserError(f"layer {layer} is not there: this model has hidden states 0 to {depth}")
-    items = _usable(files, keys, hubert, left_out)
+    items = _usable(given, hubert, left_out)
     _check_space(target, [item.frames * (depth + 1 if layer is None else 1) * hubert.config.encoder_embed_dim * 4 for item in items])
     results: dict[str, Recording] = {}
     total = sum(item.checked.samples for item in items)
@@ -130,36 +132,16 @@ def _check_options(target: Path, files: Sequence[str | os.PathLike[str]], batch:
         raise UserError(f"batch={batch} must be at least 1")
     if not (window == 0 or SHORTEST <= window <= 3600):
         raise UserError(f"window={window:g} must be {SHORTEST:g} to 3600 seconds, or 0: in one piece, however long")
-    if not files:
-        raise UserError("no audio files are given")
     writable(target.parent)
 
 
-def _keys(files: list[Path]) -> list[str]:
-    """Unique names: paths below the common folder, without suffix unless two would be the same, even so (x.wav, x.flac, x.wav.flac)."""
-    resolved = [Path(os.path.abspath(file)) for file in files]
-    times = Counter(resolved)
-    for file, path in zip(files, resolved):
-        if times[path] > 1:
-            raise UserError(f"{file} is given twice")
-    common = os.path.commonpath([path.parent for path in resolved])
-    # bytes that are no UTF-8, which a name in an archive cannot hold, are spelled out
-    names = [Path(os.fsencode(path.relative_to(common)).decode("utf-8", "backslashreplace")) for path in resolved]
-    short = [name.with_suffix("").as_posix() for name in names]
-    times_short = Counter(short)
-    keys = [name.as_posix() if times_short[key] > 1 else key for name, key in zip(names, short)]
-    return keys if len(set(keys)) == len(keys) else [name.as_posix() for name in names]
-
-
-def _usable(
-    files: Sequence[str | os.PathLike[str]], keys: Sequence[str], model: HubertModel, left_out: Callable[[str], object] | None
-) -> list[_Item]:
+def _usable(given: Sequence[tuple[Path, str]], model: HubertModel, left_out: Callable[[str], object] | None) -> list[_Item]:
     """The files that can be used. The others are reported to `left_out`; raises `UserError` for the first without it, or if no file can."""
     items, faults = [], []
-    with progress("checking", len(files)) as advance:
-        for file, key in zip(files, keys):
+    with progress("checking", len(given)) as advance:
+        for path, key in given:
             try:
-                items.append(_item(Path(file), key, model))
+                items.append(_item(path, key, model))
             except UnusableFile as fault:
                 if left_out is None:
                     raise
@@ -176,7 +158,7 @@ def _usable(
 def _item(path: Path, key: str, model: HubertModel) -> _Item:
     try:
         if path.is_dir():
-            raise UnusableFile(f"{path} is a folder: name the audio files in it")
+            raise UnusableFile(f"no recording in the folder {path}")
         if not path.is_file():
             raise UnusableFile(f"{path} is no regular file" if path.exists() else f"no audio file at {path}")
         if path.suffix.lower() in FOREIGN_SUFFIXES:

@@ -14,6 +14,7 @@ import torch
 
 import hubert_eff
 from hubert_eff.cli import main
+from hubert_eff.data.manifest import Options, make_manifest
 from hubert_eff.errors import UserError
 from hubert_eff.inference.extraction import extract
 from hubert_eff.models.hubert import HubertModel
@@ -57,7 +58,7 @@ def test_a_batch_equals_one_by_one(audio: list[Path], tmp_path: Path) -> None:
         ours = model(preset, **keys)
         together = extract(ours, audio, tmp_path / "together.npz")
         extract(ours, audio, tmp_path / "apart.npz", batch=1)
-        assert [recording.key for recording in together] == ["a/x", "a/y", "b/x", "b/z"]
+        assert [recording.key for recording in together] == ["a/x.wav", "y", "b/x.wav", "z"]
         with np.load(tmp_path / "together.npz") as a, np.load(tmp_path / "apart.npz") as b:
             for recording in together:
                 frames = (round(recording.seconds * 16_000) - 400) // 320 + 1
@@ -67,7 +68,7 @@ def test_a_batch_equals_one_by_one(audio: list[Path], tmp_path: Path) -> None:
         wav, _ = soundfile.read(audio[3], dtype="float32")
         states, _ = ours.hidden_states(torch.from_numpy(wav)[None])
         with np.load(tmp_path / "apart.npz") as b:
-            np.testing.assert_allclose(b["b/z"], torch.stack(states)[:, 0].detach().numpy(), atol=2e-5)
+            np.testing.assert_allclose(b["z"], torch.stack(states)[:, 0].detach().numpy(), atol=2e-5)
 
 
 def test_a_packed_file_runs_as_the_model_does(audio: list[Path], tmp_path: Path) -> None:
@@ -78,7 +79,7 @@ def test_a_packed_file_runs_as_the_model_does(audio: list[Path], tmp_path: Path)
     extract(file, wavs, tmp_path / "packed.pt", layer=2)
     tensors = torch.load(tmp_path / "packed.pt", weights_only=True)
     with np.load(tmp_path / "simulated.npz") as arrays:
-        assert set(arrays) == set(tensors) == {"a/x", "b/z"}
+        assert set(arrays) == set(tensors) == {"x", "z"}
         for key in arrays:
             assert arrays[key].ndim == 2 and np.array_equal(arrays[key], tensors[key].numpy())
 
@@ -104,7 +105,7 @@ def test_command(audio: list[Path], tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main([*command, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["bytes"] == out.stat().st_size
-    assert said["recordings"][0] == {"file": "x.wav", "key": "a/x", "seconds": 1.3, "frames": 64, "windows": 1}
+    assert said["recordings"][0] == {"file": "x.wav", "key": "x", "seconds": 1.3, "frames": 64, "windows": 1}
     assert main(command) == 0
     assert "hidden state 1 of 2 recordings, 3.2 s, 158 frames" in capsys.readouterr().out
 
@@ -143,7 +144,7 @@ def test_audio_that_cannot_be_used(name: str, tmp_path: Path, capsys: Any, monke
     "words, message",
     [
         (["transformer-debug", "absent.wav", "--out", "f.npz"], "no audio file at absent.wav"),
-        (["transformer-debug", ".", "--out", "f.npz"], ". is a folder: name the audio files in it"),
+        (["transformer-debug", "folder.npz", "--out", "f.npz"], "no recording in the folder folder.npz"),
         (["transformer-debug", "{0}", "--out", "f.csv"], "must end in .npz or .pt"),
         (["transformer-debug", "{0}", "--out", "f.npz", "--layer", "3"], "layer 3 is not there: this model has hidden states 0 to 2"),
         (["transformer-debug", "{0}", "--out", "f.npz", "--layer", "-1"], "layer -1 is not there"),
@@ -199,6 +200,28 @@ def test_no_two_recordings_share_a_name(tmp_path: Path) -> None:
         for file in files:
             soundfile.write(file, tone(0.1), 16_000)
         assert [recording.key for recording in extract(model_without_states(), files, tmp_path / "f.npz", layer=0)] == keys
+
+
+def test_folders_and_manifests(tmp_path: Path) -> None:
+    for name in ("a/1.wav", "a/deep/2.wav", "b/1.wav"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(tmp_path / name, tone(0.1), 16_000)
+    make_manifest(tmp_path / "b", tmp_path / "list", options=Options(valid_percent=0))
+    ours = model_without_states()
+
+    def names(*given: str) -> list[str]:
+        return [recording.key for recording in extract(ours, [tmp_path / name for name in given], tmp_path / "f.npz", layer=0)]
+
+    assert names("a") == ["1", "deep/2"]
+    assert names("a/deep/2.wav", "list/train.tsv") == ["2", "1"]
+    assert names("a/1.wav") == ["1"]  # whatever else is given, unless that has the same name
+    assert names("a/1.wav", "b/1.wav") == ["a/1.wav", "b/1.wav"]
+    (tmp_path / "a" / "bad.wav").write_bytes(b"no sound")
+    said: list[str] = []
+    extract(ours, [tmp_path / "a"], tmp_path / "f.npz", layer=0, left_out=said.append)
+    assert len(said) == 1 and "bad.wav" in said[0]
+    with pytest.raises(UserError, match="is given twice"):
+        names("a", "a/1.wav")
 
 
 def test_other_callers_of_extract_get_errors(audio: list[Path], tmp_path: Path) -> None:
