@@ -56,7 +56,7 @@ def test_a_wrong_start_is_one_line(arguments: list[str], said: str, capsys: pyte
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"), [(["trian"], "did you mean train?"), (["train", "debug", "--dry-rum"], "did you mean --dry-run?")]
+    ("arguments", "said"), [(["trainx"], "did you mean train?"), (["train", "debug", "--dry-rum"], "did you mean --dry-run?")]
 )
 def test_nearest_command_and_option(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
