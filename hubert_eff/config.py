@@ -82,10 +82,12 @@ COUNT = Bounds(least=1)
 ODD = Bounds(least=1, odd=True)
 
 
-def option(default: Any, text: str, choices: tuple[str, ...] = (), bounds: Bounds | None = None) -> Any:
-    """A dataclass field with its help and, for a word, its allowed values, or for a number its bounds, which `check_options` checks."""
+def option(default: Any, text: str, choices: tuple[str, ...] = (), bounds: Bounds | None = None, longest: int = LONGEST) -> Any:
+    """A dataclass field with its help and, for a word, its allowed values, for a number its bounds, for a text its most characters, which
+    `check_options` checks."""
     said = str(bounds) if bounds else " | ".join(choices)
-    return field(default=default, metadata={"help": f"{text} ({said})" if said else text, "choices": choices, "bounds": bounds})
+    known = {"choices": choices, "bounds": bounds, "longest": longest}
+    return field(default=default, metadata={"help": f"{text} ({said})" if said else text, **known})
 
 
 @dataclass
@@ -296,8 +298,8 @@ def check_options(config: Any) -> None:
             raise UserError(f"{key}={short(repr(value))} must be {_TYPES[kind]}")
         if kind is int and abs(value) > LARGEST:
             raise UserError(f"{key}={short(hex(value))} is too large: at most {LARGEST}")
-        if kind is str and len(value) > LONGEST:
-            raise UserError(f"{key} has {len(value)} characters: at most {LONGEST}")
+        if kind is str and len(value) > (longest := entry.metadata.get("longest", LONGEST)):
+            raise UserError(f"{key} has {len(value)} characters: at most {longest}")
         choices, bounds = entry.metadata.get("choices"), entry.metadata.get("bounds")
         if choices and value not in choices:
             raise unknown(f"value of {key}", value, choices)

@@ -1,9 +1,10 @@
-"""The losses of fine-tuning, and in validation the word error rate of the CTC layer's greedy text."""
+"""The losses of fine-tuning, and in validation the error rates of the texts that the model says."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from fairseq.criterions import FairseqCriterion, register_criterion
@@ -11,23 +12,40 @@ from fairseq.dataclass import FairseqDataclass
 from fairseq.logging import metrics
 from torch import Tensor
 
-from hubert_eff.errors import missing_extra
+from hubert_eff.errors import UserError
 from hubert_eff.models.output import RecognizerOutput
-from hubert_eff.recognition.search import greedy
+from hubert_eff.recognition.ctc import greedy
+from hubert_eff.recognition.label_search import label_search
+from hubert_eff.recognition.scoring import score
 
 from .throughput import audio_seconds, log_throughput
 
+SPARE = 10  # letters that a text of a validation may have beyond twice the longest true one: an early model finds no end
 
-@register_criterion("hubert_eff_asr", dataclass=FairseqDataclass)
+
+@dataclass
+class HubertEffAsrConfig(FairseqDataclass):
+    """Keys of `criterion`."""
+
+    valid_beam: int = field(default=4, metadata={"help": "texts that the decoder's beam search keeps in a validation of ctc_weight=0"})
+
+
+@register_criterion("hubert_eff_asr", dataclass=HubertEffAsrConfig)
 class HubertEffAsrCriterion(FairseqCriterion):
     """CTC, or its weighted sum with the attention decoder's cross entropy, per letter; the weights are the model's.
 
     Logged: `loss`, `loss_ctc`, `loss_attention` (bits per letter), `accuracy`, the share of letters that the decoder predicts right after
-    the true ones before; in validation `wer` and `uer`, word and letter errors in %, of the CTC layer alone. With `ctc_weight` 0 that layer
-    learns nothing, and nothing of it is logged.
+    the true ones before; in validation `wer` and `cer`, word and character errors in %, of the CTC layer's greedy text; or, with
+    `ctc_weight` 0, where that layer learns nothing, of the decoder's own beam search with `valid_beam` texts.
     """
 
-    only_in_validation = ("wer", "uer")  # figures that training does not log
+    only_in_validation = ("wer", "cer")  # figures that training does not log
+
+    def __init__(self, task: Any, valid_beam: int = 4) -> None:
+        super().__init__(task)
+        if valid_beam < 1:
+            raise UserError(f"criterion.valid_beam={valid_beam} must be at least 1")
+        self.valid_beam = valid_beam
 
     def forward(self, model: Any, sample: dict[str, Any]) -> tuple[Tensor, int, dict[str, Any]]:
         """Returns the loss (a sum over letters), the number of letters, and what to log."""
@@ -38,8 +56,8 @@ class HubertEffAsrCriterion(FairseqCriterion):
             loss=output["loss"].detach(), ntokens=letters, nsentences=sample["id"].numel(), sample_size=letters,
             audio_seconds=audio_seconds(sample),
         )  # fmt: skip
-        if not model.training and "log_probs" in output:
-            log.update(_errors(model, sample, output))
+        if not model.training:
+            log.update(_errors(getattr(model, "module", model), sample, output, self.valid_beam))
         return output["loss"], letters, log
 
     @staticmethod
@@ -52,7 +70,7 @@ class HubertEffAsrCriterion(FairseqCriterion):
             if key in total:
                 metrics.log_scalar(key, total[key] / letters / math.log(2), letters, priority=0 if key == "loss" else 30, round=3)
         for key, part, whole, scale in (
-            ("accuracy", "correct", "count", 1.0), ("wer", "word_errors", "words", 100.0), ("uer", "letter_errors", "letters", 100.0)
+            ("accuracy", "correct", "count", 1.0), ("wer", "word_errors", "words", 100.0), ("cer", "character_errors", "characters", 100.0)
         ):  # fmt: skip
             if part in total:
                 metrics.log_scalar_sum(f"_{part}", total[part])
@@ -65,22 +83,22 @@ class HubertEffAsrCriterion(FairseqCriterion):
         return True
 
 
-def _errors(model: Any, sample: dict[str, Any], output: RecognizerOutput) -> dict[str, int]:
-    """Word and letter errors of a batch, by jiwer."""
-    try:
-        import jiwer
-    except ImportError as error:
-        raise missing_extra("jiwer", "fairseq", "the word error rate of a validation") from error
-    module = getattr(model, "module", model)
-    said = [module.alphabet.text(row[:n].tolist()) for row, n in zip(sample["targets"], sample["target_lengths"])]
-    heard = [module.alphabet.text(greedy(row[:n])) for row, n in zip(output["log_probs"], output["lengths"])]
-    words, letters = jiwer.process_words(said, heard), jiwer.process_characters(said, heard)
+def _errors(model: Any, sample: dict[str, Any], output: RecognizerOutput, beam: int) -> dict[str, int]:
+    """Word and character errors of a batch."""
+    text = model.alphabet.text
+    said = [text(row[:n].tolist()) for row, n in zip(sample["targets"], sample["target_lengths"])]
+    if output.log_probs is not None and output.lengths is not None:
+        heard = [text(greedy(row[:n])) for row, n in zip(output.log_probs, output.lengths)]
+    else:
+        assert output.encoded is not None and output.frames is not None
+        encoded = [row[:n] for row, n in zip(output.encoded, output.frames.tolist())]
+        found = label_search(model, encoded, beam, longest=2 * int(sample["target_lengths"].max()) + SPARE)
+        heard = [text(texts[0][0]) for texts in found]
+    errors = score(said, heard)
     return {
-        "word_errors": words.substitutions + words.deletions + words.insertions,
-        "words": words.hits + words.substitutions + words.deletions,
-        "letter_errors": letters.substitutions + letters.deletions + letters.insertions,
-        "letters": letters.hits + letters.substitutions + letters.deletions,
-    }
+        "word_errors": errors.words.count, "words": errors.words.total,
+        "character_errors": errors.characters.count, "characters": errors.characters.total,
+    }  # fmt: skip
 
 
 def _share(part: str, whole: str, scale: float) -> Callable[[Any], float]:

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,81 +16,27 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from hubert_eff.config import SAMPLE_RATE
-from hubert_eff.data.lines import read_lines, shown
-from hubert_eff.data.tsv import Manifest, read_parts
+from hubert_eff.data.tsv import Manifest
 from hubert_eff.errors import UserError
-from hubert_eff.recognition.alphabet import BLANK, BOUNDARY, Alphabet, frames_needed, normalize_text
+from hubert_eff.recognition.alphabet import BLANK, Alphabet, frames_needed
 from hubert_eff.recognition.model import too_long
 
 from .dataset import EqualLengths, obey_parent_only, read_checked
 
 
-def read_transcripts(manifest: Manifest, label_dir: Path, labels: str) -> tuple[list[str], Path]:
-    """The text of every utterance, words split by spaces, and the file that they are from.
-
-    `SPLIT.<labels>` in `label_dir`, a line per utterance of letters split by spaces with `|` between words, as fairseq has it, is taken as
-    it stands; else the transcripts of `parts.tsv` beside the manifest, normalized. Raises `UserError` where one is missing.
-    """
-    spelled, table = label_dir / f"{manifest.path.stem}.{labels}", manifest.path.with_name("parts.tsv")
-    known = _texts_of(table, manifest) if table.is_file() else [None] * len(manifest.names)
-    if spelled.is_file():
-        texts = [_spelled(line, f"{spelled}, line {number}") for number, line in read_lines(spelled, "make it again")]
-        if len(texts) != len(manifest.names):
-            raise UserError(f"{spelled} has {len(texts)} lines for the {len(manifest.names)} utterances of {manifest.path}")
-        _check_order(texts, known, spelled, manifest)
-        return texts, spelled
-    if not table.is_file():
-        raise UserError(f"no transcripts: neither {spelled} nor {table}, which `hubert-eff manifest` writes")
-    for name, text in zip(manifest.names, known):
-        if text is None:
-            raise UserError(
-                f"{table} has no transcript of {name}: give one, in UTF-8, beside the recording (transcripts.tsv), or leave it out"
-            )
-    return [text or "" for text in known], table
-
-
-def _texts_of(table: Path, manifest: Manifest) -> list[str | None]:
-    """The transcripts of `parts.tsv`, normalized; None where a part of an utterance has none."""
-    parts: dict[str, list[str]] = defaultdict(list)
-    for _, row in read_parts(table, ("utterance", "transcript")):
-        parts[row["utterance"]].append(row["transcript"])
-    return [
-        normalize_text(" ".join(parts[name])) if all(part.strip() for part in parts.get(name, [""])) else None for name in manifest.names
-    ]
-
-
-def _check_order(texts: Sequence[str], known: Sequence[str | None], file: Path, manifest: Manifest) -> None:
-    """Raise `UserError` if most lines are the transcript of another utterance than theirs: those of another manifest or order."""
-    places = {text: place for place, text in enumerate(known) if text}
-    said = [normalize_text(text) for text in texts]
-    moved = [i for i, (text, right) in enumerate(zip(said, known)) if right and text != right and text in places]
-    if 2 * len(moved) > len(texts):
-        line, other = moved[0], manifest.names[places[said[moved[0]]]]
-        raise UserError(
-            f"{file}, line {line + 1}, is the transcript of {other}, not of {manifest.names[line]}, and most lines are like that: make the "
-            f"file again, in the order of {manifest.path}"
-        )
-
-
-def _spelled(line: str, where: str) -> str:
-    """The words of a line of letters."""
-    letters = line.split()
-    if any(len(letter) > 1 for letter in letters):
-        longest = max(letters, key=len)
-        raise UserError(f"{where}: expected letters with spaces between them, and {BOUNDARY} between words, found {shown(longest, 20)!r}")
-    return "".join(letters).replace(BOUNDARY, " ").strip()
-
-
 def check_transcripts(
     texts: Sequence[str], source: Path, manifest: Manifest, alphabet: Alphabet, num_frames: Any, speed: float, shortest: int, longest: int
 ) -> list[list[int]]:
-    """The texts as numbers. Raises `UserError` for a letter outside the dictionary, or a text longer than the audio allows at `speed`."""
+    """The texts as numbers. Raises `UserError` for a letter outside the dictionary, or a text longer than the audio allows at `speed`.
+
+    num_frames: frames of so many samples; None: no CTC layer learns, and a text may be longer.
+    """
     spelled = []
     for text, name, samples in zip(texts, manifest.names, manifest.samples):
         where = f"{source}: the transcript of {name}"
         numbers = alphabet.spell(text, where)
-        frames = num_frames(int(samples / speed))
-        if frames_needed(numbers) > frames and shortest <= samples <= longest:
+        frames = 0 if num_frames is None else num_frames(int(samples / speed))
+        if num_frames is not None and frames_needed(numbers) > frames and shortest <= samples <= longest:
             raise UserError(too_long(where + (f" at speed {speed:g}" if speed > 1 else ""), numbers, frames))
         spelled.append(numbers)
     return spelled
@@ -107,16 +52,20 @@ def at_speed(wav: Tensor, factor: float) -> Tensor:
 
 
 class TranscribedDataset(EqualLengths, FairseqDataset):
-    """Utterances of `shortest` to `longest` samples, each epoch at a speed drawn from `speeds` by (seed, epoch, utterance).
+    """Utterances of `shortest` to `longest` samples and at most `most_symbols` symbols.
+
+    Each epoch they are played at a speed drawn from `speeds` by (seed, epoch, utterance).
 
     Batches: `id` (B,), `net_input` of `source` (B, S), `padding_mask` (B, S), `sample_ids`, `targets` (B, U) and `target_lengths` (B,);
     `unreadable` as in `SeededHubertDataset`.
     """
 
     def __init__(
-        self, manifest: Manifest, spelled: list[list[int]], speeds: Sequence[float], shortest: int, longest: int, seed: int, shuffle: bool
-    ) -> None:
-        self.kept = [i for i, samples in enumerate(manifest.samples) if shortest <= samples <= longest]
+        self, manifest: Manifest, spelled: list[list[int]], speeds: Sequence[float], shortest: int, longest: int, seed: int, shuffle: bool,
+        most_symbols: int | None = None,
+    ) -> None:  # fmt: skip
+        kept = [i for i, samples in enumerate(manifest.samples) if shortest <= samples <= longest]
+        self.kept = [i for i in kept if most_symbols is None or len(spelled[i]) <= most_symbols]
         self.manifest, self.spelled, self.speeds = manifest, spelled, tuple(speeds)
         self.sizes = np.array([manifest.samples[i] for i in self.kept])
         self.seed, self.shuffle = seed, shuffle

@@ -67,6 +67,7 @@ class FairseqRecognizer(Recognizer, BaseFairseqModel):
             config.describe(type(base).from_dict({**base.to_dict(), **changed}))
         if not config.letters:
             config.letters = task.alphabet.letters
+            config.sentencepiece = task.alphabet.pieces.packed if task.alphabet.pieces is not None else ""
         model = cls(config)
         if pretrained is not None:
             own = model.hubert.state_dict()

@@ -14,11 +14,13 @@ from omegaconf import II, OmegaConf
 from hubert_eff.checkpoints.load import FINE_TUNED
 from hubert_eff.config import SAMPLE_RATE
 from hubert_eff.data.tsv import Manifest, read_manifest
-from hubert_eff.errors import UserError, unknown
-from hubert_eff.recognition.alphabet import Alphabet
+from hubert_eff.errors import UserError, about, short, unknown
+from hubert_eff.recognition.alphabet import UNKNOWN, Alphabet
+from hubert_eff.recognition.pieces import Pieces
+from hubert_eff.recognition.transcripts import read_transcripts
 
 from ..data import checks
-from ..data.transcripts import TranscribedDataset, check_transcripts, read_transcripts
+from ..data.transcripts import TranscribedDataset, check_transcripts
 from ..runtime.stopping import one_line_errors
 from .safe import SafeConfig, SafeTask, check_run, entries
 
@@ -33,7 +35,16 @@ class HubertEffFinetuningConfig(SafeConfig):
     label_dir: Optional[str] = field(  # noqa: UP045
         default=None, metadata={"help": "directory of SPLIT.<labels> and dict.<labels>.txt, where there are any (default: data)"}
     )
-    labels: str = field(default="ltr", metadata={"help": "suffix of the files of letters"})
+    labels: str = field(default="ltr", metadata={"help": "suffix of the files of letters, or of pieces"})
+    sentencepiece: Optional[str] = field(  # noqa: UP045
+        default=None, metadata={"help": "sentencepiece model whose pieces are the symbols; kept in what is saved (default: letters)"}
+    )
+    unknown_symbol: bool = field(
+        default=False, metadata={"help": "have a symbol <unk> for characters that the dictionary lacks, which else are an error"}
+    )
+    max_target_size: Optional[int] = field(  # noqa: UP045
+        default=None, metadata={"help": "training utterances with a transcript of more symbols are left out"}
+    )
     dictionary_split: str = field(default="train", metadata={"help": "without dict.<labels>.txt its letters are the dictionary"})
     sample_rate: int = field(default=SAMPLE_RATE, metadata={"help": "of the audio, which must be 16 kHz"})
     min_sample_size: Optional[int] = field(default=None, metadata={"help": "shorter utterances are left out"})  # noqa: UP045
@@ -71,13 +82,9 @@ class HubertEffFinetuningTask(SafeTask, FairseqTask):
         if not cfg.speed_perturb or not all(0.5 <= speed <= 2.0 for speed in cfg.speed_perturb):
             raise UserError(f"task.speed_perturb={list(cfg.speed_perturb)} must be speeds from 0.5 to 2, such as [0.9, 1.0, 1.1]")
         check_run(cfg)
-        folder = Path(cfg.label_dir or cfg.data)
-        dictionary = folder / f"dict.{cfg.labels}.txt"
-        if dictionary.is_file():
-            symbols = checks.read_dictionary(dictionary)
-            return cls(cfg, Alphabet(symbols.symbols[symbols.nspecial :]))
-        manifest = read_manifest(Path(cfg.data) / f"{cfg.dictionary_split}.tsv")
-        return cls(cfg, Alphabet.of(read_transcripts(manifest, folder, cfg.labels)[0]))
+        if cfg.max_target_size is not None and cfg.max_target_size < 1:
+            raise UserError(f"task.max_target_size={cfg.max_target_size} must be at least 1")
+        return cls(cfg, _alphabet(cfg))
 
     @property
     def target_dictionary(self) -> None:
@@ -95,14 +102,10 @@ class HubertEffFinetuningTask(SafeTask, FairseqTask):
             raise unknown("model for fine-tuning", cfg._name, FINE_TUNED)
         if cfg.w2v_path:
             self.note_file("model.w2v_path", Path(cfg.w2v_path))
+        if self.cfg.sentencepiece and not from_checkpoint:
+            self.note_file("task.sentencepiece", Path(self.cfg.sentencepiece))
         self.model = super().build_model(cfg, from_checkpoint)
-        metric = self.cfg.best_checkpoint_metric
-        if not from_checkpoint and metric in ("wer", "uer") and not self.model.learns_ctc:
-            raise UserError(
-                f"checkpoint.best_checkpoint_metric={metric} is of the CTC layer, which learns nothing at model.ctc_weight=0: set "
-                "checkpoint.best_checkpoint_metric=loss, or a larger ctc_weight"
-            )
-        for key in ("encoder", "encoder_config", "letters"):
+        for key in ("encoder", "encoder_config", "letters", "sentencepiece"):
             cfg[key] = getattr(self.model.config, key)
         cfg.w2v_path = cfg.preset = None
         return self.model
@@ -119,10 +122,27 @@ class HubertEffFinetuningTask(SafeTask, FairseqTask):
         limits = limits[0], self._longest(manifest, split, *limits)
         self.note_files(split)
         assert self.alphabet is not None
-        spelled = check_transcripts(texts, source, manifest, self.alphabet, self.model.num_frames, max(speeds), *limits)
+        fits = self.model.num_frames if self.model.learns_ctc else None
+        spelled = check_transcripts(texts, source, manifest, self.alphabet, fits, max(speeds), *limits)
         checks.check_audio(manifest, cfg.sample_rate, cfg.bad_audio == "skip")
-        self.datasets[split] = TranscribedDataset(manifest, spelled, speeds, *limits, cfg.seed, training)
+        most = cfg.max_target_size if training else None
+        if most is not None:
+            self._name_longer(manifest, spelled, most)
+        self.datasets[split] = TranscribedDataset(manifest, spelled, speeds, *limits, cfg.seed, training, most)
         self.datasets[split].equal_lengths = not training and self.sees_padding
+
+    def _name_longer(self, manifest: Manifest, spelled: list[list[int]], most: int) -> None:
+        """Say which transcripts are longer than `most` symbols. Raises `UserError` if all are."""
+        longer = [i for i, numbers in enumerate(spelled) if len(numbers) > most]
+        if not longer:
+            return
+        said = (
+            f"{manifest.path}: {len(longer)} of {len(spelled)} transcripts have more than task.max_target_size={most} symbols; the first "
+            f"is that of {manifest.names[longer[0]]!r} with {len(spelled[longer[0]])}"
+        )
+        if len(longer) == len(spelled):
+            raise UserError(f"{said}: raise task.max_target_size")
+        logger.warning(f"{said}: left out")
 
     def _longest(self, manifest: Manifest, split: str, shortest: int, longest: int) -> int:
         """`longest`, or the samples that a batch may have: utterances beyond are left out, and named. Raises `UserError` if all are."""
@@ -145,3 +165,25 @@ class HubertEffFinetuningTask(SafeTask, FairseqTask):
         manifest = read_manifest(Path(self.cfg.data) / f"{split}.tsv")
         texts, _ = read_transcripts(manifest, Path(self.cfg.label_dir or self.cfg.data), self.cfg.labels)
         return {manifest.path.name: entries(manifest), f"text of {split}": "\n".join(texts).encode()}
+
+
+def _alphabet(cfg: HubertEffFinetuningConfig) -> Alphabet:
+    """The dictionary: of `dict.<labels>.txt`, of the pieces of a sentencepiece model, or of the letters of the train split."""
+    folder = Path(cfg.label_dir or cfg.data)
+    pieces = Pieces.read(Path(cfg.sentencepiece)) if cfg.sentencepiece else None
+    dictionary = folder / f"dict.{cfg.labels}.txt"
+    more = [UNKNOWN] if cfg.unknown_symbol else []
+    if dictionary.is_file():
+        listed = checks.read_dictionary(dictionary)
+        symbols = listed.symbols[listed.nspecial :]
+        if pieces is not None and (foreign := [symbol for symbol in symbols if symbol not in set(pieces.symbols)]):
+            raise UserError(
+                f"task.sentencepiece={cfg.sentencepiece} does not fit {dictionary}: its {short(repr(foreign[0]), 40)} is not one of the "
+                f"model's {len(pieces.symbols)} pieces; make the dictionary of that model, or leave it out"
+            )
+        with about(dictionary):
+            return Alphabet([*symbols, *more], pieces)
+    if pieces is not None:
+        return Alphabet([*pieces.symbols, *more], pieces)
+    manifest = read_manifest(Path(cfg.data) / f"{cfg.dictionary_split}.tsv")
+    return Alphabet.of(read_transcripts(manifest, folder, cfg.labels)[0], cfg.unknown_symbol)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..config import FRAME_STRIDE, SAMPLE_RATE
 from ..errors import UserError, missing_extra
-from ..recognition.alphabet import BLANK, BOUNDARY
+from ..recognition.alphabet import BLANK
 from ..recognition.decoder import shifted
 from ..recognition.model import Recognizer
 from ..utils.progress import progress
@@ -78,7 +78,8 @@ def gradients(model: Recognizer, wav: Tensor, labels: Sequence[int], head: str =
     """
     if head == "attention":
         _ = model.head
-    model.check_length(list(labels), wav.size(1), "the text")
+    if head == "ctc":
+        model.check_length(list(labels), wav.size(1), "the text")
     wav = wav.clone().requires_grad_()
     tapped: list[Tensor] = []
     blocks = model.hubert.encoder.layers
@@ -176,21 +177,22 @@ def ctc_alignment(model: Recognizer, wav: Tensor, labels: Sequence[int]) -> list
 
 def segments(model: Recognizer, labels: Sequence[int], spans: Sequence[tuple[int, int]]) -> tuple[list[Segment], list[Segment]]:
     """Letters and words with their times; a word lasts from its first letter's first frame to its last letter's last."""
-    letters = [
-        Segment(model.alphabet.letters[label - 1], round(start * FRAME_SECONDS, 4), round(end * FRAME_SECONDS, 4))
-        for label, (start, end) in zip(labels, spans, strict=True)
-    ]
+    letters: list[Segment] = []
     words: list[Segment] = []
     open_word = False
-    for letter in letters:
-        if letter.label == BOUNDARY:
-            open_word = False
-        elif open_word:
+    for label, (start, end) in zip(labels, spans, strict=True):
+        said, ended = model.alphabet.spoken(label)
+        open_word = open_word and not ended
+        if not said:
+            continue
+        letter = Segment(said, round(start * FRAME_SECONDS, 4), round(end * FRAME_SECONDS, 4))
+        letters.append(letter)
+        if open_word:
             words[-1] = Segment(words[-1].label + letter.label, words[-1].start, letter.end)
         else:
             words.append(letter)
             open_word = True
-    return [letter for letter in letters if letter.label != BOUNDARY], words
+    return letters, words
 
 
 # -- time reversal -------------------------------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ def export_folder(
         said = read_metadata(target / WEIGHTS[0])
     files: dict[str, Any] = {PREPROCESSOR: _preprocessor(hubert.config, recognizer, is_native(hubert))}
     if recognizer is not None:
-        files[VOCABULARY] = {PAD: BLANK, **{letter: number for number, letter in enumerate(recognizer.alphabet.letters, start=1)}}
+        files[VOCABULARY] = {PAD: BLANK, **{letter: number for number, letter in enumerate(recognizer.alphabet.symbols, start=1)}}
         files[TOKENIZER] = _tokenizer(files[VOCABULARY])
     else:
         files[TOKENIZER] = {"tokenizer_class": "Wav2Vec2FeatureExtractor"}  # what pipeline("feature-extraction") gives its input to
@@ -106,6 +106,8 @@ def _require_ctc(recognizer: Recognizer) -> None:
         rate = recognizer.config.output_downsampling
         raise UserError(f"its output_downsampling={rate} has no place in transformers' classes: --encoder-only leaves the CTC layer out")
     recognizer.check_ctc()
+    if recognizer.alphabet.pieces is not None:
+        raise UserError("its symbols are pieces of a sentencepiece model, and transformers' CTC classes know letters: use --encoder-only")
 
 
 def _write_weights(hubert: HubertModel, recognizer: Recognizer | None, file: Path, dtype: str) -> None:

@@ -108,19 +108,20 @@ class HubertModel(nn.Module):
         """Frames of an utterance of `samples` samples."""
         return int(num_frames(samples, self.config.conv_layers))
 
-    def _extract(self, source: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Waveform (B, S) -> extractor output (B, T, C) and padding of frames (B, T)."""
+    def _extract(self, source: Tensor, padding_mask: Tensor | None, spectrum: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Waveform (B, S) -> extractor output (B, T, C) and padding of frames (B, T); spectrum: what a log-mel front masks."""
         check_audio(source, padding_mask)
         self._frames_of(source)
         if padding_mask is not None:
             source = source.masked_fill(padding_mask, 0.0)
+        hidden = () if spectrum is None else (spectrum,)
         if self.config.feature_grad_mult > 0:
-            features = self.feature_extractor(source)
+            features = self.feature_extractor(source, *hidden)
             if self.config.feature_grad_mult != 1.0 and features.requires_grad:
                 features = ScaleGradient.apply(features, self.config.feature_grad_mult)  # type: ignore[no-untyped-call]
         else:
             with torch.no_grad():
-                features = self.feature_extractor(source)
+                features = self.feature_extractor(source, *hidden)
         frames = None if padding_mask is None else frame_padding_mask(padding_mask, features.size(1), self.config)
         return features, frames
 
@@ -239,16 +240,18 @@ class HubertModel(nn.Module):
         masks: Masks | None = None,
         return_states: bool = False,
         chunks: tuple[int | None, int] | None = None,
+        spectrum: Tensor | None = None,
     ) -> HubertOutput:
         """Masked prediction, in chunks if the config says so (`draw_chunks`).
 
         source (B, S): audio, normalized already if the config says so; target_list: labels (B, T') per codebook at
         `label_rate`; padding_mask (B, S); sample_ids (B,): what seeds each row's mask together with the seed and the update
-        (default: the row's number); masks, chunks: those of another model's output, to see the same frames.
+        (default: the row's number); masks, chunks: those of another model's output, to see the same frames; spectrum (B, M, 80) bool: what
+        a log-mel front masks of its spectrogram.
 
         With `return_states` LayerDrop is off. Raises `UserError` for audio that is too short, and for targets without codebooks.
         """
-        features, frames = self._extract(source, padding_mask)
+        features, frames = self._extract(source, padding_mask, spectrum)
         if target_list is not None:
             features, frames, target_list = self._align(features, frames, target_list)
         features_pen = features.float().square().mean()

@@ -125,9 +125,17 @@ class LogMelExtractor(nn.Module):
         embeds, authors = front == "conv-embed", config.conv_embed == "authors"
         self.front = ConvEmbed(dim, authors) if embeds else Subsampling(dim, separable=front == "logmel-dws")
 
-    def forward(self, source: Tensor) -> Tensor:
-        return self.of_padded(F.pad(source, self.reach))
+    def forward(self, source: Tensor, masked: Tensor | None = None) -> Tensor:
+        """Waveform (B, S) -> (B, T, D); masked (B, M, 80) bool: what of the spectrogram is 0, its middle, M = `mel_frames(S)`."""
+        return self.of_padded(F.pad(source, self.reach), masked)
 
-    def of_padded(self, source: Tensor) -> Tensor:
+    def of_padded(self, source: Tensor, masked: Tensor | None = None) -> Tensor:
         """Of samples with their neighbors, `reach` many on either side, there already."""
-        return self.front(self.mel(source).to(self.front.linear.weight.dtype))  # type: ignore[no-any-return]
+        mel = self.mel(source)
+        if masked is not None:
+            mel = mel.masked_fill(masked, 0.0)
+        return self.front(mel.to(self.front.linear.weight.dtype))  # type: ignore[no-any-return]
+
+    def mel_frames(self, samples: int) -> int:
+        """Frames of 10 ms of the spectrogram of so many samples."""
+        return (samples + sum(self.reach) - WINDOW) // HOP + 1

@@ -1,4 +1,4 @@
-"""Span masks (wav2vec 2.0, section 3.1; HuBERT, section II-C), seeded per utterance."""
+"""Span masks (wav2vec 2.0, section 3.1; HuBERT, section II-C) and those of SpecAugment, seeded per utterance."""
 
 # B batch, T frames
 
@@ -61,3 +61,14 @@ def batch_mask(
     for row, (length, seed) in enumerate(zip(lengths, seeds, strict=True)):
         mask[row, :length] = span_mask(length, prob, span, np.random.default_rng(seed), selection, other, min_spans)
     return torch.from_numpy(mask)
+
+
+def uniform_mask(size: int, count: int, widest: int, rng: np.random.Generator) -> np.ndarray:
+    """Mask (size,) bool of `count` spans, each of a width drawn from 0 to `widest` at a place drawn from those it fits (Park et al. 2019,
+    section 2: f from [0, F], f0 from [0, v - f))."""
+    mask = np.zeros(size, dtype=bool)
+    for _ in range(count):
+        width = min(int(rng.integers(widest + 1)), size)
+        start = int(rng.integers(size - width + 1))
+        mask[start : start + width] = True
+    return mask

@@ -97,6 +97,8 @@ class RecognizerOutput(Output):
         loss_attention: (), detached; with a decoder.
         correct: (), letters that the decoder has right; with a decoder.
         count: (), letters that the decoder has to say; with a decoder.
+        encoded: (B, T, D), detached, the output of the encoder; in evaluation, if the CTC layer does not learn.
+        frames: (B,), valid frames of it.
     """
 
     loss: Tensor
@@ -106,3 +108,5 @@ class RecognizerOutput(Output):
     loss_attention: Tensor | None = None
     correct: Tensor | None = None
     count: Tensor | None = None
+    encoded: Tensor | None = None
+    frames: Tensor | None = None

@@ -3,6 +3,6 @@
 from .alphabet import Alphabet, normalize_text
 from .checkpoint import load_recognizer
 from .model import Recognizer, RecognizerConfig
-from .search import Hypothesis, transcribe
+from .search import Hypothesis, decode, transcribe
 
-__all__ = ["Alphabet", "Hypothesis", "Recognizer", "RecognizerConfig", "load_recognizer", "normalize_text", "transcribe"]
+__all__ = ["Alphabet", "Hypothesis", "Recognizer", "RecognizerConfig", "decode", "load_recognizer", "normalize_text", "transcribe"]

@@ -1,4 +1,4 @@
-"""Letters, their numbers, and texts made of them."""
+"""Symbols, their numbers, and texts made of them: single letters, or the pieces of a sentencepiece model."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 
 from ..errors import UserError, short
+from .pieces import SPACE, Pieces
 
-BLANK = 0  # of CTC; letters are numbered from 1
+BLANK = 0  # of CTC; symbols are numbered from 1
 BOUNDARY = "|"  # between words, as in fairseq's .ltr files
+UNKNOWN = "<unk>"  # what stands for all that the symbols cannot spell, where a dictionary has it
+LONGEST_SYMBOL = 100  # characters
 
 
 def normalize_text(text: str) -> str:
@@ -17,53 +20,90 @@ def normalize_text(text: str) -> str:
     return " ".join(word for word in (w.strip("'") if set(w) == {"'"} else w for w in kept.split()) if word)
 
 
-def _is_letter(letter: str) -> bool:
-    """Whether it is one character that is no space, no control code and no half of a pair."""
-    return len(letter) == 1 and not letter.isspace() and unicodedata.category(letter) not in ("Cc", "Cs")
+def _is_symbol(symbol: str) -> bool:
+    """Whether it is one character or more, none a space, a control code or half of a pair."""
+    return 0 < len(symbol) <= LONGEST_SYMBOL and not any(c.isspace() or unicodedata.category(c) in ("Cc", "Cs") for c in symbol)
 
 
 class Alphabet:
-    """The letters of a model, in order, the word boundary `|` among them: the first has number 1, after blank."""
+    """The symbols of a model, in order: the first has number 1, after blank.
 
-    def __init__(self, letters: Sequence[str]) -> None:
-        if not letters or not all(_is_letter(letter) for letter in letters) or len(set(letters)) != len(letters):
-            raise UserError(f"an alphabet is distinct single characters, '{BOUNDARY}' between words, not {short(repr(''.join(letters)))}")
-        self.letters = "".join(letters)
-        self._numbers = {letter: number for number, letter in enumerate(letters, start=1)}
+    Letters, the word boundary `|` among them; or, with `pieces`, those of a sentencepiece model, in which U+2581 begins a word. In either
+    case `<unk>` may be one of them: it stands for what the others cannot spell, which is an error where it is not there.
+
+    Attributes:
+        symbols: the symbols in order.
+        letters: the same as a text, as configurations keep it: one character each; or, if one is longer, with a space between them.
+        unknown: the number of `<unk>`, or None.
+    """
+
+    def __init__(self, symbols: str | Sequence[str], pieces: Pieces | None = None) -> None:
+        split = symbols.split(" ") if isinstance(symbols, str) and " " in symbols else symbols
+        self.symbols = tuple(split)
+        if not self.symbols or not all(map(_is_symbol, self.symbols)) or len(set(self.symbols)) < len(self.symbols):
+            raise UserError(
+                f"an alphabet is distinct single characters, '{BOUNDARY}' between words, or the pieces of a sentencepiece model, not "
+                f"{short(repr(' '.join(self.symbols)))}"
+            )
+        self.pieces = pieces
+        longer = [symbol for symbol in self.symbols if len(symbol) > 1]
+        if pieces is None and set(longer) - {UNKNOWN}:
+            raise UserError(
+                f"the dictionary has symbols of several characters, such as {short(longer[0], 40)!r}: give the sentencepiece model that "
+                "made them (task.sentencepiece=FILE)"
+            )
+        self.letters = " ".join(self.symbols) if longer or pieces is not None else "".join(self.symbols)
+        self._numbers = {symbol: number for number, symbol in enumerate(self.symbols, start=1)}
+        self.unknown = self._numbers.get(UNKNOWN)
 
     def __len__(self) -> int:
-        """Blank and letters: what CTC chooses from."""
-        return 1 + len(self.letters)
+        """Blank and symbols: what CTC chooses from."""
+        return 1 + len(self.symbols)
 
     @property
     def end(self) -> int:
         """The end of a text, and in the decoder's input its start; CTC does not know it."""
-        return 1 + len(self.letters)
+        return 1 + len(self.symbols)
 
     @classmethod
-    def of(cls, texts: Iterable[str]) -> Alphabet:
-        """The letters that occur in some texts, the word boundary first."""
+    def of(cls, texts: Iterable[str], unknown: bool = False) -> Alphabet:
+        """The letters that occur in some texts, the word boundary first; last `<unk>`, if it is wanted."""
         found = {c for text in texts for c in text} - {" ", BOUNDARY}
-        return cls([BOUNDARY, *sorted(found)])
+        return cls([BOUNDARY, *sorted(found), *([UNKNOWN] if unknown else [])])
 
     def spell(self, text: str, where: str = "the text") -> list[int]:
         """The numbers of a text, words split by spaces. Raises `UserError` for a character outside the alphabet, or no character."""
-        spelled = " ".join(text.split()).replace(" ", BOUNDARY)
-        foreign = sorted(set(spelled) - set(self._numbers))
-        if foreign:
-            raise UserError(f"{where} has {foreign[0]!r}, which is not in the dictionary of {len(self.letters)} letters: {self.letters}")
-        if not spelled:
+        words = " ".join(text.split())
+        if not words:
             raise UserError(f"{where} is empty: there is nothing to spell")
-        return [self._numbers[c] for c in spelled]
+        spelled: Sequence[str] = words.replace(" ", BOUNDARY) if self.pieces is None else self.pieces.split(words)
+        foreign = sorted(set(spelled) - set(self._numbers))
+        if foreign and self.unknown is None:
+            raise UserError(
+                f"{where} has {foreign[0]!r}, which is not in the dictionary of {len(self.symbols)} "
+                f"{'letters' if self.pieces is None else 'pieces'}: {short(self.letters)}"
+            )
+        return [self._numbers.get(symbol, self.unknown or BLANK) for symbol in spelled]
 
     def spell_any(self, text: str, where: str = "the text") -> list[int]:
         """As `spell`, of a text as people write it: normalized first, in small letters where the alphabet has only these."""
-        clean = normalize_text(text)
-        return self.spell(clean.lower() if self.letters == self.letters.lower() else clean, where)
+        return self.spell(self.cased(normalize_text(text)), where)
+
+    def cased(self, text: str) -> str:
+        """The text in small letters where the alphabet has only these."""
+        return text.lower() if self.letters == self.letters.lower() != self.letters.upper() else text
 
     def text(self, numbers: Iterable[int]) -> str:
         """The text of numbers; blanks and ends are passed over."""
-        return " ".join("".join(self.letters[n - 1] for n in numbers if n not in (BLANK, self.end)).replace(BOUNDARY, " ").split())
+        between = BOUNDARY if self.pieces is None else SPACE
+        return " ".join("".join(self.symbols[n - 1] for n in numbers if n not in (BLANK, self.end)).replace(between, " ").split())
+
+    def spoken(self, number: int) -> tuple[str, bool]:
+        """What a symbol adds to a word, nothing if it is a boundary alone, and whether a word ends before it."""
+        symbol = self.symbols[number - 1]
+        if self.pieces is None:
+            return ("", True) if symbol == BOUNDARY else (symbol, False)
+        return symbol.replace(SPACE, ""), symbol.startswith(SPACE)
 
 
 def frames_needed(numbers: Sequence[int]) -> int:

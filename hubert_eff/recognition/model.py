@@ -11,20 +11,25 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config import COUNT, MOST_LAYERS, NOT_NEGATIVE, PROBABILITY, Bounds, HubertConfig, check_options, option
+from ..config import COUNT, MEL_FRONTS, MOST_LAYERS, NOT_NEGATIVE, PROBABILITY, Bounds, HubertConfig, check_options, option
 from ..encoders.registry import encoder_of, preset_config, stored_config
-from ..errors import UserError, unknown
+from ..errors import UserError, short, unknown
 from ..layers.dropout import Dropout
 from ..layers.linear import Linear
 from ..layers.zipformer import Downsample
 from ..models.hubert import HEADS, HubertModel, normalize_waveform
+from ..models.logmel import BINS, LogMelExtractor
+from ..models.masking import uniform_mask
 from ..models.output import RecognizerOutput
 from .alphabet import BLANK, Alphabet, frames_needed
 from .decoder import AttentionDecoder, backwards, shifted
+from .lstm_decoder import LSTMDecoder
+from .pieces import Pieces
 
 # encoder keys that fine-tuning may set: they change no weight
 TRAINING_KEYS = (
@@ -56,6 +61,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 
 DROPOUT = Bounds(least=0, below=1)
+MASKS = Bounds(least=0, most=100)
 
 
 @dataclass
@@ -64,17 +70,26 @@ class RecognizerConfig:
 
     encoder: str = option("", "name of the encoder")
     encoder_config: str = option("", "its configuration, as JSON; both are filled in when fine-tuning begins")
-    letters: str = option("", "the dictionary, one character per letter; filled in from the task")
+    letters: str = option("", "the dictionary: one character per letter, or symbols with a space between them; filled in from the task")
+    sentencepiece: str = option("", "the sentencepiece model whose pieces they are, compressed; filled in from the task", longest=1 << 24)
     final_dropout: float = option(0.1, "dropout on the encoder's output", bounds=DROPOUT)
     apply_mask: bool = option(True, "mask spans of frames and channels in training, as mask_* and mask_channel_* say")
+    specaug_freq_masks: int = option(0, "SpecAugment of a log-mel front: bands of mel bins that are masked in training", bounds=MASKS)
+    specaug_freq_width: int = option(27, "widest of them, in bins of 80", bounds=COUNT)
+    specaug_time_masks: int = option(0, "spans of time that are masked", bounds=MASKS)
+    specaug_time_width: int = option(100, "longest of them, in 10 ms", bounds=COUNT)
+    specaug_time_share: float = option(1.0, "longest of them, as a share of the utterance", bounds=PROBABILITY)
     freeze_finetune_updates: int = option(0, "updates at the start in which only what is new learns, not the encoder", bounds=NOT_NEGATIVE)
     ctc_weight: float = option(
         0.3, "weight of the CTC loss; the decoder's has 1 - ctc_weight. Without a decoder CTC is all there is", bounds=PROBABILITY
     )
     label_smoothing: float = option(0.1, "label smoothing of the decoder's loss", bounds=DROPOUT)
-    decoder_layers: int = option(0, "blocks of the attention decoder; 0 is none", bounds=Bounds(0, MOST_LAYERS))
-    decoder_ffn_embed_dim: int = option(2048, "inner dimension of its feed-forward modules", bounds=COUNT)
-    decoder_attention_heads: int = option(4, "its attention heads", bounds=COUNT)
+    decoder_type: str = option(
+        "transformer", "blocks of attention, or one LSTM with single-head additive attention", ("transformer", "lstm")
+    )
+    decoder_layers: int = option(0, "blocks of the attention decoder; 0 is none, an LSTM is 1", bounds=Bounds(0, MOST_LAYERS))
+    decoder_ffn_embed_dim: int = option(2048, "inner dimension of its feed-forward modules, or size of the LSTM's state", bounds=COUNT)
+    decoder_attention_heads: int = option(4, "its attention heads; an LSTM has one, whatever this says", bounds=COUNT)
     decoder_dropout: float = option(0.1, "its dropout", bounds=DROPOUT)
     decoder_norm: str = option(
         "layer_norm", "LayerNorm before each of its modules, or BatchNorm after each linear layer", ("layer_norm", "batch_norm")
@@ -89,6 +104,10 @@ class RecognizerConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.decoder_type == "lstm" and self.decoder_layers > 1:
+            raise UserError(f"decoder_type=lstm is one layer: set decoder_layers=1, not {self.decoder_layers}")
+        if self.decoder_type == "lstm" and self.decoder_norm != "layer_norm":
+            raise UserError(f"decoder_norm={self.decoder_norm} is for Transformer decoders: decoder_type=lstm has no norms")
         if self.decoder_right_layers and not self.decoder_layers:
             raise UserError(f"decoder_right_layers={self.decoder_right_layers} needs a first decoder beside it: set decoder_layers above 0")
 
@@ -119,16 +138,24 @@ class Recognizer(nn.Module):
     def __init__(self, config: RecognizerConfig) -> None:
         super().__init__()
         self.config = config
-        self.alphabet = Alphabet(config.letters)
+        self.alphabet = Alphabet(config.letters, Pieces(config.sentencepiece) if config.sentencepiece else None)
         self.hubert = HubertModel(config.hubert())
         self.hubert.heads = HEADS[bool(config.decoder_layers)]
+        front = self.hubert.config.conv_feature_layers
+        if (config.specaug_freq_masks or config.specaug_time_masks) and front not in MEL_FRONTS:
+            raise UserError(
+                f"specaug_freq_masks and specaug_time_masks mask a log-mel spectrogram, and this model's front is {short(front, 60)}: use "
+                f"mask_prob and mask_channel_prob, or a model with conv_feature_layers={' | '.join(MEL_FRONTS)}"
+            )
         dim = self.hubert.config.encoder_embed_dim
         self.downsample = Downsample(config.output_downsampling)
         self.final_dropout = Dropout(config.final_dropout)
         self.ctc_proj = Linear(dim, len(self.alphabet))
-        self.decoder: AttentionDecoder | None = None
+        self.decoder: AttentionDecoder | LSTMDecoder | None = None
         self.num_updates = 0
-        if config.decoder_layers:
+        if config.decoder_layers and config.decoder_type == "lstm":
+            self.decoder = LSTMDecoder(len(self.alphabet) + 1, dim, config.decoder_ffn_embed_dim, config.decoder_dropout)
+        elif config.decoder_layers:
             if dim % config.decoder_attention_heads:
                 raise UserError(f"decoder_attention_heads={config.decoder_attention_heads} does not divide the encoder's dimension {dim}")
             self.decoder = AttentionDecoder(
@@ -144,7 +171,7 @@ class Recognizer(nn.Module):
             )  # fmt: skip
 
     @property
-    def head(self) -> AttentionDecoder:
+    def head(self) -> AttentionDecoder | LSTMDecoder:
         """The decoder. Raises `UserError` for a model without one."""
         if self.decoder is None:
             raise UserError("this model has a CTC layer, but no attention decoder: search greedy or beam, or train model hubert_eff_aed")
@@ -159,8 +186,8 @@ class Recognizer(nn.Module):
         """Raise `UserError` if the CTC layer has learned nothing."""
         if not self.learns_ctc:
             raise UserError(
-                "this model was trained with ctc_weight=0: its CTC layer has learned nothing, and there is no search by the attention "
-                "decoder alone; fine-tune with a ctc_weight above 0"
+                "this model was trained with ctc_weight=0: its CTC layer has learned nothing; search by its attention decoder alone "
+                "(--search attention), or fine-tune with a ctc_weight above 0"
             )
 
     def set_num_updates(self, num_updates: int) -> None:
@@ -175,11 +202,14 @@ class Recognizer(nn.Module):
 
         chunks: chunk_size and left_chunks of `hidden_states`. Raises `UserError` for chunks that no whole frame of the heads fits.
         """
-        size = chunks.get("chunk_size")
-        if size and size % self.downsample.rate:
-            raise UserError(f"chunk_size={size} must be a multiple of output_downsampling={self.downsample.rate}")
+        self.check_chunk(chunks.get("chunk_size"))
         states, padding = self.hubert.hidden_states(wav, padding_mask, **chunks)
         return self.for_heads(states[-1], ~padding), padding[:, :: self.downsample.rate]
+
+    def check_chunk(self, size: int | None) -> None:
+        """Raise `UserError` for chunks of `size` frames of 20 ms that no whole frame of the heads fits."""
+        if size and size % self.downsample.rate:
+            raise UserError(f"chunk_size={size} must be a multiple of output_downsampling={self.downsample.rate}")
 
     def for_heads(self, encoded: Tensor, valid: Tensor | None = None) -> Tensor:
         """Encoder output (B, T, D), of which frames (B, T) are valid, at the rate that CTC layer and decoder read."""
@@ -206,13 +236,18 @@ class Recognizer(nn.Module):
         frozen = self.training and self.num_updates < self.config.freeze_finetune_updates
         with torch.no_grad() if frozen else nullcontext():
             masked = self.config.apply_mask and self.training
-            output = self.hubert(source, padding_mask=padding_mask, mask=masked, features_only=True, sample_ids=sample_ids)
+            spectrum = self._specaugment(source, padding_mask, sample_ids) if self.training else None
+            output = self.hubert(
+                source, padding_mask=padding_mask, mask=masked, features_only=True, sample_ids=sample_ids, spectrum=spectrum
+            )  # fmt: skip
         encoded, padding = output.x, output.padding_mask
         encoded = self.for_heads(encoded, None if padding is None else ~padding)
         padding = None if padding is None else padding[:, :: self.downsample.rate]
         result = RecognizerOutput(encoded.new_zeros((), dtype=torch.float32))
+        lengths = torch.full_like(target_lengths, encoded.size(1)) if padding is None else (~padding).sum(1)
+        if not self.learns_ctc and not self.training:
+            result.encoded, result.frames = encoded.detach(), lengths
         if self.learns_ctc:
-            lengths = torch.full_like(target_lengths, encoded.size(1)) if padding is None else (~padding).sum(1)
             log_probs = self.ctc_log_probs(encoded)
             loss = F.ctc_loss(log_probs.transpose(0, 1), targets, lengths, target_lengths, blank=BLANK, reduction="sum")
             result = RecognizerOutput(loss, loss.detach(), log_probs.detach(), lengths)
@@ -220,13 +255,30 @@ class Recognizer(nn.Module):
             return result
         attention, result.correct, result.count = self._says(self.decoder, targets, target_lengths, encoded, padding)
         if self.config.decoder_right_layers:
+            assert isinstance(self.decoder, AttentionDecoder) and self.decoder.right is not None
             weight, right = self.config.decoder_reverse_weight, self.decoder.right
-            assert right is not None
             reverse = self._says(right, backwards(targets, target_lengths), target_lengths, encoded, padding)[0]
             attention = (1 - weight) * attention + weight * reverse
         result.loss = self.config.ctc_weight * result.loss + (1 - self.config.ctc_weight) * attention
         result.loss_attention = attention.detach()
         return result
+
+    def _specaugment(self, source: Tensor, padding_mask: Tensor | None, sample_ids: Tensor | None) -> Tensor | None:
+        """What SpecAugment masks of the spectrograms (B, M, 80), by seed, update and utterance; None: nothing. Time is not warped."""
+        config, extractor = self.config, self.hubert.feature_extractor
+        if not (config.specaug_freq_masks or config.specaug_time_masks):
+            return None
+        assert isinstance(extractor, LogMelExtractor)
+        batch, longest = len(source), extractor.mel_frames(source.size(1))
+        samples = [source.size(1)] * batch if padding_mask is None else (~padding_mask).sum(1).tolist()
+        masked = np.zeros((batch, longest, BINS), dtype=bool)
+        for row, number in enumerate(range(batch) if sample_ids is None else sample_ids.tolist()):
+            rng = np.random.default_rng((self.hubert.config.seed, self.num_updates + 1, number, 3))
+            frames = min(extractor.mel_frames(samples[row]), longest)
+            widest = min(config.specaug_time_width, int(config.specaug_time_share * frames))
+            masked[row, :, uniform_mask(BINS, config.specaug_freq_masks, config.specaug_freq_width, rng)] = True
+            masked[row, :frames][uniform_mask(frames, config.specaug_time_masks, widest, rng)] = True
+        return torch.from_numpy(masked).to(source.device)
 
     def _says(
         self, decoder: nn.Module, targets: Tensor, lengths: Tensor, encoded: Tensor, padding: Tensor | None

@@ -1,11 +1,9 @@
-"""From frame-wise log-probabilities to texts: greedy, CTC prefix beam search, and rescoring by the attention decoder."""
+"""From encoder outputs to texts: by the CTC layer, by its texts rescored, and letter by letter by the attention decoder."""
 
-# T frames, V vocabulary, U letters, N hypotheses
+# T frames, D model dim, U letters, N hypotheses
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +13,18 @@ from torch import Tensor
 
 from ..errors import UserError, unknown
 from .alphabet import BLANK
+from .ctc import greedy, prefix_beam
 from .decoder import backwards, shifted
+from .label_search import Found, label_search
 from .model import Recognizer
 
-SEARCHES = ("greedy", "beam", "rescore")
+SEARCHES = {
+    "greedy": "the best label of each frame",
+    "beam": "CTC prefix beam search (first pass)",
+    "rescore": "its texts ranked by the attention decoder too (second pass)",
+    "attention": "beam search letter by letter by the attention decoder alone",
+    "joint": "the same, jointly with CTC's prefix scores",
+}
 
 
 @dataclass(frozen=True)
@@ -28,51 +34,6 @@ class Hypothesis:
     text: str
     letters: tuple[int, ...]
     score: float
-
-
-def greedy(log_probs: Tensor) -> tuple[int, ...]:
-    """The most probable label of each frame of (T, V), repetitions and blanks removed (Graves et al. 2006, section 3.2)."""
-    best = torch.unique_consecutive(log_probs.argmax(-1)).tolist()
-    return tuple(label for label in best if label != BLANK)
-
-
-def _add(a: float, b: float) -> float:
-    """log(e^a + e^b)."""
-    high, low = (a, b) if a > b else (b, a)
-    return high if low == -math.inf else high + math.log1p(math.exp(low - high))
-
-
-def prefix_beam(log_probs: Tensor, beam: int) -> list[tuple[tuple[int, ...], float]]:
-    """The most probable label sequences of (T, V), best first, with the log-probability of all their alignments that the beam kept.
-
-    CTC prefix beam search (Hannun et al. 2014, algorithm 1, without a language model). Each frame extends by its `beam` best labels.
-    """
-    top = min(beam, log_probs.size(1))
-    values, labels = log_probs.topk(top, dim=-1)
-    # prefix -> log-probability of its alignments that end in blank, and in its last letter
-    beams: dict[tuple[int, ...], tuple[float, float]] = {(): (0.0, -math.inf)}
-    for frame_values, frame_labels in zip(values.tolist(), labels.tolist(), strict=True):
-        grown: dict[tuple[int, ...], list[float]] = defaultdict(lambda: [-math.inf, -math.inf])
-        for prefix, (in_blank, in_letter) in beams.items():
-            total = _add(in_blank, in_letter)
-            for value, label in zip(frame_values, frame_labels, strict=True):
-                if value == -math.inf:
-                    continue
-                if label == BLANK:
-                    same = grown[prefix]
-                    same[0] = _add(same[0], total + value)
-                    continue
-                longer = grown[(*prefix, label)]
-                if prefix and prefix[-1] == label:
-                    same = grown[prefix]
-                    same[1] = _add(same[1], in_letter + value)
-                    longer[1] = _add(longer[1], in_blank + value)
-                else:
-                    longer[1] = _add(longer[1], total + value)
-        possible = ((prefix, ends) for prefix, ends in grown.items() if max(ends) > -math.inf)
-        best = sorted(possible, key=lambda item: _add(*item[1]), reverse=True)[:beam]
-        beams = {prefix: (ends[0], ends[1]) for prefix, ends in best}
-    return [(prefix, _add(*ends)) for prefix, ends in beams.items()]
 
 
 @torch.no_grad()
@@ -99,6 +60,59 @@ def decoder_scores(model: Recognizer, encoded: Tensor, texts: Sequence[Sequence[
     return scores.tolist()
 
 
+def default_search(model: Recognizer) -> str:
+    """The search that is used where none is asked for: greedy, or that of the decoder where the CTC layer has learned nothing."""
+    return "greedy" if model.learns_ctc else "attention"
+
+
+def searches_of(model: Recognizer) -> list[str]:
+    """The searches that a model can do."""
+    by_ctc = ["greedy", "beam"] if model.learns_ctc else []
+    by_decoder = ["rescore", "attention", "joint"] if model.learns_ctc else ["attention"]
+    return by_ctc + (by_decoder if model.decoder is not None else [])
+
+
+def check_search(model: Recognizer, search: str, beam: int, ctc_weight: float) -> None:
+    """Raise `UserError` for an unknown search, one that the model cannot do, and bad numbers: before any work."""
+    if search not in SEARCHES:
+        raise unknown("search", search, SEARCHES)
+    if beam < 1:
+        raise UserError(f"--beam {beam} must be at least 1")
+    if search in ("rescore", "attention", "joint"):
+        _ = model.head
+    if search != "attention":
+        model.check_ctc()
+    if search == "joint" and not 0 < ctc_weight < 1:
+        raise UserError(f"--ctc-weight {ctc_weight:g} must be between 0 and 1 for --search joint: 0 is --search attention")
+
+
+@torch.no_grad()
+def decode(
+    model: Recognizer, encoded: Sequence[Tensor], search: str = "greedy", beam: int = 10, ctc_weight: float = 0.5
+) -> list[list[Hypothesis]]:
+    """The texts of several recordings, the best first. encoded: outputs of the encoder (T, D); else as `transcribe`.
+
+    Searches letter by letter take recordings of like lengths together, as many as bounded memory allows (`label_search.MOST_FRAMES`).
+    """
+    check_search(model, search, beam, ctc_weight)
+    if search in ("attention", "joint"):
+        found = label_search(model, encoded, beam, ctc_weight if search == "joint" else 0.0)
+    else:
+        found = [_by_ctc(model, x[None], search, beam, ctc_weight) for x in encoded]
+    return [[Hypothesis(model.alphabet.text(labels), labels, score) for labels, score in texts] for texts in found]
+
+
+def _by_ctc(model: Recognizer, encoded: Tensor, search: str, beam: int, ctc_weight: float) -> Found:
+    log_probs = model.ctc_log_probs(encoded)[0]
+    if search == "greedy":
+        return [(greedy(log_probs), float(log_probs.max(-1).values.sum()))]
+    found = prefix_beam(log_probs, beam)
+    if search == "rescore":
+        second = decoder_scores(model, encoded, [labels for labels, _ in found])
+        found = sorted(((f[0], s + ctc_weight * f[1]) for f, s in zip(found, second, strict=True)), key=lambda f: -f[1])
+    return found
+
+
 @torch.no_grad()
 def transcribe(
     model: Recognizer, wav: Tensor, search: str = "greedy", beam: int = 10, ctc_weight: float = 0.5, **chunks: Any
@@ -106,24 +120,11 @@ def transcribe(
     """The texts of one recording, the best first (one if greedy). wav (1, S) at 16 kHz; `model` in eval mode.
 
     search: "greedy"; "beam", CTC prefix beam search; "rescore", the second pass: its texts ranked by the decoder's log-probability plus
-    `ctc_weight` times CTC's (U2, Zhang et al. 2020, section 2.3). chunks: `chunk_size` and `left_chunks` of the encoder.
-    Raises `UserError` for an unknown search, "rescore" without a decoder, or a model whose CTC layer has learned nothing.
+    `ctc_weight` times CTC's (U2, Zhang et al. 2020, section 2.3); "attention", beam search letter by letter by the decoder alone; "joint",
+    the same by (1 - `ctc_weight`) times its log-probability plus `ctc_weight` times CTC's of all that begins so (Watanabe et al. 2017).
+    chunks: `chunk_size` and `left_chunks` of the encoder.
+    Raises `UserError` for an unknown search, one that needs a decoder without one, or CTC's where the CTC layer has learned nothing.
     """
-    if search not in SEARCHES:
-        raise unknown("search", search, SEARCHES)
-    if beam < 1:
-        raise UserError(f"--beam {beam} must be at least 1")
-    model.check_ctc()  # refused before any work
-    if search == "rescore":
-        _ = model.head
-    encoded, padding = model.encode(wav, **chunks)
-    log_probs = model.ctc_log_probs(encoded)[0]
-    if search == "greedy":
-        labels = greedy(log_probs)
-        found = [(labels, float(log_probs.max(-1).values.sum()))]
-    else:
-        found = prefix_beam(log_probs, beam)
-    if search == "rescore":
-        second = decoder_scores(model, encoded, [labels for labels, _ in found])
-        found = sorted(((f[0], s + ctc_weight * f[1]) for f, s in zip(found, second, strict=True)), key=lambda f: -f[1])
-    return [Hypothesis(model.alphabet.text(labels), labels, score) for labels, score in found]
+    check_search(model, search, beam, ctc_weight)
+    encoded, _ = model.encode(wav, **chunks)
+    return decode(model, [encoded[0]], search, beam, ctc_weight)[0]

@@ -35,7 +35,7 @@ PANELS: tuple[tuple[str, bool, tuple[tuple[str, str, str], ...]], ...] = (
         "perplexity, valid", False,
         (("code_ppl_0", "valid", "of the predicted classes"), ("label_ppl_0", "valid", "of the labels")),
     ),
-    ("errors of greedy CTC, valid, %", False, (("wer", "valid", "words"), ("uer", "valid", "letters"))),
+    ("errors of the texts, valid, %", False, (("wer", "valid", "words"), ("cer", "valid", "characters"))),
     ("accuracy of the decoder", False, (("accuracy", "train", "train"), ("accuracy", "valid", "valid"))),
     ("norm of the gradient", True, (("gnorm", "train", "train"),)),
     ("learning rate", False, (("lr", "train", "train"),)),

@@ -8,10 +8,9 @@ import pytest
 
 from hubert_eff.data.tsv import read_manifest
 from hubert_eff.errors import UserError
+from hubert_eff.recognition.transcripts import read_transcripts
 
 pytest.importorskip("fairseq", reason="fairseq is not installed: pip install 'hubert-eff[fairseq]'")
-
-from fairseq_plugins.data.transcripts import read_transcripts  # noqa: E402
 
 from ..helpers.finetuning import make_data  # noqa: E402
 

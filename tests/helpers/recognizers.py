@@ -15,10 +15,13 @@ from hubert_eff.recognition import Recognizer, RecognizerConfig
 LETTERS = "|ABC"
 
 
-def make(preset: str = "conformer-debug", decoder_layers: int = 0, norm: str = "layer_norm", **keys: float) -> Recognizer:
+def make(
+    preset: str = "conformer-debug", decoder_layers: int = 0, norm: str = "layer_norm", decoder: str = "transformer", **keys: float
+) -> Recognizer:
     config = RecognizerConfig(
-        letters=LETTERS, decoder_layers=decoder_layers, decoder_norm=norm, decoder_ffn_embed_dim=32, decoder_attention_heads=2
-    )
+        letters=LETTERS, decoder_type=decoder, decoder_layers=decoder_layers, decoder_norm=norm, decoder_ffn_embed_dim=32,
+        decoder_attention_heads=2,
+    )  # fmt: skip
     config.describe(preset_config(preset, **keys))
     return Recognizer(config)
 
