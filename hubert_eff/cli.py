@@ -33,7 +33,7 @@ COMMANDS = {
     "run": "hidden states of audio files, by a checkpoint, an export or a preset",
     "align": "when each letter and word is said, by gradients; whether an encoder reverses time",
     "trends": "mean and variance of every layer over training, and alarms",
-    "transcribe": "texts of recordings by a fine-tuned model",
+    "transcribe": "texts of recordings, manifests and streams by a fine-tuned model; word error rates",
     "superb": "the ten SUPERB tasks through S3PRL: what they need, and running them",
     "report": "training curves, costs, quality over cost and shares of time on one HTML page",
 }
@@ -64,10 +64,27 @@ class _Parser(argparse.ArgumentParser):
         return f" - did you mean {close[0]}?" if close else ""
 
 
+class _CommandParser(_Parser):
+    """Takes options between positional arguments also where some of these may be left out, which argparse before Python 3.13 does not."""
+
+    _parsing = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As of any parser; argparse calls it for the command and, with these arguments apart, by `parse_known_intermixed_args`."""
+        kinds = {action.nargs for action in self._get_positional_actions()}
+        if self._parsing or not kinds & {argparse.ZERO_OR_MORE, argparse.OPTIONAL} or kinds & {argparse.PARSER, argparse.REMAINDER}:
+            return super().parse_known_args(args, namespace)
+        self._parsing = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._parsing = False
+
+
 def _parser(command: str | None) -> argparse.ArgumentParser:
     parser = _Parser(prog="hubert-eff", description="Speech encoders that are cheap to run.")
     parser.add_argument("--version", action="store_true", help="print the version and exit")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_CommandParser)
     for name, summary in COMMANDS.items():
         sub = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
         if name == command:

@@ -170,12 +170,12 @@ def stream_command(name: str, audio: Sequence[Path], mode: str, out: Path | None
     size, left = parse_mode(mode)  # before the model is read
     model = open_model(name, streaming=True)
     model.chunks(size, left)  # refused for what it is, rather than by what `fuse` cannot do
-    report = run_stream(_for_inference(model.eval()), audio[0], mode, out, sys.stdin.buffer)
+    report = run_stream(for_inference(model.eval()), audio[0], mode, out, sys.stdin.buffer)
     print(json.dumps(report.plain(), indent=2) if as_json else report)
     return 0
 
 
-def _for_inference(model: HubertModel) -> HubertModel:
+def for_inference(model: HubertModel) -> HubertModel:
     """The form of a model that runs fastest, with the same outputs."""
     if model.config.quant == "none":
         return fuse(model)
