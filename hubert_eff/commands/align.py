@@ -10,16 +10,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..config import COUNT
 from ..errors import UserError, printable, require, unknown
+from ._numbers import whole
 
 LONGEST_NAME = 200  # bytes, of 255 that file systems have; suffixes follow
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `hubert-eff align`."""
-    parser.add_argument("checkpoint", metavar="CKPT", help="fine-tuned checkpoint, of configs/finetune")
-    parser.add_argument("audio", type=Path, metavar="AUDIO", help="a recording, of any rate")
-    parser.add_argument("text", metavar="TEXT", help="what is said in it; or the path of a text file")
+    parser.add_argument(
+        "checkpoint", metavar="CKPT", help="fine-tuned checkpoint, of configs/finetune; with --manifest also a folder of them, by updates"
+    )
+    parser.add_argument("audio", nargs="?", type=Path, metavar="AUDIO", help="a recording, of any rate")
+    parser.add_argument("text", nargs="?", metavar="TEXT", help="what is said in it; or the path of a text file")
     parser.add_argument(
         "--method", choices=("gradient", "ctc"), default="gradient", help="or CTC forced alignment, for comparison (default: %(default)s)"
     )
@@ -33,6 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--check-flip", action="store_true", help="say whether and in which block the encoder reverses time, and look inside the blocks"
     )
+    parser.add_argument(
+        "--manifest", type=Path, metavar="DIR",
+        help="in place of AUDIO TEXT, with --check-flip: in how many utterances of a manifest time is reversed, by each checkpoint",
+    )  # fmt: skip
+    parser.add_argument("--split", default="valid", help="of the manifest (default: %(default)s)")
+    parser.add_argument("--labels", default="ltr", help="its transcripts: SPLIT.LABELS, or else parts.tsv (default: %(default)s)")
+    parser.add_argument("--utterances", type=whole(COUNT), default=20, metavar="N", help="the first N of it (default: %(default)d)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write NAME.ctm, NAME.TextGrid, NAME.json and pictures there")
     parser.add_argument("--json", action="store_true", help="print all figures as JSON")
 
@@ -44,6 +55,10 @@ def run(args: argparse.Namespace) -> int:
     from ..recognition.recordings import read_recording
     from ..utils.files import writable
 
+    if args.manifest is not None:
+        return _check_manifest(args)
+    if args.audio is None or args.text is None:
+        raise UserError("name a recording and what is said in it; or, with --check-flip, a manifest with --manifest DIR")
     model = load_recognizer(args.checkpoint)
     places = ["input", *map(str, range(len(model.hubert.encoder.layers) + 1))]
     if args.layer not in places:
@@ -81,6 +96,38 @@ def run(args: argparse.Namespace) -> int:
         for place, value in {**way.places, **way.cross_attention}.items():
             print(f"  {place:16} {value:+.2f}")
         print(way)
+    return 0
+
+
+def _check_manifest(args: argparse.Namespace) -> int:
+    """The direction of time over a split, for every checkpoint of a folder."""
+    from ..analysis.flips import checkpoints_of, over_utterances, table
+    from ..data.tsv import read_manifest
+    from ..recognition import load_recognizer
+    from ..recognition.recordings import read_recording
+    from ..recognition.transcripts import read_transcripts
+    from ..utils.files import write_json
+    from ..utils.progress import progress
+
+    if not args.check_flip or args.audio is not None or args.method != "gradient" or args.layer != "input":
+        raise UserError("--manifest goes with --check-flip and without AUDIO, TEXT, --method and --layer: it counts reversals of time")
+    checkpoints = checkpoints_of(Path(args.checkpoint))
+    manifest = read_manifest(args.manifest / f"{args.split}.tsv")
+    said, source = read_transcripts(manifest, args.manifest, args.labels)
+    said = said[: args.utterances]
+    wavs = [read_recording(manifest.root / name) for name in manifest.names[: len(said)]]
+    rows = []
+    with progress("checkpoints", len(checkpoints)) as advance:
+        for updates, file in checkpoints:
+            model = load_recognizer(file)
+            head = args.head or ("attention" if model.decoder is not None else "ctc")
+            labels = [model.alphabet.spell(model.alphabet.cased(text), f"{source}: {text[:20]!r}") for text in said]
+            rows.append((updates, over_utterances(model, zip(wavs, labels, strict=True), head)))
+            advance(1)
+    plain = {"manifest": str(manifest.path), "checkpoints": [{"updates": updates, **flips.plain()} for updates, flips in rows]}
+    if args.out is not None:
+        write_json(args.out / "flips.json", plain)
+    print(json.dumps(plain, indent=2) if args.json else table(rows))
     return 0
 
 
