@@ -15,7 +15,7 @@ from torch import Tensor
 from ..config import SAMPLE_RATE
 from ..data.tsv import Manifest
 from ..errors import UserError
-from ..streaming.stream import parse_mode
+from ..streaming.stream import mode_seconds, parse_mode
 from ..utils.progress import progress
 from .model import Recognizer
 from .recordings import read_recording
@@ -130,4 +130,5 @@ def table(found: Evaluation) -> str:
         lines.append(f"{row.search:10} {row.mode:8}{cells}   {found.rtf(row):7.3f}")
     words, characters = found.scores()[0].words.total, found.scores()[0].characters.total
     lines.append(f"{len(found.said)} utterances, {words} words, {characters} characters, {found.seconds:.1f} s")
+    lines.append("; ".join(f"{mode}: {mode_seconds(mode)}" for mode in dict.fromkeys(row.mode for row in found.rows)))
     return "\n".join(lines)
