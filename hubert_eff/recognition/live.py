@@ -58,7 +58,7 @@ class LiveReport:
     def __str__(self) -> str:
         return (
             f"{self.seconds:.1f} s in mode {self.mode} ({mode_seconds(self.mode)}): RTF {self.rtf:.4f}; text comes {self.p50_ms:.1f} ms "
-            f"(p50), {self.p95_ms:.1f} ms (p95) after a chunk's last sample, and its first sample waits {1e3 * self.wait:.0f} ms for that one"
+            f"(p50), {self.p95_ms:.1f} ms (p95) after a chunk's last sample, and its first one waits {1e3 * self.wait:.0f} ms for it"
         )
 
 
