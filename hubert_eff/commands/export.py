@@ -1,4 +1,4 @@
-"""`hubert-eff export CHECKPOINT|PRESET --out model.safetensors | --hf DIR`: one file to ship, or a folder for transformers, with a card."""
+"""`hubert-eff export CHECKPOINT|PRESET --out model.safetensors | --hf DIR | --pt2 FILE | --onnx FILE`: what is shipped, and its card."""
 
 from __future__ import annotations
 
@@ -28,6 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write model.onnx (too): float32, fused, of dynamic length; a one-bit model in its form of +-1 in floats",
     )  # fmt: skip
     parser.add_argument(
+        "--pt2", type=Path, metavar="FILE",
+        help="write model.pt2 (too): a torch.export program, float32, fused, of dynamic batch and length, which torch alone runs; of a "
+        "recognizer its CTC layer's log-probabilities",
+    )  # fmt: skip
+    parser.add_argument(
         "--hf", type=Path, metavar="DIR",
         help="a folder for transformers, with a README.md: a Transformer becomes its HubertModel, a recognizer HubertForCTC; others "
         "and one-bit models are read after `import hubert_eff.hf`",
@@ -53,13 +58,14 @@ def run(args: argparse.Namespace) -> int:
     from ..checkpoints.safetensors import is_export, is_own, read_metadata
     from ..exporting.huggingface import export_folder
     from ..exporting.onnx import export_onnx, require_onnx, require_onnx_form
+    from ..exporting.pt2 import export_pt2, require_program
     from ..exporting.safetensors import export, require_no_heads
     from ..recognition import load_recognizer
     from ..reports.model_card import write_card, write_readme
     from ..utils.files import writable
 
-    if args.out is None and args.onnx is None and args.hf is None:
-        raise UserError("--out FILE.safetensors is needed, or --hf DIR, or --onnx FILE.onnx")
+    if args.out is args.onnx is args.hf is args.pt2 is None:
+        raise UserError("--out FILE.safetensors is needed, or --hf DIR, --pt2 FILE.pt2 or --onnx FILE.onnx")
     if args.out is None and args.hf is None and (args.dtype != "fp32" or args.float or args.license or args.trained_on):
         raise UserError(
             "--dtype, --float, --license and --trained-on say how --out FILE.safetensors or --hf DIR is written: both are missing"
@@ -72,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--policy is of a preset, --average of a run's checkpoints, which hold theirs: leave out one of the two")
     if args.policy != "default" and "+" not in args.model:
         raise UserError(f"--policy {args.policy} is of a preset's binarized form, such as conformer-s+w1a1: {args.model} has none")
-    for option, path, suffix in (("--out", args.out, ".safetensors"), ("--onnx", args.onnx, ".onnx")):
+    for option, path, suffix in (("--out", args.out, ".safetensors"), ("--onnx", args.onnx, ".onnx"), ("--pt2", args.pt2, ".pt2")):
         if path is not None:
             if path.suffix != suffix:
                 raise UserError(f"{option} {path} must end in {suffix}")
@@ -91,12 +97,15 @@ def run(args: argparse.Namespace) -> int:
             print(f"{there}: the mean of {', '.join(file.name for file in files)}", file=sys.stderr)
         model, name = average(files), f"mean of {', '.join(file.name for file in files)}"
     whole: HubertModel | Recognizer = model
-    if args.hf is not None and model.heads and not args.encoder_only and args.average is None and args.out is args.onnx is None:
+    takes_heads = (args.hf is not None or args.pt2 is not None) and args.average is None and args.out is args.onnx is None
+    if takes_heads and model.heads and not args.encoder_only:
         whole = load_recognizer(args.model)
     elif not args.encoder_only:
         require_no_heads(model)
     if args.onnx is not None:
         require_onnx_form(model)  # before --out is written
+    if args.pt2 is not None:
+        require_program(whole)
     said: dict[str, Any] = {}
     source = Path(args.model)
     held = read_metadata(source) if source.is_file() and is_export(source) and is_own(source) else {}  # what was said of it stays said
@@ -117,6 +126,12 @@ def run(args: argparse.Namespace) -> int:
         said["hf"] = {"folder": str(args.hf), "card": str(card), **figures}
         if not args.json:
             print(f"{args.hf}: {figures['bytes'] / 1e6:.3f} MB, {figures['weights']} weights, the rest {args.dtype}; {card}")
+    if args.pt2 is not None:
+        program = export_pt2(whole, args.pt2)
+        said["pt2"] = program
+        if not args.json:
+            what = " and ".join(program["outputs"])
+            print(f"{args.pt2}: {program['bytes'] / 1e6:.3f} MB, {what}; differs from the model by at most {program['difference']:.1e}")
     if args.onnx is not None:
         graph = export_onnx(model, args.onnx)
         said["onnx"] = graph

@@ -25,7 +25,7 @@ from ..layers.dropout import Dropout
 from ..layers.kinds import POSITIONAL_CONV, Kind
 from ..layers.norm import once_tracked
 from ..layers.position import PositionalEmbedding
-from ..layers.tracing import is_tracing
+from ..layers.tracing import is_exporting, is_symbolic
 
 # keys that presets of all encoders share
 HUBERT_BASE = {  # what HuBERT-base sets beside fairseq's defaults (Hsu et al. 2021, section IV-C)
@@ -180,8 +180,10 @@ class Encoder(nn.Module):
         if not self.layer_norm_first:
             x = self.layer_norm(x)
         whole = chunks is None or chunks.kept is None
-        pads = whole and not is_tracing() and (self.training or x.device.type != "cpu")  # that changes nothing but speed, lost on a CPU
+        pads = whole and not is_symbolic() and (self.training or x.device.type != "cpu")  # that changes nothing but speed, lost on a CPU
         excess = -length % self.multiple if pads else 0
+        if is_exporting():  # a graph is for two frames or more; at reduced rates, too, there are as many
+            excess = max(self.block_rates) if max(self.block_rates) > 1 else 0
         if excess:
             x = F.pad(x, (0, 0, 0, excess))
             if padding_mask is None:

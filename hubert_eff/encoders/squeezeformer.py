@@ -24,6 +24,7 @@ from ..layers.kinds import DEPTHWISE, POINTWISE, RATE_CHANGE, Kind
 from ..layers.linear import Linear
 from ..layers.norm import MaskedBatchNorm, NoNorm
 from ..layers.position import relative_sinusoids, repeated
+from ..layers.tracing import every
 from .base import DEBUG, Encoder, Frames, published_size
 from .conformer import ConformerBlock, ConformerConfig
 from .registry import register_encoder
@@ -245,7 +246,7 @@ class SqueezeformerEncoder(Encoder):
                 reduced, saved = True, x
                 x = self.time_reduction(x, full.valid, full.chunks)  # (B, ceil(T / 2), D)
                 halved = None if full.chunks is None else full.chunks.at_rate(2)
-                frames = self.frames(x, None if full.valid is None else full.valid[:, ::2], halved)
+                frames = self.frames(x, None if full.valid is None else every(full.valid, 2), halved)
             elif index == self.recover:
                 reduced, frames = False, full
                 x = self.time_recovery(repeated(x, 2, length)) + saved

@@ -18,6 +18,7 @@ from ..layers.chunks import Chunks
 from ..layers.norm import norm_of
 from ..layers.position import repeated
 from ..layers.scaling import Balancer, BiasNorm, Schedule, Scheduled, Whitener, chance
+from ..layers.tracing import every
 from ..layers.zipformer import (
     AttentionWeights,
     Bypass,
@@ -448,9 +449,9 @@ class ZipformerEncoder(Encoder):
             assert isinstance(change, RateChange)
             x = before = fitted(x, shape.dim)
             if shape.rate not in by_rate:
-                valid = None if frames.valid is None else frames.valid[:, :: shape.rate]
+                valid = None if frames.valid is None else every(frames.valid, shape.rate)
                 chunks = None if frames.chunks is None else frames.chunks.at_rate(shape.rate)
-                by_rate[shape.rate] = self.frames(x[:, :: shape.rate], valid, chunks)
+                by_rate[shape.rate] = self.frames(every(x, shape.rate), valid, chunks)
             x = change.down(x, frames.valid)
             for place in range(shape.layers):
                 index = len(states) - 1

@@ -21,7 +21,7 @@ from .grid import GridAttention
 from .kinds import POSITION_PROJECTION, PRODUCT, PROJECTION, Kind, head_shapes
 from .linear import Linear, linear, product, takes_onednn
 from .position import CHUNK, by_key
-from .tracing import follows_shapes, is_tracing
+from .tracing import follows_shapes, is_symbolic
 
 
 class _DropoutAttention(torch.autograd.Function):
@@ -284,9 +284,9 @@ class RelativeSelfAttention(SelfAttention):
     def _chunked(self, content: Tensor, position: Tensor, k: Tensor, v: Tensor, p: Tensor, attend: Tensor | None, dropout: float) -> Tensor:
         queries, frames = content.size(2), k.size(2)  # the last query is at the last key
         mixed = []
-        step = queries if is_tracing() or follows_shapes(k) else CHUNK  # one chunk, whatever the length
-        for start in range(0, queries, step):
-            stop = min(start + step, queries)
+        whole = is_symbolic() or follows_shapes(k)  # one chunk, whatever the length
+        for start in [0] if whole else range(0, queries, CHUNK):
+            stop = queries if whole else min(start + CHUNK, queries)
             n = stop - start
             span = frames + n - 1  # offsets that this chunk's queries see
             by_offset = position[:, :, start:stop] @ p[:, queries - stop : queries - stop + span].transpose(-1, -2)  # (B, H, n, span)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from .chunks import Chunks
 from .linear import linear, product, takes_onednn
+from .tracing import is_exporting
 
 NARROW, KERNELS = range(2, 16, 2), 32  # channels per group, and of what the kernel is a multiple, where bfloat16 needs a zero tap
 
@@ -97,6 +98,8 @@ def strided_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) ->
 
 def reach(kernel: int, stride: int, causal: bool, frames: int) -> tuple[int, int]:
     """How many frames before and behind an input of so many a `DepthwiseConv` sees."""
+    if stride > 1 and is_exporting():
+        return 0, kernel - 1  # up to stride - 1 more, whatever the length: there are as many outputs
     if stride > 1:
         return 0, max(0, kernel - stride + -frames % stride)
     return (kernel - 1, 0) if causal else (kernel // 2, kernel // 2)

@@ -16,7 +16,7 @@ from .choice import takes_spectrum
 from .chunks import Chunks
 from .convolution import with_zero_tap
 from .spectral import convolve_blocks, spectrum
-from .tracing import is_tracing
+from .tracing import is_exporting, is_symbolic
 
 CHUNK = 128  # queries whose products with relative positions are computed at a time: they stay in cache
 
@@ -122,7 +122,7 @@ def by_key(by_offset: Tensor) -> Tensor:
     """(B, H, n, T + n - 1), of which row i holds n - 1 - i columns before those of keys 0 ... T - 1: a view (B, H, n, T) of these."""
     batch, heads, n, span = by_offset.shape
     frames = span - n + 1
-    if is_tracing():  # no strides there: the same as slices and reshapes, of rows one longer, so that a single frame leaves none empty
+    if is_symbolic():  # no strides there: the same as slices and reshapes, of rows one longer, so that a single frame leaves none empty
         flat = F.pad(by_offset, (0, 1)).flatten(2)[:, :, n - 1 : n - 1 + n * span]
         return flat.view(batch, heads, n, span)[..., :frames]
     return by_offset.contiguous().as_strided((batch, heads, n, frames), (heads * n * span, n * span, span - 1, 1), n - 1)
@@ -138,4 +138,8 @@ def relative_sinusoids(frames: int, dim: int, like: Tensor) -> Tensor:
 
 def repeated(x: Tensor, rate: int, frames: int) -> Tensor:
     """Each frame of x (B, T, C) `rate` times, cut to `frames`."""
-    return x if rate == 1 else x.unsqueeze(2).expand(-1, -1, rate, -1).flatten(1, 2)[:, :frames]
+    if rate == 1:
+        return x
+    if is_exporting():  # a cut would have to be proven to be one
+        return x.index_select(1, torch.arange(frames, device=x.device) // rate)
+    return x.unsqueeze(2).expand(-1, -1, rate, -1).flatten(1, 2)[:, :frames]

@@ -23,7 +23,7 @@ from .flex import compiled_flex, takes_flex
 from .grid import GridAttention
 from .kinds import Kind
 from .sparse_pattern import Segment, SparsePattern, chunks, gather_summaries, put_summaries, split_blocks
-from .tracing import follows_shapes, is_tracing
+from .tracing import follows_shapes, is_symbolic
 
 SPAN = 128  # queries that share one window of keys in `_windowed`
 
@@ -252,7 +252,7 @@ def sparse_attention(
     drops = dropout is not None and dropout.training and dropout.p > 0
     if flex is not None and not drops and takes_flex(q):
         return flex(q, k, v, attend, pattern)
-    if is_tracing():
+    if is_symbolic():
         place = torch.arange(q.size(2), device=q.device)
         seen = pattern.sees(place, place)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen if attend is None else seen & attend)

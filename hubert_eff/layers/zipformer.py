@@ -21,7 +21,7 @@ from .norm import NoNorm
 from .position import repeated
 from .precision import wide
 from .scaling import LIMIT_RATE, Balancer, Schedule, Scheduled, Whitener, chance, limit_parameter
-from .tracing import is_tracing
+from .tracing import is_exporting, is_tracing
 from .zipformer_attention import RelativeWeights
 
 
@@ -306,10 +306,13 @@ class Downsample(nn.Module):
         if valid is not None:
             last = torch.where(valid, torch.arange(x.size(1), device=x.device), 0).amax(1)  # (B,)
             x = torch.where(valid.unsqueeze(-1), x, x[torch.arange(x.size(0), device=x.device), last].unsqueeze(1))
+        shares = self.log_shares.softmax(0).to(x.dtype)
+        if is_exporting():  # one form for all lengths
+            x = torch.cat((x, x[:, -1:].expand(-1, self.rate - 1, -1)), dim=1)
+            return (x.unfold(1, self.rate, self.rate) * shares).sum(-1)
         excess = -x.size(1) % self.rate
         if excess or is_tracing():
             x = torch.cat((x, x[:, -1:].expand(-1, excess, -1)), dim=1)
-        shares = self.log_shares.softmax(0).to(x.dtype)
         groups = x.view(x.size(0), -1, self.rate, x.size(2))
         return (groups * shares[:, None]).sum(2)
 

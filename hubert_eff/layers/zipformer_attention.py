@@ -15,7 +15,7 @@ from .bits import Cost, counted_as, offsets_seen
 from .dropout import Dropout
 from .linear import product, takes_onednn
 from .position import by_key
-from .tracing import follows_shapes, is_tracing
+from .tracing import follows_shapes, is_symbolic
 
 BLOCK = 256  # queries per block: the scores of one row's block stay in cache
 KEPT = 1 << 26  # without gradient, weights of more elements than this are computed anew for each use, block by block
@@ -163,9 +163,9 @@ class RelativeWeights:
         self.batch, self.heads = q.shape[:2]
         pairs = q.size(2) * k.size(2)
         self.traced: Tensor | None = None
-        if is_tracing():  # in one piece, without gradients or padding
-            assert seen is None
-            self.traced = torch.softmax(q @ k.transpose(-1, -2) + by_key(p @ offsets.transpose(-1, -2)), -1)
+        if is_symbolic():  # in one piece
+            scores = q @ k.transpose(-1, -2) + by_key(p @ offsets.transpose(-1, -2))
+            self.traced = torch.softmax(scores if seen is None else scores.masked_fill(~seen.unsqueeze(1), UNSEEN), -1)
             return
         q, k, p = (t.transpose(0, 1).flatten(0, 1) for t in (q, k, p))
         offsets = offsets.unsqueeze(1).expand(-1, self.batch, -1, -1).flatten(0, 1)

@@ -20,7 +20,7 @@ from ..layers.dropout import Dropout
 from ..layers.kinds import CODEBOOK_HEAD, EXTRACTOR, INPUT_PROJECTION, Kind
 from ..layers.linear import Linear, linear
 from ..layers.precision import wide
-from ..layers.tracing import is_tracing
+from ..layers.tracing import is_symbolic
 from ..quant.convert import convert
 from ..quant.policy import SPECS, read_policy
 from .extractor import check_audio, check_samples, extractor_of, frame_padding_mask, num_frames, receptive_field
@@ -111,7 +111,8 @@ class HubertModel(nn.Module):
     def _extract(self, source: Tensor, padding_mask: Tensor | None, spectrum: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Waveform (B, S) -> extractor output (B, T, C) and padding of frames (B, T); spectrum: what a log-mel front masks."""
         check_audio(source, padding_mask)
-        self._frames_of(source)
+        if not is_symbolic():  # else the number of frames would be a constant
+            self._frames_of(source)
         if padding_mask is not None:
             source = source.masked_fill(padding_mask, 0.0)
         hidden = () if spectrum is None else (spectrum,)
@@ -337,7 +338,7 @@ class HubertModel(nn.Module):
 
 def normalize_waveform(wav: Tensor, padding_mask: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """Zero mean and unit variance, to which `eps` is added, of each row (B, S) over its valid samples; padding becomes 0."""
-    if padding_mask is None and is_tracing():  # where a length is no constant
+    if padding_mask is None and is_symbolic():  # where a length is no constant
         padding_mask = torch.zeros_like(wav, dtype=torch.bool)
     if padding_mask is None:
         return F.layer_norm(wav, wav.shape[-1:], eps=eps)
