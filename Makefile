@@ -17,9 +17,13 @@ export CFLAGS              ?= -O0 -fwrapv -DNDEBUG
 unexport PYTHONDONTWRITEBYTECODE
 
 # models as small as those of the tests gain nothing from threads, which spin when other work shares the cores
-test test-long kill-test: export OMP_NUM_THREADS ?= 1
+test test-long test-core kill-test: export OMP_NUM_THREADS ?= 1
 
-.PHONY: env demo test test-long kill-test lint clean
+# `make test-core PYTHON=python3.13 TORCH=2.15.0`: the core alone, with other versions, in an environment of its own (up to 6 GB)
+CORE      ?= .venv-core
+CORE_TESTS = checkpoints edge encoders exporting layers models optim profiling quant streaming
+
+.PHONY: env demo test test-long test-core kill-test lint clean
 
 env: $(READY)
 
@@ -44,6 +48,19 @@ test: $(READY)
 test-long: $(READY)
 	$(BIN)/python -m pytest -m long -q -n $(WORKERS) --dist worksteal
 
+# sdist, wheel from it, and the tests that need nothing else, from outside of the checkout; the pins hold for none of it
+test-core:
+	rm -rf $(CORE)
+	$(PYTHON) -m venv $(CORE)
+	cd $(CORE) && unset PIP_CONSTRAINT PIP_BUILD_CONSTRAINT && \
+	bin/python -m pip install --quiet --no-compile build pytest torch$(if $(TORCH),==$(TORCH)) && \
+	bin/python -m build --outdir dist $(CURDIR) > build.log && \
+	bin/python -m pip install --quiet --no-compile dist/*.whl && \
+	mkdir outside && cp -r $(CURDIR)/tests $(CURDIR)/benchmarks outside && cd outside && \
+	printf '[pytest]\nmarkers = long: minutes\n' > pytest.ini && \
+	../bin/python -c 'import hubert_eff, sys, torch; print(sys.version.split()[0], "torch", torch.__version__, hubert_eff.__file__)' && \
+	../bin/python -m pytest -m "not long" -q $(CORE_TESTS:%=tests/%)
+
 # kills training and label making at random moments; nothing may be lost
 kill-test: $(READY)
 	$(BIN)/python benchmarks/reliability/kill_training.py --kills 30
@@ -56,4 +73,4 @@ lint: $(READY)
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(DEMO) build *.egg-info
+	rm -rf $(VENV) $(CORE) $(DEMO) build *.egg-info

@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--onnx", type=Path, metavar="FILE",
         help="write model.onnx (too): float32, fused, of dynamic length; a one-bit model in its form of +-1 in floats",
     )  # fmt: skip
+    parser.add_argument("--edge", action="store_true", help="write --onnx in the layout of accelerators, channels first and head by head")
     parser.add_argument(
         "--pt2", type=Path, metavar="FILE",
         help="write model.pt2 (too): a torch.export program, float32, fused, of dynamic batch and length, which torch alone runs; of a "
@@ -56,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
     from ..checkpoints.load import average, last_checkpoints
     from ..checkpoints.open import open_model
     from ..checkpoints.safetensors import is_export, is_own, read_metadata
+    from ..edge import rewrite
     from ..exporting.huggingface import export_folder
     from ..exporting.onnx import export_onnx, require_onnx, require_onnx_form
     from ..exporting.pt2 import export_pt2, require_program
@@ -72,6 +74,8 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.fuse and (args.out is None or args.hf is not None):
         raise UserError("--fuse says how --out FILE.safetensors is written: " + ("--hf DIR is not fused" if args.hf else "it is missing"))
+    if args.edge and args.onnx is None:
+        raise UserError("--edge says how --onnx FILE.onnx is written, which is missing")
     if args.base_model and args.hf is None:
         raise UserError("--base-model is for the README.md of --hf DIR, which is missing")
     if args.average is not None and args.policy != "default":
@@ -104,6 +108,7 @@ def run(args: argparse.Namespace) -> int:
         require_no_heads(model)
     if args.onnx is not None:
         require_onnx_form(model)  # before --out is written
+        traced = rewrite(model) if args.edge else model
     if args.pt2 is not None:
         require_program(whole)
     said: dict[str, Any] = {}
@@ -133,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
             what = " and ".join(program["outputs"])
             print(f"{args.pt2}: {program['bytes'] / 1e6:.3f} MB, {what}; differs from the model by at most {program['difference']:.1e}")
     if args.onnx is not None:
-        graph = export_onnx(model, args.onnx)
+        graph = export_onnx(traced, args.onnx)
         said["onnx"] = graph
         if not args.json:
             said_of = f"{graph['difference']:.1e}" + (f" ({graph['share_off']:.1%} by more than 1e-3)" if graph["share_off"] else "")

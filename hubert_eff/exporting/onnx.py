@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..config import FRAME_STRIDE
+from ..encoders.base import Encoder
 from ..encoders.registry import encoder_of
 from ..errors import UserError, missing_extra
 from ..layers.position import PositionalConv1d
@@ -75,12 +76,12 @@ def require_onnx_form(model: HubertModel) -> None:
 def export_onnx(model: HubertModel, path: str | os.PathLike[str]) -> dict[str, Any]:
     """Write `path` (.onnx): input `wav` (batch, samples) at 16 kHz, output `hidden_states` (L + 1, batch, frames, D).
 
-    A float model is fused first. A w1a1 model is written as it is simulated, +-1 in float32: of its speed and size on bits nothing is
-    left, of its outputs all but what bits of attention probabilities at their threshold change: the graph keeps softmax, as in training
-    (quant/integer_softmax.py). There is no padding mask. Returns bytes, form, opset and the largest difference between onnxruntime's and
-    torch's output with softmax over four shapes, one frame, two, and a batch among them, and the share of elements that differ by more
-    than `AGREES`: none in a float model, and in a one-bit one none but, in a long input, those behind a bit that was set the other way at
-    a tie.
+    A float model is fused first; one that `edge.rewrite` made keeps its layout. A w1a1 model is written as it is simulated, +-1 in
+    float32: of its speed and size on bits nothing is left, of its outputs all but what bits of attention probabilities at their threshold
+    change: the graph keeps softmax, as in training (quant/integer_softmax.py). There is no padding mask. Returns bytes, form, opset and
+    the largest difference between onnxruntime's and torch's output with softmax over four shapes, one frame, two, and a batch among them,
+    and the share of elements that differ by more than `AGREES`: none in a float model, and in a one-bit one none but, in a long input,
+    those behind a bit that was set the other way at a tie.
     Raises `UserError` for a packed model, activations of more than one bit, scales that never saw data, another suffix, and a graph that
     does not compute the same.
     """
@@ -94,7 +95,8 @@ def export_onnx(model: HubertModel, path: str | os.PathLike[str]) -> dict[str, A
         _trace(traced, temporary)
         graph = onnx.load(os.fspath(temporary))
         described = {
-            "producer": f"hubert-eff {__version__}", "encoder": encoder_of(model.config).name, "form": form, "sample_rate": "16000"
+            "producer": f"hubert-eff {__version__}", "encoder": encoder_of(model.config).name, "form": form, "sample_rate": "16000",
+            "layout": "(batch, frames, channels)" if isinstance(model.encoder, Encoder) else "(batch, channels, 1, frames)",
         }  # fmt: skip
         for key, value in described.items():
             graph.metadata_props.add(key=key, value=value)

@@ -180,12 +180,12 @@ def _is_capturing(wav: Tensor) -> bool:
     return wav.is_cuda and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
 
 
-def frame_padding_mask(padding_mask: Tensor, frames: int, config: HubertConfig) -> Tensor:
-    """Padding of samples (B, S) -> padding of frames (B, T); True = padding, which must stand at the end."""
-    if config.valid_frames == "fairseq":  # a frame is padding when every sample of its equal share is
+def frame_padding_mask(padding_mask: Tensor, frames: int, rule: str, conv_layers: Sequence[tuple[int, int, int]]) -> Tensor:
+    """Padding of samples (B, S) -> padding of frames (B, T); True = padding, which must stand at the end. `rule`: `valid_frames`."""
+    if rule == "fairseq":  # a frame is padding when every sample of its equal share is
         cut = padding_mask[:, : padding_mask.size(1) // frames * frames]
         return cut.view(padding_mask.size(0), frames, -1).all(-1)
-    valid = num_frames((~padding_mask).sum(1), config.conv_layers)
+    valid = num_frames((~padding_mask).sum(1), conv_layers)
     assert isinstance(valid, Tensor)
     return torch.arange(frames, device=padding_mask.device) >= valid[:, None]
 

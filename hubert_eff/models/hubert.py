@@ -61,7 +61,8 @@ class HubertModel(nn.Module):
         self.config = config
         self.num_classes = tuple(num_classes)
         self.num_updates = 0
-        channels, dim, code = config.conv_layers[-1][0], config.input_dim, config.codebook_dim
+        self.conv_layers = config.conv_layers  # read once: what follows a forward pass cannot follow a parser
+        channels, dim, code = self.conv_layers[-1][0], config.input_dim, config.codebook_dim
         self.feature_extractor = extractor_of(config)
         self.layer_norm = nn.LayerNorm(channels) if config.feature_norm else nn.Identity()
         self.post_extract_proj = Linear(channels, dim) if channels != dim else None
@@ -106,7 +107,7 @@ class HubertModel(nn.Module):
 
     def num_frames(self, samples: int) -> int:
         """Frames of an utterance of `samples` samples."""
-        return int(num_frames(samples, self.config.conv_layers))
+        return int(num_frames(samples, self.conv_layers))
 
     def _extract(self, source: Tensor, padding_mask: Tensor | None, spectrum: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Waveform (B, S) -> extractor output (B, T, C) and padding of frames (B, T); spectrum: what a log-mel front masks."""
@@ -123,7 +124,7 @@ class HubertModel(nn.Module):
         else:
             with torch.no_grad():
                 features = self.feature_extractor(source, *hidden)
-        frames = None if padding_mask is None else frame_padding_mask(padding_mask, features.size(1), self.config)
+        frames = None if padding_mask is None else self._frame_padding(padding_mask, features.size(1))
         return features, frames
 
     def _in_chunks(self, wav: Tensor, padding_mask: Tensor | None, chunks: Chunks) -> tuple[Tensor, Tensor | None]:
@@ -133,20 +134,23 @@ class HubertModel(nn.Module):
         before, behind = self.feature_extractor.reach
         source = wav if padding_mask is None else wav.masked_fill(padding_mask, 0.0)
         source = F.pad(source, (before, behind))
-        need = (chunks.size - 1) * FRAME_STRIDE + receptive_field(self.config.conv_layers) + before + behind
+        need = (chunks.size - 1) * FRAME_STRIDE + receptive_field(self.conv_layers) + before + behind
         parts = []
         for start in range(0, length, chunks.size):
             samples = source[:, start * FRAME_STRIDE :]
             samples = samples[:, :need] if start + chunks.size <= length else samples
             parts.append(self.project(self.feature_extractor.of_padded(samples)))
-        frames = None if padding_mask is None else frame_padding_mask(padding_mask, length, self.config)
+        frames = None if padding_mask is None else self._frame_padding(padding_mask, length)
         return torch.cat(parts, 1), frames
+
+    def _frame_padding(self, padding_mask: Tensor, frames: int) -> Tensor:
+        return frame_padding_mask(padding_mask, frames, self.config.valid_frames, self.conv_layers)
 
     def _frames_of(self, source: Tensor) -> int:
         """Frames of audio (B, S); raises `UserError` where there are none."""
         length = self.num_frames(source.size(-1)) if source.size(-1) else 0
         if length < 1:
-            raise UserError(f"{source.size(-1)} samples are too few: one frame needs {receptive_field(self.config.conv_layers)}")
+            raise UserError(f"{source.size(-1)} samples are too few: one frame needs {receptive_field(self.conv_layers)}")
         return length
 
     def project(self, features: Tensor) -> Tensor:

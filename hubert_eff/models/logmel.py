@@ -8,8 +8,11 @@ samples; what lies before the first and behind the last sample is silence, as pa
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,6 +22,7 @@ from ..layers.activation import swoosh_l, swoosh_r
 from ..layers.convolution import GroupedConv2d
 from ..layers.linear import Linear
 from ..layers.scaling import BiasNorm
+from ..layers.tracing import is_tracing
 
 BINS, WINDOW, HOP, FFT = 80, 400, 160, 512
 FLOOR = 1e-10  # of the power in a bin; silence, too
@@ -49,10 +53,29 @@ class LogMel(nn.Module):
         self.register_buffer("filters", mel_filters(), persistent=False)
 
     def forward(self, source: Tensor) -> Tensor:
-        frames = source.float().unfold(1, WINDOW, HOP) * self.window.float()
+        powers = self._traced_powers(source.float()) if is_tracing() else self._powers(source.float())
+        return ((powers @ self.filters.float()).clamp(min=FLOOR).log10() + 4.0) / 4.0
+
+    def _powers(self, source: Tensor) -> Tensor:  # (B, S) -> (B, M, 257)
+        frames = source.unfold(1, WINDOW, HOP) * self.window.float()
         spectrum = torch.view_as_real(torch.fft.rfft(frames, FFT))  # (B, M, 257, 2)
-        power = spectrum.square().sum(-1) @ self.filters.float()
-        return (power.clamp(min=FLOOR).log10() + 4.0) / 4.0
+        return spectrum.square().sum(-1)
+
+    def _traced_powers(self, source: Tensor) -> Tensor:
+        """The same as a strided convolution: a trace has no sliding windows of dynamic length, few runtimes a Fourier transform."""
+        waves = F.conv1d(source.unsqueeze(1), torch.from_numpy(windowed_waves()).unsqueeze(1), stride=HOP).square()  # (B, 514, M)
+        cosines, sines = waves.chunk(2, 1)
+        return (cosines + sines).transpose(1, 2)
+
+
+@functools.cache
+def windowed_waves() -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Cosines, then sines, of the 257 frequencies under the window, (514, 400)."""
+    time = np.arange(WINDOW)
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * time / WINDOW)
+    turns = np.outer(np.arange(FFT // 2 + 1), time) % FFT  # whole: the angles stay exact
+    angles = 2 * np.pi * turns / FFT
+    return (window * np.concatenate([np.cos(angles), np.sin(angles)])).astype(np.float32)
 
 
 class Subsampling(nn.Module):

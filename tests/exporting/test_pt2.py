@@ -16,7 +16,7 @@ import hubert_eff
 from hubert_eff.cli import main
 from hubert_eff.edge import rewrite
 from hubert_eff.errors import UserError
-from hubert_eff.exporting.pt2 import DESCRIPTION, export_pt2
+from hubert_eff.exporting.pt2 import DESCRIPTION, _States, export_pt2
 from hubert_eff.models.hubert import HubertModel
 from hubert_eff.quant import pack
 from hubert_eff.recognition.model import Recognizer, RecognizerConfig
@@ -88,6 +88,16 @@ def test_every_encoder_at_every_length(encoder: str, keys: dict[str, Any], tmp_p
         assert torch.equal(frames, expected_frames) and len(states) == len(expected)
         for found, state in zip(states, expected, strict=True):
             torch.testing.assert_close(found, state, rtol=0.0, atol=1e-5)
+
+
+@pytest.mark.long
+@torch.no_grad()
+def test_strict_export_follows_a_model() -> None:
+    model = _States(trained("transformer-debug")).eval()
+    sizes = {0: torch.export.Dim.AUTO(min=1, max=8), 1: torch.export.Dim.AUTO(min=720, max=960_000)}
+    (wav, padding), *_, longer = batches()[1:4]
+    program = torch.export.export(model, (wav, padding), dynamic_shapes={"wav": sizes, "padding_mask": dict(sizes)}, strict=True)
+    torch.testing.assert_close(program.module()(*longer), model(*longer), rtol=0.0, atol=1e-5)
 
 
 @torch.no_grad()

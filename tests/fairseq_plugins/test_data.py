@@ -71,7 +71,7 @@ def test_buckets_leave_few_shapes(padded: bool, rate: int, many: Path, tmp_path:
     for batch in epoch:
         source, padding, (labels,) = batch["net_input"]["source"], batch["net_input"]["padding_mask"], batch["target_list"]
         features = torch.zeros(len(source), model.num_frames(source.size(1)), 1)
-        frames = None if padding is None else frame_padding_mask(padding, features.size(1), model.config)
+        frames = None if padding is None else frame_padding_mask(padding, features.size(1), model.config.valid_frames, model.conv_layers)
         features, frames, (targets,) = model._align(features, frames, [labels])
         assert features.size(1) == source.size(1) // 320 - 1  # no frame is lost for want of labels, so the encoder's shape is fixed too
         assert (frames is None) != padded
@@ -112,7 +112,7 @@ def test_no_padding_label_falls_on_a_valid_frame_of_a_random_crop(seconds: float
         with mock.patch.object(dataset_module, "crop_start", side_effect=[start, 0]):
             batch = dataset.collater(samples)
         source, padding = batch["net_input"]["source"], batch["net_input"]["padding_mask"]
-        frames = frame_padding_mask(padding, model.num_frames(source.size(1)), model.config)
+        frames = frame_padding_mask(padding, model.num_frames(source.size(1)), model.config.valid_frames, model.conv_layers)
         _, frames, (targets,) = model._align(torch.zeros(*frames.shape, 1), frames, batch["target_list"])
         assert (targets[~frames] >= 4).all()  # fairseq's dictionaries begin with four special symbols
         valid, lengths = (~frames).sum(1), batch["target_lengths_list"][0]
