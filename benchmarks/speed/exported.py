@@ -77,7 +77,7 @@ def parity(preset: str, lengths: list[float]) -> dict[str, Any]:
     return {"preset": preset, **figures, "largest_value": largest, "differences": differences}
 
 
-def times(preset: str, lengths: list[float], rounds: int) -> list[dict[str, Any]]:
+def times(preset: str, lengths: list[float], rounds: int, clock: Callable[..., float]) -> list[dict[str, Any]]:
     """Medians in ms of the model, fused, its program, and what AOTInductor makes of it."""
     model = trained(preset)
     fused = fuse(model)
@@ -97,7 +97,7 @@ def times(preset: str, lengths: list[float], rounds: int) -> list[dict[str, Any]
         }  # fmt: skip
         expected = sides[EAGER]()[0]
         differences = {name: apart(side()[0], expected) for name, side in sides.items() if name != EAGER}
-        medians = {name: statistics.median(t) for name, t in harness.compare(sides, rounds).items()}
+        medians = {name: statistics.median(t) for name, t in harness.compare(sides, rounds, clock).items()}
         rows.append(
             {"preset": preset, "seconds": seconds, **figures, "compile_seconds": took, "ms": {k: v * 1e3 for k, v in medians.items()},
              "speed": {name: medians[EAGER] / value for name, value in medians.items()}, "differences": differences}
@@ -109,6 +109,7 @@ def times(preset: str, lengths: list[float], rounds: int) -> list[dict[str, Any]
 def main() -> None:
     """Run one of the two, print a table or JSON."""
     options = harness.parser(__doc__.splitlines()[0])
+    options.add_argument("--cpu-time", action="store_true", help=harness.CPU_TIME)
     options.add_argument("part", choices=("parity", "times"))
     options.add_argument("--presets", nargs="+", default=PRESETS, help="models with random weights (default: one per encoder)")
     options.add_argument("--seconds", nargs="+", type=float, help="lengths (default: 0.1 1 7.3 60 of `parity`, 1 10 of `times`)")
@@ -122,7 +123,9 @@ def main() -> None:
         if args.part == "parity":
             result["rows"].append(parity(preset, args.seconds or list(SECONDS)))
         else:
-            result["rows"] += times(preset, args.seconds or [1.0, 10.0], args.rounds)
+            result["rows"] += times(
+                preset, args.seconds or [1.0, 10.0], args.rounds, harness.cpu_seconds if args.cpu_time else harness.seconds
+            )
     if args.part == "times":
         result["probe"].append(harness.guard("after the run"))
     if args.json:

@@ -93,7 +93,8 @@ def export_pt2(model: HubertModel | Recognizer, path: str | os.PathLike[str]) ->
     description = _description(model)
     with replacing(path) as temporary:
         program = _program(wrapper)
-        with temporary.open("wb") as stream:
+        with temporary.open("wb") as stream, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of weights that are views, as fused ones are
             torch.export.save(program, stream, extra_files={DESCRIPTION: json.dumps(description, indent=2, sort_keys=True)})
         difference = _difference(model, temporary)
     return {"file": os.fspath(path), "bytes": Path(path).stat().st_size, "difference": difference, **description}

@@ -251,7 +251,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["conformer-debug"], "--out FILE.safetensors is needed, or --hf DIR, or --onnx FILE.onnx"),
+        (["conformer-debug"], "--out FILE.safetensors is needed, or --hf DIR, --pt2 FILE.pt2 or --onnx FILE.onnx"),
         (["conformer-debug", "--onnx", "model.onnx", "--dtype", "fp16"], "--out FILE.safetensors or --hf DIR is written: both are missing"),
         (["conformer-debug", "--out", "model.bin"], "must end in .safetensors"),
         (["conformer-dbug", "--out", "m.safetensors"], "unknown preset or checkpoint 'conformer-dbug' - did you mean 'conformer-debug'"),
