@@ -75,7 +75,8 @@ def windowed_waves() -> np.ndarray[Any, np.dtype[np.float32]]:
     window = 0.5 - 0.5 * np.cos(2 * np.pi * time / WINDOW)
     turns = np.outer(np.arange(FFT // 2 + 1), time) % FFT  # whole: the angles stay exact
     angles = 2 * np.pi * turns / FFT
-    return (window * np.concatenate([np.cos(angles), np.sin(angles)])).astype(np.float32)
+    waves: np.ndarray[Any, np.dtype[np.float32]] = (window * np.concatenate([np.cos(angles), np.sin(angles)])).astype(np.float32)
+    return waves
 
 
 class Subsampling(nn.Module):
