@@ -18,7 +18,7 @@ from ..layers.activation import gelu
 from ..layers.bits import Cost, counted_as
 from ..layers.convolution import strided_conv
 from ..layers.linear import takes_onednn
-from ..layers.tracing import is_tracing
+from ..layers.tracing import is_exporting, is_tracing
 from .logmel import LogMelExtractor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # dtypes of audio; a model computes in that of its weights
@@ -183,6 +183,9 @@ def _is_capturing(wav: Tensor) -> bool:
 def frame_padding_mask(padding_mask: Tensor, frames: int, rule: str, conv_layers: Sequence[tuple[int, int, int]]) -> Tensor:
     """Padding of samples (B, S) -> padding of frames (B, T); True = padding, which must stand at the end. `rule`: `valid_frames`."""
     if rule == "fairseq":  # a frame is padding when every sample of its equal share is
+        if is_exporting():  # the same of padding at the end, without a view whose share would have to be proven whole
+            starts = torch.arange(frames, device=padding_mask.device) * (padding_mask.size(1) // frames)
+            return starts >= (~padding_mask).sum(1, keepdim=True)
         cut = padding_mask[:, : padding_mask.size(1) // frames * frames]
         return cut.view(padding_mask.size(0), frames, -1).all(-1)
     valid = num_frames((~padding_mask).sum(1), conv_layers)
