@@ -16,6 +16,13 @@ from typing import Any, NoReturn
 from .errors import StepFailed, UserError, printable
 from .utils.signals import say_stopped, stoppable
 
+GROUPS = {
+    "Data": ("corpus", "manifest", "labels"),
+    "Train": ("demo", "list", "config", "train", "recipe", "binarize-recipe"),
+    "Evaluate": ("superb", "transcribe", "align"),
+    "Ship": ("export", "run", "bench"),
+    "Inspect": ("doctor", "profile", "trends", "report"),
+}
 COMMANDS = {
     "doctor": "versions, known breakages of this environment and the fix for each",
     "config": "a training configuration as a whole, with overrides; the names of configurations and groups",
@@ -36,6 +43,27 @@ COMMANDS = {
     "transcribe": "texts of recordings, manifests and streams by a fine-tuned model; word error rates",
     "superb": "the ten SUPERB tasks through S3PRL: what they need, and running them",
     "report": "training curves, costs, quality over cost and shares of time on one HTML page",
+}
+EXAMPLES = {
+    "doctor": "hubert-eff doctor",
+    "config": "hubert-eff config conformer_s optim=scaled_adam --explain",
+    "list": "hubert-eff list 'sparseformer-*'",
+    "train": "hubert-eff train conformer_s task.data=DATA task.label_dir=LABELS",
+    "demo": "hubert-eff demo --out demo",
+    "corpus": "hubert-eff corpus demo --out speech --minutes 20",
+    "manifest": "hubert-eff manifest LibriSpeech --out data --folder-level 2 --valid-speakers 84,174",
+    "recipe": "hubert-eff recipe LibriSpeech --config conformer_s --out run --folder-level 2 --dry-run",
+    "binarize-recipe": "hubert-eff binarize-recipe data labels --out one-bit --config debug",
+    "labels": "hubert-eff labels data --out data/mfcc --features mfcc --clusters 100",
+    "profile": "hubert-eff profile conformer-s conformer-s+w1a1",
+    "bench": "hubert-eff bench conformer-s --seconds 1 10 --threads 1",
+    "export": "hubert-eff export checkpoint_best.pt --out model.safetensors",
+    "run": "hubert-eff run model.safetensors speech --out features.npz --layer 9",
+    "align": "hubert-eff align checkpoint_best.pt a.wav 'what is said in it' --out alignment",
+    "trends": "hubert-eff trends run --out trends",
+    "transcribe": "hubert-eff transcribe checkpoint_best.pt --manifest data --split valid --score",
+    "superb": "hubert-eff superb run --task ks sid --upstream checkpoint_best.pt --data superb --out results",
+    "report": "hubert-eff report run --out page",
 }
 
 
@@ -82,14 +110,35 @@ class _CommandParser(_Parser):
 
 
 def _parser(command: str | None) -> argparse.ArgumentParser:
-    parser = _Parser(prog="hubert-eff", description="Speech encoders that are cheap to run.")
+    parser = _Parser(
+        prog="hubert-eff",
+        usage="hubert-eff COMMAND [OPTION ...]",
+        description="Speech encoders that are cheap to run.",
+        epilog=_commands_text(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_CommandParser)
+    commands = parser.add_subparsers(
+        dest="command", metavar="COMMAND", help=argparse.SUPPRESS, prog="hubert-eff", parser_class=_CommandParser
+    )
     for name, summary in COMMANDS.items():
-        sub = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        sub = commands.add_parser(
+            name,
+            description=summary[0].upper() + summary[1:] + ".",
+            epilog=f"Example: {EXAMPLES[name]}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         if name == command:
             _module(name).add_arguments(sub)
     return parser
+
+
+def _commands_text() -> str:
+    """The commands by what they are for."""
+    lines = []
+    for group, names in GROUPS.items():
+        lines += ["", f"{group}:", *(f"  {name:<16} {COMMANDS[name]}" for name in names)]
+    return "\n".join([*lines[1:], "", "hubert-eff COMMAND --help lists the options of a command, and shows an example."])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -25,25 +25,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("audio", nargs="?", type=Path, metavar="AUDIO", help="a recording, of any rate")
     parser.add_argument("text", nargs="?", metavar="TEXT", help="what is said in it; or the path of a text file")
     parser.add_argument(
-        "--method", choices=("gradient", "ctc"), default="gradient", help="or CTC forced alignment, for comparison (default: %(default)s)"
+        "--method",
+        choices=("gradient", "ctc"),
+        default="gradient",
+        help="alignment by gradients, or CTC forced alignment for comparison (default: %(default)s)",
     )
     parser.add_argument(
         "--layer", default="input", metavar="PLACE",
         help="align by gradients at the audio (input), at what enters block 1 (0), or leaves block L",
     )  # fmt: skip
     parser.add_argument(
-        "--head", choices=("ctc", "attention"), default=None, help="whose letter probabilities (default: the decoder's where there is one)"
+        "--head",
+        choices=("ctc", "attention"),
+        default=None,
+        help="head whose letter probabilities are used (default: the decoder's where there is one)",
     )
     parser.add_argument(
         "--check-flip", action="store_true", help="say whether and in which block the encoder reverses time, and look inside the blocks"
     )
     parser.add_argument(
         "--manifest", type=Path, metavar="DIR",
-        help="in place of AUDIO TEXT, with --check-flip: in how many utterances of a manifest time is reversed, by each checkpoint",
+        help="count, in place of AUDIO TEXT and with --check-flip, the utterances of a manifest that each checkpoint reverses",
     )  # fmt: skip
-    parser.add_argument("--split", default="valid", help="of the manifest (default: %(default)s)")
-    parser.add_argument("--labels", default="ltr", help="its transcripts: SPLIT.LABELS, or else parts.tsv (default: %(default)s)")
-    parser.add_argument("--utterances", type=whole(COUNT), default=20, metavar="N", help="the first N of it (default: %(default)d)")
+    parser.add_argument("--split", default="valid", help="split of the manifest (default: %(default)s)")
+    parser.add_argument(
+        "--labels", default="ltr", help="transcripts of the manifest: SPLIT.LABELS, or else parts.tsv (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--utterances", type=whole(COUNT), default=20, metavar="N", help="use the first N utterances of the manifest (default: %(default)d)"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="write NAME.ctm, NAME.TextGrid, NAME.json and pictures there")
     parser.add_argument("--json", action="store_true", help="print all figures as JSON")
 

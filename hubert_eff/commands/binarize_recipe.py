@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("data", type=Path, help="folder that `hubert-eff manifest` wrote")
     parser.add_argument("labels", type=Path, help="folder that `hubert-eff labels` wrote")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the stages go: DIR/float, DIR/w1a2, DIR/w1a1")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the stages: DIR/float, DIR/w1a2, DIR/w1a1")
     parser.add_argument(
         "--config", default="debug", metavar="NAME", help="pretrain/NAME.yaml and quantize/NAME_distill.yaml in configs (default: debug)"
     )

@@ -34,40 +34,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="cluster a hidden state of this encoder, 50 labels per second: a checkpoint, a preset, a folder of Hugging Face (HuBERT, "
         "wav2vec 2.0, WavLM, Whisper), or s3prl:NAME",
     )  # fmt: skip
-    make.add_argument("--layer", type=int, metavar="L", help="which: 0 enters block 1, L leaves block L")
+    make.add_argument("--layer", type=int, metavar="L", help="hidden state to cluster: 0 enters block 1, L leaves block L")
     make.add_argument(
         "--clusters", type=int, metavar="K", help=f"number of labels (default: {DEFAULT_CLUSTERS['mfcc']} for MFCC, "
         f"{DEFAULT_CLUSTERS['checkpoint']} for a checkpoint)",
     )  # fmt: skip
-    make.add_argument("--splits", nargs="+", metavar="SPLIT", help="default: every TSV in DIR")
+    make.add_argument("--splits", nargs="+", metavar="SPLIT", help="splits to label (default: every TSV in DIR)")
     make.add_argument("--fit-split", default="train", metavar="SPLIT", help="split that k-means learns from (default: %(default)s)")
     make.add_argument(
         "--fit-hours", type=float, metavar="H",
-        help=f"at most so much of it, drawn at random; the features stand on disk meanwhile (default: {FIT_HOURS:g}; 1 with --layers)",
+        help=f"hours of that split, at most, that k-means learns from, drawn at random; the features "
+        f"stand on disk meanwhile (default: {FIT_HOURS:g}; 1 with --layers)",
     )  # fmt: skip
     make.add_argument(
         "--kmeans", default="minibatch", metavar="KIND",
-        help="minibatch, or faiss (needs faiss-cpu), which holds all frames of --fit-hours in memory: 56 MB per hour of MFCC, 0.55 GB of "
+        help="k-means implementation: minibatch, or faiss (needs faiss-cpu), which holds all frames "
+        "of --fit-hours in memory: 56 MB per hour of MFCC, 0.55 GB of "
         "a layer of 768 channels (default: %(default)s)",
     )  # fmt: skip
-    make.add_argument("--workers", type=int, help="processes (default: one per core; 1 on an accelerator)")
+    make.add_argument("--workers", type=int, help="number of processes (default: one per core; 1 on an accelerator)")
     make.add_argument("--device", default="auto", help="torch device of the checkpoint (default: cuda where there is one)")
     make.add_argument("--batch-seconds", type=float, default=60.0, metavar="S", help="audio per forward pass (default: %(default)g)")
     make.add_argument(
-        "--nshard", type=int, metavar="N", help="with --rank I: one of N jobs that share LABELDIR, on as many machines; it labels its part"
+        "--nshard",
+        type=int,
+        metavar="N",
+        help="number of jobs that share LABELDIR, on as many machines; each labels the part that its --rank names",
     )
     make.add_argument(
         "--rank", type=int, metavar="I",
-        help="0 to N-1; rank 0 also fits k-means, the others wait for it; once all have ended, the same command without the two collects",
+        help="number of this job, 0 to N-1; rank 0 also fits k-means, the others wait for it; once "
+        "all have ended, the same command without the two collects",
     )  # fmt: skip
     make.add_argument("--seed", type=int, default=1, help="seed of k-means (default: %(default)d)")
     measure = parser.add_argument_group("measuring labels")
-    measure.add_argument("--alignments", type=Path, metavar="FILE", help="TSV: path, tier, start, end, label")
+    measure.add_argument("--alignments", type=Path, metavar="FILE", help="file of phone alignments, a TSV: path, tier, start, end, label")
     measure.add_argument(
         "--layers", metavar="L[,L...]",
-        help="all, or numbers of hidden states: fit k-means on each of them, and compare; --splits: what is measured (default: valid)",
+        help="compare hidden states: all, or their numbers; k-means is fitted on each, and --splits (default: valid) are measured",
     )  # fmt: skip
-    measure.add_argument("--manifest", type=Path, metavar="DIR", help="the manifests, if they have moved since")
+    measure.add_argument("--manifest", type=Path, metavar="DIR", help="folder of the manifests, where it has moved since")
 
 
 def run(args: argparse.Namespace) -> int:

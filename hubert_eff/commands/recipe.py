@@ -15,10 +15,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("speech", type=Path, metavar="SPEECH", help="folder of recordings, such as LibriSpeech as it was unpacked")
     parser.add_argument("--config", required=True, metavar="NAME", help="pretrain/NAME.yaml in configs, such as conformer_s")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where everything goes")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for everything that is made")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the commands and what they need, and stop")
     parser.add_argument(
-        "--gpus", type=whole(COUNT), default=1, metavar="N", help="of this machine; the batch is that of 32 GPUs (default: 1)"
+        "--gpus", type=whole(COUNT), default=1, metavar="N", help="GPUs of this machine; the batch is that of 32 GPUs (default: 1)"
     )
     parser.add_argument(
         "--updates",
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=(),
         metavar="N",
-        help="of the two phases (default: the file's, and 2.4 times); with --from one number (default: the file's)",
+        help="updates of the two phases (default: the file's, and 2.4 times as many); with --from one number (default: the file's)",
     )
     parser.add_argument(
         "--clusters",
@@ -34,13 +34,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=(),
         metavar="K",
-        help="of the two phases' labels (default: 100 500); with --from one number (default: 500)",
+        help="clusters of the two phases' labels (default: 100 500); with --from one number (default: 500)",
     )
     parser.add_argument(
-        "--layer", type=whole(NOT_NEGATIVE), metavar="L", help="of phase 1's or --from's model, whose output is clustered (default: middle)"
+        "--layer",
+        type=whole(NOT_NEGATIVE),
+        metavar="L",
+        help="hidden state of phase 1's or --from's model that is clustered (default: the middle one)",
     )
     parser.add_argument(
-        "--folder-level", type=whole(COUNT), default=1, metavar="N", help="which names the speaker (default: 1; LibriSpeech: 2)"
+        "--folder-level",
+        type=whole(COUNT),
+        default=1,
+        metavar="N",
+        help="level of the folder that names the speaker (default: 1; LibriSpeech: 2)",
     )
     parser.add_argument(
         "--valid-percent",
@@ -50,7 +57,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="share of the audio in valid (default: %(default)g)",
     )
     parser.add_argument(
-        "--fit-hours", type=real(POSITIVE), default=10.0, metavar="H", help="that k-means learns from (default: %(default)g)"
+        "--fit-hours",
+        type=real(POSITIVE),
+        default=10.0,
+        metavar="H",
+        help="hours of speech that k-means learns from (default: %(default)g)",
     )
     parser.add_argument(
         "--from",
@@ -73,12 +84,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--superb", type=Path, metavar="DIR", help="SUPERB's data: evaluate the ten tasks at the end")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other keys of the configurations, for all training")
-    parser.add_argument("--device", default="a100", help="whose rates a dry run takes: in configs/device, or a file (default: %(default)s)")
+    parser.add_argument(
+        "--device", default="a100", help="device whose rates a dry run takes: a name in configs/device, or a file (default: %(default)s)"
+    )
     parser.add_argument(
         "--mfu",
         type=real(Bounds(above=0, most=1)),
         metavar="SHARE",
-        help="of that device's peak a dry run assumes (default: what the paper's GPU-hours come to, 0.011)",
+        help="share of that device's peak that a dry run assumes (default: 0.011, what the paper's GPU-hours come to)",
     )
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
 

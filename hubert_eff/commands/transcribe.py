@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--beam", type=whole(COUNT), default=10, help="texts that a beam search keeps (default: %(default)d)")
     parser.add_argument(
         "--ctc-weight", type=float, default=0.5,
-        help="rescore: decoder + W CTC; joint: (1 - W) decoder + W CTC, of log-probabilities (default: %(default)g)",
+        help="weight W of CTC; rescore: decoder + W CTC; joint: (1 - W) decoder + W CTC, of log-probabilities (default: %(default)g)",
     )  # fmt: skip
     parser.add_argument(
         "--chunk-size", type=int, metavar="N",
@@ -40,12 +40,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--left-chunks", type=int, default=-1, help="chunks before its own that a frame attends to (default: -1, all)")
     parser.add_argument(
         "--modes", metavar="MODE[,MODE]",
-        help="the same as FRAMES-CHUNKS, or full: 16-4, 16-inf (default: full; with --score and a model that streams 16-4,16-inf,full)",
+        help="chunk size and left chunks as FRAMES-CHUNKS, or full: 16-4, 16-inf (default: "
+        "full; with --score and a model that streams 16-4,16-inf,full)",
     )  # fmt: skip
-    parser.add_argument("--manifest", type=Path, metavar="DIR", help="in place of AUDIO: the utterances that `hubert-eff manifest` listed")
-    parser.add_argument("--split", default="valid", help="of the manifest (default: %(default)s)")
-    parser.add_argument("--labels", default="ltr", help="its transcripts: SPLIT.LABELS, or else parts.tsv (default: %(default)s)")
-    parser.add_argument("--utterances", type=whole(COUNT), metavar="N", help="the first N of the manifest (default: all)")
+    parser.add_argument(
+        "--manifest", type=Path, metavar="DIR", help="transcribe the utterances of a folder of `hubert-eff manifest`, in place of AUDIO"
+    )
+    parser.add_argument("--split", default="valid", help="split of the manifest (default: %(default)s)")
+    parser.add_argument(
+        "--labels", default="ltr", help="transcripts of the manifest: SPLIT.LABELS, or else parts.tsv (default: %(default)s)"
+    )
+    parser.add_argument("--utterances", type=whole(COUNT), metavar="N", help="use the first N utterances of the manifest (default: all)")
     parser.add_argument(
         "--score", action="store_true", help="print word and character error rates of the manifest, by each search and in each mode"
     )
