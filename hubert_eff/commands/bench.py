@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch", type=whole(COUNT), nargs="+", default=[1], metavar="B", help="utterances at a time (default: 1)")
     parser.add_argument("--threads", type=whole(COUNT), default=1, help="threads of torch (default: %(default)d)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: %(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="device to run on (default: %(default)s)")
     parser.add_argument(
         "--precision", choices=("float32", "bfloat16", "int8"), nargs="+", default=["float32"],
         help="measure each model at these (default: float32); int8: a fused copy with int8 linear layers in the encoder"

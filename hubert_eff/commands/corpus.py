@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     demo.add_argument("--out", required=True, type=Path, help="folder to write")
     demo.add_argument("--minutes", type=float, default=20.0, help="minutes of speech in all (default: %(default)g)")
     demo.add_argument("--speakers", type=int, default=10, help="number of voices (default: %(default)d)")
-    demo.add_argument("--seed", type=int, default=1, help="the same seed gives the same corpus (default: %(default)d)")
+    demo.add_argument("--seed", type=int, default=1, help="seed; the same one gives the same corpus (default: %(default)d)")
     demo.add_argument("--json", action="store_true", help="print the summary as JSON")
 
     superb = kinds.add_parser("superb", help="stand-ins for the data of SUPERB's tasks, in the layouts of the real data sets")
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     superb.add_argument("--minutes", type=float, default=10.0, help="minutes of speech in each data set, about (default: %(default)g)")
     superb.add_argument("--task", default="all", help="tasks, some of pr, asr, ks, qbe, sid, asv, sd, ic, sf, er (default: %(default)s)")
-    superb.add_argument("--seed", type=int, default=1, help="the same seed gives the same data (default: %(default)d)")
+    superb.add_argument("--seed", type=int, default=1, help="seed; the same one gives the same data (default: %(default)d)")
     superb.add_argument("--json", action="store_true", help="print the summary as JSON")
 
 

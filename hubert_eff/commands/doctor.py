@@ -13,7 +13,9 @@ LABEL = {"broken": "BROKEN ", "warning": "warning", "missing": "missing"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `hubert-eff doctor`."""
-    parser.epilog = "Exit code: 0 when what is installed works, 1 when something is broken; optional parts may be missing."
+    parser.epilog = (
+        f"{parser.epilog or ''}\nExit code: 0 when what is installed works, 1 when something is broken; optional parts may be missing."
+    )
     parser.add_argument("--json", action="store_true", help="print the diagnosis as JSON")
     tune = "measure for some ten seconds, with nothing else running, which float layers are faster here, and use them in inference mode"
     parser.add_argument("--tune", action="store_true", help=tune)

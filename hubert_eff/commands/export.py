@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--float", action="store_true", help="float weights of a one-bit model, which can be trained on, in place of bits")
     parser.add_argument("--fuse", action="store_true", help="fold BatchNorms and scales into weights first (not of one-bit models)")
-    parser.add_argument("--encoder-only", action="store_true", help="of a fine-tuned checkpoint, without its CTC layer and decoder")
+    parser.add_argument("--encoder-only", action="store_true", help="leave out the CTC layer and the decoder of a fine-tuned checkpoint")
     parser.add_argument("--policy", default="default", help="policy of a preset's binarized form, PRESET+w1a1 (default: %(default)s)")
     parser.add_argument("--license", "--licence", default="", metavar="TEXT", help="license of the weights, for the model card")
     parser.add_argument("--trained-on", default="", metavar="TEXT", help="training data, for the model card")

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--table1", action="store_true", help="the ten models of the paper's Table 1, ours beside the paper's figures")
     parser.add_argument(
         "--counter", default=None, metavar="NAME",
-        help="with --table1: clean, what the models compute (the default), or paper, formulas fitted to the paper's own figures",
+        help="counts of --table1: clean, what the models compute (the default), or paper, formulas fitted to the paper's own figures",
     )  # fmt: skip
     parser.add_argument("--seconds", type=float, default=None, help="length of the 16 kHz input (default: 10)")
     parser.add_argument("--depth", type=whole(NOT_NEGATIVE), default=None, help="levels of modules shown (default: 3; with --json: all)")
