@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .models.hubert import build as build
     from .profiling import profile as profile
     from .quant import binarize as binarize
+    from .quant import quantize as quantize
 
 # public name -> module that defines it; imported on first use, so that commands which need no torch start at once
 _PUBLIC = {
@@ -34,6 +35,7 @@ _PUBLIC = {
     "load": "checkpoints.load",
     "open_model": "checkpoints.open",
     "profile": "profiling",
+    "quantize": "quant",
     "register_encoder": "registry",
 }
 _MODULES = ("edge", "recognition", "registry", "streaming")  # public modules, likewise

@@ -29,7 +29,7 @@ from hubert_eff.models.fuse import fuse
 from hubert_eff.models.logmel import LogMel, Subsampling
 from hubert_eff.profiling import profile
 from hubert_eff.profiling.counters import count_operations
-from hubert_eff.profiling.precision import int8_linears
+from hubert_eff.quant.quantization import int8_linears
 
 NORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "as written": naive_layer_norm,

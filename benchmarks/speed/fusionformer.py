@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import hubert_eff
 from hubert_eff.encoders.base import Encoder
-from hubert_eff.profiling.precision import int8_linears
+from hubert_eff.quant.quantization import int8_linears
 
 TARGETS = {"float32": 1.15, "int8": 1.25}
 KINDS = {  # what an operation's name begins with -> kind; the rest is "other"

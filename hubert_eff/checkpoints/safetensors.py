@@ -24,6 +24,8 @@ from ..layers.linear import Linear
 from ..models.fuse import fuse as fused_copy
 from ..models.hubert import LABEL_EMBEDDINGS, HubertModel
 from ..quant.packing import packed_copy
+from ..quant.quantization import INT8, quantize
+from ..quant.runtime.int8 import Int8Linear
 from ..quant.storage import SCALES, fold_moves, layout, state_from
 from .torchfile import aligned, structure_only
 
@@ -33,7 +35,10 @@ FLOAT, PACKED = "float", "packed"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 COMPUTED = {"fp32": torch.float32, "fp16": torch.float32, "bf16": torch.bfloat16}
 BLUEPRINT = ("encoder", "config", "weights", "fused", "final_projections")  # metadata that say how a model is built
-NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.uint8: "U8", torch.bool: "BOOL"}
+NAMES = {
+    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int8: "I8", torch.uint8: "U8",
+    torch.bool: "BOOL",
+}  # fmt: skip
 
 
 def is_export(file: Path) -> bool:
@@ -104,8 +109,8 @@ def read_export(file: Path) -> HubertModel:
 
 def structure_of(metadata: Mapping[str, str], found: Mapping[str, Any]) -> HubertModel:
     """The model that metadata describe, without storage; `found` are the names of its tensors. Raises `UserError` for none."""
-    if metadata["weights"] not in (FLOAT, PACKED):
-        raise unknown("kind of weights", short(metadata["weights"]), (FLOAT, PACKED))
+    if metadata["weights"] not in (FLOAT, PACKED, INT8):
+        raise unknown("kind of weights", short(metadata["weights"]), (FLOAT, PACKED, INT8))
     if metadata["dtype"] not in DTYPES:
         raise unknown("dtype", short(metadata["dtype"]), DTYPES)
     config = stored_config(metadata["encoder"], metadata["config"])
@@ -116,6 +121,8 @@ def structure_of(metadata: Mapping[str, str], found: Mapping[str, Any]) -> Huber
         raise UserError(f"final_projections={short(metadata['final_projections'])} must be a number of codebooks")
     if metadata["weights"] == PACKED and config.quant != "w1a1":
         raise UserError(f"its weights are packed bits, but its configuration says quant={config.quant}, not w1a1")
+    if metadata["weights"] == INT8 and metadata["fused"] != "true":
+        raise UserError("its weights are int8, but its metadata do not say that it is fused")
     try:
         return copy.deepcopy(_blueprint(*(metadata[name] for name in BLUEPRINT)))
     except UserError:
@@ -137,7 +144,9 @@ def _built(encoder: str, text: str, weights: str, fused: str, copies: str, *, de
             model.final_proj = Linear(config.encoder_embed_dim, config.codebook_dim * int(copies))
         if weights == PACKED:
             model = pack_for_file(model, False)
-        if fused == "true":
+        if weights == INT8:
+            model = quantize(model)
+        elif fused == "true":
             model = fused_copy(model)
     return model
 
@@ -175,6 +184,9 @@ def _filled(model: HubertModel, stored: dict[str, Tensor], metadata: Mapping[str
         model.load_state_dict(state, assign=True)
     if model.fused:
         model = fused_copy(model)  # folds nothing more, but lays weights out as they are read
+    for module in model.modules():
+        if isinstance(module, Int8Linear):
+            module.lay_out()
     model.stored_dtype = DTYPES[metadata["dtype"]]
     return model.eval()
 

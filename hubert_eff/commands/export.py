@@ -40,8 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--base-model", default="", metavar="NAME", help="model that it was trained from, for the README.md of --hf")
     parser.add_argument(
-        "--dtype", choices=("fp32", "fp16", "bf16"), default="fp32",
-        help="what float tensors are kept in: fp16 is read back to compute in float32, bf16 to compute in bfloat16 (default: %(default)s)",
+        "--dtype", choices=("fp32", "fp16", "bf16", "int8"), default="fp32",
+        help="what float tensors are kept in: fp16 is read back to compute in float32, bf16 to compute in bfloat16; int8: the encoder's "
+        "linear layers of a float model, which is fused, and all else in fp32 (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--float", action="store_true", help="float weights of a one-bit model, which can be trained on, in place of bits")
     parser.add_argument("--fuse", action="store_true", help="fold BatchNorms and scales into weights first (not of one-bit models)")
@@ -62,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
     from ..exporting.onnx import export_onnx, require_onnx, require_onnx_form
     from ..exporting.pt2 import export_pt2, require_program
     from ..exporting.safetensors import export, require_no_heads
+    from ..quant.quantization import INT8, quantize
     from ..recognition import load_recognizer
     from ..reports.model_card import write_card, write_readme
     from ..utils.files import writable
@@ -111,28 +113,34 @@ def run(args: argparse.Namespace) -> int:
         traced = rewrite(model) if args.edge else model
     if args.pt2 is not None:
         require_program(whole)
+    float_whole, dtype = whole, args.dtype
+    if dtype == INT8:
+        if whole is not model:
+            raise UserError("--dtype int8 is of an encoder: a recognizer's CTC layer is left out by --encoder-only")
+        whole = model = quantize(model)
+        dtype = "fp32"
     said: dict[str, Any] = {}
     source = Path(args.model)
     held = read_metadata(source) if source.is_file() and is_export(source) and is_own(source) else {}  # what was said of it stays said
     said_here = {"license": args.license, "trained_on": args.trained_on}
     notes = {key: text or held[key] for key, text in said_here.items() if text or key in held}
-    how = {"dtype": args.dtype, "packed": not args.float, "encoder_only": args.encoder_only, "source": Path(name).name, "notes": notes}
+    how = {"dtype": dtype, "packed": not args.float, "encoder_only": args.encoder_only, "source": Path(name).name, "notes": notes}
     if args.out is not None:
         with _warnings_said():
             export(model, args.out, fuse=args.fuse, **how)
         card, figures = write_card(args.out)
         said = {"file": str(args.out), "card": str(card), **figures}
         if not args.json:
-            print(f"{args.out}: {figures['bytes'] / 1e6:.3f} MB, {figures['weights']} weights, the rest {args.dtype}; {card}")
+            print(f"{args.out}: {figures['bytes'] / 1e6:.3f} MB, {figures['weights']} weights, the rest {dtype}; {card}")
     if args.hf is not None:
         with _warnings_said():
             metadata = export_folder(whole, args.hf, **how)
         card, figures = write_readme(args.hf, metadata, args.base_model)
         said["hf"] = {"folder": str(args.hf), "card": str(card), **figures}
         if not args.json:
-            print(f"{args.hf}: {figures['bytes'] / 1e6:.3f} MB, {figures['weights']} weights, the rest {args.dtype}; {card}")
+            print(f"{args.hf}: {figures['bytes'] / 1e6:.3f} MB, {figures['weights']} weights, the rest {dtype}; {card}")
     if args.pt2 is not None:
-        program = export_pt2(whole, args.pt2)
+        program = export_pt2(float_whole, args.pt2)
         said["pt2"] = program
         if not args.json:
             what = " and ".join(program["outputs"])

@@ -63,10 +63,13 @@ def require_onnx() -> tuple[Any, Any]:
 def require_onnx_form(model: HubertModel) -> None:
     """Raises `UserError` for a packed model, one with activations of more than one bit, and for a w1a1 one whose scales never saw data."""
     from ..quant.modules import unstarted
+    from ..quant.quantization import is_int8
     from ..quant.storage import is_packed
 
     if is_packed(model):
         raise UserError("packed bits have no ONNX form: export the checkpoint that they were made from, or a file written with --float")
+    if is_int8(model):
+        raise UserError("int8 layers have no ONNX form: export the float model that they were made from")
     if model.config.quant not in ("none", "w1a1"):
         raise UserError(f"a {model.config.quant} model has no ONNX form: only float and w1a1 models do")
     if said := unstarted(model):

@@ -23,6 +23,7 @@ from ..errors import UserError, unknown
 from ..models.fuse import fuse as fused_copy
 from ..models.hubert import LABEL_EMBEDDINGS, HubertModel
 from ..quant.modules import unstarted
+from ..quant.quantization import INT8, is_int8, quantize
 from ..quant.storage import is_packed, tensors
 from ..utils.files import replacing
 
@@ -37,11 +38,12 @@ def export(
 
     A w1a1 model is packed: one bit per weight; scales and biases of binary layers stay float32. `packed=False` writes its float weights
     instead, which can be trained on, as those of other models. dtype: fp32, fp16 or bf16, what the rest is kept in; a model read from an
-    fp16 file computes in float32, one from a bf16 file in bfloat16. fuse: fold norms first, as `hubert_eff.fuse`. encoder_only: of a
+    fp16 file computes in float32, one from a bf16 file in bfloat16. int8: a float model quantized by `hubert_eff.quantize`, the rest in
+    fp32; one that is quantized already keeps its codes at each dtype. fuse: fold norms first, as `hubert_eff.fuse`. encoder_only: of a
     fine-tuned model, leave out the heads. source: the checkpoint it comes from, of which the base name is kept; notes: more to say, as
     text by name. The label embeddings, which only pre-training uses, are left out. Warns of scales that never saw data.
     Raises `UserError` for another model or suffix, a fine-tuned one without `encoder_only`, one that `load` could not build again
-    (rewritten, or with int8 layers), a packed model where float weights are wanted, a fused one-bit model, weights that are not finite or
+    (rewritten), a packed model where float weights are wanted, a fused one-bit model, weights that are not finite or
     too large for fp16, and a note that is no text, or is named as what the file says of itself.
     """
     if not isinstance(model, HubertModel):
@@ -50,8 +52,10 @@ def export(
         require_no_heads(model)
     if Path(path).suffix != ".safetensors":
         raise UserError(f"an export is a .safetensors file, not {path}")
+    if dtype == INT8:
+        model, dtype = quantize(model), "fp32"
     if dtype not in DTYPES:
-        raise unknown("dtype", dtype, DTYPES)
+        raise unknown("dtype", dtype, [*DTYPES, INT8])
     was_packed = is_packed(model)
     if fuse:
         model = fused_copy(model)
@@ -67,7 +71,7 @@ def export(
         "package_version": __version__,
         "encoder": encoder_of(model.config).name,
         "config": json.dumps(model.config.to_dict(), sort_keys=True),
-        "weights": PACKED if is_packed(model) else FLOAT,
+        "weights": PACKED if is_packed(model) else INT8 if is_int8(model) else FLOAT,
         "policy": _policy_name(model.config),
         "dtype": dtype,
         "fused": json.dumps(model.fused),
@@ -88,8 +92,8 @@ def export(
         _compare_modules(model, rebuilt)
     except UserError as error:
         raise UserError(
-            f"cannot export this model, which could not be read back ({error}): export the one that it was made from, by edge.rewrite, "
-            "int8 layers or a change of its modules"
+            f"cannot export this model, which could not be read back ({error}): export the one that it was made from, by edge.rewrite "
+            "or a change of its modules"
         ) from error
     with replacing(path) as temporary:
         save_file(weights, temporary, metadata)

@@ -11,7 +11,9 @@ from pathlib import Path
 
 INTEL, AMD, ARM = "Intel", "AMD", "Arm"
 UNKNOWN = "unknown"
-SETS = ("avx2", "avx512bw", "avx512_vpopcntdq", "avx512_bf16", "avx_vnni", "amx_int8", "amx_bf16", "asimd", "sve")  # as Linux writes them
+SETS = (  # as Linux writes them
+    "avx2", "avx512bw", "avx512_vnni", "avx512_vpopcntdq", "avx512_bf16", "avx_vnni", "amx_int8", "amx_bf16", "asimd", "sve", "bf16",
+)  # fmt: skip
 _MARKS = {"GenuineIntel": INTEL, "AuthenticAMD": AMD, "CPU implementer": ARM}
 _FACTS = Path("/proc/cpuinfo")
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import UserError
-from ..layers.bits import stored_bits
+from ..layers.bits import operand_bits
 from ..layers.folding import Foldable
 from .hubert import HubertModel
 
@@ -25,7 +25,7 @@ def fuse(model: M) -> M:
     eval mode. To fuse it again changes nothing; `hubert_eff.export` and `hubert_eff.load` keep it fused. Raises `UserError` for a
     binarized model.
     """
-    if any(stored_bits(module) for module in model.modules()):
+    if any((operand_bits(module) or (8, 8))[0] < 8 for module in model.modules()):
         raise UserError("a binarized model cannot be fused: the signs of folded weights are not those that it was trained with")
     fused = copy.deepcopy(model).eval()
     with torch.no_grad():

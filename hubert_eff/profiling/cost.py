@@ -23,7 +23,7 @@ from ..errors import UserError, unknown
 from ..layers.bits import Bits, stored_bits
 from ..models.hubert import LABEL_EMBEDDINGS
 from ..quant import quant_report
-from ..quant.storage import PACKED_TYPES
+from ..quant.storage import WIDE_TYPES
 from ..utils.evaluating import evaluating
 from .counters import Counts, Tally, count_operations
 from .device import read_device
@@ -285,7 +285,7 @@ def file_storage(model: nn.Module) -> int:
             total += math.ceil(elements * bits / 8)
         elif isinstance(tensor, Tensor) and name != LABEL_EMBEDDINGS:
             width = tensor.element_size()
-            if kept is not None and tensor.is_floating_point() and not isinstance(modules.get(path), PACKED_TYPES):
+            if kept is not None and tensor.is_floating_point() and not isinstance(modules.get(path), WIDE_TYPES):
                 width = min(width, kept.itemsize)
             total += tensor.numel() * width
     return total

@@ -24,7 +24,7 @@ from ..utils.progress import progress
 from .cost import MAX_SECONDS, MIN_SAMPLES, noise
 from .counters import Counts, Tally, count_operations
 from .machine import guard, peak_growth, seconds_of
-from .precision import FLOAT, PRECISIONS, form_of, label, own_weights, precision_of, without_precision
+from .precision import FLOAT, PRECISIONS, form_of, label, precision_of, without_precision
 
 if TYPE_CHECKING:
     from ..models.hubert import HubertModel
@@ -159,7 +159,7 @@ def _call(model: HubertModel, wave: Tensor, device: str) -> Callable[[], object]
 
 
 def _bytes(model: nn.Module) -> int:
-    weights = [w for module in model.modules() for w in own_weights(module)]
+    weights = list(model.parameters())
     return sum(t.numel() * t.element_size() for t in (*weights, *model.buffers()))
 
 
@@ -209,7 +209,7 @@ def shares_of(name: str, model: nn.Module, seconds: float, counts: Counts) -> Sh
         runner = path
         while runner and runner not in ran:
             runner = runner.rpartition(".")[0]
-        own_params[runner] += sum(w.numel() for w in own_weights(module))
+        own_params[runner] += sum(w.numel() for w in module.parameters(recurse=False))
 
     def grouped(group: Callable[[str], str | None]) -> list[Share]:
         params: dict[str, int] = defaultdict(int)

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import copy
 import warnings
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from ..errors import UserError, unknown
-from ..layers.linear import Linear
-from ..models.fuse import fuse
+from ..errors import unknown
 from ..quant.packing import convert_rest, pack
+from ..quant.quantization import INT8, is_int8, quantize
 from ..quant.storage import is_packed
 
 if TYPE_CHECKING:
     from ..models.hubert import HubertModel
 
-PRECISIONS = ("float32", "bfloat16", "int8")
+PRECISIONS = ("float32", "bfloat16", INT8)
 FLOAT, PACKED, SIMULATED = "float", "packed", "simulated"  # forms: one-bit models run from bits, or as the floats that train
-
-M = TypeVar("M", bound=nn.Module)
 
 
 def shipped(model: HubertModel) -> HubertModel:
@@ -42,8 +39,8 @@ def form_of(model: HubertModel) -> str:
 
 def precision_of(model: nn.Module) -> str:
     """The one of `PRECISIONS` that `at_precision` would have given it, or its dtype."""
-    if any(callable(getattr(module, "_weight_bias", None)) for module in model.modules()):
-        return "int8"
+    if is_int8(model):
+        return INT8
     return str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
@@ -62,7 +59,7 @@ def at_precision(model: HubertModel, precision: str) -> HubertModel:
     """A model that computes at one of `PRECISIONS`; the given one where that is float32.
 
     bfloat16: parameters and inputs, of a packed model what is not binary. int8: a fused copy whose encoder has int8 linear layers
-    (`int8_linears`), on a CPU. Raises `UserError` for another precision, and for int8 of a binarized model.
+    (`hubert_eff.quantize`). Raises `UserError` for another precision, and as `quantize` does.
     """
     if precision == "float32":
         return model
@@ -72,34 +69,6 @@ def at_precision(model: HubertModel, precision: str) -> HubertModel:
             return half.bfloat16()
         convert_rest(half, torch.bfloat16)
         return half
-    if precision != "int8":
+    if precision != INT8:
         raise unknown("precision", precision, PRECISIONS)
-    if form_of(model) != FLOAT:
-        raise UserError(f"int8 is a precision of float models, and this one is binarized ({model.config.quant}): leave out int8")
-    fused = fuse(model)
-    fused.encoder = int8_linears(fused.encoder)
-    return fused
-
-
-def int8_linears(module: M) -> M:
-    """A copy in which linear layers hold int8 weights and quantize their inputs as they come, by torch's dynamic quantization.
-
-    For fused modules: others apply several projections as one product and need their float weights. Raises `UserError` where this torch
-    has no dynamic quantization.
-    """
-    quantize_dynamic = getattr(getattr(torch.ao, "quantization", None), "quantize_dynamic", None)
-    if quantize_dynamic is None:
-        raise UserError(f"int8: torch {torch.__version__} has no dynamic quantization; torch 2.4 to 2.9 have")
-    module = copy.deepcopy(module)
-    for part in module.modules():
-        if type(part) is Linear:
-            part.__class__ = nn.Linear  # type: ignore[assignment]  # torch looks for exactly this class
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        return quantize_dynamic(module, {nn.Linear}, dtype=torch.qint8)  # type: ignore[no-any-return]
-
-
-def own_weights(module: nn.Module) -> list[torch.Tensor]:
-    """The parameters of a module itself, those that torch's quantized layers have packed among them."""
-    packed = getattr(module, "_weight_bias", None)
-    return [*module.parameters(recurse=False), *([t for t in packed() if t is not None] if callable(packed) else [])]
+    return quantize(model)

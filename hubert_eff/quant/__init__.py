@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .policy import POLICIES as POLICIES
     from .policy import Policy as Policy
     from .policy import read_policy as read_policy
+    from .quantization import quantize as quantize
     from .summary import quant_report as quant_report
 
 # public name -> module that defines it; imported on first use, since some stand below the encoders and some above the models
@@ -28,6 +29,7 @@ _PUBLIC = {
     "binarize": "binarization",
     "pack": "packing",
     "quant_report": "summary",
+    "quantize": "quantization",
     "read_policy": "policy",
 }
 __all__ = sorted(_PUBLIC)

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..layers.kinds import Declared
 from .runtime import ops
+from .runtime.int8 import Int8Linear
 from .runtime.modules import PackedConv1d, PackedLinear, PackedQuantizer, constant
 
 SCALES = "quantizer_scales"  # in a file, the scales of all quantizers in the model's order: one tensor instead of hundreds of one number
-PACKED_TYPES = (PackedLinear, PackedConv1d, PackedQuantizer)
+WIDE_TYPES = (PackedLinear, PackedConv1d, PackedQuantizer, Int8Linear)  # whose float tensors are float32 whatever the rest is
 
 
 def is_packed(model: nn.Module) -> bool:
@@ -119,7 +120,7 @@ Stored = tuple[torch.dtype, tuple[int, ...]]
 def layout(model: nn.Module, rest: torch.dtype, leave_out: str) -> dict[str, Stored]:
     """Name -> (dtype, shape) of what a file holds of a model, float or packed, whose float tensors are kept as `rest`.
 
-    Of packed layers scales and biases are float32 whatever the rest is. The model may be on the meta device.
+    Of packed layers and int8 ones scales and biases are float32 whatever the rest is. The model may be on the meta device.
     """
     found: dict[str, Stored] = {}
     scales, modules = 0, dict(model.named_modules())
@@ -133,7 +134,7 @@ def layout(model: nn.Module, rest: torch.dtype, leave_out: str) -> dict[str, Sto
         elif isinstance(owner, (PackedLinear, PackedConv1d)) and own == "bits":
             found[name] = torch.uint8, (math.ceil(owner.stored_bits["bits"][0] / 8),)
         else:
-            dtype = torch.float32 if isinstance(owner, PACKED_TYPES) else rest
+            dtype = torch.float32 if isinstance(owner, WIDE_TYPES) else rest
             found[name] = dtype if tensor.is_floating_point() else tensor.dtype, tuple(tensor.shape)
     if scales:
         found[SCALES] = torch.float32, (scales,)
@@ -183,5 +184,5 @@ def state_from(stored: dict[str, Tensor], structure: nn.Module, compute: torch.d
             state[name] = bits_of(stored[name], owner)
         else:
             tensor = stored[name]
-            state[name] = tensor.to(compute) if tensor.is_floating_point() and not isinstance(owner, PACKED_TYPES) else tensor
+            state[name] = tensor.to(compute) if tensor.is_floating_point() and not isinstance(owner, WIDE_TYPES) else tensor
     return state

@@ -18,6 +18,7 @@ from ..checkpoints.load import load
 from ..checkpoints.safetensors import DTYPES, PACKED, read_export, read_metadata
 from ..models.hubert import HubertModel
 from ..profiling import profile
+from ..quant.quantization import INT8
 from ..utils.files import write_text
 
 SECONDS = 10.0
@@ -112,6 +113,9 @@ def _text(name: str, metadata: Mapping[str, str], figures: dict[str, Any], use: 
     config = json.loads(metadata["config"])
     packed, dtype = metadata["weights"] == PACKED, metadata["dtype"]
     kind = "one-bit weights and activations (W1A1), packed" if packed else "float weights"
+    int8 = metadata["weights"] == INT8
+    if int8:
+        kind = "int8 weights, a scale per output, of the encoder's linear layers, whose inputs are quantized per frame; the rest float"
     if not packed and config["quant"] != "none":
         kind = f"float weights of a model that runs at {config['quant']} in simulation"
     rest = {"fp32": "float32", "fp16": "float16, computed in float32", "bf16": "bfloat16, computed in bfloat16"}[dtype]
@@ -133,7 +137,7 @@ def _text(name: str, metadata: Mapping[str, str], figures: dict[str, Any], use: 
     limits = [
         "Input is 16 kHz mono; `hubert-eff run` converts other rates. Output is one frame per 20 ms.",
         "Hidden states are features for a task's own head; the file has neither head nor label embeddings, and cannot be trained on."
-        if packed
+        if packed or int8
         else "Hidden states are features for a task's own head; the label embeddings of pre-training are left out.",
         "Nothing is known here of who is misrepresented in the training data: test on the voices it is meant for.",
     ]
@@ -141,6 +145,10 @@ def _text(name: str, metadata: Mapping[str, str], figures: dict[str, Any], use: 
         limits.append("Its extractor normalizes over the whole recording: padding a batch changes features.")
     if packed:
         limits.append("Kernels for AVX-512, AVX2 and NEON are compiled at first use; without a C++ compiler it computes the same, slowly.")
+    if int8:
+        limits.append(
+            "int8 is fast on processors with VNNI or AMX; on others torch's dynamic quantization runs, whose numbers differ a little."
+        )
     if dtype == "bf16":
         limits.append("bfloat16 is fast on processors that have it (AVX-512 BF16, AMX); on others fp16 files of the same size are faster.")
     return "\n".join([
