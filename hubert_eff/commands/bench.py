@@ -25,8 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=whole(COUNT), default=1, help="threads of torch (default: %(default)d)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="device to run on (default: %(default)s)")
     parser.add_argument(
-        "--precision", choices=("float32", "bfloat16", "int8"), nargs="+", default=["float32"],
-        help="measure each model at these (default: float32); int8: a fused copy with int8 linear layers in the encoder"
+        "--precision", choices=("float32", "bfloat16", "int8", "w1a1"), nargs="+", default=["float32"],
+        help="measure each model at these, in the form that is shipped: fused, with int8 linear layers in the encoder, or at one bit and "
+        "packed; one-bit models run from bits at each (default: float32)",
     )  # fmt: skip
     parser.add_argument("--rounds", type=whole(COUNT), default=20, help="timed calls of each model on each input (default: %(default)d)")
     parser.add_argument("--roofline", action="store_true", help="measure the peak rates of this CPU: a device file for hubert-eff profile")
@@ -40,8 +41,6 @@ def run(args: argparse.Namespace) -> int:
 
     from ..profiling.machine import SlowProcessError
 
-    if args.device == "cuda" and "int8" in args.precision:
-        raise UserError("--precision int8 runs on a CPU only: leave out --device cuda")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here; hubert-eff doctor says more")
     before = torch.get_num_threads()
@@ -59,7 +58,7 @@ def _bench(args: argparse.Namespace) -> int:
     from ..checkpoints.open import open_model
     from ..profiling.latency import measure, measure_shares, plain
     from ..profiling.machine import machine
-    from ..profiling.precision import at_precision, shipped
+    from ..profiling.precision import ONE_BIT, at_precision, require, shipped
     from ..reports import bench as bench_report
     from ..reports.tables import show
     from ..utils.files import writable, write_json
@@ -68,11 +67,16 @@ def _bench(args: argparse.Namespace) -> int:
         raise UserError("name one or more presets or checkpoints, or ask for --roofline")
     if args.out is not None:
         writable(args.out)  # before minutes of measuring
-    models = {
-        name if precision == "float32" else f"{name} {precision}": at_precision(shipped(model), precision)
-        for name, model in {name: open_model(name) for name in args.models}.items()
-        for precision in args.precision
-    }
+    for precision in dict.fromkeys(args.precision):
+        require(precision, args.device)
+    models = {}
+    for name in args.models:
+        model = open_model(name)
+        for precision in args.precision:
+            if precision == ONE_BIT:
+                models[name if model.config.quant == ONE_BIT else f"{name}+{ONE_BIT}"] = at_precision(model, precision)
+            else:
+                models[name if precision == "float32" else f"{name} {precision}"] = at_precision(shipped(model), precision)
     timings = measure(models, args.seconds, args.batch, args.rounds, args.device)
     shares = [
         measure_shares(name, model, length, max(1, args.rounds // 4), args.device)

@@ -23,7 +23,8 @@ from ..errors import UserError, unknown
 from ..layers.bits import Bits, stored_bits
 from ..models.hubert import LABEL_EMBEDDINGS
 from ..quant import quant_report
-from ..quant.storage import WIDE_TYPES
+from ..quant.packing import packed_copy
+from ..quant.storage import WIDE_TYPES, fold_moves, is_packed
 from ..utils.evaluating import evaluating
 from .counters import Counts, Tally, count_operations
 from .device import read_device
@@ -146,6 +147,7 @@ def profile(
 
     bops: convention of bit operations (paper: the wider operand's width per MAC; product: the product of both widths). device:
     name in configs/device or path of such a file; times are estimated from its rates.
+    A name of a w1a1 model, PRESET+w1a1 or a checkpoint, stands for its packed form; a model is profiled as it is.
     The model is followed once through meta tensors, which have a shape and no values, in evaluation mode and without gradients: an hour of
     audio takes no longer than a second. One that cannot be, as its operations have no such form, or that runs under autocast, is run on
     noise. Its mode is restored. Raises `UserError` for a name that is neither a preset nor a file, for a duration that is not between 25 ms
@@ -157,6 +159,9 @@ def profile(
     if bops not in BOPS:
         raise unknown("BOP convention", bops, BOPS)
     model, name = model_of(model_or_preset, structure=not torch.is_autocast_enabled("cpu"))  # which does not reach the meta device
+    if model is not model_or_preset and model.config.quant == "w1a1" and not is_packed(model):
+        model = packed_copy(model)  # what its export holds and runs
+        fold_moves(model)
     samples = round(seconds * SAMPLE_RATE)
     counts, frames = _count(model, samples)
     total = counts.total()

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from ..config import SAMPLE_RATE
 from ..errors import UserError
+from ..quant.runtime.int8 import Int8Linear
 from ..utils.evaluating import evaluating
 from ..utils.progress import progress
-from .cost import MAX_SECONDS, MIN_SAMPLES, noise
+from .cost import MAX_SECONDS, MIN_SAMPLES, file_storage, noise
 from .counters import Counts, Tally, count_operations
 from .machine import guard, peak_growth, seconds_of
-from .precision import FLOAT, PRECISIONS, form_of, label, precision_of, without_precision
+from .precision import FLOAT, PRECISIONS, form_of, kernel_of, label, precision_of, without_precision
 
 if TYPE_CHECKING:
     from ..models.hubert import HubertModel
@@ -52,6 +53,8 @@ class Timing:
     ratio_p95: float
     form: str = FLOAT  # float, packed or simulated (precision.py)
     precision: str = PRECISIONS[0]  # of what is float
+    file_mb: float | None = None  # tensors that its export holds
+    kernel: str = ""  # what runs its linear layers
 
     @property
     def label(self) -> str:
@@ -143,7 +146,7 @@ def _measure(
                 1e3 * median, 1e3 * _quantile(values, 0.05), 1e3 * _quantile(values, 0.95),
                 median / audio, audio / median, None if peak is None else (_bytes(model) + peak) / 1e6,
                 statistics.median(ratios), _quantile(ratios, 0.05), _quantile(ratios, 0.95),
-                form_of(model), precision_of(model),
+                form_of(model), precision_of(model), file_storage(model) / 1e6, kernel_of(model, device),
             )
         )  # fmt: skip
     return timings
@@ -159,8 +162,8 @@ def _call(model: HubertModel, wave: Tensor, device: str) -> Callable[[], object]
 
 
 def _bytes(model: nn.Module) -> int:
-    weights = list(model.parameters())
-    return sum(t.numel() * t.element_size() for t in (*weights, *model.buffers()))
+    laid_out = sum(module.codes.numel() for module in model.modules() if isinstance(module, Int8Linear))  # beside what a file keeps
+    return laid_out + sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
 
 
 def _quantile(values: Sequence[float], q: float) -> float:
@@ -270,7 +273,7 @@ def read(path: Path) -> tuple[list[Timing], list[Shares]]:
             groups = {name: [_share(row) for row in values[name]] for name in ("parts", "blocks", "kinds")}
             shares.append(Shares(**{**values, **groups}))
         for t in timings:
-            _check(t, "peak_memory_mb")
+            _check(t, "peak_memory_mb", "file_mb")
         for s in shares:
             _check(s)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

@@ -3,31 +3,69 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from ..errors import unknown
-from ..quant.packing import convert_rest, pack
+from ..errors import UserError, unknown
+from ..kernels.cpu import cpu
+from ..kernels.loader import absence, kernel_in_use
+from ..layers import choice
+from ..models.fuse import fuse
+from ..quant.binarization import binarize
+from ..quant.packing import convert_rest, packed_copy
 from ..quant.quantization import INT8, is_int8, quantize
-from ..quant.storage import is_packed
+from ..quant.runtime import int8
+from ..quant.storage import fold_moves, is_packed
 
 if TYPE_CHECKING:
     from ..models.hubert import HubertModel
 
-PRECISIONS = ("float32", "bfloat16", INT8)
+ONE_BIT = "w1a1"
+PRECISIONS = ("float32", "bfloat16", INT8, ONE_BIT)
+BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")  # instruction sets that multiply it
 FLOAT, PACKED, SIMULATED = "float", "packed", "simulated"  # forms: one-bit models run from bits, or as the floats that train
 
 
 def shipped(model: HubertModel) -> HubertModel:
-    """A w1a1 model packed, as its export runs; another as it is. Activations of more bits have no packed form."""
-    if model.config.quant != "w1a1" or is_packed(model):
+    """A float model fused, a w1a1 model packed, as its export runs. Activations of more bits have no packed form: as they are."""
+    if model.config.quant == "none":
+        return fuse(model)
+    if model.config.quant != ONE_BIT or is_packed(model):
         return model
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of scales that never saw data: times do not depend on them
-        return pack(model)
+    packed = packed_copy(model)  # also of scales that never saw data: times do not depend on them
+    fold_moves(packed)
+    return packed
+
+
+def require(precision: str, device: str = "cpu") -> None:
+    """Raises `UserError` for one of `PRECISIONS` that this processor, or this torch, has no fast products for."""
+    if device != "cpu":
+        if precision in (INT8, ONE_BIT):
+            raise UserError(f"--precision {precision} runs on a CPU only: leave out --device {device}")
+        return
+    found = cpu()
+    if precision == "bfloat16" and found.sets and not set(BFLOAT16) & set(found.sets):
+        raise UserError(f"--precision bfloat16: {found.name} has no products of it (AVX-512 BF16, AMX or Arm's BF16): leave it out")
+    if precision == INT8 and int8.kernel() == int8.FLOAT:
+        raise UserError(f"--precision int8: torch {torch.__version__} has no int8 products for {found.name}: leave it out")
+    if precision == ONE_BIT and (why := absence()):
+        raise UserError(f"--precision {ONE_BIT}: {why}")
+
+
+def kernel_of(model: nn.Module, device: str = "cpu") -> str:
+    """What runs a model's linear layers, for tables."""
+    if device != "cpu":
+        return f"torch on {device}"
+    if is_packed(model):
+        return kernel_in_use()
+    if is_int8(model):
+        return int8.kernel()
+    precision = precision_of(model)
+    if precision == "float32":
+        return "torch" if choice.chosen() == choice.STOCK else "torch and oneDNN float32"
+    return f"torch {precision}"
 
 
 def form_of(model: HubertModel) -> str:
@@ -59,7 +97,8 @@ def at_precision(model: HubertModel, precision: str) -> HubertModel:
     """A model that computes at one of `PRECISIONS`; the given one where that is float32.
 
     bfloat16: parameters and inputs, of a packed model what is not binary. int8: a fused copy whose encoder has int8 linear layers
-    (`hubert_eff.quantize`). Raises `UserError` for another precision, and as `quantize` does.
+    (`hubert_eff.quantize`). w1a1: packed; a float model is binarized first, whose scales have seen no data: its time and its
+    size are those of a trained one, its outputs are not. Raises `UserError` for another precision, and as `quantize` and `binarize` do.
     """
     if precision == "float32":
         return model
@@ -69,6 +108,8 @@ def at_precision(model: HubertModel, precision: str) -> HubertModel:
             return half.bfloat16()
         convert_rest(half, torch.bfloat16)
         return half
+    if precision == ONE_BIT:
+        return shipped(model if model.config.quant == ONE_BIT else binarize(model))
     if precision != INT8:
         raise unknown("precision", precision, PRECISIONS)
     return quantize(model)

@@ -395,11 +395,12 @@ def _charts(found: Findings, charts: Sequence[tuple[str, str, bytes]]) -> str:
 def _timings(timings: Sequence[Timing]) -> str:
     groups: dict[str, list[list[str]]] = {}
     for t in timings:
-        times = [_number(value) for value in (t.median_ms, t.p5_ms, t.p95_ms)]
-        memory = _number(t.peak_memory_mb, ",.0f")
-        groups.setdefault(t.label, []).append([f"{t.seconds:g}", f"{t.batch}", *times, _number(t.rtf, ".5f"), memory])
+        times = [_number(value) for value in (t.median_ms, t.p95_ms)]
+        sizes = [_number(t.peak_memory_mb, ",.0f"), _number(t.file_mb)]
+        row = [f"{t.seconds:g}", f"{t.batch}", *times, _number(t.rtf, ".5f"), *sizes, printable(t.kernel)]
+        groups.setdefault(t.label, []).append(row)
     caption = "<p>One-bit models run from packed bits, unless they say simulated: computed with +-1 in floats, as in training.</p>"
-    head = ("model", "audio s", "batch", "median ms", "p5", "p95", "RTF", "peak MB")
+    head = ("model", "audio s", "batch", "p50 ms", "p95 ms", "RTF", "peak MB", "file MB", "kernel")
     return caption + _table(head, [(_label(name), rows) for name, rows in groups.items()])
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import hubert_eff
 from hubert_eff.cli import main
 from hubert_eff.errors import UserError
-from hubert_eff.profiling import count_operations, list_devices, machine, read_device
+from hubert_eff.kernels.cpu import Cpu
+from hubert_eff.profiling import count_operations, latency, list_devices, machine, precision, read_device
 from hubert_eff.profiling.latency import measure, measure_shares, shares_of
 from hubert_eff.profiling.precision import at_precision
 
@@ -48,8 +51,6 @@ def test_peak_memory_sees_what_is_allocated_and_freed():
 
 
 def test_ratios_are_taken_round_by_round(models, monkeypatch):
-    from hubert_eff.profiling import latency
-
     times = iter([1.0, 2.0, 10.0, 30.0, 1.0, 4.0])
     monkeypatch.setattr(latency, "seconds_of", lambda call: next(times))
     first, second = measure(models, [0.5], [1], rounds=3)
@@ -132,6 +133,36 @@ def test_command(tmp_path, capsys):
     assert not any(mark in text for mark in ("\x1b", "\u2026"))
 
 
+def test_one_table_of_what_would_be_shipped(tmp_path, capsys, monkeypatch):
+    """Each precision of one model: the sizes of its export, and what runs it."""
+    monkeypatch.setattr(precision, "require", lambda *_: None)
+    asked = ["float32", "bfloat16", "int8", "w1a1"]
+    assert main(["bench", "conformer-debug", "--precision", *asked, "--seconds", "0.5", "--rounds", "1", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["timings"]
+    assert [(r["model"], r["form"], r["precision"]) for r in rows] == [
+        ("conformer-debug", "float", "float32"), ("conformer-debug", "float", "bfloat16"), ("conformer-debug", "float", "int8"),
+        ("conformer-debug+w1a1", "packed", "float32"),
+    ]  # fmt: skip
+    model, file = hubert_eff.build("conformer-debug"), tmp_path / "model.safetensors"
+    for row, keys in zip(rows, ({"fuse": True}, {"fuse": True, "dtype": "bf16"}, {"dtype": "int8"}, None), strict=True):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of scales that never saw data
+            hubert_eff.export(hubert_eff.binarize(model) if keys is None else model, file, **(keys or {}))
+        held = sum(tensor.nbytes for tensor in load_file(file).values())
+        assert row["file_mb"] * 1e6 == pytest.approx(held, abs=64) and row["kernel"]  # a file keeps a byte where a panel ends
+
+
+@pytest.mark.parametrize("asked", ["bfloat16", "int8", "w1a1"])
+def test_a_precision_that_this_machine_lacks_is_one_line_before_measuring(asked, capsys, monkeypatch):
+    monkeypatch.setattr(precision, "cpu", lambda: Cpu("AMD", "an old one", ("avx2",)))
+    monkeypatch.setattr(precision.int8, "kernel", lambda: precision.int8.FLOAT)
+    monkeypatch.setattr(precision, "absence", lambda: "no compiler")
+    monkeypatch.setattr(latency, "measure", lambda *_: pytest.fail("it measures"))
+    assert main(["bench", "conformer-debug", "--precision", "float32", asked]) == 2
+    error = capsys.readouterr().err
+    assert f"--precision {asked}" in error and error.count("\n") == 1
+
+
 def test_roofline(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(machine, "SIZE", 128)
     monkeypatch.setattr(machine, "COPY_BYTES", 1 << 20)
@@ -198,7 +229,7 @@ def test_precisions_compute_the_same_at_their_width():
         assert torch.nn.functional.cosine_similarity(exact.flatten(), rough.flatten(), 0) > 0.98
     shares = measure_shares("int8", eighth_model, 1.0, 1)
     products = 2 * (4 * 64 * 64 + 64 * 64 + 4 * 64 * 128 + 3 * 64 * 64)  # attention with its positions, feed-forward, pointwise
-    assert next(row.params for row in shares.blocks if row.name == "Linear") >= products
+    assert next(row.params for row in shares.blocks if row.name == "Int8Linear") >= products
     with pytest.raises(UserError, match="unknown precision"):
         at_precision(model, "int4")
     assert main(["bench", "conformer-debug", "--seconds", "0.5", "--rounds", "1", "--precision", "float32", "int8"]) == 0
