@@ -7,6 +7,7 @@ reads past the end of a storage that is shorter than claimed.
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import struct
 import sys
@@ -17,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -42,14 +44,45 @@ class Unreadable(UserError):
         self.reason = reason
 
 
+# what layers are made by, element by element
+ELEMENTWISE = {
+    *"abs add clamp div empty_like mul neg ones_like rsqrt round sqrt square sub where zeros_like".split(),
+    *(f"__{prefix}{name}__" for prefix in ("", "r") for name in ("add", "mul", "sub", "truediv")),
+}  # fmt: skip
+COMPARISONS = {"gt", "ge", "lt", "le", "__gt__", "__ge__", "__lt__", "__le__"}
+IN_PLACE = {"add_", "clamp_", "copy_", "div_", "fill_", "mul_", "sub_", "zero_", "__iadd__", "__imul__", "__isub__", "__itruediv__"}
+
+
+def _shaped(name: str, args: Any, named: Mapping[str, Any]) -> Tensor | None:
+    """What an operation gives on the meta device, without running it; None for one that is not known here."""
+    if name == "cat" and len(args) == 1 and not named and all(part.is_meta for part in args[0]):
+        return args[0][0].new_empty((sum(part.size(0) for part in args[0]), *args[0][0].shape[1:]))  # type: ignore[no-any-return]
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    if not tensors or not all(tensor.is_meta for tensor in tensors):
+        return None
+    first: Tensor = tensors[0]
+    if name in IN_PLACE:
+        return first
+    if name in ELEMENTWISE or name in COMPARISONS:
+        dtype = named.get("dtype") or functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+        return first.new_empty(np.broadcast_shapes(*(t.shape for t in tensors)), dtype=torch.bool if name in COMPARISONS else dtype)
+    if name == "amax" and isinstance(args[-1], int) and not named:
+        return first.new_empty((*first.shape[: args[-1]], *first.shape[args[-1] :][1:]))
+    if name in ("matmul", "__matmul__") and tensors[-1].dim() == 1:
+        return first.new_empty(first.shape[:-1])
+    return None
+
+
 class _Unfilled(TorchFunctionMode):
-    """Leaves out the random start of weights, which torch works out in Python on the meta device, after a second of imports."""
+    """Leaves out the random start of weights, and arithmetic with them: the meta device works out shapes in Python, after seconds of
+    imports."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         named = kwargs or {}
         if func in (Tensor.uniform_, Tensor.normal_) or getattr(func, "__module__", "") == nn.init.__name__:
             return args[0] if args else named["tensor"]
-        return func(*args, **named)
+        shaped = _shaped(getattr(func, "__name__", ""), args, named)
+        return func(*args, **named) if shaped is None else shaped
 
 
 def aligned(tensor: Tensor) -> Tensor:

@@ -161,6 +161,8 @@ def weight_signs(weight: Tensor, per_channel: bool, groups: int = 1) -> tuple[Te
     m = mean |W|, e = mean(W) over the whole tensor; `per_channel`: m of each output channel. With groups e too, except that the
     channels of a depthwise convolution (one input channel per group) are not centered: that would delete the DC of a smoothing filter.
     """
+    if weight.is_meta:  # the shapes alone: torch would import for seconds to work out a mean's
+        return weight, torch.empty(weight.size(0) if per_channel else 1, device="meta")
     with torch.no_grad():
         rows = wide(weight.flatten(1))
         size = rows.abs().mean(1) if per_channel else rows.abs().mean().view(1)

@@ -272,8 +272,28 @@ def test_commands_of_the_page_run(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     blocks = re.findall(r"<!-- run -->\n```(\w+)\n(.*?)```", page, re.S)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     for language, body in blocks:
         program = ["bash", "-euo", "pipefail", "-c"] if language == "bash" else [sys.executable, "-c"]
         done = subprocess.run([*program, body], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{body}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+
+
+def test_the_first_file_that_a_process_reads_imports_no_compiler(tmp_path: Path) -> None:
+    """torch's meta device imports sympy and its compiler to work out shapes: seconds, of which a file of weights needs nothing."""
+    files = []
+    for encoder in ENCODERS:
+        model = hubert_eff.build(f"{encoder}-debug").eval()
+        for name, source, keys in (("packed", debug(encoder, "default"), {}), ("int8", model, {"dtype": "int8"})):
+            files.append(str(tmp_path / f"{encoder}-{name}.safetensors"))
+            hubert_eff.export(source, files[-1], **keys)
+    program = (
+        "import sys, torch, hubert_eff\n"
+        "from hubert_eff.inference import extract\n"
+        "heavy = {'sympy', 'torch._dynamo', 'torch.fx.experimental.symbolic_shapes'} - set(sys.modules)\n"
+        "for file in sys.argv[1:]:\n"
+        "    hubert_eff.load(file)\n"
+        "    assert not heavy & set(sys.modules), (file, heavy & set(sys.modules))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *files], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -44,6 +44,8 @@ def panels_of(outputs: int) -> int:
 
 def words_from(bits: Tensor) -> Tensor:
     """bool (..., K) -> int32 (..., W)."""
+    if bits.is_meta:  # the shape alone, as in `panels_from`: torch would import for seconds to work it out
+        return torch.empty((*bits.shape[:-1], words_of(bits.size(-1))), dtype=torch.int32, device="meta")
     padded = torch.unflatten(F.pad(bits, (0, -bits.size(-1) % WORD)), -1, (-1, WORD)).to(torch.int64)
     words = (padded << torch.arange(WORD, device=bits.device)).sum(-1)
     return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
@@ -58,6 +60,8 @@ def bits_from(words: Tensor, elements: int) -> Tensor:
 
 def panels_from(words: Tensor) -> Tensor:
     """Rows of words (..., N, W) -> panels (..., ceil(N / 16), W, 16)."""
+    if words.is_meta:
+        return words.new_empty((*words.shape[:-2], panels_of(words.size(-2)), words.size(-1), LANES))
     padded = F.pad(words, (0, 0, 0, -words.size(-2) % LANES))
     return torch.unflatten(padded, -2, (-1, LANES)).transpose(-1, -2).contiguous()
 
