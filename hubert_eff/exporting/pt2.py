@@ -25,6 +25,7 @@ from ..layers.bits import stored_bits
 from ..models.extractor import receptive_field
 from ..models.fuse import fuse
 from ..models.hubert import HubertModel
+from ..quant.quantization import is_int8
 from ..recognition import Recognizer
 from ..utils.files import replacing
 
@@ -63,6 +64,8 @@ def require_program(model: HubertModel | Recognizer) -> None:
     hubert = model.hubert if isinstance(model, Recognizer) else model
     if not _has_bounds():
         raise UserError(f"--pt2 needs torch 2.7 or newer, this is {torch.__version__}: its torch.export knows no bounds of dynamic sizes")
+    if is_int8(hubert):
+        raise UserError("int8 layers have no torch.export program: export the float model that they were made from")
     if hubert.config.quant != "none" or any(stored_bits(module) for module in hubert.modules()):
         raise UserError(
             "a one-bit model has no torch.export program: products of bits are kernels of this package, which torch alone does not have; "

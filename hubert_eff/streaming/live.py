@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import os
 import sys
 import time
@@ -29,6 +31,7 @@ from ..quant.storage import is_packed
 from ..utils.files import replacing
 from .stream import StreamingModel, mode_seconds, parse_mode
 
+EVERY = 1.0  # seconds between lines of progress
 PIECE = 0.1  # seconds of audio that are read at a time
 STDIN = "-"
 
@@ -43,8 +46,10 @@ class StreamReport:
     mode: str
     latency: float  # seconds of audio that a chunk waits for
     compute: float  # seconds, all chunks together
-    chunk_ms: float  # median computing time of a chunk
-    slowest_ms: float
+    first_ms: float  # computing time of the first chunk, which also warms caches up
+    chunk_ms: float  # median computing time of the chunks after it (of the first, where there is no other)
+    p95_ms: float  # of 95% of them at most
+    slowest_ms: float  # of all
     state_elements: int  # numbers kept at the end
 
     @property
@@ -60,7 +65,9 @@ class StreamReport:
         return (
             f"{self.seconds:.1f} s in {self.chunks} chunks, {self.frames} frames (mode {self.mode}: {mode_seconds(self.mode)}): RTF "
             f"{self.rtf:.4f}; "
-            f"a chunk waits {1e3 * self.latency:.0f} ms for its audio and takes {self.chunk_ms:.1f} ms (slowest {self.slowest_ms:.1f} ms); "
+            f"a chunk waits {1e3 * self.latency:.0f} ms for its audio "
+            f"and takes p50 {self.chunk_ms:.1f} ms, p95 {self.p95_ms:.1f} ms (the first {self.first_ms:.1f} ms, "
+            f"the slowest {self.slowest_ms:.1f} ms); "
             f"{self.state_elements:,} numbers kept"
         )
 
@@ -111,9 +118,11 @@ def run_stream(
     mode: str = "16-4",
     out: Path | None = None,
     stdin: BinaryIO | None = None,
+    tell: Callable[[str], object] | None = None,
 ) -> StreamReport:
     """Feed a file, or standard input, to a `StreamingModel`; the last hidden states go to `out` (.npy, (T, D) float32) as they come.
 
+    tell: called with a line of how far the stream is, at its first chunk and then once a second at most.
     mode: see `streaming.parse_mode`; `full` is no stream. Raises `UserError` for audio that is too short for a frame, and what
     `StreamingModel`, `feed` and `pieces_of` raise.
     """
@@ -124,6 +133,7 @@ def run_stream(
         raise UserError(f"--out {out}: a stream writes a .npy file, frame after frame")
     stream = StreamingModel(model, size, left)
     times: list[float] = []
+    told = -math.inf
     frames = samples = elements = 0
 
     def timed(compute: Callable[[], Tensor | None]) -> Tensor | None:
@@ -153,11 +163,15 @@ def run_stream(
             frames += y.size(1)
             if add is not None:
                 add(y[0])
+            if tell is not None and (now := time.perf_counter()) - told >= EVERY:
+                told = now
+                tell(f"{samples / SAMPLE_RATE:.1f} s heard, {frames} frames; the last chunk took {1e3 * times[-1]:.1f} ms")
         if not frames:
             raise UserError(f"{source}: {samples} samples are too few for one frame")
-    ordered = sorted(times)
+    later = times[1:] or times
+    median, p95 = (1e3 * float(np.quantile(later, share)) for share in (0.5, 0.95))
     return StreamReport(
-        samples / SAMPLE_RATE, frames, len(times), mode, stream.latency, sum(times), 1e3 * ordered[len(ordered) // 2], 1e3 * ordered[-1],
+        samples / SAMPLE_RATE, frames, len(times), mode, stream.latency, sum(times), 1e3 * times[0], median, p95, 1e3 * max(times),
         elements,
     )  # fmt: skip
 
@@ -170,7 +184,8 @@ def stream_command(name: str, audio: Sequence[Path], mode: str, out: Path | None
     size, left = parse_mode(mode)  # before the model is read
     model = open_model(name, streaming=True)
     model.chunks(size, left)  # refused for what it is, rather than by what `fuse` cannot do
-    report = run_stream(for_inference(model.eval()), audio[0], mode, out, sys.stdin.buffer)
+    tell = None if as_json else functools.partial(print, flush=True)
+    report = run_stream(for_inference(model.eval()), audio[0], mode, out, sys.stdin.buffer, tell)
     print(json.dumps(report.plain(), indent=2) if as_json else report)
     return 0
 

@@ -310,7 +310,8 @@ def test_the_command_streams_a_preset_or_an_export(
     pcm = (wav * 32_768).to(torch.int16).numpy().astype("<i2").tobytes()
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(pcm)))
     assert main(["run", "conformer-debug", "-", "--stream", "16-4"]) == 0
-    assert "RTF" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "s heard, 16 frames" in said.splitlines()[0] and "RTF" in said and "p95" in said
     hubert_eff.export(hubert_eff.build("conformer-debug"), tmp_path / "other.safetensors")
     wave = str(tmp_path / "a.wav")
     wav[8_003] = torch.nan
