@@ -23,7 +23,7 @@ from ..errors import BUILD_ERRORS, UserError, about, short, unknown
 from ..layers.linear import Linear
 from ..models.fuse import fuse as fused_copy
 from ..models.hubert import LABEL_EMBEDDINGS, HubertModel
-from ..quant.packing import packed_copy
+from ..quant.packing import packed_copy, packed_in_place
 from ..quant.quantization import INT8, quantize
 from ..quant.runtime.int8 import Int8Linear
 from ..quant.storage import SCALES, fold_moves, layout, state_from
@@ -143,7 +143,8 @@ def _built(encoder: str, text: str, weights: str, fused: str, copies: str, *, de
         if copies != "1":
             model.final_proj = Linear(config.encoder_embed_dim, config.codebook_dim * int(copies))
         if weights == PACKED:
-            model = pack_for_file(model, False)
+            model = packed_in_place(model)
+            fold_moves(model)
         if weights == INT8:
             model = quantize(model)
         elif fused == "true":

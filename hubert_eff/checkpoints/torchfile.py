@@ -50,11 +50,15 @@ ELEMENTWISE = {
     *(f"__{prefix}{name}__" for prefix in ("", "r") for name in ("add", "mul", "sub", "truediv")),
 }  # fmt: skip
 COMPARISONS = {"gt", "ge", "lt", "le", "__gt__", "__ge__", "__lt__", "__le__"}
+SHAPED_OTHERWISE = {"amax", "cat", "matmul", "__matmul__"}
 IN_PLACE = {"add_", "clamp_", "copy_", "div_", "fill_", "mul_", "sub_", "zero_", "__iadd__", "__imul__", "__isub__", "__itruediv__"}
+KNOWN = ELEMENTWISE | COMPARISONS | IN_PLACE | SHAPED_OTHERWISE
 
 
 def _shaped(name: str, args: Any, named: Mapping[str, Any]) -> Tensor | None:
     """What an operation gives on the meta device, without running it; None for one that is not known here."""
+    if name not in KNOWN:
+        return None
     if name == "cat" and len(args) == 1 and not named and all(part.is_meta for part in args[0]):
         return args[0][0].new_empty((sum(part.size(0) for part in args[0]), *args[0][0].shape[1:]))  # type: ignore[no-any-return]
     tensors = [arg for arg in args if isinstance(arg, Tensor)]

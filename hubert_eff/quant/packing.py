@@ -53,11 +53,16 @@ def pack(model: M, fused: bool = True, rest: torch.dtype = torch.float32) -> M:
 
 def packed_copy(model: M, fused: bool = True, rest: torch.dtype = torch.float32) -> M:
     """`pack`, of a model whose scales may be yet to come."""
+    return packed_in_place(copy.deepcopy(model), fused, rest)
+
+
+def packed_in_place(model: M, fused: bool = True, rest: torch.dtype = torch.float32) -> M:
+    """`packed_copy`, of a model that is not used afterwards."""
     if rest not in REST:
         raise UserError(f"rest={rest}: what is not binary computes in one of {', '.join(map(str, REST))}")
     if not any(type(module) in PACKED for module in model.modules()):
         raise UserError("this model has no one-bit layers to pack: hubert_eff.binarize it, and train it, first")
-    packed = copy.deepcopy(model).eval()
+    packed = model.eval()
     with torch.no_grad():
         packed = _convert(packed)  # type: ignore[assignment]
         convert_rest(packed, rest)

@@ -22,8 +22,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..config import LONGEST
 from ..errors import UserError, short, unknown
 from ..layers.kinds import BINARY_KINDS, DEPTHWISE, FEED_FORWARD, FLOAT_KINDS, POINTWISE, PRODUCT, PROJECTION
@@ -95,13 +93,20 @@ POLICIES = {
 }
 
 
-class _Loader(yaml.BaseLoader):
-    """Mappings, lists and text; no aliases, by which a few lines stand for gigabytes."""
+def _read_yaml(text: str) -> Any:
+    """Mappings, lists and text; no aliases, by which a few lines stand for gigabytes. Raises `ValueError` for what is no such YAML."""
+    import yaml  # here: few models have a policy of their own, and a file is loaded without it
 
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("an alias (*), which a policy does not need")
-        return super().compose_node(parent, index)
+    class Loader(yaml.BaseLoader):
+        def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError("an alias (*), which a policy does not need")
+            return super().compose_node(parent, index)
+
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
 
 
 def is_policy(value: object) -> bool:
@@ -131,8 +136,10 @@ def read_policy(policy: str | Path | Mapping[str, Any]) -> Policy:
                 text = stream.read(LONGEST + 1)
         if len(text) > LONGEST:
             raise UserError(f"{where} has more than {LONGEST} characters")
-        content = yaml.load(text, _Loader)
-    except (yaml.YAMLError, RecursionError, UnicodeDecodeError) as error:
+        content = _read_yaml(text)
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is no YAML: {short(error)}") from error
     if not isinstance(content, Mapping):
         raise UserError(f"{where} must map kinds of layers to {BINARY} or {FLOAT}")
