@@ -54,7 +54,7 @@ tbody th { font-weight: normal; vertical-align: top; overflow-wrap: anywhere; }
 th:first-child { position: sticky; left: 0; background: #fff; }
 @media (max-width: 640px) {
   table { font-size: .8rem; } th, td { padding: 2px 5px; } th { min-width: 3.2rem; } th:first-child { min-width: 5.5rem; }
-  thead th, tbody th { white-space: normal; overflow-wrap: anywhere; }
+  thead th { white-space: normal; } tbody th { white-space: normal; overflow-wrap: anywhere; }
 }
 .controls { display: flex; flex-wrap: wrap; gap: 12px; } select { font: inherit; max-width: 100%; padding: 4px; }
 .chart { max-width: 100%; width: 560px; display: block; }
@@ -128,9 +128,14 @@ def _number(value: float | None, form: str = ",.2f") -> str:
     return "-" if value is None else format(value, form)
 
 
+def _foldable(text: str) -> str:
+    """A name of a column, which may be broken behind the parts of a path."""
+    return escape(text).replace("/", "/<wbr>").replace("_", "_<wbr>")
+
+
 def _table(head: Sequence[str], groups: Iterable[tuple[str, Sequence[Sequence[str]]]]) -> str:
     """`groups`: a name, and the rows of cells that belong to it; a line stands above each."""
-    lines = ["<div class=wide><table><thead><tr>", *(f"<th>{escape(h)}</th>" for h in head), "</tr></thead>"]
+    lines = ["<div class=wide><table><thead><tr>", *(f"<th>{_foldable(h)}</th>" for h in head), "</tr></thead>"]
     for name, rows in groups:
         lines.append(f"<tbody><tr><th rowspan={len(rows)}>{escape(name)}</th>")
         lines.append("</tr><tr>".join("".join(f"<td>{escape(c)}</td>" for c in cells) for cells in rows))

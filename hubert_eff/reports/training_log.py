@@ -44,7 +44,7 @@ PANELS = (
         100.0,
     ),
     Panel(
-        "perplexity, valid, classes",
+        "perplexity (classes), valid",
         (("code_ppl_0", "valid", "of the predicted classes"), ("label_ppl_0", "valid", "of the labels")),
     ),
     Panel("errors of the texts, valid, %", (("wer", "valid", "words"), ("cer", "valid", "characters"))),
