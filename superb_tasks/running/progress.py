@@ -15,7 +15,7 @@ SECONDS = 60.0  # between two lines
 OVERALL = "overall"  # S3PRL's name of the bar that counts the updates of a training run
 
 
-class Lines(tqdm):  # type: ignore[type-arg]
+class Lines(tqdm):
     """A bar of S3PRL that counts as before and draws nothing: only the one over all updates prints a line now and then."""
 
     def __init__(self, *args: Any, **keys: Any) -> None:
