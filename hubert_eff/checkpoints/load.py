@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import SAMPLE_RATE, HubertConfig
-from ..encoders.registry import get_encoder, list_encoders, stored_config
+from ..encoders.registry import encoder_of, get_encoder, list_encoders, stored_config
 from ..errors import UserError, about, short
 from ..models.hubert import HEADS, LABEL_EMBEDDINGS, HubertModel
 from .huggingface import is_folder, is_weights, read_folder
@@ -28,6 +28,11 @@ STOCK_UNUSED = {
     "mask_min_space", "no_mask_channel_overlap", "no_mask_overlap", "pos_enc_type",
 }  # fmt: skip
 
+# keys of our configuration that only training reads: a run may go on with others, and its checkpoints are still of one model
+TRAINING_ONLY = (
+    "seed", "dropout", "attention_dropout", "activation_dropout", "encoder_layerdrop", "dropout_input", "feature_grad_mult", "skip_masked",
+    "skip_nomask", "mask_", "checkpoint_activations", "compile_blocks", "identity_attention_updates", "chunk_sizes", "left_chunks",
+)  # fmt: skip
 PRETRAINING = ("quantizer.", "project_q.")  # of stock wav2vec 2.0
 FINE_TUNED = ("hubert_eff_ctc", "hubert_eff_aed")  # fairseq models of hubert_eff.recognition
 DICTIONARY = "fairseq.data.dictionary.Dictionary"
@@ -149,23 +154,25 @@ def read_fairseq(file: Path) -> dict[str, Any]:
 
 
 def last_checkpoints(folder: str | os.PathLike[str], count: int) -> list[Path]:
-    """At most `count` of the last checkpoints that a run saved at intervals, the oldest first: checkpoint_EPOCH_UPDATE.pt in its save_dir,
-    and checkpoint_last.pt where it is of another update (fairseq gives no number to what it saves at the end of an epoch).
+    """At most `count` of the last checkpoints of a run, the oldest first: checkpoint_EPOCH_UPDATE.pt and checkpointEPOCH.pt in its
+    save_dir, and checkpoint_last.pt where it is of another update (fairseq does not number what it saves at the end of an epoch).
 
     Raises `UserError` where there is none.
     """
     if count < 1:
         raise UserError(f"{count} checkpoints cannot be averaged: give at least 1")
     found = {int(match[1]): file for file in Path(folder).glob("checkpoint_*_*.pt") if (match := re.search(r"_(\d+)\.pt$", file.name))}
-    newest = Path(folder) / "checkpoint_last.pt"
-    if newest.is_file():
-        found.setdefault(updates_of(newest), newest)
+    for file in (*Path(folder).glob("checkpoint[0-9]*.pt"), Path(folder) / "checkpoint_last.pt"):
+        if file.is_file():
+            found.setdefault(updates_of(file), file)
     if not found:
-        raise UserError(
-            f"{folder} holds no checkpoint of a run: give its save_dir, trained with checkpoint.save_interval_updates=N "
-            f"checkpoint.keep_interval_updates={count}"
-        )
+        raise UserError(f"{folder} holds no checkpoint of a run: give its save_dir, trained with {keep_keys(count)}")
     return [found[update] for update in sorted(found)[-count:]]
+
+
+def keep_keys(count: int) -> str:
+    """The overrides by which a training run leaves `count` checkpoints to average."""
+    return f"checkpoint.save_interval_updates=N checkpoint.keep_interval_updates={count}"
 
 
 def newest_checkpoint(folder: str | os.PathLike[str]) -> tuple[int, Path] | None:
@@ -189,7 +196,8 @@ def newest_checkpoint(folder: str | os.PathLike[str]) -> tuple[int, Path] | None
 def average(paths: Sequence[str | os.PathLike[str]]) -> HubertModel:
     """A model whose weights are the means of those of several checkpoints of one run, in eval mode; counters are those of the last.
 
-    Raises `UserError` as `load` does, and for checkpoints of different models.
+    Keys that only training reads, such as dropout, may differ: a run that was resumed may have changed them. Raises `UserError` as `load`
+    does, and for checkpoints of different models, with the first keys that differ.
     """
     *others, last = paths
     model = load(last)
@@ -197,13 +205,27 @@ def average(paths: Sequence[str | os.PathLike[str]]) -> HubertModel:
     sums = {key: value.double() for key, value in state.items() if value.is_floating_point()}
     for path in others:
         other = load(path)
-        if other.config != model.config or other.num_classes != model.num_classes:
-            raise UserError(f"{path} and {last} are not of one run: their models differ")
+        if differing := _differing(other, model):
+            raise UserError(f"{path} and {last} are not of one run: {differing}")
         for key, value in other.state_dict().items():
             if key in sums:
                 sums[key] += value
     model.load_state_dict({**state, **{key: (total / len(paths)).to(state[key].dtype) for key, total in sums.items()}})
     return model
+
+
+def _differing(one: HubertModel, other: HubertModel) -> str:
+    """The first three keys in which the models differ, with both values; empty where their weights may be averaged."""
+    encoders = encoder_of(one.config).name, encoder_of(other.config).name
+    values = [{"encoder": name, **m.config.to_dict(), "num_classes": m.num_classes} for name, m in zip(encoders, (one, other), strict=True)]
+    first, second = values
+    keys = [key for key in {**first, **second} if first.get(key) != second.get(key) and not key.startswith(TRAINING_ONLY)]
+    said = [f"{key} is {_shown(first.get(key))} and {_shown(second.get(key))}" for key in keys[:3]]
+    return ", ".join(said) + (f", and {len(keys) - 3} more keys differ" if len(keys) > 3 else "")
+
+
+def _shown(value: object) -> str:
+    return short(str(value), 60)
 
 
 def updates_of(path: str | os.PathLike[str]) -> int:

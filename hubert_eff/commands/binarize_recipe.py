@@ -6,12 +6,10 @@ import argparse
 import json
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from ..config import COUNT
 from ..recipes.base import plan_text
 from ..recipes.binarize import Binarization
+from ..reports.tables import plain_table, show
 from ._numbers import whole
 
 
@@ -55,8 +53,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(done, indent=2))
         return 0
-    table = Table("stage", "updates", "masked accuracy, valid", "most frequent label", "checkpoint")
+    table = plain_table("stage", "updates", "masked accuracy, valid", "most frequent label", "checkpoint")
     for stage, figures in done.items():
         table.add_row(stage, f"{figures['updates']:.0f}", f"{figures['accuracy']:.1%}", f"{figures['majority']:.1%}", figures["checkpoint"])
-    Console(width=max(Console().width, 110)).print(table)
+    show(table)  # a terminal that is too narrow gets plain text: paths are never cut off
     return 0

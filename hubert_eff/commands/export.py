@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the file or the folder and its card, and say how large it is."""
-    from ..checkpoints.load import average, last_checkpoints
+    from ..checkpoints.load import average, keep_keys, last_checkpoints
     from ..checkpoints.open import open_model
     from ..checkpoints.safetensors import is_export, is_own, read_metadata
     from ..edge import rewrite
@@ -99,8 +99,9 @@ def run(args: argparse.Namespace) -> int:
     else:
         files = last_checkpoints(args.model, args.average)
         if len(files) < args.average:
-            there = f"{args.model} holds {len(files)} checkpoints of different updates, not {args.average}"
-            print(f"{there}: the mean of {', '.join(file.name for file in files)}", file=sys.stderr)
+            there = f"{args.model} holds {len(files)} checkpoint{'s' * (len(files) > 1)} of different updates, not {args.average}"
+            taken = f"the mean of {', '.join(file.name for file in files)}" if len(files) > 1 else f"{files[0].name} is exported as it is"
+            print(f"{there}: {taken}; to keep more, train with {keep_keys(args.average)}", file=sys.stderr)
         model, name = average(files), f"mean of {', '.join(file.name for file in files)}"
     whole: HubertModel | Recognizer = model
     takes_heads = (args.hf is not None or args.pt2 is not None) and args.average is None and args.out is args.onnx is None

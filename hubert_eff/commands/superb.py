@@ -123,13 +123,14 @@ def _report(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(values, indent=2, ensure_ascii=False))
         return 0
-    head, rows = results.cells(values)
-    table = plain_table(*head)
-    for row in rows:
-        table.add_row(*row)
-    show(table)
-    for note in values["notes"]:
-        print(note)
+    first = values["narrow"]
+    wide_head, wide_rows = results.cells(values)
+    for head, rows, notes in ((first["head"], first["rows"], first["notes"]), (wide_head, wide_rows, values["notes"])):
+        table = plain_table(*head)
+        for row in rows:
+            table.add_row(*row)
+        show(table)
+        print(*notes, "", sep="\n")
     for row in values["rows"]:
         if row.get("submission"):
             print(f"{row['model']}: submission of {len(row['submission'])} of 14 parts: {' '.join(row['submission'])}")

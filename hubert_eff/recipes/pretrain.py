@@ -111,9 +111,10 @@ class Pretraining(Recipe):
         self.clusters = self._of_phases("clusters", self.clusters, CLUSTERS[1:] if self.start else CLUSTERS)
         every = int(self.written["checkpoint"]["save_interval_updates"])
         if every < 1 or self.updates[-1] // every < AVERAGED + 2:  # those at the end of an epoch are not kept under a number
+            most = self.updates[-1] // (AVERAGED + 2)
+            remedy = f"--set checkpoint.save_interval_updates={most}" if most else f"at least {AVERAGED + 2} --updates"
             raise UserError(
-                f"phase 2 of {self.updates[-1]} updates saves every {every}, and the last {AVERAGED} of these are averaged: add "
-                "--set checkpoint.save_interval_updates=N"
+                f"phase 2 of {self.updates[-1]} updates saves every {every}, and the last {AVERAGED} of these are averaged: add {remedy}"
             )
         self.speech, self.out = self.speech.resolve(), self.out.resolve()
         self.superb = self.superb.resolve() if self.superb else None

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import TextIO
 
 from ..errors import printable
+from .training_log import NO_BETTER
 
 SECONDS = 10.0  # between two lines about training; long runs print one for every fiftieth part of what they have taken
 STATISTICS = {"train", "train_inner", "valid"}
@@ -81,7 +82,7 @@ class Console(logging.StreamHandler[TextIO]):
             accuracy, majority = figures["correct_m_0"], figures["majority_m_0"]
             parts.append(f"masked accuracy {100 * accuracy:.1f}% (most frequent label {100 * majority:.1f}%)")
             if valid and accuracy <= majority:
-                parts.append("no better than always predicting the most frequent label")
+                parts.append(NO_BETTER)
         return ", ".join(parts)
 
 

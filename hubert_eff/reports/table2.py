@@ -36,6 +36,7 @@ METRICS = {
 SCORE = "superb"  # all ten tasks as one figure, see `superb_score`
 QUALITIES = {**METRICS, SCORE: Metric("SUPERB score (FBANK: 0, best of its time: 1000)", "superb_score", True, 1.0)}
 
+GENERATED = "generated data"  # the data set of results on what `hubert-eff corpus superb` makes
 REPORTED = " (reported)"  # Table 2 repeats published figures of two models, in FP16, beside those of the paper's own set-up
 
 # by the names of Table 1's rows

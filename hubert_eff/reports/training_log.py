@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +24,37 @@ _FRESH = "No existing checkpoint found"
 MOST_UPDATES = 10**12  # a larger number is no number of updates
 LONGEST = 20_000  # characters of a line of figures
 
-# (title, logarithmic, lines: key, split, label); a line whose key was not logged is left out, and so is a panel without lines
-PANELS: tuple[tuple[str, bool, tuple[tuple[str, str, str], ...]], ...] = (
-    ("loss, bits", False, (("loss", "train", "train"), ("loss", "valid", "valid"))),
-    (
-        "masked accuracy", False,
+
+@dataclass(frozen=True)
+class Panel:
+    """One picture of curves. `lines`: key, split, label; one whose key was not logged is left out, and so is a panel without any."""
+
+    title: str
+    lines: tuple[tuple[str, str, str], ...]
+    scale: float = 1.0  # from the log's unit to the title's
+    logarithmic: bool = False
+    from_zero: bool = True  # of the y axis
+
+
+PANELS = (
+    Panel("loss, bits", (("loss", "train", "train"), ("loss", "valid", "valid")), from_zero=False),
+    Panel(
+        "masked accuracy, %",
         (("correct_m_0", "train", "train"), ("correct_m_0", "valid", "valid"), ("majority_m_0", "valid", "most frequent label, valid")),
+        100.0,
     ),
-    (
-        "perplexity, valid", False,
+    Panel(
+        "perplexity (classes), valid",
         (("code_ppl_0", "valid", "of the predicted classes"), ("label_ppl_0", "valid", "of the labels")),
     ),
-    ("errors of the texts, valid, %", False, (("wer", "valid", "words"), ("cer", "valid", "characters"))),
-    ("accuracy of the decoder", False, (("accuracy", "train", "train"), ("accuracy", "valid", "valid"))),
-    ("norm of the gradient", True, (("gnorm", "train", "train"),)),
-    ("learning rate", False, (("lr", "train", "train"),)),
-    ("seconds of audio per second", False, (("audio_per_s", "train", "train"),)),
-    ("memory, GB", False, (("mem_gb", "train", "most so far"),)),
-)  # fmt: skip
+    Panel("errors of the texts, valid, %", (("wer", "valid", "words"), ("cer", "valid", "characters"))),
+    Panel("accuracy of the decoder, %", (("accuracy", "train", "train"), ("accuracy", "valid", "valid")), 100.0),
+    Panel("norm of the gradient", (("gnorm", "train", "train"),), logarithmic=True),
+    Panel("learning rate", (("lr", "train", "train"),)),
+    Panel("speed, s of audio per s", (("audio_per_s", "train", "train"),)),
+    Panel("memory, GB", (("mem_gb", "train", "most so far"),)),
+)
+NO_BETTER = "no better than always predicting the most frequent label"
 
 
 @dataclass
@@ -75,6 +88,8 @@ class TrainingLog:
         text += f"; best validation at {best['num_updates']:.0f}, loss {best['loss']:.3f}"
         if "correct_m_0" in best and "majority_m_0" in best:
             text += f", masked accuracy {best['correct_m_0']:.1%} (most frequent label: {best['majority_m_0']:.1%})"
+            if best["correct_m_0"] <= best["majority_m_0"]:
+                text += f", {NO_BETTER}"
         return text + (f", WER {best['wer']:.1f}%" if "wer" in best else "")
 
 
@@ -172,34 +187,75 @@ def _numbers(pairs: Any) -> Figures:
 
 def draw_curves(runs: Sequence[TrainingLog]) -> Any:
     """A matplotlib figure of one or more runs, a panel per figure that they logged. Raises `UserError` without matplotlib."""
+    panels = _logged(runs)
+    rows = -(-len(panels) // 3)
+    height = 0.4 + 3.2 * rows
+    figure = _figure(13, height)
+    axes = figure.subplots(rows, 3, squeeze=False).flatten()
+    figure.subplots_adjust(left=0.045, right=0.985, bottom=0.5 / height, top=1 - 0.35 / height, wspace=0.2, hspace=0.38)  # at once
+    for axis, panel in zip(axes, panels, strict=False):
+        _draw(axis, panel, runs)
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    return figure
+
+
+def draw_panels(runs: Sequence[TrainingLog]) -> list[tuple[str, Any]]:
+    """The same panels as figures of their own, each with its title, for pages as narrow as a phone. Raises `UserError` as `draw_curves`."""
+    found = []
+    for panel in _logged(runs):
+        figure = _figure(4.3, 3.1)
+        _draw(figure.add_axes((0.135, 0.15, 0.84, 0.75)), panel, runs)
+        found.append((panel.title, figure))
+    return found
+
+
+def _figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise missing_extra("matplotlib", "plot", "training curves") from error
+    return Figure(figsize=(width, height))
+
+
+def _logged(runs: Sequence[TrainingLog]) -> list[Panel]:
+    """The panels with a line that was logged, and those lines only."""
     logged = {(key, split) for run in runs for split in ("train", "valid") for record in getattr(run, split) for key in record}
-    panels = [(title, log, [line for line in lines if line[:2] in logged]) for title, log, lines in PANELS]
-    panels = [panel for panel in panels if panel[2]]
-    rows = -(-len(panels) // 3)
-    height = 0.4 + 3.2 * rows
-    figure = Figure(figsize=(13, height))
-    axes, colors = figure.subplots(rows, 3, squeeze=False).flatten(), distinct_colors(max(len(runs), len(LINES)))
-    figure.subplots_adjust(left=0.045, right=0.985, bottom=0.5 / height, top=1 - 0.35 / height, wspace=0.2, hspace=0.38)  # at once
-    for axis, (title, logarithmic, lines) in zip(axes, panels, strict=False):
-        for number, run in enumerate(runs):
-            for style, (key, split, label) in enumerate(lines):
-                points = [(record["num_updates"], record[key]) for record in getattr(run, split) if key in record]
-                shown = plot_text(f"{run.name}, {label}") if len(runs) > 1 else label
-                axis.plot(
-                    *zip(*points, strict=True) if points else ((), ()), label=shown, linestyle=LINES[style],
-                    color=colors[number if len(runs) > 1 else style], marker="." if len(points) < 30 else "",
-                )  # fmt: skip
-        positive = any(value > 0 for line in axis.lines for value in line.get_ydata())
-        axis.set(title=title, xlabel="updates", yscale="log" if logarithmic and positive else "linear")
-        if axis.get_yscale() == "linear":
-            axis.ticklabel_format(axis="y", scilimits=(-2, 5))  # numbers stay narrow
-        axis.grid(alpha=0.3)
-        if len(lines) > 1 or len(runs) > 1:
-            axis.legend(frameon=False, fontsize=8)
-    for axis in axes[len(panels) :]:
-        axis.set_axis_off()
-    return figure
+    panels = (replace(panel, lines=tuple(line for line in panel.lines if line[:2] in logged)) for panel in PANELS)
+    return [panel for panel in panels if panel.lines]
+
+
+def _draw(axis: Any, panel: Panel, runs: Sequence[TrainingLog]) -> None:
+    """The lines of a panel; its x axis, from 0 to the last update of all runs, is that of all panels."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    several = len(runs) > 1
+    colors = distinct_colors(max(len(runs), len(LINES)))
+    for number, run in enumerate(runs):
+        for style, (key, split, label) in enumerate(panel.lines):
+            points = [(record["num_updates"], panel.scale * record[key]) for record in getattr(run, split) if key in record]
+            shown = plot_text(f"{run.name}, {label}") if several else label
+            axis.plot(
+                *zip(*points, strict=True) if points else ((), ()), label=shown, linestyle=LINES[style],
+                color=colors[number if several else style], marker="." if len(points) < 30 else "", markersize=9 if len(points) == 1 else 6,
+            )  # fmt: skip
+    values = [value for line in axis.lines for value in line.get_ydata() if math.isfinite(value)]
+    logarithmic = panel.logarithmic and any(value > 0 for value in values)
+    axis.set(title=panel.title, xlabel="updates", yscale="log" if logarithmic else "linear")
+    last = max((float(record["num_updates"]) for run in runs for record in (*run.train, *run.valid)), default=0.0)
+    axis.set_xlim(0, 1.03 * max(last, 1.0))
+    axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value < 1e6 else f"{value / 1e6:g} M"))
+    if logarithmic:
+        positive = [value for value in values if value > 0]
+        low, high = min(positive) / 2, max(positive) * 2
+        axis.set_ylim(low, high)
+        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 100 else (1.0,)))
+        axis.yaxis.set_minor_locator(NullLocator())
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    else:
+        axis.ticklabel_format(axis="y", scilimits=(-2, 5), useOffset=False)  # numbers stay narrow
+        if panel.from_zero and values and min(values) >= 0:
+            axis.set_ylim(0, 1.1 * max(values) or 1.0)
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False, fontsize=8)

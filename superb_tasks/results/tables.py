@@ -16,12 +16,12 @@ from typing import Any
 
 from hubert_eff.errors import UserError
 from hubert_eff.reports import table1
-from hubert_eff.reports.table2 import METRICS, PAPER_TABLE, paper_figures, rows_of, superb_score
+from hubert_eff.reports.narrow import TOY, narrow
+from hubert_eff.reports.table2 import GENERATED, METRICS, PAPER_TABLE, paper_figures, rows_of, superb_score
 from hubert_eff.utils.files import writable, write_json, write_text
 
 from ..data.utterances import Row
 from ..running import records
-from ..running.settings import GENERATED
 from ..tasks import TASKS
 from . import significance
 from .submission import experiments, write_submission
@@ -30,7 +30,6 @@ COSTS = {"params": "params", "storage_mb": "storage MB", "gflop": "GFLOP", "bop_
 COMPARED = ("steps", "small", "learning_rates", "seed", "data_sha256")  # what results of a task must share to be compared
 SIGNIFICANT = 0.05
 OURS, PAPER = "found", "the paper"
-TOY = "°"  # marks figures of generated data
 
 
 @dataclass
@@ -78,12 +77,16 @@ def collect(folders: Sequence[Path]) -> list[Model]:
 
 
 def report(folders: Sequence[Path], out: Path | None = None) -> dict[str, Any]:
-    """The table as JSON values: `rows`, `differences`, `notes`; with `out`, written there as Markdown, CSV and JSON, with a folder for
-    the leaderboard per model. Raises `UserError` as `collect` does."""
+    """The tables as JSON values: `narrow` (head, rows and notes as text: a line per task), `rows`, `differences`, `notes`; with `out`,
+    written there as Markdown, CSV and JSON, with a folder for the leaderboard per model. Raises `UserError` as `collect` does."""
     models = collect(folders)
     rows = [_row(model) for model in models]
     differences = [entry for model in models[1:] for entry in _differences(models[0], model)]
-    values: dict[str, Any] = {"rows": rows + _paper_rows(), "differences": differences, "notes": _notes(models)}
+    found = [(model.label, model.upstream, {task: result for task, (_, result) in model.results.items()}) for model in models]
+    values: dict[str, Any] = {
+        "narrow": dict(zip(("head", "rows", "notes"), narrow(found), strict=True)),
+        "rows": rows + _paper_rows(), "differences": differences, "notes": _notes(models),
+    }  # fmt: skip
     if out is not None:
         writable(out)
         for model, row in zip(models, rows):
@@ -230,13 +233,20 @@ def cells(values: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def markdown(values: Mapping[str, Any]) -> str:
-    """The table and its notes; an arrow says which way is better."""
+    """The narrow table, the wide one with the paper's models, and the notes of both; an arrow says which way is better."""
+    first = values["narrow"]
     head, table = cells(values)
     arrows = {f"{task} {metric.key}": "↑" if metric.more_is_better else "↓" for task, metric in METRICS.items()}
-    lines = [" | ".join(f"{name} {arrows.get(name, '')}".strip() for name in head), "|".join(["---", "---", *["---:"] * (len(head) - 2)])]
-    lines += [" | ".join(cell.replace("|", "\\|") for cell in row) for row in table]
-    notes = "".join(f"- {note}\n" for note in values["notes"]).replace("- *", "- \\*")
-    return "".join(f"| {line} |\n" for line in lines) + "\n" + notes
+    head = [f"{name} {arrows.get(name, '')}".strip() for name in head]
+    return _markdown(first["head"], first["rows"], first["notes"], 1) + "\n" + _markdown(head, table, values["notes"], 2)
+
+
+def _markdown(head: Sequence[str], table: Sequence[Sequence[str]], notes: Sequence[str], left: int) -> str:
+    """A table, of which so many columns stand on the left, and its notes."""
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in (head, *table)]
+    rows.insert(1, ["---"] * left + ["---:"] * (len(head) - left))
+    listed = "".join(f"- {note}\n" for note in notes).replace("- *", "- \\*")
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows) + "\n" + listed
 
 
 def _csv(rows: Sequence[Mapping[str, Any]]) -> str:

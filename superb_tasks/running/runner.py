@@ -17,6 +17,7 @@ import os
 import random
 import shutil
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import version
@@ -37,6 +38,7 @@ from ..data.utterances import utterances
 from ..tasks import Task, check, choose
 from . import records
 from .launch import S3PRL, command_line, upstream_arguments
+from .progress import lines_for_bars
 from .settings import RESULT, Request, begin, goes_on, of_result, of_upstream, result_in, settings_of
 
 VERSIONS = ("hubert-eff", "s3prl", "torch", "torchaudio", "numpy")
@@ -84,9 +86,11 @@ def run_task(task: Task, request: Request, settings: dict[str, Any], out: Path) 
     elif result := result_in(task, out):
         return result
 
+    start = time.monotonic()
     config = settings_of(task, request)
     rates = settings["learning_rates"]
-    with contextlib.redirect_stdout(sys.stderr), _s3prl(task, request, settings, out / "prepared"):  # S3PRL's remarks are no result
+    with contextlib.redirect_stdout(sys.stderr), _s3prl(task, request, settings, out / "prepared"), lines_for_bars():
+        # S3PRL's remarks are no result, its bars no lines of a log
         config = prepare(task, config, request.data, out / "prepared")
         found = _trained(task, request, config, rates, out) if task.trains else _best_layer(task, request, config, out)
     if task.trains:
@@ -94,6 +98,7 @@ def run_task(task: Task, request: Request, settings: dict[str, Any], out: Path) 
         write_json(out / "utterances.json", utterances(task, folders, request.data))
     result = {**settings, **found, "versions": {name: version(name) for name in VERSIONS}}
     write_json(out / RESULT, result)
+    _say(f"{task.name}: {task.key} {result[task.key]:.4f}, {time.monotonic() - start:,.0f} s")
     return result
 
 

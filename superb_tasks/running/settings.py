@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hubert_eff.errors import UserError
+from hubert_eff.reports.table2 import GENERATED
 from hubert_eff.utils.files import write_json, write_text
 
 from ..data import layouts
@@ -20,7 +21,6 @@ from .launch import S3PRL, upstream_arguments
 
 SETTINGS, RESULT, EARLIER = "settings.json", "result.json", "earlier.jsonl"
 PATHS = ("upstream", "data", "out")  # a run goes on only at the same paths: S3PRL's checkpoints hold them; of a result they say nothing
-GENERATED = "generated data"  # the data set of `hubert-eff corpus superb`
 
 
 @dataclass(frozen=True)

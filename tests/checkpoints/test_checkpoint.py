@@ -176,5 +176,23 @@ def test_the_mean_of_the_last_checkpoints(tmp_path: Path) -> None:
     torch.save({**content, "optimizer_history": [{"num_updates": 1001}]}, tmp_path / "checkpoint_last.pt")  # of the end of an epoch
     assert [file.name for file in last_checkpoints(tmp_path, 2)] == ["checkpoint_3_1000.pt", "checkpoint_last.pt"]
     hubert_eff.export(hubert_eff.build("conformer-debug"), tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match="are not of one run"):
+    with pytest.raises(UserError, match="are not of one run: encoder is conformer and fusionformer"):
         average([tmp_path / "other.safetensors", files[0]])
+
+
+def test_a_mean_names_the_key_that_differs_and_takes_what_only_training_reads(tmp_path: Path) -> None:
+    files = {}
+    for name, keys in (("a", {}), ("dropout", {"dropout": 0.3, "mask_prob": 0.5}), ("wide", {"encoder_ffn_embed_dim": 64})):
+        files[name] = tmp_path / f"{name}.safetensors"
+        hubert_eff.export(hubert_eff.build("transformer-debug", **keys), files[name])
+    assert average([files["a"], files["dropout"]]).config.dropout == 0.3
+    with pytest.raises(UserError, match=r"not of one run: encoder_ffn_embed_dim is \d+ and 64$"):
+        average([files["a"], files["wide"]])
+
+
+def test_epochs_count_as_checkpoints_of_a_run(tmp_path: Path) -> None:
+    model = hubert_eff.build("transformer-debug")
+    content = {"cfg": {"model": {**model.config.to_dict(), "_name": "hubert_transformer"}, "task": {}}, "model": model.state_dict()}
+    for name, update in (("checkpoint1", 10), ("checkpoint2", 20), ("checkpoint_2_15", 15), ("checkpoint_last", 20)):
+        torch.save({**content, "optimizer_history": [{"num_updates": update}]}, tmp_path / f"{name}.pt")
+    assert [file.name for file in last_checkpoints(tmp_path, 4)] == ["checkpoint1.pt", "checkpoint_2_15.pt", "checkpoint2.pt"]

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import hubert_eff
+from hubert_eff.cli import main
 from hubert_eff.errors import StepFailed, UserError
 from hubert_eff.models.hubert import HubertModel
 from hubert_eff.quant import Quantizer
@@ -253,6 +254,14 @@ def test_recipe_chains_the_stages(folder: Path, monkeypatch: pytest.MonkeyPatch)
     assert f"criterion.teacher={folder / 'out' / 'float' / 'checkpoint_best.pt'}" in second
     assert {f"criterion.teacher={folder / 'out' / 'w1a2' / 'checkpoint_best.pt'}", "model.quant=w1a1"} <= third
     assert all("dataset.num_workers=0" in words for words in runs.commands)
+
+
+def test_recipe_prints_whole_paths(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    FakeRuns(monkeypatch)
+    out = folder / ("a-folder-with-a-long-name-" * 4) / "out"
+    assert main(["binarize-recipe", str(folder), str(folder), "--out", str(out), "--updates", "3", "2", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert all(str(out / stage / "checkpoint_best.pt") in printed for stage in ("float", "w1a2", "w1a1"))
 
 
 def test_recipe_goes_on_at_the_stage_it_stopped_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,7 +126,11 @@ def test_dry_run_says_what_is_needed(speech: Path, tmp_path: Path, capsys: pytes
         (["--device", "tpu"], "unknown device"),
         (["--warm", "--set", "task.init_from=x"], "--warm starts phase 2 from phase 1"),
         (["--valid-percent", "0"], "above 0 and below 100"),
-        (["--updates", "500", "600"], "saves every 125, and the last 5 of these are averaged"),
+        (
+            ["--updates", "500", "600"],
+            "saves every 125, and the last 5 of these are averaged: add --set checkpoint.save_interval_updates=85",
+        ),
+        (["--updates", "5", "6"], "are averaged: add at least 7 --updates"),
         (["--set", "checkpoint.keep_interval_updates=1"], "the recipe decides checkpoint.keep_interval_updates itself"),
     ],
 )

@@ -24,7 +24,9 @@ def test_the_mean_is_of_those_that_are_there(numbered: int, tmp_path: Path, caps
     out = tmp_path / "mean.safetensors"
     assert main(["export", str(tmp_path), "--average", "5", "--out", str(out), "--json"]) == 0
     said = capsys.readouterr()
-    assert f"{tmp_path} holds {len(files)} checkpoints of different updates, not 5: the mean of {', '.join(files)}" in said.err
+    there = f"the mean of {', '.join(files)}" if numbered else "1 checkpoint of different updates, not 5: checkpoint_last.pt is exported"
+    assert f"{tmp_path} holds {len(files)} checkpoint" in said.err and there in said.err
+    assert "to keep more, train with checkpoint.save_interval_updates=N checkpoint.keep_interval_updates=5" in said.err
     assert json.loads(said.out)["file"] == str(out)
     weights = [value for value in hubert_eff.load(out).state_dict().values() if value.is_floating_point()]
     assert weights and all(torch.equal(w, torch.full_like(w, (len(files) + 1) / 2)) for w in weights)

@@ -73,7 +73,7 @@ def runs(tmp_path_factory):
     model.parent.mkdir()
     hubert_eff.export(hubert_eff.build("conformer-debug"), model)
     results = {
-        "ks": {"task": "ks", "upstream": str(model), "accuracy": 0.875, "steps": 40},
+        "ks": {"task": "ks", "upstream": str(model), "accuracy": 0.875, "steps": 40, "chance": 0.12},
         "ks0": {"task": "ks", "upstream": "conformer-debug@0", "accuracy": 0.5, "steps": 40},
         "asr": {"task": "asr", "upstream": str(folder / "gone.pt"), "wer": 0.25},
         "other": {"accuracy": 1.0},
@@ -99,7 +99,7 @@ def report(runs, tmp_path_factory):
 class Page(HTMLParser):
     """Checks that tags close in order, and collects the attributes that could load something."""
 
-    VOID = {"meta", "img", "br"}
+    VOID = {"meta", "img", "br", "wbr"}
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -128,14 +128,35 @@ def test_page_is_complete_and_self_contained(report, runs):
     assert "url(" not in source and "@import" not in source and "<script src" not in source
     assert "Left out: " in page.text and "gone.pt" in page.text
     assert "pretrain/model.safetensors" in page.text and "LayerNorm" in page.text and "conv_module" in page.text
-    for task in ("ks", "asr", "er"):
-        assert f"id={task}-storage" in source and f"id={task}-bop" in source
-    assert "id=ks-ms" in source and "id=asr-ms" not in source  # measured latencies are of the found checkpoint only
+    assert all(f"id=ks-{cost}" in source for cost in ("storage", "bop", "ms"))
+    assert "id=asr-" not in source and "id=er-" not in source  # of a model that is gone, and of a task without a result
+    assert "stepped line joins the models that are best at their cost" in page.text
+    assert "without the paper's models" in page.text and "BQ-Vanilla (rep" not in page.text
+
+
+def test_superb_results_stand_in_a_narrow_table(report):
+    text = (report / "report.html").read_text()
+    table = text[text.index("<h2>SUPERB</h2>") : text.index("<h2>Measured latency</h2>")]
+    heads = re.findall(r"<th>(.*?)</th>", table.replace("<wbr>", ""))
+    assert heads[0] == "task" and heads[2:] == ["pretrain/model.safetensors", "conformer-debug@0, untrained", "chance", "best published"]
+    assert heads[1].endswith("gone.pt")
+    row = re.search(r">ks accuracy ↑</th>(.*?)</tr>", table)[1]
+    assert re.findall(r"<td>(.*?)</td>", row) == ["-", "87.50", "50.00", "12.00", "96.66"]
+
+
+def test_a_legend_and_labels_of_any_length_stay_inside():
+    point = frontier.Point("a/rather/long/name/of/a/checkpoint_best.pt (300 steps, generated data)", 0.8, 50.0, True)
+    figure = frontier.draw([point, frontier.Point("b", 0.8, 20.0, True)], "storage, MB", "accuracy", True)
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    frame, box = axes.get_window_extent(), max((text.get_window_extent() for text in axes.texts), key=lambda box: box.width)
+    assert frame.x0 - 1 <= box.x0 and box.x1 <= frame.x1 + 1
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["models found", "best of these at their cost"]
 
 
 def test_files_beside_the_page(report, runs):
     names = {path.name for path in report.iterdir()}
-    charts = ("ks-storage", "ks-bop", "ks-ms", "asr-bop")
+    charts = ("ks-storage", "ks-bop", "ks-ms")
     expected = {f"frontier-{chart}.{kind}" for chart in charts for kind in ("svg", "png")}
     assert expected <= names and not any(name.startswith("frontier-er") for name in names)
     rows = list(csv.DictReader((report / "cost.csv").open()))
@@ -156,6 +177,11 @@ def test_points_carry_results_in_the_papers_unit(runs):
     assert ours["conformer-debug@0 (40 steps)"].quality == 50.0
     (timed,) = [p for p in page.points(found, "ks", "ms")]
     assert timed.cost == found.timings[0].median_ms
+    assert all(p.ours for p in page.points(found, "ks", "storage"))  # by few steps: the paper's models are not comparable
+    for result in found.results[1:]:
+        result["superb_settings"] = True
+    ours = [p for p in page.points(found, "ks", "storage") if p.ours]
+    assert len(page.points(found, "ks", "storage")) - len(ours) == len(PAPER_TABLE) and len(ours) < 3
 
 
 @pytest.mark.parametrize(

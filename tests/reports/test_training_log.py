@@ -58,6 +58,10 @@ def test_a_log_without_records(tmp_path):
     (tmp_path / LOG).write_text(SIMPLE.splitlines()[1])
     log = read_log(tmp_path / LOG)
     assert "no validation yet" in str(log)
+    (tmp_path / LOG).write_text(SIMPLE.replace("correct_m_0 0.125", "correct_m_0 0.05"))
+    assert "masked accuracy 5.0% (most frequent label: 6.2%), no better than always predicting the most" in str(read_log(tmp_path / LOG))
+    (tmp_path / LOG).write_text(SIMPLE.splitlines()[1])
+    log = read_log(tmp_path / LOG)
     with pytest.raises(UserError, match="no validation yet"):
         _ = log.best
 
@@ -81,6 +85,8 @@ def test_report_of_a_run(tmp_path, capsys, monkeypatch):
         assert (tmp_path / "out" / f"training-1.{kind}").stat().st_size > 1000
     log = read_log(run / LOG, "run")
     titles = [axis.get_title() for axis in draw_curves([log]).axes if axis.axison]
-    assert titles == ["loss, bits", "masked accuracy", "norm of the gradient", "learning rate"]  # of what was logged
+    assert titles == ["loss, bits", "masked accuracy, %", "norm of the gradient", "learning rate"]  # of what was logged
+    limits = {axis.get_xlim() for axis in draw_curves([log]).axes if axis.axison}
+    assert len(limits) == 1 and limits.pop() == pytest.approx((0.0, 41.2))  # one x axis
     loss = draw_curves([log, log]).axes[0]
     assert [list(line.get_ydata()) for line in loss.lines] == [[6.1, 5.5], [5.8, 5.9]] * 2

@@ -146,7 +146,11 @@ def test_the_table_over_models(tmp_path, capsys):
     rows = list(csv.DictReader((tmp_path / "out" / "superb.csv").read_text().splitlines()))
     assert [row["model"] for row in rows] == [row["model"] for row in values["rows"]]
     assert [float(rows[i]["asr"]) for i in (2, 3)] == [7.06, 6.89] and rows[1]["asr"] == ""
-    table = (tmp_path / "out" / "superb.md").read_text().splitlines()
+    first, _, wide = (tmp_path / "out" / "superb.md").read_text().partition("| model |")
+    assert first.startswith("| task | conformer-debug | conformer-debug@3, untrained | chance | best published |\n| --- | ---: |")
+    assert "| ks accuracy ↑ | 96.30 | 50.00 | - | 96.66 |\n" in first and "| asv eer ↓ | 5.11 | - | 50.00 | 5.11 |\n" in first
+    assert "Best published: the leaderboard's" in first and values["narrow"]["rows"][1][0] == "ks accuracy ↑"
+    table = f"| model |{wide}".splitlines()
     assert "asr wer ↓" in table[0] and "50.00*" in table[3] and table[2].count("|") == table[0].count("|")
     assert cli(["superb", "report", str(full)]) == 0
     assert "941" in capsys.readouterr().out

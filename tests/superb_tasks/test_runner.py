@@ -259,3 +259,23 @@ def test_a_cache_gives_the_figures_of_a_run_without(data, tmp_path):
         assert cached["cache"] and cached["loss"] == pytest.approx(plain["loss"], rel=1e-2)
     [folder] = (tmp_path / "cache").glob("*/*")
     assert folder.name.startswith("LibriSpeech-") and list(folder.rglob("*.npy"))
+
+
+def test_a_log_gets_lines_in_place_of_bars(monkeypatch, capsys):
+    pytest.importorskip("s3prl")
+    from s3prl.downstream import runner
+
+    from superb_tasks.running import progress
+
+    monkeypatch.setattr(progress, "SECONDS", 0.0)
+    bars = runner.tqdm
+    with progress.lines_for_bars():
+        bar = runner.tqdm(total=3, desc="overall", dynamic_ncols=True, file=sys.stderr, mininterval=0)
+        for _ in runner.tqdm([1, 2, 3], desc="train", file=sys.stderr, mininterval=0):
+            bar.update(1)  # S3PRL counts its updates by the bar
+        assert bar.n == 3
+        bar.close()
+    assert runner.tqdm is bars
+    said = capsys.readouterr().err
+    assert [line.partition(",")[0] for line in said.splitlines()] == ["-- update 1 of 3", "-- update 2 of 3"]
+    assert "\r" not in said

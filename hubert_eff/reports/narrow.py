@@ -1,0 +1,51 @@
+"""The ten SUPERB tasks as a narrow table: a line per task, a column per model, then chance and the best that was published."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .table2 import GENERATED, METRICS, REFERENCES
+
+# what a system reaches that knows nothing, where the test set does not tell: an equal error rate, detecting nothing
+CHANCE = {"asv": 50.0, "qbe": 0.0}
+TOY = "°"  # marks figures of generated data
+NOTE = (
+    "Chance: the share of the most frequent class of the test set; of verification 50%, of detection 0. Best published: the leaderboard's "
+    "reference point, of the real data with SUPERB's settings."
+)
+TOY_NOTE = f"{TOY} is on generated data: neither the best published figure nor the paper's models are a yardstick for it."
+NO_UNTRAINED = "No untrained model is here: hubert-eff superb run --upstream PRESET@0 tells what the training is worth."
+
+Results = Mapping[str, Mapping[str, Any]]  # of a model: what result.json holds, by task
+
+
+def is_untrained(upstream: str) -> bool:
+    """Whether an upstream is a preset with random weights, PRESET@SEED."""
+    return "@" in upstream and not os.path.exists(upstream)
+
+
+def narrow(models: Sequence[tuple[str, str, Results]]) -> tuple[list[str], list[list[str]], list[str]]:
+    """Head, rows and notes of the table of models, each given as label, upstream and results; untrained ones come last.
+
+    A row is a task with its metric and an arrow that says which way is better; figures are in the units of the paper's Table 2.
+    """
+    ordered = sorted(models, key=lambda model: is_untrained(model[1]))
+    names = [f"{label}, untrained" if is_untrained(upstream) else label for label, upstream, _ in ordered]
+    rows, toy = [], False
+    for task, metric in METRICS.items():
+        results = [found.get(task) for _, _, found in ordered]
+        if not any(results):
+            continue
+        cells = []
+        for result in results:
+            mark = TOY if result and result.get("data_set") == GENERATED else ""
+            toy = toy or bool(mark)
+            cells.append("-" if result is None else f"{metric.scale * result[metric.key]:.2f}{mark}")
+        chances = {100 * float(result["chance"]) for result in results if result and isinstance(result.get("chance"), (int, float))}
+        chance = " / ".join(f"{value:.2f}" for value in sorted(chances or {CHANCE[task]} if task in CHANCE else chances)) or "-"
+        best = REFERENCES[task][metric.key][1] * metric.scale / 100
+        rows.append([f"{task} {metric.key} {'↑' if metric.more_is_better else '↓'}", *cells, chance, f"{best:.2f}"])
+    notes = [NOTE, *([TOY_NOTE] if toy else []), *([] if any(is_untrained(upstream) for _, upstream, _ in models) else [NO_UNTRAINED])]
+    return ["task", *names, "chance", "best published"], rows, notes

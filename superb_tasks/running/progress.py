@@ -1,0 +1,48 @@
+"""S3PRL's progress where stderr is not a terminal: a line per minute and training run in place of bars that are drawn over and over."""
+
+from __future__ import annotations
+
+import io
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from tqdm import tqdm
+
+SECONDS = 60.0  # between two lines
+OVERALL = "overall"  # S3PRL's name of the bar that counts the updates of a training run
+
+
+class Lines(tqdm):
+    """A bar of S3PRL that counts as before and draws nothing: only the one over all updates prints a line now and then."""
+
+    def __init__(self, *args: Any, **keys: Any) -> None:
+        self.said = time.monotonic()
+        super().__init__(*args, **{**keys, "file": io.StringIO()})
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        """Print the line that is due."""
+        now = time.monotonic()
+        if self.desc and self.desc.startswith(OVERALL) and self.total and 0 < self.n < self.total and now - self.said >= SECONDS:
+            self.said = now
+            figures = self.format_dict
+            left = (self.total - self.n) / figures["rate"] if figures.get("rate") else None
+            ends = f", about {tqdm.format_interval(left)} left" if left is not None else ""
+            print(f"-- update {self.n:,} of {self.total:,}{ends}", file=sys.stderr, flush=True)
+        return True
+
+
+@contextmanager
+def lines_for_bars() -> Iterator[None]:
+    """Within, S3PRL's runner prints lines in place of its bars, unless stderr is a terminal."""
+    from s3prl.downstream import runner
+
+    before = runner.tqdm
+    if not sys.stderr.isatty():
+        runner.tqdm = Lines
+    try:
+        yield
+    finally:
+        runner.tqdm = before
