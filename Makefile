@@ -38,7 +38,7 @@ $(READY): pyproject.toml requirements-lock.txt
 	$(BIN)/python -m pip install --quiet --no-compile setuptools wheel Cython numpy torch
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir $(VENV)/wheels fairseq-fixed & building=$$!; \
 	$(BIN)/python -m pip install --quiet --no-compile --no-build-isolation --editable '.[superb,plot,onnx,dev]'; wait $$building
-	$(BIN)/python -m pip install --quiet --no-compile --no-build-isolation --find-links $(VENV)/wheels --editable '.[all,dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --no-build-isolation --find-links $(VENV)/wheels --editable '.[all,dev,docs]'
 	touch $@
 
 # corpus, labels, pre-training, second labels, keyword spotting, profile; finished steps are kept, so it resumes
@@ -78,9 +78,8 @@ lint: $(READY)  ## ruff, codespell and mypy
 format: $(READY)  ## put the code into ruff's format
 	$(BIN)/ruff format .
 
-# the site needs what hubert-eff itself is documented from: the installed package, its commands and its configurations
+docs: export NO_MKDOCS_2_WARNING ?= 1
 docs: $(READY)  ## build the documentation into site/, strictly
-	$(BIN)/python -m pip install --quiet --no-compile --no-build-isolation --editable '.[docs]'
 	$(BIN)/python -m mkdocs build --strict --quiet
 
 clean:  ## remove .venv, demo/, site/ and build folders

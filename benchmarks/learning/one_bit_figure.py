@@ -52,7 +52,8 @@ def number(text: str) -> float:
 
 def accuracies() -> dict[str, tuple[float, float]]:
     """Masked accuracy in % of each encoder, in float (the better of one schedule and two) and at one bit from scratch."""
-    page, found = DOCS / "binarization.md", {}
+    page = DOCS / "binarization.md"
+    found: dict[str, tuple[float, float]] = {}
     columns = [table(page, "", column) for column in ("float", "float, one schedule", "W1A1 from scratch")]
     for row in columns[0]:
         floats, at_once, bits = (number(column[row]) for column in columns)
