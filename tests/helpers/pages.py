@@ -37,7 +37,8 @@ def commands(text: str) -> list[str]:
 
 def links(text: str) -> list[str]:
     """Targets of links and pictures that stand outside blocks, without anchors."""
-    return [target.split("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", text, flags=re.S))]
+    plain = re.sub(r"```.*?```", "", text, flags=re.S)
+    return [target.split("#")[0] for found in re.findall(r"\]\(([^)\s]+)\)|src(?:set)?=\"([^\"]+)\"", plain) for target in found if target]
 
 
 def anchors(text: str) -> set[str]:
