@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import json
 import re
 import shlex
@@ -13,6 +15,7 @@ import pytest
 
 import hubert_eff
 from hubert_eff import cli
+from hubert_eff.encoders.registry import get_encoder
 from hubert_eff.recipes import base as steps
 
 from .helpers.pages import BLOCK, TRAINING, anchors, commands, links, page, pages, run_block
@@ -62,11 +65,33 @@ def test_links_lead_somewhere(name: str) -> None:
 def test_configurations_and_targets_exist() -> None:
     lines = [line for name in pages() for line in commands(page(name))]
     names = {Path(word).name for line in lines for word in re.findall(r"--config-name (\w+)", line)}
-    names |= {word.split("/")[-1] for line in lines for word in re.findall(r"^hubert-eff train ([\w/-]+)", line)}
+    names |= {word.split("/")[-1] for line in lines for word in re.findall(r"^hubert-eff train (\S+)", line) if "$" not in word}
     assert names and all(list((ROOT / "configs").glob(f"*/{name}.yaml")) for name in names)
     targets = {word for line in lines for word in re.findall(r"^make ([a-z-]+)", line)}
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert {"demo", "test", "env"} <= targets and all(f"\n{target}:" in makefile for target in targets)
+
+
+def test_trainings_are_composed(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each `hubert-eff train` of the pages, as far as `--dry-run` goes: groups, keys and their values."""
+    pytest.importorskip("hydra", reason="fairseq is not installed: pip install 'hubert-eff[fairseq]'")
+    lines = {line for name in pages() for line in commands(page(name)) if line.startswith("hubert-eff train") and "$" not in line}
+    assert lines
+    for line in sorted(lines):
+        assert cli.main([*shlex.split(line)[1:], "--dry-run"]) == 0, f"{line}: {capsys.readouterr().err}"
+
+
+def test_generated_pages_are_whole() -> None:
+    pytest.importorskip("mkdocs", reason="the site's packages are not installed: pip install 'hubert-eff[docs]'")
+    spec = importlib.util.spec_from_file_location("generated", ROOT / "docs" / "generated.py")
+    assert spec is not None and spec.loader is not None
+    generated = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generated)
+    for name, summary in cli.COMMANDS.items():
+        assert f"\n## hubert-eff {name}\n\n{summary[0].upper()}{summary[1:]}.\n" in generated.commands()
+    assert "\n### hubert-eff superb run\n" in generated.commands() and "| `--json` |" in generated.commands()
+    for name in hubert_eff.list_encoders():
+        assert all(f"\n| `{field.name}` |" in generated.keys() for field in dataclasses.fields(get_encoder(name).config))
 
 
 def test_nothing_is_left_to_fill_in() -> None:
