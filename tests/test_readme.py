@@ -31,7 +31,7 @@ def rows(heading: str) -> list[list[str]]:
 
 
 def test_it_is_short() -> None:
-    assert len(README.splitlines()) <= 180
+    assert len(README.splitlines()) <= 185
 
 
 def test_figures_of_claims_stand_in_the_ledger() -> None:
