@@ -30,11 +30,13 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def commands() -> str:
     """Every command with its usage and a table of its arguments."""
     parts = ["# Commands", "What `hubert-eff COMMAND --help` says, of this version."]
-    for name, summary in cli.COMMANDS.items():
-        parser = subparsers(cli._parser(name))[name]
-        parts += [f"## hubert-eff {name}", f"{summary[0].upper()}{summary[1:]}.", *described(parser)]
-        for kind, below in subparsers(parser).items():
-            parts += [f"### hubert-eff {name} {kind}", *described(below)]
+    for group, names in cli.GROUPS.items():
+        parts.append(f"## {group}")
+        for name in names:
+            parser = subparsers(cli._parser(name))[name]
+            parts += [f"### hubert-eff {name}", str(parser.description), *described(parser)]
+            for kind, below in subparsers(parser).items():
+                parts += [f"#### hubert-eff {name} {kind}", *described(below)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -48,8 +50,10 @@ def subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPa
 
 
 def described(parser: argparse.ArgumentParser) -> Iterator[str]:
-    """Usage and arguments of a parser as Markdown."""
+    """Usage, example and arguments of a parser as Markdown."""
     yield f"```text\n{parser.format_usage().removeprefix('usage: ').rstrip()}\n```"
+    if parser.epilog:
+        yield f"```\n{parser.epilog.removeprefix('Example: ')}\n```"
     formatter = parser._get_formatter()
     rows = []
     for action in parser._actions:

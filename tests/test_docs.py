@@ -87,9 +87,9 @@ def test_generated_pages_are_whole() -> None:
     assert spec is not None and spec.loader is not None
     generated = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(generated)
-    for name, summary in cli.COMMANDS.items():
-        assert f"\n## hubert-eff {name}\n\n{summary[0].upper()}{summary[1:]}.\n" in generated.commands()
-    assert "\n### hubert-eff superb run\n" in generated.commands() and "| `--json` |" in generated.commands()
+    for name in cli.COMMANDS:
+        assert f"\n### hubert-eff {name}\n\n" in generated.commands()
+    assert "\n#### hubert-eff superb run\n" in generated.commands() and "| `--json` |" in generated.commands()
     for name in hubert_eff.list_encoders():
         assert all(f"\n| `{field.name}` |" in generated.keys() for field in dataclasses.fields(get_encoder(name).config))
 
