@@ -1,4 +1,4 @@
-# Two commands set up everything on a fresh machine with Python 3.11 and pip: `make demo` and `make test`.
+# Two commands set up everything on a fresh machine with Python 3.11 and pip: `make demo` and `make test`. `make help` lists all.
 PYTHON  ?= $(shell command -v python3.11 || command -v python3)
 VENV    ?= .venv
 DEMO    ?= demo
@@ -23,9 +23,12 @@ test test-long test-core kill-test: export OMP_NUM_THREADS ?= 1
 CORE      ?= .venv-core
 CORE_TESTS = checkpoints edge encoders exporting layers models optim profiling quant streaming
 
-.PHONY: env demo test test-long test-core kill-test lint clean
+.PHONY: help env demo test test-long test-core kill-test lint format docs clean
 
-env: $(READY)
+help:  ## say what each target does
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "%-12s %s\n", $$1, $$2 }'
+
+env: $(READY)  ## set up .venv with the tested versions
 
 # fairseq-fixed and s3prl are source distributions that would pull the newest torch into their build environment: build them
 # without isolation, against the torch that is pinned here. fairseq's extensions take minutes: the rest is installed meanwhile
@@ -35,21 +38,21 @@ $(READY): pyproject.toml requirements-lock.txt
 	$(BIN)/python -m pip install --quiet --no-compile setuptools wheel Cython numpy torch
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir $(VENV)/wheels fairseq-fixed & building=$$!; \
 	$(BIN)/python -m pip install --quiet --no-compile --no-build-isolation --editable '.[superb,plot,onnx,dev]'; wait $$building
-	$(BIN)/python -m pip install --quiet --no-compile --no-build-isolation --find-links $(VENV)/wheels --editable '.[all,dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --no-build-isolation --find-links $(VENV)/wheels --editable '.[all,dev,docs]'
 	touch $@
 
 # corpus, labels, pre-training, second labels, keyword spotting, profile; finished steps are kept, so it resumes
-demo: $(READY)
+demo: $(READY)  ## the whole way on generated speech, into demo/
 	$(BIN)/hubert-eff demo --out $(DEMO)
 
-test: $(READY)
+test: $(READY)  ## the everyday tests
 	$(BIN)/python -m pytest -m "not long" -q -n $(WORKERS) --dist loadfile
 
-test-long: $(READY)
+test-long: $(READY)  ## the tests of whole runs
 	$(BIN)/python -m pytest -m long -q -n $(WORKERS) --dist worksteal
 
 # sdist, wheel from it, and the tests that need nothing else, from outside of the checkout; the pins hold for none of it
-test-core:
+test-core:  ## the core alone, with other versions: PYTHON=python3.13 TORCH=2.15.0
 	rm -rf $(CORE)
 	$(PYTHON) -m venv $(CORE)
 	cd $(CORE) && unset PIP_CONSTRAINT PIP_BUILD_CONSTRAINT && \
@@ -62,15 +65,22 @@ test-core:
 	../bin/python -m pytest -m "not long" -q $(CORE_TESTS:%=tests/%)
 
 # kills training and label making at random moments; nothing may be lost
-kill-test: $(READY)
+kill-test: $(READY)  ## kill training and label making at random moments
 	$(BIN)/python benchmarks/reliability/kill_training.py --kills 30
 	$(BIN)/python benchmarks/reliability/kill_labels.py --kills 30
 
-lint: $(READY)
+lint: $(READY)  ## ruff, codespell and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
 	$(BIN)/mypy
 
-clean:
-	rm -rf $(VENV) $(CORE) $(DEMO) build *.egg-info
+format: $(READY)  ## put the code into ruff's format
+	$(BIN)/ruff format .
+
+docs: export NO_MKDOCS_2_WARNING ?= 1
+docs: $(READY)  ## build the documentation into site/, strictly
+	$(BIN)/python -m mkdocs build --strict --quiet
+
+clean:  ## remove .venv, demo/, site/ and build folders
+	rm -rf $(VENV) $(CORE) $(DEMO) site build *.egg-info

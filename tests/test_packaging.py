@@ -7,6 +7,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import hubert_eff
 from hubert_eff.kernels import loader
 
 from .helpers.paths import ROOT
@@ -31,3 +32,10 @@ def test_wheel_is_complete(tmp_path: Path) -> None:
     assert len([name for name in expected if name.endswith(".yaml")]) >= 4
     assert expected <= held
     assert not [name for name in held if name.startswith(("tests/", "benchmarks/", "configs/"))]
+
+
+def test_one_version() -> None:
+    written = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {hubert_eff.__version__}\n" in written
+    assert f"\n## {hubert_eff.__version__} " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert 'dynamic = ["version"]' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")

@@ -1,94 +1,95 @@
-"""The README's commands are run as they stand there."""
+"""The README: its Python prints what stands there, and its tables say what the code does. `test_docs` runs its commands."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from hubert_eff import cli
-from hubert_eff.recipes import base as steps
+import hubert_eff
+from hubert_eff import cli, edge
+from hubert_eff.errors import UserError
+from hubert_eff.exporting.huggingface import is_native
+from hubert_eff.layers.norm import NoNorm
 
-from .helpers.paths import FSDD, ROOT
+from .helpers.pages import BLOCK, page
+from .helpers.paths import ROOT
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-PRETRAINING = "fairseq-hydra-train --config-dir configs/pretrain --config-name debug"
-BLOCK = re.compile(r"(<!-- run -->\n)?```(\w*)\n(.*?)```", re.S)
-
-
-def commands() -> list[str]:
-    """Every command line of the README, continued lines joined."""
-    text = "\n".join(body for _, language, body in BLOCK.findall(README) if language in ("", "bash"))
-    return [line.strip() for line in text.replace("\\\n", " ").splitlines() if line.strip()]
+README = page("README")
+SCRIPTS = [body for run, language, body in BLOCK.findall(README) if run and language == "python"]
 
 
-@pytest.mark.parametrize("line", [c for c in commands() if c.startswith("hubert-eff")])
-def test_options_exist(line: str) -> None:
-    """Also of commands that are not run here: the LibriSpeech recipe."""
-    words = shlex.split(line)[1:]
-    cli._parser(words[0]).parse_args(words)
+def rows(heading: str) -> list[list[str]]:
+    """Cells of the table below a heading, without its head."""
+    lines = [line for line in README.split(f"## {heading}\n")[1].split("\n## ")[0].splitlines() if line.startswith("|")]
+    return [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
-def test_configurations_exist() -> None:
-    names = {Path(word).name for line in commands() for word in re.findall(r"--config-name (\S+)", line)}
-    assert names and all(list((ROOT / "configs").glob(f"*/{name}.yaml")) for name in names)
-    assert all(target in (ROOT / "Makefile").read_text() for target in ("demo:", "test:", "test-long:"))
+def test_it_is_short() -> None:
+    assert len(README.splitlines()) <= 185
+
+
+def test_figures_of_claims_stand_in_the_ledger() -> None:
+    """All but the share of the most frequent label and the lengths of audio, in words of the claims."""
+    ledger = page("results")
+    claims = README.split("\n- **Fast")[1].split("The yardstick")[0]
+    assert all(figure in ledger for figure in re.findall(r"\b\d+(?:\.\d+)?x|\b\d\d\.\d(?=%)|\b\d+ ms", claims))
+    assert all(line[2:].strip("`").split()[1] in ledger for line in claims.splitlines() if line.startswith("  `python"))
+
+
+def test_the_python_prints_what_stands_there(tmp_path: Path) -> None:
+    printed = next(body for _, language, body in BLOCK.findall(README) if language == "text")
+    done = subprocess.run([sys.executable, "-c", SCRIPTS[0]], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout == printed, done.stderr
 
 
 def test_the_new_encoder_works() -> None:
-    code = next(body for run, language, body in BLOCK.findall(README) if run and language == "python" and "register_encoder" in body)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", SCRIPTS[1]], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and int(done.stdout) > 0, done.stderr
 
 
-def test_nothing_is_left_to_fill_in() -> None:
-    assert set(re.findall(r"<!-- (.*?) -->", README)) == {"run"}
-
-
-def test_links_lead_somewhere() -> None:
-    for target in re.findall(r"\]\(([^)]+)\)", README):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
-
-
-@pytest.mark.long
-def test_commands_run(tmp_path: Path) -> None:
-    """All marked blocks, in order, at the top of a checkout; on the Free Spoken Digit Dataset where it is at hand.
-
-    As they stand, but for the length of the pre-training: that a run of full length learns is what `test_demo` shows.
-    """
-    for name in ("configs", "fairseq_plugins"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    recordings = FSDD
-    if not recordings.is_dir():
-        recordings = tmp_path / "recordings"
-        assert cli.main(["corpus", "demo", "--out", str(recordings), "--minutes", "10", "--speakers", "24"]) == 0
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "FSDD": str(recordings)}
-    for run, language, body in BLOCK.findall(README):
-        if run:
-            body = body.replace(PRETRAINING, f"{PRETRAINING} optimization.max_update=40")
-            program = ["bash", "-euo", "pipefail", "-c"] if language == "bash" else [sys.executable, "-c"]
-            done = subprocess.run([*program, body], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-            assert done.returncode == 0, f"{body}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    assert steps.best_validation(tmp_path / "runs" / "digits" / "pretrain" / "hydra_train.log")["updates"] == 40
+def test_parameters_and_configurations_of_models() -> None:
+    listed = re.findall(r"\| `([a-z0-9-]+)` \| ([\d,]+) \|", page("encoders"))
+    for preset, parameters, *_, configuration in rows("Models"):
+        assert (preset, parameters) in listed
+        assert (ROOT / "configs" / f"{configuration}.yaml").is_file()
 
 
 @pytest.mark.long
-def test_demo(tmp_path: Path) -> None:
-    """`hubert-eff demo` learns; when it is done, it repeats nothing and prints its figures as JSON."""
-    command = [str(Path(sys.executable).parent / "hubert-eff"), "demo", "--out", str(tmp_path / "demo")]
-    first = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert first.returncode == 0, first.stderr[-3000:]
-    again = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
-    assert again.returncode == 0 and again.stderr.count("(done before)") == 8, again.stderr[-3000:]
-    results = json.loads(again.stdout)
-    valid, spotting = results["valid"], results["keyword spotting"]
-    assert valid["accuracy"] > 1.5 * valid["majority"]
-    assert spotting["pretrained"]["accuracy"] > spotting["untrained"]["accuracy"] + 0.1
-    assert "masked accuracy" in first.stdout and f"{valid['accuracy']:.1%}" in first.stdout
+def test_costs_of_models(capsys: pytest.CaptureFixture[str]) -> None:
+    table = {row[0]: row[2:5] for row in rows("Models")}
+    assert cli.main(["list", *table, "--json"]) == 0
+    for row in json.loads(capsys.readouterr().out):
+        assert [f"{row[key]:.1f}" for key in ("gflop", "mb", "one_bit_mb")] == table[row["preset"]]
+
+
+def said(action: Callable[[], object]) -> str:
+    """yes, or no where it is refused."""
+    try:
+        action()
+    except UserError:
+        return "no"
+    return "yes"
+
+
+@pytest.mark.parametrize("encoder", hubert_eff.list_encoders())
+def test_what_works_with_what(encoder: str) -> None:
+    """ONNX and one bit are tested for every encoder in tests/exporting and tests/quant, and only read here."""
+    (row,) = (row for row in rows("What works with what") if row[0] == encoder)
+    _, chunks, one_bit, onnx, no_norms, compiles, rewritten, native = row
+    preset = "zipformer-s" if encoder == "zipformer" else f"{encoder}-debug"  # the debug size has fewer rates
+    multiple = hubert_eff.build(preset, streaming=True).encoder.chunk_multiple
+    assert chunks == ("any" if multiple == 1 else f"multiples of {multiple}")
+    assert one_bit == onnx == "yes"
+    model = hubert_eff.build(f"{encoder}-debug").eval()
+    parts = hubert_eff.fuse(model).encoder.layers.modules()
+    norms = [part for part in parts if type(part).__name__.endswith("Norm") and not isinstance(part, NoNorm)]
+    assert no_norms == ("no" if norms else "yes")
+    assert compiles == said(lambda: hubert_eff.build(f"{encoder}-debug", compile_blocks=True))
+    assert rewritten == said(lambda: edge.rewrite(model))
+    assert native == ("yes" if is_native(hubert_eff.build(f"{encoder}-debug").eval()) else "no")

@@ -31,7 +31,7 @@ def digest_of(name: str | os.PathLike[str]) -> str | None:
 
 
 def open_model(name: str | os.PathLike[str], *, structure: bool = False, **overrides: Any) -> HubertModel:
-    """The model, in eval mode, that a name stands for: FILE or PRESET[+wNaM][@SEED]; a file wins over a preset of its name.
+    """The model, in eval mode, that a name stands for: FILE or `PRESET[+wNaM][@SEED]`; a file wins over a preset of its name.
 
     A file, or a folder of Hugging Face, is read by `hubert_eff.load`. A preset has the random weights of its seed, 0 if none is given; the
     global random state stays as it is. overrides: keys of a preset's configuration; a file keeps its own. structure: build a preset without
