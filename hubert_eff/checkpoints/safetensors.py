@@ -31,6 +31,7 @@ from .torchfile import aligned, structure_only
 
 FORMAT, FORMAT_VERSION = "hubert-eff", "1"
 FLOAT, PACKED = "float", "packed"
+HEADS, RECOGNIZER = "heads.", "recognizer"  # of a fine-tuned model: names of its heads begin so, its configuration is called so
 # fp16 halves the file of a model that computes in float32; a bf16 one computes in bfloat16
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 COMPUTED = {"fp32": torch.float32, "fp16": torch.float32, "bf16": torch.bfloat16}
@@ -96,7 +97,8 @@ def read_export(file: Path) -> HubertModel:
         try:
             with safe_open(file, framework="pt") as stream:
                 metadata = _checked(stream.metadata() or {}, file)
-                held = {name: stream.get_slice(name) for name in stream.keys()}  # noqa: SIM118 (not a mapping)
+                names = [name for name in stream.keys() if RECOGNIZER not in metadata or not name.startswith(HEADS)]  # noqa: SIM118
+                held = {name: stream.get_slice(name) for name in names}
                 found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in held.items()}
                 model = structure_of(metadata, found)
                 compare(model, metadata, found)
@@ -105,6 +107,20 @@ def read_export(file: Path) -> HubertModel:
             raise UserError(f"{file} is truncated or damaged: {short(error)}") from error
         check_numbers(stored)
         return _filled(model, stored, metadata)
+
+
+def read_heads(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """(metadata, tensors of the heads by their names in the recognizer) of an export. Raises `UserError` for a damaged file."""
+    with about(file):
+        try:
+            with safe_open(file, framework="pt") as stream:
+                metadata = _checked(stream.metadata() or {}, file)
+                names = [name for name in stream.keys() if name.startswith(HEADS)]  # noqa: SIM118 (not a mapping)
+                stored = {name: stream.get_tensor(name) for name in names}
+        except SafetensorError as error:
+            raise UserError(f"{file} is truncated or damaged: {short(error)}") from error
+        check_numbers(stored)
+        return metadata, {name.removeprefix(HEADS): tensor for name, tensor in stored.items()}
 
 
 def structure_of(metadata: Mapping[str, str], found: Mapping[str, Any]) -> HubertModel:

@@ -59,12 +59,13 @@ def run(args: argparse.Namespace) -> int:
     from ..checkpoints.open import open_model
     from ..checkpoints.safetensors import is_export, is_own, read_metadata
     from ..edge import rewrite
-    from ..exporting.huggingface import export_folder
+    from ..exporting.huggingface import export_folder, require_ctc
     from ..exporting.onnx import export_onnx, require_onnx, require_onnx_form
     from ..exporting.pt2 import export_pt2, require_program
+    from ..exporting.recognizer import export_recognizer
     from ..exporting.safetensors import export, require_no_heads
     from ..quant.quantization import INT8, quantize
-    from ..recognition import load_recognizer
+    from ..recognition import Recognizer
     from ..reports.model_card import write_card, write_readme
     from ..utils.files import writable
 
@@ -104,9 +105,9 @@ def run(args: argparse.Namespace) -> int:
             print(f"{there}: {taken}; to keep more, train with {keep_keys(args.average)}", file=sys.stderr)
         model, name = average(files), f"mean of {', '.join(file.name for file in files)}"
     whole: HubertModel | Recognizer = model
-    takes_heads = (args.hf is not None or args.pt2 is not None) and args.average is None and args.out is args.onnx is None
+    takes_heads = args.average is None and args.onnx is None
     if takes_heads and model.heads and not args.encoder_only:
-        whole = load_recognizer(args.model)
+        whole = _with_heads(model, args.model)
     elif not args.encoder_only:
         require_no_heads(model)
     if args.onnx is not None:
@@ -114,6 +115,8 @@ def run(args: argparse.Namespace) -> int:
         traced = rewrite(model) if args.edge else model
     if args.pt2 is not None:
         require_program(whole)
+    if args.hf is not None and isinstance(whole, Recognizer):
+        require_ctc(whole)
     float_whole, dtype = whole, args.dtype
     if dtype == INT8:
         if whole is not model:
@@ -128,11 +131,15 @@ def run(args: argparse.Namespace) -> int:
     how = {"dtype": dtype, "packed": not args.float, "encoder_only": args.encoder_only, "source": Path(name).name, "notes": notes}
     if args.out is not None:
         with _warnings_said():
-            export(model, args.out, fuse=args.fuse, **how)
+            if isinstance(whole, Recognizer):
+                export_recognizer(whole, args.out, fuse=args.fuse, **{key: value for key, value in how.items() if key != "encoder_only"})
+            else:
+                export(model, args.out, fuse=args.fuse, **how)
         card, figures = write_card(args.out)
         said = {"file": str(args.out), "card": str(card), **figures}
         if not args.json:
-            print(f"{args.out}: {figures['bytes'] / 1e6:.3f} MB, {figures['weights']} weights, the rest {dtype}; {card}")
+            heads = f", with its {model.heads}" if isinstance(whole, Recognizer) else ""
+            print(f"{args.out}: {figures['bytes'] / 1e6:.3f} MB, {figures['weights']} weights, the rest {dtype}{heads}; {card}")
     if args.hf is not None:
         with _warnings_said():
             metadata = export_folder(whole, args.hf, **how)
@@ -165,3 +172,15 @@ def _warnings_said() -> Iterator[None]:
         yield
     for warning in said:
         print(f"hubert-eff export: {warning.message}", file=sys.stderr)
+
+
+def _with_heads(encoder: HubertModel, source: str) -> Recognizer:
+    """The fine-tuned model of a checkpoint or an export of ours. Raises `UserError` for heads of other packages' models."""
+    from ..exporting.safetensors import require_no_heads
+    from ..recognition import load_recognizer
+
+    try:
+        return load_recognizer(source)
+    except UserError:
+        require_no_heads(encoder)
+        raise

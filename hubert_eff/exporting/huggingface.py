@@ -66,7 +66,7 @@ def export_folder(
     if recognizer is None and not encoder_only:
         require_no_heads(hubert)
     if recognizer is not None:
-        _require_ctc(recognizer)
+        require_ctc(recognizer)
     target = writable(folder)
     notes = dict(notes or {})
     if is_native(hubert):
@@ -97,7 +97,8 @@ def export_folder(
     return said
 
 
-def _require_ctc(recognizer: Recognizer) -> None:
+def require_ctc(recognizer: Recognizer) -> None:
+    """Raise `UserError` for a recognizer that transformers has no class for."""
     if recognizer.decoder is not None:
         raise UserError("its attention decoder has no place in transformers' classes: --encoder-only leaves decoder and CTC layer out")
     if not is_native(recognizer.hubert):

@@ -97,7 +97,7 @@ def export(
         ) from error
     with replacing(path) as temporary:
         save_file(weights, temporary, metadata)
-        _sort_metadata(temporary)
+        sort_metadata(temporary)
 
 
 def _compare_modules(model: HubertModel, rebuilt: HubertModel) -> None:
@@ -122,12 +122,13 @@ def require_no_heads(model: HubertModel) -> None:
     """Raises `UserError` for the encoder of a fine-tuned model, whose heads a file has no place for."""
     if model.heads:
         raise UserError(
-            f"this model is fine-tuned, and an export has no place for its {model.heads}: keep the checkpoint for `hubert-eff transcribe`; "
-            "to export the encoder alone, say so by --encoder-only (encoder_only=True)"
+            f"this model is fine-tuned, and what is written here has no place for its {model.heads}: keep the checkpoint for `hubert-eff "
+            "transcribe`, or write all of it by --out or export_recognizer; to export the encoder alone, say so by --encoder-only "
+            "(encoder_only=True)"
         )
 
 
-def _sort_metadata(file: Path) -> None:
+def sort_metadata(file: Path) -> None:
     """Put the metadata in the header of a safetensors file, which come in another order in each process, in that of their names."""
     with file.open("r+b") as stream:
         size = int.from_bytes(stream.read(8), "little")

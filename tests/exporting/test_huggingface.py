@@ -212,7 +212,7 @@ def test_the_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["transformer-debug", "--hf", "out", "--fuse"], "--hf DIR is not fused"),
         (["aed.pt", "--hf", "out"], "its attention decoder has no place in transformers' classes: --encoder-only"),
         (["conformer.pt", "--hf", "out"], "transformers has a CTC layer for the Transformer alone: --encoder-only"),
-        (["conformer.pt", "--hf", "out", "--out", "x.safetensors"], "an export has no place for its CTC layer"),
+        (["conformer.pt", "--hf", "out", "--out", "x.safetensors"], "transformers has a CTC layer for the Transformer alone"),
     ],
 )
 def test_what_is_refused(
