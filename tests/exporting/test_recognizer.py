@@ -63,7 +63,7 @@ def test_the_command_keeps_heads_and_transcribe_reads_them(tmp_path: Path, capsy
     said = []
     for source in (checkpoint, file):
         assert main(["transcribe", str(source), str(tmp_path / "a.wav"), "--search", "attention", "--json"]) == 0
-        said.append(json.loads(capsys.readouterr().out))
+        said.append(json.loads(capsys.readouterr().out)["recordings"])
     assert said[0] == said[1]
     assert main(["export", str(checkpoint), "--out", str(file), "--encoder-only"]) == 0
     assert main(["transcribe", str(file), str(tmp_path / "a.wav")]) == 2
