@@ -72,7 +72,7 @@ class ConvolutionModule(nn.Module):
     def channels_first(self) -> nn.Module:
         """See `layers.grid`."""
         inner = pointwise(self.pointwise_conv1), Glu(), depthwise(self.depthwise_conv), nn.SiLU(), pointwise(self.pointwise_conv2)
-        return nn.Sequential(grid_norm(self.layer_norm), *inner)
+        return GridBlock(grid_norm(self.layer_norm), *inner)
 
     def kinds(self) -> Mapping[str, Kind]:
         """See `layers.kinds.Declared`."""
