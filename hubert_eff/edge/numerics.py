@@ -33,30 +33,32 @@ def largest_deviation(channels: int) -> float:
     return min(channels / 2, math.sqrt(LARGEST / 2) * (1 - 2**-6))  # the margin is for rounding
 
 
-def mad_normalize(x: Tensor, deviation: float | None = None) -> tuple[Tensor, Tensor]:
-    """z = (x - mean) 2 D / (C mad) over the last dimension (..., C), mad = mean |x - mean|, and the factor by which x grew.
+def mad_normalize(x: Tensor, deviation: float | None = None, dim: int = -1) -> tuple[Tensor, Tensor]:
+    """z = (x - mean) 2 D / (C mad) over a dimension of C, mad = mean |x - mean|, and the factor by which x grew.
 
     No intermediate value exceeds the range of float16 if x does not. `deviation`: D; None: C / 2, plain MAD. A vector without deviations
     comes out as zeros.
     """
-    channels = int(x.size(-1))
+    channels = int(x.size(dim))
     scale = 1.0 if deviation is None else 2.0 * deviation / channels
     y = x * 0.5  # the difference of two finite values may overflow; halves of them may not
-    y = y - y.mean(-1, keepdim=True)
-    y = y - y.mean(-1, keepdim=True)  # the first mean was rounded, by more than the deviations if they are small beside it
+    y = y - y.mean(dim, keepdim=True)
+    y = y - y.mean(dim, keepdim=True)  # the first mean was rounded, by more than the deviations if they are small beside it
     # not below what the factor needs to keep sqrt(eps) * factor finite; a larger divisor only makes z smaller
-    mad = y.abs().mean(-1, keepdim=True).clamp(min=4.0 / LARGEST)
+    mad = y.abs().mean(dim, keepdim=True).clamp(min=4.0 / LARGEST)
     return (y / mad) * scale, 0.5 * scale / mad
 
 
-def mad_layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, bounded: bool = True) -> Tensor:
-    """LayerNorm over the last dimension (..., C) with the mean-absolute-deviation pre-normalizer; `bounded`: with the bound D.
+def mad_layer_norm(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, bounded: bool = True, dim: int = -1
+) -> Tensor:  # fmt: skip
+    """LayerNorm over a dimension of C with the mean-absolute-deviation pre-normalizer; `bounded`: with the bound D.
 
     LayerNorm does not change when its input is scaled, if eps is scaled as well. In float16 the result differs from float64's by at most
     4 u (1 + |result| + |mean| / deviation), u = 2^-11, before weight and bias.
     """
-    z, factor = mad_normalize(x, largest_deviation(int(x.size(-1))) if bounded else None)
-    variance = (z * z).sum(-1, keepdim=True) / int(x.size(-1))
+    z, factor = mad_normalize(x, largest_deviation(int(x.size(dim))) if bounded else None, dim)
+    variance = (z * z).sum(dim, keepdim=True) / int(x.size(dim))
     shift = (factor * math.sqrt(eps)).clamp(max=math.sqrt(LARGEST) / 2)
     y = z / (variance + shift * shift).sqrt()
     y = y if weight is None else y * weight

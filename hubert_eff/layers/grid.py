@@ -89,15 +89,16 @@ class GridNorm(nn.Module):
         self.weight = nn.Parameter(source.weight.detach().clone())
         self.bias = nn.Parameter(source.bias.detach().clone())
         self.eps = source.eps
-        self.norm: Callable[..., Tensor] | None = None  # in its place, over the last dimension: (x, weight, bias, eps)
+        self.norm: Callable[..., Tensor] | None = None  # in its place: (x, weight, bias, eps, dim=)
 
     @counted_as("norm", lambda _, x: Cost(0, x.numel()))
     def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.view(-1, 1, 1), self.bias.view(-1, 1, 1)
         if self.norm is not None:
-            return self.norm(x.transpose(1, 3), self.weight, self.bias, self.eps).transpose(1, 3)
+            return self.norm(x, weight, bias, self.eps, dim=1)
         y = x - x.mean(1, keepdim=True)
         y = y * torch.rsqrt(wide(y).square().mean(1, keepdim=True) + self.eps).to(y.dtype)
-        return y * self.weight.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
+        return y * weight + bias
 
 
 def grid_norm(norm: nn.Module) -> nn.Module:
