@@ -174,7 +174,8 @@ def _scores(found: Findings) -> list[tuple[str, str, float]]:
 
 
 def write_report(found: Findings, out: str | os.PathLike[str]) -> list[Path]:
-    """Write report.html, report.json, cost.csv, and as SVG and PNG the curves and the figures of the tasks with results.
+    """Write report.html, report.json, cost.csv, and as SVG and PNG the curves, of several runs also overlaid, and the figures of the tasks
+    with results.
 
     Returns the paths. The page holds everything it shows and needs no network. Raises `UserError` without matplotlib.
     """
@@ -184,6 +185,11 @@ def write_report(found: Findings, out: str | os.PathLike[str]) -> list[Path]:
         figure = draw_curves([run])
         curves.append((run, frontier.as_bytes(figure, "svg")))
         written += _pictures(figure, curves[-1][1], target / f"training-{number}")
+    overlaid = b""
+    if len(found.runs) > 1:
+        figure = draw_curves(found.runs)
+        overlaid = frontier.as_bytes(figure, "svg")
+        written += _pictures(figure, overlaid, target / "training-together")
     shown = _shown_tasks(found)
     tasks = QUALITIES if found.results or not found.runs else {task: QUALITIES[task] for task in shown}  # all 22 take seconds
     for task, metric in tasks.items():
@@ -213,7 +219,7 @@ def write_report(found: Findings, out: str | os.PathLike[str]) -> list[Path]:
     }
     write_text(target / "cost.csv", table.getvalue())
     write_json(target / "report.json", _storable(values))
-    write_text(target / "report.html", _page(rows, found, charts, curves))
+    write_text(target / "report.html", _page(rows, found, charts, curves, overlaid))
     return [target / "report.html", target / "report.json", target / "cost.csv", *written]
 
 
@@ -301,12 +307,13 @@ def _page(
     found: Findings,
     charts: Sequence[tuple[str, str, bytes]],
     curves: Sequence[tuple[TrainingLog, bytes]],
+    overlaid: bytes = b"",
 ) -> str:
     left_out = "".join(f"<p class=soft>Left out: {escape(text)}</p>" for text in found.left_out)
     body = [
         "<h1>What the models cost, and what they are worth</h1>",
         f"<p class=soft>hubert-eff {escape(__version__)}. Counts are of 10 s of audio; times are estimated unless they say measured.</p>",
-        *(["<h2>Training</h2>", *(_curves(run, svg) for run, svg in curves)] if curves else []),
+        *(["<h2>Training</h2>", *_together(overlaid), *(_curves(run, svg) for run, svg in curves)] if curves else []),
         "<h2>Cost</h2>", _cost_table(rows), _found_table(found), left_out,
         "<h2>Quality over cost</h2>", _charts(found, charts),
         *(["<h2>Measured latency</h2>", _timings(found.timings)] if found.timings else []),
@@ -366,6 +373,10 @@ def _found_table(found: Findings) -> str:
 
 def _curves(run: TrainingLog, svg: bytes) -> str:
     return f"<p>{escape(str(run))}</p><div class=wide><img class=curves alt='curves of {escape(run.name)}' src='{_image(svg)}'></div>"
+
+
+def _together(svg: bytes) -> list[str]:
+    return [f"<div class=wide><img class=curves alt='curves of all runs, overlaid' src='{_image(svg)}'></div>"] if svg else []
 
 
 def _image(svg: bytes) -> str:
