@@ -122,7 +122,7 @@ def structure_of(metadata: Mapping[str, str], found: Mapping[str, Any]) -> Huber
     if edge and edge not in FORMS:
         raise unknown("form for accelerators", short(edge), FORMS)
     try:
-        return copy.deepcopy(_blueprint(*(metadata[name] for name in BLUEPRINT), edge))
+        return copy.deepcopy(_blueprint(*(metadata[name] for name in BLUEPRINT), edge=edge))
     except UserError:
         raise
     except BUILD_ERRORS as error:
@@ -130,11 +130,11 @@ def structure_of(metadata: Mapping[str, str], found: Mapping[str, Any]) -> Huber
 
 
 @functools.lru_cache(maxsize=4)  # a second file of the same configuration is read several times as fast
-def _blueprint(encoder: str, text: str, weights: str, fused: str, copies: str, edge: str) -> HubertModel:
-    return _built(encoder, text, weights, fused, copies, edge, device="meta")
+def _blueprint(encoder: str, text: str, weights: str, fused: str, copies: str, *, edge: str) -> HubertModel:
+    return _built(encoder, text, weights, fused, copies, edge=edge, device="meta")
 
 
-def _built(encoder: str, text: str, weights: str, fused: str, copies: str, edge: str, *, device: str) -> HubertModel:
+def _built(encoder: str, text: str, weights: str, fused: str, copies: str, *, edge: str, device: str) -> HubertModel:
     config = stored_config(encoder, text)
     with structure_only() if device == "meta" else nullcontext():
         model = HubertModel(config)
@@ -181,7 +181,7 @@ def _filled(model: HubertModel, stored: dict[str, Tensor], metadata: Mapping[str
         state = {name: tensor.to(dtypes[name]) if dtypes[name] == torch.float16 else tensor for name, tensor in state.items()}
     model.load_state_dict(state, assign=True)
     if any(t.is_meta for t in model.buffers()):  # what a model makes for itself and does not save, such as mel filters
-        model = _built(*(metadata[name] for name in BLUEPRINT), metadata.get(EDGE, ""), device="cpu")
+        model = _built(*(metadata[name] for name in BLUEPRINT), edge=metadata.get(EDGE, ""), device="cpu")
         model.load_state_dict(state, assign=True)
     if model.fused:
         model = fused_copy(model)  # folds nothing more, but lays weights out as they are read

@@ -94,8 +94,8 @@ def conditional_softmax(scores: Tensor) -> Tensor:
     The limit is 10, or lower where exp(limit) times the number of keys would leave the range of float16: log(65504 / keys).
     """
     if is_tracing():  # the number of keys is not known
-        limit: Tensor | float = (LARGEST / scores.new_ones(scores.shape[-1:], dtype=torch.float32).sum()).log()
-        limit = limit.clamp(max=SOFTMAX_LIMIT).to(scores.dtype)
+        keys = scores.new_ones(scores.shape[-1:], dtype=torch.float32).sum()
+        limit: Tensor | float = (LARGEST / keys).log().clamp(max=SOFTMAX_LIMIT).to(scores.dtype)
     else:
         limit = min(SOFTMAX_LIMIT, math.log(LARGEST / scores.size(-1)))
     beyond = scores.abs().amax(-1, keepdim=True) > limit

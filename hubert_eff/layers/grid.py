@@ -112,8 +112,8 @@ def grid_norm(norm: nn.Module) -> nn.Module:
 
 def _cost(attention: GridAttention, q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, attend: Tensor | None) -> Cost:
     heads, batch, width, queries, keys = attention.heads, q.size(0), q.size(1) // attention.heads, q.size(3), k.size(3)
-    per_head = [q.new_empty(batch, heads, frames, width, device="meta") for frames in (queries, keys, keys)]
-    macs, element_ops = attention_cost(*per_head, masked=table is not None or attend is not None)
+    of_queries, of_keys = (q.new_empty(batch, heads, frames, width, device="meta") for frames in (queries, keys))
+    macs, element_ops = attention_cost(of_queries, of_keys, of_keys, masked=table is not None or attend is not None)
     by_offset = 0 if table is None else batch * offsets_seen(queries, keys, CHUNK) * q.size(1)
     return Cost(macs + by_offset, element_ops)
 
