@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out is not None:
         _write(args.out, _name(args.audio), result, letters, words, wav, found, args.layer, norms, energies)
         if crossed:
-            name, rows = _name(args.audio), [model.alphabet.letters[label - 1] for label in labels]
+            name, rows = _name(args.audio), [model.alphabet.symbols[label - 1] for label in labels]
             draw_cross_attention(crossed, rows, args.out / f"{name}-attention.png", f"{name}: cross-attention")
     if args.json:
         print(json.dumps(result, indent=2, ensure_ascii=False))
