@@ -1,14 +1,16 @@
-"""Small devices: LayerNorm in half precision, what subsampling costs, and a rewritten encoder beside the plain one.
+"""Small devices: LayerNorm in half precision, what subsampling costs, a rewritten encoder beside the plain one, and all parts together.
 
     python benchmarks/speed/edge.py norms
     python benchmarks/speed/edge.py subsampling
     python benchmarks/speed/edge.py graph --rounds 9
+    python benchmarks/speed/edge.py together
 
-The paper behind all three is Xu et al. 2024, "Conformer-Based Speech Recognition on Extreme Edge-Computing Devices".
+The paper behind all four is Xu et al. 2024, "Conformer-Based Speech Recognition on Extreme Edge-Computing Devices".
 """
 
 from __future__ import annotations
 
+import collections
 import json
 import logging
 import statistics
@@ -16,11 +18,13 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import harness
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hubert_eff
 from hubert_eff.edge import rewrite
@@ -139,11 +143,79 @@ def graph(preset: str, layers: int, frames: int, rounds: int, threads: int) -> l
     ]  # fmt: skip
 
 
+class Moves(TorchDispatchMode):
+    """Counts what torch runs that makes a tensor, and of that what only moves numbers."""
+
+    MOVING = ("clone", "copy_", "_to_copy", "cat", "constant_pad_nd", "index_select", "stack")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = self.copies = self.bytes = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """As any mode's."""
+        result = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        if not function.is_view and name not in ("detach", "_unsafe_view", "empty", "new_empty", "empty_like"):
+            self.operations += 1
+            if name in self.MOVING:
+                self.copies += 1
+                self.bytes += result.numel() * result.element_size()
+        return result
+
+
+def peak_memory(run: Callable[[], object]) -> int:
+    """Bytes that torch holds at most at a time while it runs, beside what is there before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def together(layers: int) -> list[dict[str, object]]:
+    """Operations, copies and peak memory of a HuBERT before and after each step, 10 s of audio; one-bit models have no such form."""
+    import onnx
+
+    from hubert_eff.exporting.onnx import export_onnx
+
+    plain = hubert_eff.build("conformer-s", encoder_layers=layers).eval()
+    trained = hubert_eff.build("conformer-edge", encoder_layers=layers).eval()
+    forms = {
+        "conformer-s, waveform front": fuse(plain), "conformer-edge, as trained": fuse(trained), "channels first": rewrite(trained),
+        "and stable norms and softmax": rewrite(trained, stable=True), "and float16": rewrite(trained, half=True),
+    }  # fmt: skip
+    wav = torch.randn(1, round(SECONDS * 16_000))
+    expected = trained.hidden_states(wav)[0][-1]
+    table: list[dict[str, object]] = []
+    for name, model in forms.items():
+        with count_operations(model) as counts:
+            states = model.hidden_states(wav)[0][-1]
+        with Moves() as moves:
+            model.hidden_states(wav)
+        with tempfile.TemporaryDirectory() as folder:
+            graph_of = export_onnx(model, Path(folder) / "model.onnx")
+            nodes = collections.Counter(node.op_type for node in onnx.load(graph_of["file"]).graph.node if node.op_type != "Constant")
+        total = counts.total()
+        table.append({
+            "form": name, "macs": total.macs, "element_ops": total.element_ops, "operations": moves.operations, "copies": moves.copies,
+            "copied bytes": moves.bytes, "peak bytes": peak_memory(lambda m=model: m.hidden_states(wav)),
+            "weight bytes": sum(t.numel() * t.element_size() for t in model.encoder.parameters()),
+            "onnx nodes": nodes.total(), "onnx transposes": nodes["Transpose"], "onnx bytes": graph_of["bytes"],
+            "onnx differs": graph_of["difference"],
+            "differs": None if "waveform" in name else float((states.float() - expected).abs().max()),
+        })  # fmt: skip
+    return table
+
+
 @torch.no_grad()
 def main() -> None:
     """Run the parts that are named, print tables or JSON."""
     options = harness.parser(__doc__.splitlines()[0])
-    options.add_argument("parts", nargs="+", choices=("norms", "subsampling", "graph"))
+    options.add_argument("parts", nargs="+", choices=("norms", "subsampling", "graph", "together"))
     options.add_argument("--preset", default="conformer-s", help="encoder of `graph` (default: conformer-s)")
     options.add_argument("--layers", type=int, default=4, help="its blocks: exporting many takes minutes (default: 4)")
     options.add_argument("--frames", type=int, default=499, help="length of its input: 499 is 10 s (default)")
@@ -158,7 +230,7 @@ def main() -> None:
             result[part] = graph(args.preset, args.layers, args.frames, args.rounds, args.threads)
             result["probe"] = [before, harness.guard("after the run")]
         else:
-            result[part] = norms() if part == "norms" else subsampling()
+            result[part] = {"norms": norms, "subsampling": subsampling, "together": lambda: together(args.layers)}[part]()
     if args.json:
         print(json.dumps(result, indent=2))
         return
@@ -166,7 +238,7 @@ def main() -> None:
     for part in args.parts:
         rows: list[dict[str, object]] = result[part]  # type: ignore[assignment]
         print(f"\n{part}")
-        {"norms": show_norms, "subsampling": show_subsampling, "graph": show_graph}[part](rows)
+        {"norms": show_norms, "subsampling": show_subsampling, "graph": show_graph, "together": show_together}[part](rows)
 
 
 def show_norms(rows: list[dict[str, object]]) -> None:
@@ -191,6 +263,20 @@ def show_graph(rows: list[dict[str, object]]) -> None:
     for row in rows:
         difference = "" if row["largest difference"] is None else f"   differs by {row['largest difference']:.1e}"
         print(f"{row['form']:<24}{row['ms']:>9.1f} ms   RTF {row['rtf']:.4f}   {row['speed over plain eager']:>6.2f}x{difference}")
+
+
+def show_together(rows: list[dict[str, object]]) -> None:
+    """One line a form."""
+    print(f"{'form':<30}{'MACs M':>9}{'element M':>11}{'operations':>12}{'copies':>8}{'MB':>7}{'peak MB':>9}{'weights MB':>12}"
+          f"{'ONNX nodes':>12}{'transposes':>12}{'MB':>7}{'ONNX off':>10}{'off':>9}")  # fmt: skip
+    for row in rows:
+        macs, element, copied, peak, weights, size = (
+            float(row[key]) / 1e6
+            for key in ("macs", "element_ops", "copied bytes", "peak bytes", "weight bytes", "onnx bytes")  # type: ignore[arg-type]
+        )
+        off = "" if row["differs"] is None else f"{row['differs']:.1e}"
+        print(f"{row['form']:<30}{macs:>9.0f}{element:>11.1f}{row['operations']:>12}{row['copies']:>8}{copied:>7.1f}{peak:>9.1f}{weights:>12.2f}"
+              f"{row['onnx nodes']:>12}{row['onnx transposes']:>12}{size:>7.2f}{row['onnx differs']:>10.1e}{off:>9}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
 
 trains a Conformer without norms in its blocks, with BatchNorm, with LayerNorm, and a FusionFormer, each of debug size with more blocks, by
 fairseq-hydra-train. Printed per model: the first alarm of the trends; the update at which the loss shows trouble, that is, it is not finite
-or exceeds its value over the first ten updates by a tenth; and the loss at the end. Pictures and figures stand in --out. What a record
+or exceeds its value over the first ten updates by a tenth; and the loss at the end. Pictures and figures stand in --out, among them
+all models overlaid (trends.png). What a record
 costs: python benchmarks/speed/layer_trends.py --overhead
 """
 
@@ -38,10 +39,15 @@ MODELS = {
 }
 
 
+def folder_of(name: str, out: Path) -> Path:
+    """Where a model's run stands."""
+    return (out / re.sub(r"\W+", "-", name.lower())).resolve()
+
+
 def train(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """One run and what came of it."""
     config, keys = MODELS[name]
-    folder = (args.out / re.sub(r"\W+", "-", name.lower())).resolve()
+    folder = folder_of(name, args.out)
     command = [
         sys.executable, "-m", "fairseq_cli.hydra_train", "--config-dir", str(ROOT / "configs" / "pretrain"),
         "--config-name", config,
@@ -128,6 +134,9 @@ def main() -> None:
             f"{name}: alarm {row['first_alarm']}; loss in trouble at {row['loss_trouble_update']}; loss {row['start_loss']:.2f} -> "
             f"{row['end_loss']:.2f} after {row['updates']} updates; largest variance {row['largest_variance']:.3g}", flush=True,
         )  # fmt: skip
+    if len(rows) > 1:  # all models in one picture
+        with contextlib.redirect_stdout(sys.stderr):
+            cli.main(["trends", *(str(folder_of(name, args.out)) for name in args.models), "--out", str(args.out), "--blocks", "2"])
     write_json(args.out / "trends-table.json", {"lr": args.lr, "layers": args.layers, "rows": rows})
 
 

@@ -228,7 +228,8 @@ class Direction:
 
 
 def direction(found: dict[str, Tensor], cross: Sequence[Tensor] = ()) -> Direction:
-    """Where time turns round. found: G of `gradients`; cross: attention weights of the decoder's blocks (S, T).
+    """Where time turns round. found: G of `gradients`; cross: attention weights of the decoder's blocks (S + 1, T), of which the last
+    row, that of the end of the sentence, says nothing of the order of letters.
 
     A state whose correlation is clear is compared with the last clear one before it; where the sign changes, what lies between has
     turned time. Letters are said in order, so that a model whose input and output disagree has an encoder that reverses time.
@@ -243,19 +244,19 @@ def direction(found: dict[str, Tensor], cross: Sequence[Tensor] = ()) -> Directi
         sign = value
     ends = list(places.values())
     clear = abs(ends[0]) >= CLEAR and abs(ends[-1]) >= CLEAR
-    crossed = {f"decoder block {i}": correlation(weights) for i, weights in enumerate(cross, start=1)}
+    crossed = {f"decoder block {i}": correlation(weights[:-1]) for i, weights in enumerate(cross, start=1)}
     return Direction(places, crossed, reversing, ends[0] * ends[-1] < 0 if clear else None)
 
 
 @torch.no_grad()
 def cross_attention(model: Recognizer, wav: Tensor, labels: Sequence[int]) -> list[Tensor]:
-    """Attention weights of each decoder block, mean over heads, as it predicts each letter, (S, T)."""
+    """Attention weights of each decoder block, mean over heads, as it predicts each letter and then the end of the sentence, (S + 1, T)."""
     weights: list[Tensor] = []
     encoded, _ = model.encode(wav)
     letters, _, _ = shifted(torch.tensor([list(labels)]), torch.tensor([len(labels)]), model.alphabet.end)
     model.head(letters, encoded, weights=weights)
     rate, frames = model.config.output_downsampling, model.hubert.num_frames(wav.size(1))
-    return [block[0].mean(0)[: len(labels)].repeat_interleave(rate, 1)[:, :frames] for block in weights]
+    return [block[0].mean(0)[: len(labels) + 1].repeat_interleave(rate, 1)[:, :frames] for block in weights]
 
 
 # -- inside the blocks -----------------------------------------------------------------------------------------------------

@@ -81,6 +81,22 @@ def draw_alignment(found: Mapping[str, Tensor], letters: Sequence[Segment], show
     _save(figure, path)
 
 
+def draw_cross_attention(blocks: Sequence[Tensor], labels: Sequence[str], path: Path, title: str) -> None:
+    """Cross-attention of each decoder block (S + 1, T), letters downwards and the end of the sentence ("EOS") last, over time."""
+    figure = _figure(9, 1.0 + len(blocks) * max(2.0, 0.16 * (len(labels) + 1)))
+    figure.suptitle(title)
+    rows = [*labels, "EOS"]
+    for number, (axis, weights) in enumerate(zip(figure.subplots(len(blocks), 1, sharex=True, squeeze=False)[:, 0], blocks), start=1):
+        seconds = weights.size(1) * FRAME_SECONDS
+        image = axis.imshow(weights.numpy(), aspect="auto", interpolation="nearest", extent=(0, seconds, len(rows), 0), cmap="magma")
+        axis.axhline(len(labels), color="white", linewidth=0.8, linestyle=":")
+        axis.set(ylabel=f"decoder block {number}")
+        axis.set_yticks([row + 0.5 for row in range(len(rows))], rows, fontsize=7)
+        figure.colorbar(image, ax=axis, label="weight, mean of heads")
+    axis.set_xlabel("s")
+    _save(figure, path)
+
+
 def draw_blocks(norms: Mapping[str, Mapping[str, float]], energies: Mapping[str, Tensor], path: Path, title: str) -> None:
     """L2 norms of residual and modules per block as bars, and attention energies (queries downwards) per block."""
     columns = max(1, len(energies))

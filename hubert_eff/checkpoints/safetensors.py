@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .. import __version__
+from ..edge import FORMS, rewritten_as
 from ..encoders.registry import stored_config
 from ..errors import BUILD_ERRORS, UserError, about, short, unknown
 from ..layers.linear import Linear
@@ -35,6 +36,7 @@ HEADS, RECOGNIZER = "heads.", "recognizer"  # of a fine-tuned model: names of it
 # fp16 halves the file of a model that computes in float32; a bf16 one computes in bfloat16
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 COMPUTED = {"fp32": torch.float32, "fp16": torch.float32, "bf16": torch.bfloat16}
+EDGE = "edge"  # metadata of a rewritten model: its form
 BLUEPRINT = ("encoder", "config", "weights", "fused", "final_projections")  # metadata that say how a model is built
 NAMES = {
     torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int8: "I8", torch.uint8: "U8",
@@ -139,8 +141,11 @@ def structure_of(metadata: Mapping[str, str], found: Mapping[str, Any]) -> Huber
         raise UserError(f"its weights are packed bits, but its configuration says quant={config.quant}, not w1a1")
     if metadata["weights"] == INT8 and metadata["fused"] != "true":
         raise UserError("its weights are int8, but its metadata do not say that it is fused")
+    edge = metadata.get(EDGE, "")
+    if edge and edge not in FORMS:
+        raise unknown("form for accelerators", short(edge), FORMS)
     try:
-        return copy.deepcopy(_blueprint(*(metadata[name] for name in BLUEPRINT)))
+        return copy.deepcopy(_blueprint(*(metadata[name] for name in BLUEPRINT), edge=edge))
     except UserError:
         raise
     except BUILD_ERRORS as error:
@@ -148,11 +153,11 @@ def structure_of(metadata: Mapping[str, str], found: Mapping[str, Any]) -> Huber
 
 
 @functools.lru_cache(maxsize=4)  # a second file of the same configuration is read several times as fast
-def _blueprint(encoder: str, text: str, weights: str, fused: str, copies: str) -> HubertModel:
-    return _built(encoder, text, weights, fused, copies, device="meta")
+def _blueprint(encoder: str, text: str, weights: str, fused: str, copies: str, *, edge: str) -> HubertModel:
+    return _built(encoder, text, weights, fused, copies, edge=edge, device="meta")
 
 
-def _built(encoder: str, text: str, weights: str, fused: str, copies: str, *, device: str) -> HubertModel:
+def _built(encoder: str, text: str, weights: str, fused: str, copies: str, *, edge: str, device: str) -> HubertModel:
     config = stored_config(encoder, text)
     with structure_only() if device == "meta" else nullcontext():
         model = HubertModel(config)
@@ -165,6 +170,8 @@ def _built(encoder: str, text: str, weights: str, fused: str, copies: str, *, de
             model = quantize(model)
         elif fused == "true":
             model = fused_copy(model)
+        if edge:
+            model = rewritten_as(model, edge)
     return model
 
 
@@ -195,9 +202,12 @@ def _filled(model: HubertModel, stored: dict[str, Tensor], metadata: Mapping[str
     """The structure with the tensors of the file."""
     compute = COMPUTED[metadata["dtype"]]
     state = {name: aligned(tensor) for name, tensor in state_from(stored, model, compute).items()}
+    if model.edge:  # parts of it compute in float16
+        dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+        state = {name: tensor.to(dtypes[name]) if dtypes[name] == torch.float16 else tensor for name, tensor in state.items()}
     model.load_state_dict(state, assign=True)
     if any(t.is_meta for t in model.buffers()):  # what a model makes for itself and does not save, such as mel filters
-        model = _built(*(metadata[name] for name in BLUEPRINT), device="cpu")
+        model = _built(*(metadata[name] for name in BLUEPRINT), edge=metadata.get(EDGE, ""), device="cpu")
         model.load_state_dict(state, assign=True)
     if model.fused:
         model = fused_copy(model)  # folds nothing more, but lays weights out as they are read

@@ -61,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Align and print; returns 0."""
     from ..analysis.alignment import block_norms, cross_attention, ctc_alignment, direction, gradients, segments, viterbi
+    from ..analysis.alignment_files import draw_cross_attention
     from ..recognition import load_recognizer
     from ..recognition.recordings import read_recording
     from ..utils.files import writable
@@ -91,11 +92,15 @@ def run(args: argparse.Namespace) -> int:
         "words": [asdict(word) for word in words], "letters": [asdict(letter) for letter in letters],
     }  # fmt: skip
     norms, energies = block_norms(model, wav) if args.check_flip else ({}, {})
+    crossed = cross_attention(model, wav, labels) if args.check_flip and model.decoder is not None else []
     if args.check_flip:
-        way = direction(found, cross_attention(model, wav, labels) if model.decoder is not None else ())
+        way = direction(found, crossed)
         result["time"] = {**asdict(way), "verdict": str(way), "norms": norms}
     if args.out is not None:
         _write(args.out, _name(args.audio), result, letters, words, wav, found, args.layer, norms, energies)
+        if crossed:
+            name, rows = _name(args.audio), [model.alphabet.symbols[label - 1] for label in labels]
+            draw_cross_attention(crossed, rows, args.out / f"{name}-attention.png", f"{name}: cross-attention")
     if args.json:
         print(json.dumps(result, indent=2, ensure_ascii=False))
         return 0

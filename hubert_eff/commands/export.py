@@ -27,7 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--onnx", type=Path, metavar="FILE",
         help="write model.onnx (too): float32, fused, of dynamic length; a one-bit model in its form of +-1 in floats",
     )  # fmt: skip
-    parser.add_argument("--edge", action="store_true", help="write --onnx in the layout of accelerators, channels first and head by head")
+    parser.add_argument(
+        "--edge", action="store_true",
+        help="write --out and --onnx for accelerators: channels first, head by head, LayerNorm and softmax that stay finite in half "
+        "precision; with --dtype fp16 the model computes in float16",
+    )  # fmt: skip
     parser.add_argument(
         "--pt2", type=Path, metavar="FILE",
         help="write model.pt2 (too): a torch.export program, float32, fused, of dynamic batch and length, which torch alone runs; of a "
@@ -41,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base-model", default="", metavar="NAME", help="model that it was trained from, for the README.md of --hf")
     parser.add_argument(
         "--dtype", choices=("fp32", "fp16", "bf16", "int8"), default="fp32",
-        help="what float tensors are kept in: fp16 is read back to compute in float32, bf16 to compute in bfloat16; int8: the encoder's "
+        help="what float tensors are kept in: fp16 is read back to compute in float32 (with --edge in float16), bf16 in bfloat16; int8: the encoder's "
         "linear layers of a float model, which is fused, and all else in fp32 (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--float", action="store_true", help="float weights of a one-bit model, which can be trained on, in place of bits")
@@ -71,14 +75,17 @@ def run(args: argparse.Namespace) -> int:
 
     if args.out is args.onnx is args.hf is args.pt2 is None:
         raise UserError("--out FILE.safetensors is needed, or --hf DIR, --pt2 FILE.pt2 or --onnx FILE.onnx")
-    if args.out is None and args.hf is None and (args.dtype != "fp32" or args.float or args.license or args.trained_on):
+    said_dtype = args.dtype != "fp32" and not (args.edge and args.onnx is not None)
+    if args.out is None and args.hf is None and (said_dtype or args.float or args.license or args.trained_on):
         raise UserError(
             "--dtype, --float, --license and --trained-on say how --out FILE.safetensors or --hf DIR is written: both are missing"
         )
     if args.fuse and (args.out is None or args.hf is not None):
         raise UserError("--fuse says how --out FILE.safetensors is written: " + ("--hf DIR is not fused" if args.hf else "it is missing"))
-    if args.edge and args.onnx is None:
-        raise UserError("--edge says how --onnx FILE.onnx is written, which is missing")
+    if args.edge and (args.hf is not None or args.pt2 is not None or args.out is args.onnx is None):
+        raise UserError("--edge says how --out FILE.safetensors and --onnx FILE.onnx are written, not --hf and not --pt2")
+    if args.edge and args.dtype == "bf16":
+        raise UserError("--edge writes float32 or float16 (--dtype fp16), not bf16")
     if args.base_model and args.hf is None:
         raise UserError("--base-model is for the README.md of --hf DIR, which is missing")
     if args.average is not None and args.policy != "default":
@@ -112,7 +119,8 @@ def run(args: argparse.Namespace) -> int:
         require_no_heads(model)
     if args.onnx is not None:
         require_onnx_form(model)  # before --out is written
-        traced = rewrite(model) if args.edge else model
+    if args.edge:
+        model = rewrite(model, half=args.dtype == "fp16", stable=True)
     if args.pt2 is not None:
         require_program(whole)
     if args.hf is not None and isinstance(whole, Recognizer):
@@ -154,7 +162,7 @@ def run(args: argparse.Namespace) -> int:
             what = " and ".join(program["outputs"])
             print(f"{args.pt2}: {program['bytes'] / 1e6:.3f} MB, {what}; differs from the model by at most {program['difference']:.1e}")
     if args.onnx is not None:
-        graph = export_onnx(traced, args.onnx)
+        graph = export_onnx(model, args.onnx)
         said["onnx"] = graph
         if not args.json:
             said_of = f"{graph['difference']:.1e}" + (f" ({graph['share_off']:.1%} by more than 1e-3)" if graph["share_off"] else "")

@@ -1,5 +1,8 @@
 """LayerNorm and softmax that stay finite in half precision (Xu et al. 2024, "Conformer-Based Speech Recognition on Extreme Edge-Computing
-Devices", section 4). Every element-wise value has the dtype of the input; sums are torch's, which adds halves up in float32."""
+Devices", section 4). Every element-wise value has the dtype of the input; sums are torch's, which adds halves up in float32.
+
+Bounds are those of float16 in every dtype, so that a float32 graph stays finite when a compiler runs it in half precision.
+"""
 
 # B batch, T frames, C channels
 
@@ -12,46 +15,51 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..layers.tracing import is_tracing
+
 M = TypeVar("M", bound=nn.Module)
 
 UNIT = 2.0**-11  # unit roundoff of float16
+LARGEST = torch.finfo(torch.float16).max
 SOFTMAX_LIMIT = 10.0
 
 
-def largest_deviation(channels: int, dtype: torch.dtype = torch.float16) -> float:
+def largest_deviation(channels: int) -> float:
     """D, what `mad_normalize` lets the largest of C values become: with |z| <= D the squares sum up to at most 2 D^2, which is to fit.
 
     Divided by its mean absolute value a centered vector has |z| <= C / 2 and squares that sum up to at most C^2 / 2 (two opposite values,
     the others zero): in float16 that fits for C <= 361 only.
     """
-    return min(channels / 2, math.sqrt(torch.finfo(dtype).max / 2) * (1 - 2**-6))  # the margin is for rounding
+    return min(channels / 2, math.sqrt(LARGEST / 2) * (1 - 2**-6))  # the margin is for rounding
 
 
-def mad_normalize(x: Tensor, deviation: float | None = None) -> tuple[Tensor, Tensor]:
-    """z = (x - mean) 2 D / (C mad) over the last dimension (..., C), mad = mean |x - mean|, and the factor by which x grew.
+def mad_normalize(x: Tensor, deviation: float | None = None, dim: int = -1) -> tuple[Tensor, Tensor]:
+    """z = (x - mean) 2 D / (C mad) over a dimension of C, mad = mean |x - mean|, and the factor by which x grew.
 
-    No intermediate value exceeds the dtype's range if x does not. `deviation`: D; None: C / 2, plain MAD. A vector without deviations
+    No intermediate value exceeds the range of float16 if x does not. `deviation`: D; None: C / 2, plain MAD. A vector without deviations
     comes out as zeros.
     """
-    channels = x.size(-1)
+    channels = int(x.size(dim))
     scale = 1.0 if deviation is None else 2.0 * deviation / channels
     y = x * 0.5  # the difference of two finite values may overflow; halves of them may not
-    y = y - y.mean(-1, keepdim=True)
-    y = y - y.mean(-1, keepdim=True)  # the first mean was rounded, by more than the deviations if they are small beside it
+    y = y - y.mean(dim, keepdim=True)
+    y = y - y.mean(dim, keepdim=True)  # the first mean was rounded, by more than the deviations if they are small beside it
     # not below what the factor needs to keep sqrt(eps) * factor finite; a larger divisor only makes z smaller
-    mad = y.abs().mean(-1, keepdim=True).clamp(min=4.0 / torch.finfo(x.dtype).max)
+    mad = y.abs().mean(dim, keepdim=True).clamp(min=4.0 / LARGEST)
     return (y / mad) * scale, 0.5 * scale / mad
 
 
-def mad_layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, bounded: bool = True) -> Tensor:
-    """LayerNorm over the last dimension (..., C) with the mean-absolute-deviation pre-normalizer; `bounded`: with the bound D.
+def mad_layer_norm(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, bounded: bool = True, dim: int = -1
+) -> Tensor:  # fmt: skip
+    """LayerNorm over a dimension of C with the mean-absolute-deviation pre-normalizer; `bounded`: with the bound D.
 
     LayerNorm does not change when its input is scaled, if eps is scaled as well. In float16 the result differs from float64's by at most
     4 u (1 + |result| + |mean| / deviation), u = 2^-11, before weight and bias.
     """
-    z, factor = mad_normalize(x, largest_deviation(x.size(-1), x.dtype) if bounded else None)
-    variance = (z * z).sum(-1, keepdim=True) / x.size(-1)
-    shift = (factor * math.sqrt(eps)).clamp(max=math.sqrt(torch.finfo(x.dtype).max) / 2)
+    z, factor = mad_normalize(x, largest_deviation(int(x.size(dim))) if bounded else None, dim)
+    variance = (z * z).sum(dim, keepdim=True) / int(x.size(dim))
+    shift = (factor * math.sqrt(eps)).clamp(max=math.sqrt(LARGEST) / 2)
     y = z / (variance + shift * shift).sqrt()
     y = y if weight is None else y * weight
     return y if bias is None else y + bias
@@ -83,10 +91,13 @@ def half_precision(model: M) -> M:
 def conditional_softmax(scores: Tensor) -> Tensor:
     """Softmax over the last dimension (..., keys); a row is shifted by its maximum only if one of its scores is beyond the limit.
 
-    The limit is 10, or lower where exp(limit) times the number of keys would leave the dtype's range: log(65504 / keys) in float16.
+    The limit is 10, or lower where exp(limit) times the number of keys would leave the range of float16: log(65504 / keys).
     """
-    keys = scores.size(-1)
-    limit = min(SOFTMAX_LIMIT, math.log(torch.finfo(scores.dtype).max / keys))
+    if is_tracing():  # the number of keys is not known
+        keys = scores.new_ones(scores.shape[-1:], dtype=torch.float32).sum()
+        limit: Tensor | float = (LARGEST / keys).log().clamp(max=SOFTMAX_LIMIT).to(scores.dtype)
+    else:
+        limit = min(SOFTMAX_LIMIT, math.log(LARGEST / scores.size(-1)))
     beyond = scores.abs().amax(-1, keepdim=True) > limit
     top = scores.amax(-1, keepdim=True)
     weights = torch.where(beyond, scores - top, scores).exp()

@@ -4,27 +4,34 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from ..config import MEL_FRONTS
 from ..encoders.base import Encoder
 from ..errors import UserError
 from ..layers.chunks import Chunks
-from ..layers.convolution import GroupedConv2d
-from ..layers.grid import ChannelsFirst, GridAttention, GridNorm, grid_norm
+from ..layers.grid import ChannelsFirst, GridAttention, GridConv, GridNorm, grid_norm
 from ..layers.position import PositionalConv1d
 from ..models.fuse import fuse
-from .numerics import conditional_softmax, mad_layer_norm
+from ..models.hubert import HubertModel
+from .numerics import MadLayerNorm, conditional_softmax, mad_layer_norm
 
 M = TypeVar("M", bound=nn.Module)
 
+PLAIN, STABLE, HALF = "plain", "stable", "half"
+FORMS = {  # of a rewritten model, as its file names them
+    PLAIN: "channels first",
+    STABLE: "channels first; LayerNorm and softmax that stay finite if a compiler runs them in float16",
+    HALF: "channels first; the same, in float16",
+}
+
 
 class GridEncoder(nn.Module):
-    """An `Encoder` of the same weights, for whole utterances of one length; (B, T, input_dim) -> (B, T, D)."""
-
-    chunk_multiple = None
+    """An `Encoder` of the same weights for inference, in whole or in chunks; (B, T, input_dim) -> (B, T, D)."""
 
     def __init__(self, source: Encoder) -> None:
         super().__init__()
@@ -37,56 +44,92 @@ class GridEncoder(nn.Module):
             blocks.append(block.channels_first())
         embedding = source.pos_conv[0]
         assert isinstance(embedding, PositionalConv1d)
-        weight = embedding.plain_weight().detach().unsqueeze(2)  # (D, D / groups, 1, k)
-        self.reach = (weight.size(3) - 1, 0) if embedding.causal else (weight.size(3) // 2, (weight.size(3) - 1) // 2)
-        self.pos_conv = GroupedConv2d(weight.size(0), weight.size(0), (1, weight.size(3)), groups=embedding.groups, device="meta")
-        self.pos_conv.weight, self.pos_conv.bias = nn.Parameter(weight.clone()), nn.Parameter(embedding.bias.detach().clone())
+        self.pos_conv = GridConv(embedding.plain_weight(), embedding.bias, embedding.groups, embedding.causal)
         self.layers = nn.ModuleList(blocks)
         self.layer_norm = grid_norm(source.layer_norm)
         self.layer_norm_first = source.layer_norm_first
-        self.positions = source.positions  # without parameters
+        self.chunk_multiple, self.attention_block = source.chunk_multiple, source.attention_block
+        self.source = _hollow(source)  # which says what blocks need to know of a batch
+
+    def set_num_updates(self, num_updates: int) -> None:
+        """As of an `Encoder`; of no meaning here."""
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None, layer: int | None = None, chunks: Chunks | None = None) -> Tensor:
         """As `Encoder.forward`."""
         return self.hidden_states(x, padding_mask, chunks)[-1 if layer is None else layer]
 
     def hidden_states(self, x: Tensor, padding_mask: Tensor | None = None, chunks: Chunks | None = None) -> list[Tensor]:
-        """As `Encoder.hidden_states`; raises `UserError` for padding and for chunks."""
-        if chunks is not None or (padding_mask is not None and bool(padding_mask.any())):
-            raise UserError("a rewritten model takes whole utterances of one length: leave out padding_mask and chunk_size")
+        """As `Encoder.hidden_states`."""
         x = x.to(self.pos_conv.weight.dtype)
-        positions = self.positions(x, x.size(1))
+        valid = None if padding_mask is None else ~padding_mask
+        frames = self.source.frames(x, valid, chunks)
         x = x.transpose(1, 2).unsqueeze(2)  # (B, D, 1, T)
-        x = x + nn.functional.gelu(self.pos_conv(nn.functional.pad(x, self.reach)))
+        x = x if valid is None else x.masked_fill(~valid[:, None, None], 0.0)
+        x = x + nn.functional.gelu(self.pos_conv.over_time(x, chunks))
         if not self.layer_norm_first:
             x = self.layer_norm(x)
         states = [x]
         for block in self.layers:
-            states.append(x := block(x, positions))
+            states.append(x := block(x, frames))
         if self.layer_norm_first:
             states[-1] = self.layer_norm(x)
+        if valid is not None:
+            states = [state.masked_fill(~valid[:, None, None], 0.0) for state in states]
         return [state.squeeze(2).transpose(1, 2) for state in states]
 
 
-def rewrite(model: M, half: bool = False) -> M:
+def _hollow(source: Encoder) -> Encoder:
+    """The encoder without its modules: positions and masks need none."""
+    hollow = copy.copy(source)
+    hollow._modules = {}
+    return hollow.eval()
+
+
+def rewrite(model: M, half: bool = False, stable: bool = False) -> M:
     """A copy of a HuBERT (or of its encoder) for inference whose encoder runs channels first, head by head; fused, with equal outputs.
 
-    half: in float16, with the MAD pre-normalizer in every LayerNorm and conditional softmax (numerics.py), and so within its precision.
-    Raises `UserError` for an encoder that has no such form (sparse attention, a frame rate that changes), and for a binarized model.
+    It takes padding and chunks as the source does, streams if the source does, and is exported and loaded with its form (`model.edge`).
+    stable: every LayerNorm with the MAD pre-normalizer, and conditional softmax (numerics.py): equal in float32, finite where a
+    compiler runs the graph in float16. half: in float16, the encoder and a log-mel front behind its spectrogram; stable, and equal within
+    its precision. Raises `UserError` for an encoder that has no such form (sparse attention, a frame
+    rate that changes), and for a binarized model.
     """
     rewritten = fuse(model)
     encoder = rewritten if isinstance(rewritten, Encoder) else getattr(rewritten, "encoder", None)
     if not isinstance(encoder, Encoder):
         raise UserError(f"cannot rewrite a {type(model).__name__}: expected a HubertModel or its encoder, not rewritten yet")
+    stable = stable or half
     with torch.no_grad():
         grid = GridEncoder(encoder).eval().requires_grad_(False)
-    if half:
-        for module in grid.half().modules():
+    if stable:
+        for module in grid.modules():
             if isinstance(module, GridNorm):
                 module.norm = mad_layer_norm
             elif isinstance(module, GridAttention):
                 module.softmax = conditional_softmax
+    if half:
+        grid.half()
     if rewritten is encoder:
         return grid  # type: ignore[return-value]
     rewritten.encoder = grid
+    if isinstance(rewritten, HubertModel):
+        rewritten.edge = HALF if half else STABLE if stable else PLAIN
+        _prepare_front(rewritten, stable, half)
     return rewritten
+
+
+def _prepare_front(model: HubertModel, stable: bool, half: bool) -> None:
+    """What stands in front of the encoder, of a log-mel front in the numerics of the encoder; a waveform extractor stays as it is."""
+    if model.config.conv_feature_layers not in MEL_FRONTS:
+        return
+    if stable and isinstance(model.layer_norm, nn.LayerNorm):
+        model.layer_norm.__class__ = MadLayerNorm
+    if half:
+        for part in (model.feature_extractor.front, model.layer_norm, model.post_extract_proj):
+            if part is not None:
+                part.half()
+
+
+def rewritten_as(model: HubertModel, form: str) -> HubertModel:
+    """A copy in a form of `FORMS`."""
+    return rewrite(model, half=form == HALF, stable=form != PLAIN)

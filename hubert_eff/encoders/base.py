@@ -8,7 +8,6 @@ To add an encoder, write one module: a config dataclass, an `Encoder` with `buil
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from ..config import HubertConfig
 from ..errors import UserError
 from ..layers.chunks import Chunks
+from ..layers.chunks import Frames as Frames
 from ..layers.compiling import call_block, compiled_call
 from ..layers.dropout import Dropout
 from ..layers.kinds import POSITIONAL_CONV, Kind
@@ -77,16 +77,6 @@ def published_size(layers: int, dim: int, heads: int) -> dict[str, Any]:
         "encoder_attention_heads": heads,
         "required_seq_len_multiple": 1,
     }
-
-
-@dataclass
-class Frames:
-    """What a block may need to know of the batch besides its input."""
-
-    valid: Tensor | None = None  # (B, T) bool, None = all frames are valid
-    attend: Tensor | None = None  # bool, the keys that may be seen: (B, 1, 1, T), or in chunks (B, 1, T, T); None = all
-    positions: Tensor | None = None  # encoder-specific positional table
-    chunks: Chunks | None = None  # None = every frame may see every other
 
 
 class Encoder(nn.Module):

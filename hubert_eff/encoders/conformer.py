@@ -72,7 +72,7 @@ class ConvolutionModule(nn.Module):
     def channels_first(self) -> nn.Module:
         """See `layers.grid`."""
         inner = pointwise(self.pointwise_conv1), Glu(), depthwise(self.depthwise_conv), nn.SiLU(), pointwise(self.pointwise_conv2)
-        return nn.Sequential(grid_norm(self.layer_norm), *inner)
+        return GridBlock(grid_norm(self.layer_norm), *inner)
 
     def kinds(self) -> Mapping[str, Kind]:
         """See `layers.kinds.Declared`."""
@@ -150,6 +150,8 @@ TABLE1 = {**published_size(16, 144, 4), "pos_enc_type": "abs", "required_seq_len
         # what Table 1 of "Attention or Convolution" stores, fairseq's defaults around the sizes of Conformer (S), and what its FLOP fit
         "conformer-s-table1": {**TABLE1, "encoder_ffn_embed_dim": 3072},
         "conformer-s-ffn1024": {**TABLE1, "encoder_ffn_embed_dim": 1024},
+        # Conformer (S) for small devices (Xu et al. 2024): log-mel front, separable subsampling, streams; `edge.rewrite` does the rest
+        "conformer-edge": {**published_size(16, 144, 4), "conv_feature_layers": "logmel-dws", "streaming": True},
         "conformer-debug": {**DEBUG, "depthwise_conv_kernel_size": 15},
     },
 )

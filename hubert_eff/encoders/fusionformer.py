@@ -175,7 +175,7 @@ class ConvolutionModule(nn.Module):
     def channels_first(self) -> nn.Module:
         """See `layers.grid`."""
         relus = [nn.ReLU() if relu else nn.Identity() for relu in (self.relu_1, self.relu_2)]
-        return nn.Sequential(
+        return GridBlock(
             pointwise(self.pointwise_conv1), relus[0], depthwise(self.depthwise_conv), relus[1], pointwise(self.pointwise_conv2)
         )
 

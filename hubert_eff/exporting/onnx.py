@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..config import FRAME_STRIDE
+from ..edge import HALF
 from ..encoders.base import Encoder
 from ..encoders.registry import encoder_of
 from ..errors import UserError, missing_extra
@@ -36,7 +37,9 @@ TRACED = (2, 16_000)  # shape of the audio that is traced
 ATTEMPTS = 6  # of a one-bit model, recordings of one shape, of which one is to agree: in others a bit may be set the other way at a tie
 TIE = 0.1  # relative difference (L2) of the first state that such a bit changes; more where it changed others within its block
 AGREES = 1e-3  # largest difference of a hidden state, all of which are of order 1, from torch's; usually 1e-5
+HALF_AGREES = 0.05  # in float16, where one rounding of a number of order 1 is 5e-4: runtimes round at other places than torch
 FLOAT_FORM, SIGN_FORM = "float weights", "one-bit model in its form of +-1 in floats"
+HALF_FORM = "float16 weights"
 
 
 class _States(nn.Module):
@@ -79,12 +82,13 @@ def require_onnx_form(model: HubertModel) -> None:
 def export_onnx(model: HubertModel, path: str | os.PathLike[str]) -> dict[str, Any]:
     """Write `path` (.onnx): input `wav` (batch, samples) at 16 kHz, output `hidden_states` (L + 1, batch, frames, D).
 
-    A float model is fused first; one that `edge.rewrite` made keeps its layout. A w1a1 model is written as it is simulated, +-1 in
+    A float model is fused first; one that `edge.rewrite` made keeps its layout and, if it is half, float16: then `hidden_states` are
+    float16 too. A w1a1 model is written as it is simulated, +-1 in
     float32: of its speed and size on bits nothing is left, of its outputs all but what bits of attention probabilities at their threshold
     change: the graph keeps softmax, as in training (quant/integer_softmax.py). There is no padding mask. Returns bytes, form, opset and
     the largest difference between onnxruntime's and torch's output with softmax over four shapes, one frame, two, and a batch among them,
-    and the share of elements that differ by more than `AGREES`: none in a float model, and in a one-bit one none but, in a long input,
-    those behind a bit that was set the other way at a tie.
+    and the share of elements that differ by more than `AGREES` (in float16 `HALF_AGREES`): none in a float model, and in a one-bit one
+    none but, in a long input, those behind a bit that was set the other way at a tie.
     Raises `UserError` for a packed model, activations of more than one bit, scales that never saw data, another suffix, and a graph that
     does not compute the same.
     """
@@ -92,13 +96,14 @@ def export_onnx(model: HubertModel, path: str | os.PathLike[str]) -> dict[str, A
     if Path(path).suffix != ".onnx":
         raise UserError(f"an ONNX model is an .onnx file, not {path}")
     require_onnx_form(model)
-    form = FLOAT_FORM if model.config.quant == "none" else SIGN_FORM
+    form = (HALF_FORM if model.edge == HALF else FLOAT_FORM) if model.config.quant == "none" else SIGN_FORM
     traced = _States(_prepared(model)).eval()
     with replacing(path) as temporary:
         _trace(traced, temporary)
         graph = onnx.load(os.fspath(temporary))
         described = {
             "producer": f"hubert-eff {__version__}", "encoder": encoder_of(model.config).name, "form": form, "sample_rate": "16000",
+            **({"edge": model.edge} if model.edge else {}),
             "layout": "(batch, frames, channels)" if isinstance(model.encoder, Encoder) else "(batch, channels, 1, frames)",
         }  # fmt: skip
         for key, value in described.items():
@@ -121,7 +126,8 @@ def _prepared(model: HubertModel) -> HubertModel:
                     module.fold()
                 elif isinstance(module, Probabilities):
                     module.by_softmax = True
-    return ready.float().cpu().requires_grad_(False)
+    ready = ready if model.edge == HALF else ready.float()
+    return ready.cpu().requires_grad_(False)
 
 
 def _trace(traced: nn.Module, path: Path) -> None:
@@ -160,7 +166,11 @@ def _compare(traced: _States, path: Path, runtime: Any) -> tuple[float, float]:
     except UserError as error:
         raise UserError(f"the ONNX graph of this {encoder_of(config).name} {error}: nothing is written") from error
     differences = torch.cat([difference.flatten() for difference in compared])
-    return float(differences.max()), float((differences > AGREES).float().mean())
+    return float(differences.max()), float((differences > _tolerance(traced.model)).float().mean())
+
+
+def _tolerance(model: HubertModel) -> float:
+    return HALF_AGREES if model.edge == HALF else AGREES
 
 
 @contextlib.contextmanager
@@ -183,8 +193,8 @@ def _agreement(traced: _States, session: Any, shape: tuple[int, int]) -> Tensor:
         expected: Tensor = traced(wav)
         if states.shape != tuple(expected.shape):
             raise UserError(f"returns {states.shape} for audio {shape}, not {tuple(expected.shape)}")
-        difference = (torch.from_numpy(states) - expected).abs()
-        off = [not bool((state <= AGREES).all()) for state in difference]
+        difference = (torch.from_numpy(states).float() - expected.float()).abs()
+        off = [not bool((state <= _tolerance(traced.model)).all()) for state in difference]
         if not any(off):
             return difference
         first = off.index(True)

@@ -72,7 +72,7 @@ def require_program(model: HubertModel | Recognizer) -> None:
             "write --out FILE.safetensors, or --onnx FILE.onnx in the form of +-1 in floats"
         )
     if not isinstance(hubert.encoder, Encoder):
-        raise UserError("a rewritten model (edge.rewrite) has no torch.export program, since it takes no padding: export the original")
+        raise UserError("a rewritten model (edge.rewrite) has no torch.export program: write --out FILE.safetensors or --onnx FILE.onnx")
     if isinstance(model, Recognizer):
         model.check_ctc()
 

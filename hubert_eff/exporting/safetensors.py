@@ -16,7 +16,7 @@ from types import BuiltinFunctionType, FunctionType
 from safetensors.torch import save_file
 
 from .. import __version__
-from ..checkpoints.safetensors import DTYPES, FLOAT, FORMAT, FORMAT_VERSION, NAMES, PACKED, compare, pack_for_file, structure_of
+from ..checkpoints.safetensors import DTYPES, EDGE, FLOAT, FORMAT, FORMAT_VERSION, NAMES, PACKED, compare, pack_for_file, structure_of
 from ..config import HubertConfig
 from ..encoders.registry import encoder_of
 from ..errors import UserError, unknown
@@ -43,7 +43,7 @@ def export(
     fine-tuned model, leave out the heads. source: the checkpoint it comes from, of which the base name is kept; notes: more to say, as
     text by name. The label embeddings, which only pre-training uses, are left out. Warns of scales that never saw data.
     Raises `UserError` for another model or suffix, a fine-tuned one without `encoder_only`, one that `load` could not build again
-    (rewritten), a packed model where float weights are wanted, a fused one-bit model, weights that are not finite or
+    (a module or a function of it was changed), a packed model where float weights are wanted, a fused one-bit model, weights that are not finite or
     too large for fp16, and a note that is no text, or is named as what the file says of itself.
     """
     if not isinstance(model, HubertModel):
@@ -78,6 +78,8 @@ def export(
         "final_projections": str(model.final_proj.out_features // model.config.codebook_dim),
         "source": Path(source).name,
     }
+    if model.edge:
+        metadata[EDGE] = model.edge
     if taken := metadata.keys() & (notes or {}).keys():
         raise UserError(f"a note cannot be called '{min(taken)}': the file says that itself")
     metadata.update(notes or {})
@@ -92,8 +94,8 @@ def export(
         _compare_modules(model, rebuilt)
     except UserError as error:
         raise UserError(
-            f"cannot export this model, which could not be read back ({error}): export the one that it was made from, by edge.rewrite "
-            "or a change of its modules"
+            f"cannot export this model, which could not be read back ({error}): export the one that it was made from, by a "
+            "change of its modules"
         ) from error
     with replacing(path) as temporary:
         save_file(weights, temporary, metadata)

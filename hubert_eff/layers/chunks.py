@@ -113,3 +113,13 @@ class Chunks:
     def joined(y: Tensor, batch: int, frames: int) -> Tensor:
         """What a convolution made of `windows`, (B n, T', C'), as (B, frames, C')."""
         return y.reshape(batch, -1, y.size(2))[:, :frames]
+
+
+@dataclass
+class Frames:
+    """What a block may need to know of the batch besides its input."""
+
+    valid: Tensor | None = None  # (B, T) bool, None = all frames are valid
+    attend: Tensor | None = None  # bool, the keys that may be seen: (B, 1, 1, T), or in chunks (B, 1, T, T); None = all
+    positions: Tensor | None = None  # encoder-specific positional table
+    chunks: Chunks | None = None  # None = every frame may see every other

@@ -17,14 +17,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .bits import Cost, attention_cost, counted_as, offsets_seen
+from .chunks import Chunks, Frames
 from .convolution import DepthwiseConv, GroupedConv2d
-from .position import CHUNK
+from .position import CHUNK, by_key
 from .precision import wide
 
 
 @runtime_checkable
 class ChannelsFirst(Protocol):
-    """A module with a twin in the layout (B, C, 1, T), which is called as twin(x, positions); both share no parameters."""
+    """A module with a twin in the layout (B, C, 1, T), which is called as twin(x, frames); both share no parameters."""
 
     def channels_first(self) -> nn.Module:
         """The twin, of a fused module in eval mode."""
@@ -38,14 +39,45 @@ def pointwise(layer: nn.Linear) -> nn.Conv2d:
     return conv
 
 
-def depthwise(layer: DepthwiseConv) -> nn.Module:
+def depthwise(layer: DepthwiseConv) -> GridDepthwise:
     """A depthwise convolution over time, stride 1."""
-    channels, _, kernel = layer.weight.shape
-    padding = (0, 0 if layer.causal else kernel // 2)
-    conv = GroupedConv2d(channels, channels, (1, kernel), padding=padding, groups=channels, bias=layer.bias is not None, device="meta")
-    conv.weight = nn.Parameter(layer.weight.detach().unsqueeze(2).clone())
-    conv.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone())
-    return nn.Sequential(nn.ZeroPad2d((kernel - 1, 0, 0, 0)), conv) if layer.causal else conv
+    return GridDepthwise(layer)
+
+
+class Framed(nn.Module):
+    """A module of the grid that is called with the frames of its input, (B, C, 1, T) and `Frames`, as blocks are."""
+
+
+class GridConv(GroupedConv2d):
+    """A grouped convolution over time in (B, C, 1, T), centered or causal; (N, C / groups, k) is the weight that it takes over."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, groups: int, causal: bool) -> None:
+        channels, _, kernel = weight.shape
+        super().__init__(channels, channels, (1, kernel), groups=groups, bias=bias is not None, device="meta")
+        self.reach = (kernel - 1, 0) if causal else (kernel // 2, (kernel - 1) // 2)
+        self.weight = nn.Parameter(weight.detach().unsqueeze(2).clone())
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+
+    def over_time(self, x: Tensor, chunks: Chunks | None) -> Tensor:
+        """(B, C, 1, T) -> (B, C, 1, T); `chunks`: zeros in the place of what lies behind the chunk of a frame."""
+        if chunks is None:
+            return self(F.pad(x, self.reach))  # type: ignore[no-any-return]
+        y = chunks.convolved(self, x.squeeze(2).mT, *self.reach, lambda w: self(w.mT.unsqueeze(2)).squeeze(2).mT)
+        return y[:, : x.size(3)].mT.unsqueeze(2)
+
+
+class GridDepthwise(Framed):
+    """The twin of a `DepthwiseConv` of stride 1."""
+
+    def __init__(self, source: DepthwiseConv) -> None:
+        super().__init__()
+        self.conv = GridConv(source.weight, source.bias, source.weight.size(0), source.causal)
+
+    def forward(self, x: Tensor, frames: Frames) -> Tensor:
+        """(B, C, 1, T) -> (B, C, 1, T)."""
+        if frames.valid is not None:  # the kernel must not carry padding into valid frames
+            x = x.masked_fill(~frames.valid[:, None, None], 0.0)
+        return self.conv.over_time(x, frames.chunks)
 
 
 class GridNorm(nn.Module):
@@ -57,15 +89,16 @@ class GridNorm(nn.Module):
         self.weight = nn.Parameter(source.weight.detach().clone())
         self.bias = nn.Parameter(source.bias.detach().clone())
         self.eps = source.eps
-        self.norm: Callable[..., Tensor] | None = None  # in its place, over the last dimension: (x, weight, bias, eps)
+        self.norm: Callable[..., Tensor] | None = None  # in its place: (x, weight, bias, eps, dim=)
 
     @counted_as("norm", lambda _, x: Cost(0, x.numel()))
     def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.view(-1, 1, 1), self.bias.view(-1, 1, 1)
         if self.norm is not None:
-            return self.norm(x.transpose(1, 3), self.weight, self.bias, self.eps).transpose(1, 3)
+            return self.norm(x, weight, bias, self.eps, dim=1)
         y = x - x.mean(1, keepdim=True)
         y = y * torch.rsqrt(wide(y).square().mean(1, keepdim=True) + self.eps).to(y.dtype)
-        return y * self.weight.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
+        return y * weight + bias
 
 
 def grid_norm(norm: nn.Module) -> nn.Module:
@@ -77,15 +110,15 @@ def grid_norm(norm: nn.Module) -> nn.Module:
     return GridNorm(norm) if isinstance(norm, nn.LayerNorm) else nn.Identity()
 
 
-def _cost(attention: GridAttention, joint: Tensor, offsets: Tensor | None) -> Cost:
-    batch, channels, _, frames = joint.shape
-    heads = joint.new_empty(batch, attention.heads, frames, channels // 3 // attention.heads, device="meta")
-    macs, element_ops = attention_cost(heads, heads, heads, masked=offsets is not None)
-    by_offset = 0 if offsets is None else batch * offsets_seen(frames, frames, CHUNK) * channels // 3
+def _cost(attention: GridAttention, q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, attend: Tensor | None) -> Cost:
+    heads, batch, width, queries, keys = attention.heads, q.size(0), q.size(1) // attention.heads, q.size(3), k.size(3)
+    of_queries, of_keys = (q.new_empty(batch, heads, frames, width, device="meta") for frames in (queries, keys))
+    macs, element_ops = attention_cost(of_queries, of_keys, of_keys, masked=table is not None or attend is not None)
+    by_offset = 0 if table is None else batch * offsets_seen(queries, keys, CHUNK) * q.size(1)
     return Cost(macs + by_offset, element_ops)
 
 
-class GridAttention(nn.Module):
+class GridAttention(Framed):
     """Self-attention head by head; with `linear_pos` and `moves`, u and v, relative positions too (Transformer-XL, section 3.3)."""
 
     u: Tensor
@@ -103,31 +136,39 @@ class GridAttention(nn.Module):
             self.register_buffer(name, move.detach().view(heads, width, 1, 1).clone())
         self.softmax: Callable[[Tensor], Tensor] | None = None  # in the place of torch's, over the last dimension
 
-    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:  # (B, C, 1, T); (2T - 1, C)
-        offsets = self.linear_pos(positions) if self.linear_pos is not None and positions is not None else None
-        return self.out(self._mixed(self.qkv(x), offsets))  # type: ignore[no-any-return]
+    def forward(self, x: Tensor, frames: Frames) -> Tensor:
+        """(B, C, 1, T) -> (B, C, 1, T)."""
+        q, k, v = self.qkv(x).chunk(3, 1)
+        chunks = frames.chunks
+        if chunks is not None and chunks.kept is not None:  # along time, which is where they are joined
+            k, v = (part.permute(0, 3, 1, 2) for part in chunks.with_kept(self, k.permute(0, 2, 3, 1), v.permute(0, 2, 3, 1)))
+        return self.out(self._mixed(q, k, v, self._offsets(frames), frames.attend))  # type: ignore[no-any-return]
+
+    def _offsets(self, frames: Frames) -> Tensor | None:
+        """Projected offsets from queries to keys, (2T - 1, C), T the number of keys."""
+        projection, positions, chunks = self.linear_pos, frames.positions, frames.chunks
+        if projection is None or positions is None:
+            return None
+        if chunks is None:
+            return projection(positions)  # type: ignore[no-any-return]
+        return chunks.table(self, (positions.size(0) + 1) // 2, lambda: projection(positions))  # type: ignore[no-any-return]
 
     @counted_as("attention", _cost)
-    def _mixed(self, joint: Tensor, table: Tensor | None) -> Tensor:  # (B, 3 C, 1, T); (2T - 1, C)
-        q, k, v = (part.chunk(self.heads, 1) for part in joint.chunk(3, 1))  # per head (B, d, 1, T)
+    def _mixed(self, joint_q: Tensor, joint_k: Tensor, joint_v: Tensor, table: Tensor | None, attend: Tensor | None) -> Tensor:
+        q, k, v = (part.chunk(self.heads, 1) for part in (joint_q, joint_k, joint_v))  # per head (B, d, 1, T)
         scale = q[0].size(1) ** -0.5
-        offsets = () if table is None else table.chunk(self.heads, 1)  # per head (2T - 1, d)
+        offsets = () if table is None else table[: k[0].size(3) + q[0].size(3) - 1].chunk(self.heads, 1)  # per head (offsets, d)
         mixed = []
         for head in range(self.heads):
             query = q[head] + self.u[head] if offsets else q[head]
             scores = torch.einsum("bchq,bchk->bhqk", query * scale, k[head])  # (B, 1, queries, keys)
             if offsets:
-                scores = scores + self._moved(torch.einsum("bchq,pc->bqp", (q[head] + self.v[head]) * scale, offsets[head]))
+                scores = scores + by_key(torch.einsum("bchq,pc->bhqp", (q[head] + self.v[head]) * scale, offsets[head]))
+            if attend is not None:
+                scores = scores.masked_fill(~attend, float("-inf"))
             probs = torch.softmax(scores, -1) if self.softmax is None else self.softmax(scores)
             mixed.append(torch.einsum("bhqk,bchk->bchq", probs, v[head]))
         return torch.cat(mixed, 1)
-
-    @staticmethod
-    def _moved(by_offset: Tensor) -> Tensor:
-        """(B, T, 2T - 1), row q of the offsets T-1 .. -(T-1) from query to key -> (B, 1, queries, keys)."""
-        batch, frames, span = by_offset.shape
-        rows = F.pad(by_offset, (1, 0)).view(batch, span + 1, frames)[:, 1:].reshape(batch, frames, span)
-        return rows[:, None, :, :frames]
 
 
 class Glu(nn.Module):
@@ -137,28 +178,25 @@ class Glu(nn.Module):
         return F.glu(x, 1)
 
 
-class Residual(nn.Module):
-    """x + factor * last(... first(x))."""
-
-    def __init__(self, *parts: nn.Module, factor: float = 1.0) -> None:
-        super().__init__()
-        self.parts, self.factor = nn.ModuleList(parts), factor
-
-    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
-        y = x
-        for part in self.parts:
-            y = part(y, positions) if isinstance(part, GridAttention) else part(y)
-        return torch.add(x, y, alpha=self.factor)
-
-
-class GridBlock(nn.Module):
-    """Residual sums and norms, one after the other."""
+class GridBlock(Framed):
+    """Modules one after the other."""
 
     def __init__(self, *parts: nn.Module) -> None:
         super().__init__()
         self.parts = nn.ModuleList(parts)
 
-    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, frames: Frames) -> Tensor:
         for part in self.parts:
-            x = part(x, positions) if isinstance(part, Residual) else part(x)
+            x = part(x, frames) if isinstance(part, Framed) else part(x)
         return x
+
+
+class Residual(GridBlock):
+    """x + factor * what the modules make of it."""
+
+    def __init__(self, *parts: nn.Module, factor: float = 1.0) -> None:
+        super().__init__(*parts)
+        self.factor = factor
+
+    def forward(self, x: Tensor, frames: Frames) -> Tensor:
+        return torch.add(x, super().forward(x, frames), alpha=self.factor)

@@ -53,6 +53,7 @@ class HubertModel(nn.Module):
     """
 
     fused = False  # whether this is a copy for inference that `hubert_eff.fuse` made
+    edge = ""  # the form of a copy that `edge.rewrite` made (edge.FORMS)
     heads = ""  # of the encoder of a fine-tuned model: what is not part of it
     stored_dtype: torch.dtype | None = None  # of a model read from an export: what its float tensors are kept in there
 

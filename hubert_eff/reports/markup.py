@@ -86,8 +86,14 @@ def escape(text: object) -> str:
     return html.escape(printable(text))
 
 
-def as_html(rows: Sequence[dict[str, Any]], found: Findings, charts: Sequence[Chart], curves: Sequence[Curves]) -> str:
-    """The page: runs first, with what their models cost and reach, then what they are compared with. `rows`: of `table1.table1`."""
+def as_html(
+    rows: Sequence[dict[str, Any]], found: Findings, charts: Sequence[Chart], curves: Sequence[Curves],
+    together: Sequence[tuple[str, bytes]] = (),
+) -> str:  # fmt: skip
+    """The page: runs first, with what their models cost and reach, then what they are compared with.
+
+    rows: of `table1.table1`. together: panels of several runs over each other, each a title and its SVG.
+    """
     left_out = "".join(f"<p class=soft>Left out: {escape(text)}</p>" for text in found.left_out)
     title = f"The run {short_name(found.runs[0].name)}" if len(found.runs) == 1 else "What the models cost, and what they are worth"
     modules = [_modules(name, p) for name, p in found.profiles.items()]
@@ -95,7 +101,7 @@ def as_html(rows: Sequence[dict[str, Any]], found: Findings, charts: Sequence[Ch
         f"<h1>{escape(title)}</h1>",
         f"<p class=soft>hubert-eff {escape(__version__)}. Counts are of 10 s of audio; times are estimated unless they say measured.</p>",
         left_out,
-        *(["<h2>Training</h2>", *map(_curves, curves)] if curves else []),
+        *(["<h2>Training</h2>", _panels(together, "all runs"), *map(_curves, curves)] if curves else []),
         *(["<h2>Cost</h2>", _found_table(found)] if found.profiles else []),
         *(["<h2>SUPERB</h2>", _superb(found)] if found.results else []),
         *(["<h2>Measured latency</h2>", _timings(found.timings)] if found.timings else []),
@@ -183,9 +189,12 @@ def _superb(found: Findings) -> str:
 
 
 def _curves(curves: Curves) -> str:
-    name = escape(curves.run.name)
-    images = "".join(f"<img alt='{escape(title)}: curves of {name}' src='{_image(svg)}'>" for title, svg in curves.panels)
-    return f"<p>{escape(str(curves.run))}</p><div class=panels>{images}</div>"
+    return f"<p>{escape(str(curves.run))}</p>{_panels(curves.panels, curves.run.name)}"
+
+
+def _panels(panels: Sequence[tuple[str, bytes]], name: str) -> str:
+    images = "".join(f"<img alt='{escape(title)}: curves of {escape(name)}' src='{_image(svg)}'>" for title, svg in panels)
+    return f"<div class=panels>{images}</div>" if panels else ""
 
 
 def _image(svg: bytes) -> str:

@@ -15,7 +15,8 @@ from safetensors import safe_open
 
 from ..checkpoints.huggingface import CONFIG, OWN, WEIGHTS
 from ..checkpoints.load import load
-from ..checkpoints.safetensors import DTYPES, PACKED, read_export, read_metadata
+from ..checkpoints.safetensors import DTYPES, EDGE, PACKED, read_export, read_metadata
+from ..edge import FORMS, HALF
 from ..models.hubert import HubertModel
 from ..profiling import profile
 from ..quant.quantization import INT8
@@ -119,9 +120,13 @@ def _text(name: str, metadata: Mapping[str, str], figures: dict[str, Any], use: 
     if not packed and config["quant"] != "none":
         kind = f"float weights of a model that runs at {config['quant']} in simulation"
     rest = {"fp32": "float32", "fp16": "float16, computed in float32", "bf16": "bfloat16, computed in bfloat16"}[dtype]
+    edge = metadata.get(EDGE, "")
+    if edge == HALF:
+        rest = "float16, computed in float16"
     rows = {
         "encoder": f"{metadata['encoder']}, {config['encoder_layers']} blocks, D {config['encoder_embed_dim']}",
         "weights": kind + (f", policy `{metadata['policy']}`" if metadata["policy"] else ""),
+        **({"layout": FORMS[edge]} if edge else {}),
         "float tensors": rest,
         "file": f"{figures['bytes'] / 1e6:.3f} MB, of which tensors {figures['file_mb']:.3f} MB",
         "parameters": f"{figures['params']:,}",

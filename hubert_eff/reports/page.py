@@ -86,7 +86,8 @@ def _scores(found: Findings) -> list[tuple[str, str, float]]:
 
 
 def write_report(found: Findings, out: str | os.PathLike[str]) -> list[Path]:
-    """Write report.html, report.json, cost.csv, and as SVG and PNG the curves and the figures of the tasks with results.
+    """Write report.html, report.json, cost.csv, and as SVG and PNG the curves, of several runs also overlaid, and the figures of the tasks
+    with results.
 
     Returns the paths. The page holds everything it shows and needs no network. Raises `UserError` without matplotlib.
     """
@@ -96,6 +97,10 @@ def write_report(found: Findings, out: str | os.PathLike[str]) -> list[Path]:
         panels = [(title, frontier.as_bytes(figure, "svg")) for title, figure in draw_panels([run])]
         curves.append(Curves(run, panels))
         written += _pictures(draw_curves([run]), target / f"training-{number}")
+    together = []
+    if len(found.runs) > 1:
+        together = [(title, frontier.as_bytes(figure, "svg")) for title, figure in draw_panels(found.runs)]
+        written += _pictures(draw_curves(found.runs), target / "training-together")
     shown = _shown_tasks(found)
     paper = not (found.runs or found.results or found.timings or found.shares)  # nothing found: the paper's models alone
     for task in QUALITIES if paper else shown:
@@ -125,7 +130,7 @@ def write_report(found: Findings, out: str | os.PathLike[str]) -> list[Path]:
     }
     write_text(target / "cost.csv", table.getvalue())
     write_json(target / "report.json", _storable(values))
-    write_text(target / "report.html", as_html(rows, found, charts, curves))
+    write_text(target / "report.html", as_html(rows, found, charts, curves, together))
     return [target / "report.html", target / "report.json", target / "cost.csv", *written]
 
 

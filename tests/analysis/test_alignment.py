@@ -30,6 +30,7 @@ from hubert_eff.analysis.alignment import (
 from hubert_eff.errors import UserError
 from hubert_eff.layers.attention import RelativeSelfAttention, SelfAttention, attention
 from hubert_eff.layers.position import relative_sinusoids
+from hubert_eff.recognition import load_recognizer
 
 from ..helpers.recognizers import every_text_score, make, save
 
@@ -246,6 +247,10 @@ def test_align_command_writes_what_tools_read(tmp_path: Path, capsys: pytest.Cap
     times = [float(line.split("=")[1]) for line in grid.splitlines() if line.startswith("            xmax")]
     assert times.count(1.0) == 2  # both tiers end where the audio does
     assert (out / "a.png").stat().st_size > 10_000 and (out / "a-blocks.png").stat().st_size > 10_000
+    assert (out / "a-attention.png").stat().st_size > 10_000
+    model = load_recognizer(checkpoint)
+    (weights,) = cross_attention(model, torch.randn(1, 16_000), model.alphabet.spell("ABC"))
+    assert weights.size(0) == 3 + 1 and torch.allclose(weights.sum(1), torch.ones(4))  # the end of the sentence has a row
     assert cli.main(["align", str(checkpoint), str(audio), "ab", "--method", "ctc", "--json"]) == 0
     assert [w["label"] for w in json.loads(capsys.readouterr().out)["words"]] == ["AB"]
 

@@ -119,6 +119,16 @@ def test_trends_command_on_a_run_and_on_checkpoints(tmp_path: Path, capsys: pyte
     said = capsys.readouterr().out
     assert "explosion: " in said and "first, update 10: layers.1.ffn2.w_1 has exploded" in said
     assert json.loads((out / "trends.json").read_text())["alarms"][0]["update"] == 10 and (out / "trends.png").stat().st_size > 20_000
+    other = TrendLog(tmp_path / "other")
+    for update in (0, 10, 20):
+        other.add(look(hubert_eff.build("transformer-debug"), update))
+    assert cli.main(["trends", str(tmp_path / "run"), str(tmp_path / "other"), "--out", str(out / "two")]) == 0
+    said = capsys.readouterr().out
+    assert "run: explosion: " in said and "other: no alarm" in said and (out / "two" / "trends.png").stat().st_size > 20_000
+    overlaid = json.loads((out / "two" / "trends.json").read_text())["runs"]
+    assert set(overlaid) == {"run", "other"} and overlaid["run"] == json.loads((out / "trends.json").read_text())
+    assert cli.main(["trends", str(tmp_path / "run"), str(tmp_path / "run")]) == 2
+    assert "a run is named twice" in capsys.readouterr().err
     files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
     for file in files:
         hubert_eff.export(hubert_eff.build("conformer-debug"), file)

@@ -227,6 +227,64 @@ def test_a_rewritten_model_is_equal(preset: str, keys: dict) -> None:
     assert "Conv2d" in operations and not {"LayerNorm", "FrameNorm", "DepthwiseConv"} & operations
 
 
+STREAMING = [
+    ("conformer-debug", {"conv_feature_layers": "logmel-dws"}),
+    ("conformer-debug", {"pos_enc_type": "abs", "conv_context": "causal"}),
+    ("transformer-debug", {"layer_norm_first": True}),
+    ("fusionformer-debug", {}),
+]
+FORMS_OF = [({}, 1e-4), ({"stable": True}, 1e-4), ({"half": True}, 0.05)]
+
+
+@pytest.mark.parametrize("form, tolerance", FORMS_OF)
+@pytest.mark.parametrize("preset, keys", STREAMING)
+@torch.no_grad()
+def test_a_rewritten_model_takes_padding_and_chunks_and_streams(preset: str, keys: dict, form: dict, tolerance: float) -> None:
+    """Padding and chunks as the source takes them; a stream equals the masked pass, in float16 as far as float16 goes."""
+    model = streaming_model(preset, **keys)
+    rewritten, wav = rewrite(model, **form), torch.randn(2, 14_321)
+    padding = torch.zeros(2, 14_321, dtype=torch.bool)
+    padding[1, 7_000:] = True
+    for chunks in ((None, -1), (8, 2), (4, -1)):
+        expected, frames = model.hidden_states(wav, padding, *chunks)
+        states, found = rewritten.hidden_states(wav, padding, *chunks)
+        assert torch.equal(frames, found)
+        for a, b in zip(expected, states, strict=True):
+            torch.testing.assert_close(b.float(), a, rtol=0, atol=tolerance)
+            assert not b[frames].any()
+    pieces = list(wav[:1].split([3_000, 1, 7_000, 4_000, 320], 1))
+    stream = StreamingModel(rewritten, 8, 2)
+    streamed = fed(stream, pieces)
+    assert streamed.dtype == (torch.float16 if "half" in form else torch.float32)
+    torch.testing.assert_close(streamed.float(), reference(rewritten, wav[:1], 8, 2).float(), rtol=0, atol=tolerance)
+    begun = stream.feed(wav[:1, :6_000])
+    other = StreamingModel(rewrite(model, **form), 8, 2)
+    other.restore(stream.state())
+    assert begun is not None and torch.equal(torch.cat((begun, fed(other, [wav[:1, 6_000:]])), 1), streamed)
+
+
+@pytest.mark.parametrize("form", [form for form, _ in FORMS_OF])
+@pytest.mark.parametrize("front", ["logmel-dws", "fastconv"])
+@torch.no_grad()
+def test_a_rewritten_model_is_exported_and_loaded(front: str, form: dict, tmp_path) -> None:
+    """With its form: the same functions, and in float16 the same dtypes."""
+    keys = {} if front == "fastconv" else {"conv_feature_layers": front}
+    model, path, wav = hubert_eff.build("conformer-debug", **keys), tmp_path / "model.safetensors", torch.randn(1, 9_000)
+    rewritten = rewrite(model, **form)
+    hubert_eff.export(rewritten, path)
+    loaded = hubert_eff.load(path)
+    assert loaded.edge == rewritten.edge != "" and loaded.fused
+    for a, b in zip(rewritten.hidden_states(wav)[0], loaded.hidden_states(wav)[0], strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=0.01 if "half" in form else 1e-6)
+    hubert_eff.export(loaded, tmp_path / "again.safetensors")
+    assert path.read_bytes() == (tmp_path / "again.safetensors").read_bytes()
+    damaged = path.read_bytes().replace(b'"edge":"' + loaded.edge.encode(), b'"edge":"' + b"x" * len(loaded.edge))
+    path.write_bytes(damaged)
+    with pytest.raises(UserError, match="form for accelerators"):
+        hubert_eff.load(path)
+
+
 def test_what_cannot_be_rewritten_is_refused() -> None:
     for preset in ("zipformer-debug", "squeezeformer-debug"):
         with pytest.raises(UserError, match="cannot be rewritten: it changes the frame rate"):
@@ -238,11 +296,8 @@ def test_what_cannot_be_rewritten_is_refused() -> None:
     model = rewrite(hubert_eff.build("conformer-debug"))
     with pytest.raises(UserError, match="not rewritten yet"):
         rewrite(model)
-    padding = torch.zeros(1, 8_000, dtype=torch.bool)
-    model.hidden_states(torch.randn(1, 8_000), padding)
-    padding[:, 5_000:] = True
-    with pytest.raises(UserError, match="whole utterances of one length"):
-        model.hidden_states(torch.randn(1, 8_000), padding)
+    with pytest.raises(UserError, match="cannot stream: its .* build and train it with streaming=true"):
+        StreamingModel(model)
 
 
 @pytest.mark.long

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,27 @@ def test_the_layout_of_accelerators(encoder: str, tmp_path: Path) -> None:
     assert len(graph.graph.output[0].type.tensor_type.shape.dim) == 4 and "Einsum" in {node.op_type for node in graph.graph.node}
 
 
+@pytest.mark.parametrize("dtype, tolerance", [("fp32", 1e-4), ("fp16", 0.05)])
+@torch.no_grad()
+def test_the_parts_for_small_devices_together(dtype: str, tolerance: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Preset conformer-edge with two blocks: file, graph and float32 model agree; one of long audio, whose softmax has more keys."""
+    trained, out, graph = tmp_path / "trained.safetensors", tmp_path / "edge.safetensors", tmp_path / "edge.onnx"
+    hubert_eff.export(hubert_eff.build("conformer-edge", encoder_layers=2), trained)
+    assert main(["export", str(trained), "--edge", "--dtype", dtype, "--out", str(out), "--onnx", str(graph), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["onnx"]["difference"] < tolerance
+    model, edge = hubert_eff.load(trained), hubert_eff.load(out)
+    assert edge.edge == {"fp32": "stable", "fp16": "half"}[dtype]
+    session = runtime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
+    for samples in (400, 9_001, 64_000):
+        wav = torch.randn(1, samples)
+        (states,) = session.run(None, {"wav": wav.numpy()})
+        for expected, found, in_graph in zip(model.hidden_states(wav)[0], edge.hidden_states(wav)[0], torch.from_numpy(states)):
+            torch.testing.assert_close(found.float(), expected, rtol=0, atol=tolerance)
+            torch.testing.assert_close(in_graph.float(), expected, rtol=0, atol=tolerance)
+    described = {prop.key: prop.value for prop in onnx.load(graph).metadata_props}
+    assert (described["edge"], described["form"]) == (edge.edge, "float16 weights" if dtype == "fp16" else "float weights")
+
+
 @pytest.mark.parametrize("encoder", [e if e == "sparseformer" else pytest.param(e, marks=pytest.mark.long) for e in ENCODERS])
 @torch.no_grad()
 def test_one_bit_models_in_their_float_form(encoder: str, tmp_path: Path) -> None:
@@ -135,8 +157,10 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     both = ["--out", str(tmp_path / "model.safetensors"), "--onnx", str(tmp_path / "model.onnx")]
     assert main(["export", "sparseformer-debug", *both, "--edge"]) == 2
     assert "cannot be rewritten" in capsys.readouterr().err and not (tmp_path / "model.safetensors").exists()
-    assert main(["export", "transformer-debug", "--edge", *both[:2]]) == 2
-    assert "--edge says how --onnx" in capsys.readouterr().err
+    assert main(["export", "transformer-debug", "--edge", "--hf", str(tmp_path / "folder")]) == 2
+    assert "--edge says how --out" in capsys.readouterr().err
+    assert main(["export", "transformer-debug", "--edge", *both, "--dtype", "bf16"]) == 2
+    assert "--edge writes float32 or float16" in capsys.readouterr().err
     assert main(["export", "transformer-debug+w1a2", *both]) == 2
     assert "has no ONNX form" in capsys.readouterr().err and not (tmp_path / "model.safetensors").exists()
 

@@ -13,7 +13,6 @@ from torch import nn
 import hubert_eff
 from hubert_eff.checkpoints.load import average
 from hubert_eff.cli import main
-from hubert_eff.edge import rewrite
 from hubert_eff.errors import UserError
 from hubert_eff.models.hubert import HubertModel
 from hubert_eff.profiling.precision import at_precision
@@ -62,8 +61,6 @@ def doubled(model: HubertModel) -> HubertModel:
     "change, reason",
     [
         (doubled, "Doubled, where the configuration has hubert_eff.layers.linear.Linear"),
-        (rewrite, "lacks encoder.layer"),
-        (lambda model: rewrite(model, half=True), "lacks encoder.layer"),
         (lambda model: at_precision(model, "int8"), "lacks encoder.layers.0.fc1.bias"),
         (pruned, PRUNED),
         (with_more, "has more than its configuration describes, encoder.layers.0.adapter.bias and 1 others"),
