@@ -12,6 +12,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +52,16 @@ class Estimate:
 def quality(task: str, rows: Sequence[Row]) -> Figures:
     """Accuracy in %, or 100 minus the error rate in %, of (name, amount, of how many) per utterance: (1 + R,)."""
     amounts, numbers = (np.array([row[i] for row in rows], dtype=np.float64) for i in (1, 2))
-    generator = np.random.default_rng(0)  # the same draws for every model
-    share = [amounts.sum() / numbers.sum()]
-    for _ in range(DRAWS):
-        chosen = generator.integers(len(rows), size=len(rows))
-        share.append(amounts[chosen].sum() / max(numbers[chosen].sum(), 1e-12))
-    values = 100 * np.array(share)
+    chosen = _chosen(len(rows))
+    share = np.append(amounts.sum() / numbers.sum(), amounts[chosen].sum(1) / np.maximum(numbers[chosen].sum(1), 1e-12))
+    values = 100 * share
     return values if METRICS[task].more_is_better else 100 - values
+
+
+@lru_cache(4)
+def _chosen(count: int) -> NDArray[np.int64]:
+    """The utterances of each draw, (R, N): the same ones for every model."""
+    return np.random.default_rng(0).integers(count, size=(DRAWS, count))
 
 
 def estimate(figures: Figures) -> Estimate:
