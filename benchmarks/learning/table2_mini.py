@@ -119,7 +119,7 @@ class Table2Mini(SideBySide):
         for task in choose(",".join(self.tasks)):
             if not task.trains or task.name in ("asv", "er"):
                 raise UserError(
-                    f"--tasks {task.name}: its figure is no share of right answers on one test set; take some of {' '.join(TASKS)}"
+                    f"--tasks {task.name}: its figure is not a share of right answers on one test set: take some of {','.join(TASKS)}"
                 )
         for name in ("seeds", "updates", "minutes", "superb_minutes", "batch_seconds", "rate", "clusters", "processes"):
             if not getattr(self, name) > 0:
