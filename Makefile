@@ -23,7 +23,7 @@ test test-long test-core kill-test: export OMP_NUM_THREADS ?= 1
 CORE      ?= .venv-core
 CORE_TESTS = checkpoints edge encoders exporting layers models optim profiling quant streaming
 
-.PHONY: env demo test test-long test-core kill-test lint clean
+.PHONY: env demo test test-long test-core kill-test bench-compare lint clean
 
 env: $(READY)
 
@@ -65,6 +65,10 @@ test-core:
 kill-test: $(READY)
 	$(BIN)/python benchmarks/reliability/kill_training.py --kills 30
 	$(BIN)/python benchmarks/reliability/kill_labels.py --kills 30
+
+# two kept results of a benchmark side by side: make bench-compare OLD=one_bit (its last two), or OLD=FILE.jsonl NEW=FILE.jsonl
+bench-compare: $(READY)
+	$(BIN)/python benchmarks/records.py compare $(OLD) $(NEW)
 
 lint: $(READY)
 	$(BIN)/ruff check .
