@@ -9,8 +9,8 @@ learns best at equal updates (docs/binarization.md), by the paper's policy, whic
 of mini-SUPERB (docs/superb.md, `--small`) are trained on these ten frozen models, and on the five without any training. The first seed has
 all of it; the others have the Conformer and the deep-narrow Sparseformer on three tasks.
 
-Everything that has finished is kept in OUT: the same command goes on where it was stopped, and does nothing when all is done. With a larger
---seeds it adds what is missing. Writes OUT/table2_mini.json and OUT/table2_mini.md, which is also printed.
+Everything that has finished is kept in OUT: the same command goes on where it was stopped, and does nothing when all is done. With more
+seeds or tasks it adds what is missing. Writes OUT/table2_mini.json and OUT/table2_mini.md, which is also printed.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Table2Mini(SideBySide):
     """See the module. `minutes`: of speech to pre-train on; `superb_minutes`: of each data set of mini-SUPERB; `batch_seconds`: of speech
     per update; `head_steps`: of all heads (default: those of --small)."""
 
-    SETTINGS = ("models", "tasks", "updates", "minutes", "superb_minutes", "batch_seconds", "rate", "clusters", "head_steps", "policy")
+    SETTINGS = ("models", "updates", "minutes", "superb_minutes", "batch_seconds", "rate", "clusters", "head_steps", "policy")
 
     out: Path
     models: tuple[str, ...] = tuple(MODELS)
@@ -131,13 +131,15 @@ class Table2Mini(SideBySide):
         self.cells += [Cell(m, form, seed, rest) for seed in range(2, self.seeds + 1) for m in repeated for form in FORMS]
 
     def check(self) -> None:
-        """Raise `UserError` for what would only fail later, and for fewer seeds than OUT has."""
+        """Raise `UserError` for what would only fail later, and for fewer seeds or tasks than OUT has."""
         super().check()
-        found = [int(text) for folder in (self.out / "cells").glob("*-*-*") if (text := folder.name.rpartition("-")[2]).isdigit()]
-        if found and max(found) > self.seeds:
-            raise UserError(
-                f"{self.out} holds seeds 1 to {max(found)}, --seeds is {self.seeds}: give {max(found)} or more, or another --out"
-            )
+        cells = [folder for folder in (self.out / "cells").glob("*-*-*") if folder.name.rpartition("-")[2].isdigit()]
+        last = max((int(folder.name.rpartition("-")[2]) for folder in cells), default=1)
+        if last > self.seeds:
+            raise UserError(f"{self.out} holds seeds 1 to {last}, --seeds is {self.seeds}: give {last} or more, or another --out")
+        known = {result.parent.name for folder in cells for result in folder.glob("superb/*/result.json")}
+        if left_out := sorted(known - set(self.tasks)):
+            raise UserError(f"{self.out} holds results of {', '.join(left_out)}, which --tasks leaves out: name them too, or another --out")
 
     # -- the commands ------------------------------------------------------------------------------------------------
 

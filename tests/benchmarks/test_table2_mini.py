@@ -127,6 +127,7 @@ def test_bad_input_is_one_line(modules: list[Any], tmp_path: Path, capsys: pytes
     assert "with updates=2000, not 7: take another --out" in refused("--updates", "7")
     assert "holds seeds 1 to 2, --seeds is 1: give 2 or more" in refused("--seeds", "1")
     assert "has no result of pr: run the command without --tables" in refused("--seeds", "2", "--tables")
+    assert "holds results of asr, ic, sid, which --tasks leaves out" in refused("--seeds", "2", "--tasks", "ks,pr")
     assert "unknown SUPERB task 'kws'" in refused("--tasks", "ks,kws")
     assert "unknown model 'bert'" in refused("--models", "bert")
     assert "--tasks asv: its figure is not a share of right answers" in refused("--tasks", "asv")
