@@ -163,14 +163,17 @@ class RealSpeech(SideBySide):
     # -- the commands ------------------------------------------------------------------------------------------------
 
     def rounds(self) -> list[list[Chain]]:
-        """Manifests and labels that need no model of ours; models on these; labels of their layers; models on those."""
-        first = [[self._manifest(heard), *self._first_labels(heard)] for heard in ("shared", "held-out")]
-        rounds: list[list[Chain]] = [first, [self._chain(cell) for cell in self.baselines()]]
+        """Manifests and labels that need no model of ours; then, all speakers before all but one: models on these labels and what stands
+        beside them; labels of their layers; models on those."""
+        speech = ("shared", "held-out")
+        rounds: list[list[Chain]] = [[[self._manifest(heard), *self._first_labels(heard)] for heard in speech]]
         for seed in range(1, self.seeds + 1):
-            cells = [cell for cell in self.cells() if cell.size and cell.seed == seed]
-            rounds.append([self._chain(cell) for cell in cells if cell.labels != "layer"])
-            rounds.append([[self._layer_labels(cell)] for cell in cells if cell.labels == "layer" and cell.form == "float"])
-            rounds.append([self._chain(cell) for cell in cells if cell.labels == "layer"])
+            for heard in speech:
+                cells = [cell for cell in self.cells() if cell.heard == heard and cell.seed == seed]
+                rounds.append([self._chain(cell) for cell in cells if cell.size and cell.labels != "layer"])
+                layers = [cell for cell in cells if cell.labels == "layer"]
+                rounds.append([[self._layer_labels(cell)] for cell in layers if cell.form == "float"])
+                rounds.append([self._chain(cell) for cell in (*layers, *(cell for cell in cells if not cell.size))])
         return rounds
 
     def _manifest(self, heard: str) -> Step:
