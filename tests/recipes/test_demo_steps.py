@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from hubert_eff.cli import main
+from hubert_eff.errors import StepFailed
 from hubert_eff.recipes import base, demo
 
 pytest.importorskip("fairseq", reason="fairseq is not installed: pip install 'hubert-eff[fairseq]'")
@@ -63,3 +64,13 @@ def test_it_runs_every_step_once_and_collects_the_figures(
     (out / "train.log").unlink()
     assert main(["demo", "--out", str(out)]) == 2
     assert f"delete the folder {out} and run the command again" in capsys.readouterr().err
+
+
+def test_what_a_step_prints_is_kept_once_it_has_succeeded(tmp_path: Path) -> None:
+    file = tmp_path / "kept.json"
+    step = base.Step("say", ("python", "-c", "print('{}')"), stdout=file)
+    assert step.shown.endswith(f"> {file}")
+    assert base.run_command(step.words, step.stdout) == 0 and file.read_text() == "{}\n"
+    with pytest.raises(StepFailed, match="exit code 3"):
+        base.run_command(("python", "-c", "print('half'); raise SystemExit(3)"), file)
+    assert file.read_text() == "{}\n" and list(tmp_path.iterdir()) == [file]
