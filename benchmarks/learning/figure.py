@@ -70,6 +70,8 @@ def theirs(values: dict[str, Any]) -> list[Line]:
 
 
 def _panel(axes: Any, lines: list[Line], title: str, theme: str) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
     text, grid, background, *colors = THEMES[theme]
     for line in lines:
         color = colors[0] if line.attention_only else colors[1]
@@ -78,6 +80,9 @@ def _panel(axes: Any, lines: list[Line], title: str, theme: str) -> None:
         axes.scatter([x0], [y0], s=42, color=background, edgecolor=color, linewidth=1.6, zorder=3)
         axes.scatter([x1], [y1], s=42, color=color, zorder=3)
     axes.set(xscale="log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_title(title, color=text, fontsize=11, loc="left")
     axes.set_facecolor(background)
     axes.grid(color=grid, lw=0.6)
@@ -86,7 +91,7 @@ def _panel(axes: Any, lines: list[Line], title: str, theme: str) -> None:
         spine.set_color(grid)
     axes.margins(x=0.12, y=0.1)
     left, right = axes.get_xlim()
-    axes.set_xlim(left, right * (right / left) ** 0.55)  # room for names
+    axes.set_xlim(left, right * (right / left) ** 0.62)  # room for names
     low, high = axes.get_ylim()
     places: list[float] = []
     for line in sorted(lines, key=lambda line: -line.whole[1]):  # from above, each name at least a line below the one before
