@@ -13,16 +13,17 @@ import sys
 import time
 from abc import abstractmethod
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from hubert_eff.errors import StepFailed
+from hubert_eff.errors import StepFailed, UserError
 from hubert_eff.recipes.base import Recipe, Step, command_line, quiet_environment, say
 from hubert_eff.utils.files import writable, write_json
 from hubert_eff.utils.locks import locked
-from hubert_eff.utils.signals import stoppable
+from hubert_eff.utils.signals import say_stopped, stoppable
 
 Chain = list[Step]
 POLL = 0.1  # seconds
@@ -57,10 +58,11 @@ class SideBySide(Recipe):
     def run(self) -> dict[str, Any]:
         """Run the steps that have not succeeded; the figures.
 
-        Raises `UserError` for bad input, and if `out` holds other settings or is in use, and `StepFailed`.
+        Raises `UserError` for bad input, and if `out` holds other settings or is in use, and `StepFailed`. What is at work when one step
+        fails, or when the run is stopped (see `main_of`), is stopped, too, and goes on the next time.
         """
         self.check()
-        with locked(self.out), stoppable():
+        with locked(self.out):
             self._check_settings()
             self.prepare()
             self._write_settings()
@@ -125,11 +127,8 @@ def _stop(running: list[Running]) -> None:
         run.log.close()
 
 
-def main_of(program: str, work: Any) -> int:
+def main_of(program: str, work: Callable[[], object]) -> int:
     """Run `work()`: 0 when done, 2 with one line for bad input, a step's own code where one failed, 130 or 143 when stopped."""
-    from hubert_eff.errors import UserError
-    from hubert_eff.utils.signals import say_stopped
-
     with stoppable() as received:
         try:
             work()
