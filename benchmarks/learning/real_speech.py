@@ -38,7 +38,8 @@ from superb_fsdd import Recording, read, recordings, write
 import hubert_eff
 from hubert_eff.config import SAMPLE_RATE
 from hubert_eff.errors import UserError, unknown
-from hubert_eff.recipes.base import Step, best_validation, training
+from hubert_eff.recipes.base import Step, training
+from hubert_eff.reports.training_log import read_log
 from hubert_eff.utils.files import temporary_folder, write_json, write_text
 
 PARTS = {"test": range(5), "valid": range(5, 8), "train": range(8, 23)}
@@ -268,8 +269,9 @@ class RealSpeech(SideBySide):
         return values
 
     def validation(self, cell: Cell) -> dict[str, float]:
-        """Masked accuracy and the share of the most frequent label, of the best validation."""
-        return best_validation(self.folder(cell) / "train.log")
+        """Masked accuracy and the share of the most frequent label at the last update, whose weights are probed."""
+        last = read_log(self.folder(cell) / "train.log").valid[-1]
+        return {"updates": last["num_updates"], "accuracy": last["correct_m_0"], "majority": last["majority_m_0"]}
 
     def finished(self) -> list[Cell]:
         """The cells whose steps have all succeeded."""

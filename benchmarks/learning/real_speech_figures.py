@@ -33,7 +33,7 @@ def values_of(bench: RealSpeech) -> dict[str, Any]:
                 columns.setdefault((protocol, task), {})[cell.seed] = quality(task, rows)
     return {
         "settings": bench.settings,
-        "run": run_of(),
+        "run": run_of(bench.commits()),
         "sizes": {
             size: sum(p.numel() for p in bench.build(size).parameters()) for size in SIZES if any(cell.size == size for cell in finished)
         },

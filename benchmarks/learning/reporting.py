@@ -6,6 +6,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,17 @@ import hubert_eff
 from hubert_eff.profiling.machine import cpu_name
 
 
-def run_of() -> dict[str, Any]:
-    """What figures depend on besides the settings: processor, versions, commit, date."""
+@cache
+def commit() -> str | None:
+    """The commit of the checkout, None where there is none."""
     git = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return git.stdout.strip() or None
+
+
+def run_of(commits: Sequence[str]) -> dict[str, Any]:
+    """What figures depend on besides the settings: processor, versions, the commits that ran the steps, date."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "hubert_eff": hubert_eff.__version__}
-    return {"cpu": cpu_name(), "commit": git.stdout.strip() or None, "date": time.strftime("%Y-%m-%d"), **versions}
+    return {"cpu": cpu_name(), "commit": ", ".join(commits), "date": time.strftime("%Y-%m-%d"), **versions}
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:

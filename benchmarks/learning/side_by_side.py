@@ -6,6 +6,7 @@ has succeeded is not run again, so that the same command goes on where it was st
 
 from __future__ import annotations
 
+import hashlib
 import re
 import signal
 import subprocess
@@ -19,9 +20,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from reporting import commit
+
+from hubert_eff.data.lines import read_json
 from hubert_eff.errors import StepFailed, UserError
 from hubert_eff.recipes.base import Recipe, Step, command_line, quiet_environment, say
-from hubert_eff.utils.files import writable, write_json
+from hubert_eff.utils.files import config_dir, writable, write_json
 from hubert_eff.utils.locks import locked
 from hubert_eff.utils.signals import say_stopped, stoppable
 
@@ -72,9 +76,19 @@ class SideBySide(Recipe):
                 self._round([deque(step for step in chain if not self._is_done(step, ())) for chain in chains])
             return self.results()
 
+    def _step_record(self, step: Step) -> Path:
+        """By the words of the command, but for where the checkout and `out` are: either may be moved, or another checkout go on."""
+        words = step.shown.replace(str(config_dir().parent), "CHECKOUT").replace(str(self.out), "OUT")
+        return self.out / "steps" / f"{hashlib.sha256(words.encode()).hexdigest()[:16]}.json"
+
     def log_of(self, step: Step) -> Path:
         """Where a step's output goes."""
         return self.out / "logs" / f"{re.sub(r'[^a-z0-9]+', '-', step.title.lower()).strip('-')}.log"
+
+    def commits(self) -> list[str]:
+        """Of the code that has run the steps."""
+        found = {read_json(file, "delete it").get("commit") for file in (self.out / "steps").glob("*.json")}
+        return sorted(str(name) for name in found if name)
 
     def _round(self, chains: list[deque[Step]]) -> None:
         waiting, running = deque(chain for chain in chains if chain), list[Running]()
@@ -109,7 +123,8 @@ class SideBySide(Recipe):
             code = run.process.returncode
             raise StepFailed(run.step.title, code if code > 0 else 128 - code)
         seconds = round(time.monotonic() - run.start, 1)
-        write_json(self._step_record(run.step), {"title": run.step.title, "command": run.step.shown, "seconds": seconds})
+        record = {"title": run.step.title, "command": run.step.shown, "seconds": seconds, "commit": commit()}
+        write_json(self._step_record(run.step), record)
         say(f"{time.strftime('%H:%M:%S')} {run.step.title}: done in {seconds:.0f} s")
 
 

@@ -37,7 +37,7 @@ def values_of(bench: Table2Mini) -> dict[str, Any]:
     names = [name for name in bench.models if all((name, form, 1) in cells for form in FORMS)]
     found: dict[str, Any] = {
         "settings": {**bench.settings, "tasks": list(bench.tasks)},
-        "run": run_of(),
+        "run": run_of(bench.commits()),
         "seeds": bench.seeds,
         "models": {name: {**_cost(bench, name), "row": MODELS[name].row, "attention_only": MODELS[name].attention_only} for name in names},
         "cells": [_cell(bench, cell, drawn[key]) for key, cell in cells.items()],
