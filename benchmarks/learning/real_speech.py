@@ -108,8 +108,8 @@ class RealSpeech(SideBySide):
     sizes: tuple[str, ...] = ("small",)
     held_out: str = "theo"
     updates: int = 750
-    batch_seconds: float = 16.0
-    clusters: int = 100
+    batch_seconds: float = 32.0
+    clusters: int = 50
     teacher: str | None = None
     teacher_layer: int | None = None
     processes: int = 2
