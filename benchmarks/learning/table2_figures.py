@@ -204,15 +204,16 @@ def _sentence(found: dict[str, Any]) -> str:
         s = repeated["difference"]
         seen = "the same way" if s["low"] > 0 else "the other way" if s["high"] < 0 else "open"
         seeds = (
-            f"over {len(repeated['seeds'])} seeds of training the Conformer loses {s['value']:.1f} points more than the deep-narrow "
-            f"Sparseformer on {', '.join(repeated['tasks'])} (95% interval by Student's t: {s['low']:.1f} to {s['high']:.1f}), "
+            f"over {len(repeated['seeds'])} seeds of training the Conformer's loss minus that of the deep-narrow Sparseformer is "
+            f"{s['value']:.1f} points on {', '.join(repeated['tasks'])} (95% interval by Student's t: {s['low']:.1f} to {s['high']:.1f}), "
             f"which leaves it {seen}"
         )
+    more = "more" if d["value"] >= 0 else "less"
     return (
-        f"The paper's order {verdict}: at one bit, encoders with convolution lose {d['value']:.1f} points more than those of attention "
-        f"only, mean over tasks (95% interval over the test utterances: {d['low']:.1f} to {d['high']:.1f}; "
-        f"the paper: {order['paper_difference']:.1f}), in {order['pairs_of_the_claim']} of {order['pairs']} pairs of one of each (the "
-        f"paper: {order['pairs_of_the_claim_in_the_paper']}); {seeds}."
+        f"The paper's order {verdict}: at one bit, encoders with convolution lose {abs(d['value']):.1f} points {more} than those of "
+        "attention only, mean over tasks (loss of the former minus that of the latter, 95% interval over the test utterances: "
+        f"{d['low']:.1f} to {d['high']:.1f}; the paper: {order['paper_difference']:.1f}), and more in {order['pairs_of_the_claim']} of "
+        f"{order['pairs']} pairs of one of each (the paper: {order['pairs_of_the_claim_in_the_paper']}); {seeds}."
     )
 
 
