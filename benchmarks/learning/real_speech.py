@@ -171,10 +171,12 @@ class RealSpeech(SideBySide):
         for seed in range(1, self.seeds + 1):
             for heard in speech:
                 cells = [cell for cell in self.cells() if cell.heard == heard and cell.seed == seed]
-                rounds.append([self._chain(cell) for cell in cells if cell.size and cell.labels != "layer"])
+                # float models first, then what they are compared with, then one bit
+                order = sorted(cells, key=lambda cell: 2 if cell.form == "w1a1" else 0 if cell.trained else 1)
+                rounds.append([self._chain(cell) for cell in order if cell.labels != "layer"])
                 layers = [cell for cell in cells if cell.labels == "layer"]
                 rounds.append([[self._layer_labels(cell)] for cell in layers if cell.form == "float"])
-                rounds.append([self._chain(cell) for cell in (*layers, *(cell for cell in cells if not cell.size))])
+                rounds.append([self._chain(cell) for cell in layers])
         return rounds
 
     def _manifest(self, heard: str) -> Step:
