@@ -23,7 +23,7 @@ test test-long test-core kill-test: export OMP_NUM_THREADS ?= 1
 CORE      ?= .venv-core
 CORE_TESTS = checkpoints edge encoders exporting layers models optim profiling quant streaming
 
-.PHONY: help env demo test test-long test-core kill-test lint format docs clean
+.PHONY: help env demo test test-long test-core kill-test bench-compare lint format docs clean
 
 help:  ## say what each target does
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "%-12s %s\n", $$1, $$2 }'
@@ -68,6 +68,9 @@ test-core:  ## the core alone, with other versions: PYTHON=python3.13 TORCH=2.15
 kill-test: $(READY)  ## kill training and label making at random moments
 	$(BIN)/python benchmarks/reliability/kill_training.py --kills 30
 	$(BIN)/python benchmarks/reliability/kill_labels.py --kills 30
+
+bench-compare: $(READY)  ## two kept results of a benchmark: OLD=one_bit (its last two), or OLD=FILE.jsonl NEW=FILE.jsonl
+	$(BIN)/python benchmarks/records.py compare $(OLD) $(NEW)
 
 lint: $(READY)  ## ruff, codespell and mypy
 	$(BIN)/ruff check .

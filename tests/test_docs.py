@@ -128,7 +128,7 @@ def test_demo(tmp_path: Path) -> None:
     first = subprocess.run(command, capture_output=True, text=True, check=False)
     assert first.returncode == 0, first.stderr[-3000:]
     again = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
-    assert again.returncode == 0 and again.stderr.count("(done before)") == 8, again.stderr[-3000:]
+    assert again.returncode == 0 and again.stderr.count("(done before)") in (12, 13), again.stderr[-3000:]
     results = json.loads(again.stdout)
     valid, spotting = results["valid"], results["keyword spotting"]
     assert valid["accuracy"] > 1.5 * valid["majority"]

@@ -22,6 +22,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
 
@@ -30,6 +31,7 @@ import soundfile as sf
 import soxr
 
 from hubert_eff.config import SAMPLE_RATE
+from hubert_eff.errors import UserError
 from superb_tasks.data.generators.common import NOISES, noise, scaled
 from superb_tasks.data.generators.speech_commands import KEYWORDS, NOISE, OTHER_WORDS, SILENCE, UNKNOWN, folders, split_of
 from superb_tasks.data.layouts import SPEAKER_LIST, SPEAKERS, VOXCELEB
@@ -40,12 +42,17 @@ SILENCES = 20
 WORDS = dict(zip("0123456789", KEYWORDS, strict=True))
 
 
-def recordings(fsdd: Path) -> dict[tuple[str, str, int], Path]:
-    """Recordings by speaker, digit and index."""
+Recording = tuple[str, str, int]  # speaker, digit, index
+
+
+def recordings(fsdd: Path) -> dict[Recording, Path]:
+    """Recordings of all ten digits. Raises `UserError` where there are none."""
     found = {}
     for file in sorted(fsdd.rglob("*")):
         if match := re.fullmatch(r"(\d)_(\w+)_(\d+)\.(wav|flac)", file.name):
             found[match[2], match[1], int(match[3])] = file
+    if {digit for _, digit, _ in found} != set(WORDS):
+        raise UserError(f"{fsdd} has no DIGIT_SPEAKER_INDEX.wav or .flac of all ten digits: name the Free Spoken Digit Dataset")
     return found
 
 
@@ -53,11 +60,17 @@ def side_of(index: int) -> str:
     return "test" if index in TEST else "valid" if index in VALID else "train"
 
 
-def write(found: dict[tuple[str, str, int], Path], out: Path) -> None:
-    """Both layouts below `out`."""
+def read(file: Path) -> np.ndarray:
+    """The samples of a recording at 16 kHz, (S,) float32."""
+    audio, rate = sf.read(file, dtype="float32")
+    return np.clip(soxr.resample(audio, rate, SAMPLE_RATE), -1, 1)
+
+
+def write(found: Mapping[Recording, Path], sides: Mapping[Recording, str], out: Path) -> None:
+    """Both layouts below `out`, of the recordings that have a side: train, valid or test."""
     root, test_root = folders(out)
     voices = root.parent / VOXCELEB
-    numbers = dict(zip(sorted({speaker for speaker, _, _ in found}), SPEAKERS))
+    numbers = dict(zip(sorted({speaker for speaker, _, _ in sides}), SPEAKERS))
     # an id of each speaker in each part: which one a file belongs to is a hash of what stands before _nohash_
     ids = {
         (speaker, side): next(name for name in (f"{speaker}{n}" for n in count()) if split_of(name) == side)
@@ -65,10 +78,8 @@ def write(found: dict[tuple[str, str, int], Path], out: Path) -> None:
         for side in ("train", "valid", "test")
     }
     usage = []
-    for position, ((speaker, digit, index), file) in enumerate(found.items()):
-        audio, rate = sf.read(file, dtype="float32")
-        audio = np.clip(soxr.resample(audio, rate, SAMPLE_RATE), -1, 1)
-        side = side_of(index)
+    for position, ((speaker, digit, index), side) in enumerate(sides.items()):
+        audio = read(found[speaker, digit, index])
         name = f"{ids[speaker, side]}_nohash_{index}.wav"
         places = [(root / WORDS[digit] / name, audio)]
         if side == "test":
@@ -101,14 +112,15 @@ def main() -> int:
     parser.add_argument("--untrained", default="conformer-debug@0", help="its untrained counterpart (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     args = parser.parse_args()
-    found = recordings(args.fsdd) if args.fsdd.is_dir() else {}
-    if {digit for _, digit, _ in found} != set(WORDS):
-        parser.error(f"{args.fsdd} has no DIGIT_SPEAKER_INDEX.wav or .flac of all ten digits")
+    try:
+        found = recordings(args.fsdd)
+    except UserError as error:
+        parser.error(str(error))
     data = args.out / "data"
     if not data.is_dir():
         draft = args.out / "data.draft"
         shutil.rmtree(draft, ignore_errors=True)
-        write(found, draft)
+        write(found, {key: side_of(key[2]) for key in found}, draft)
         draft.rename(data)
     runs = []
     for upstream in (args.upstream, args.untrained, "s3prl:fbank_no_cmvn", "s3prl:mfcc", "s3prl:fbank"):

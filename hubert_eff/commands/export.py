@@ -45,8 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base-model", default="", metavar="NAME", help="model that it was trained from, for the README.md of --hf")
     parser.add_argument(
         "--dtype", choices=("fp32", "fp16", "bf16", "int8"), default="fp32",
-        help="what float tensors are kept in: fp16 is read back to compute in float32 (with --edge in float16), bf16 in bfloat16; int8: the encoder's "
-        "linear layers of a float model, which is fused, and all else in fp32 (default: %(default)s)",
+        help="what float tensors are kept in: fp16 is read back to compute in float32 (with --edge in float16), bf16 in bfloat16; "
+        "int8: the encoder's linear layers of a float model, which is fused, and all else in fp32 (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--float", action="store_true", help="float weights of a one-bit model, which can be trained on, in place of bits")
     parser.add_argument("--fuse", action="store_true", help="fold BatchNorms and scales into weights first (not of one-bit models)")

@@ -43,8 +43,8 @@ def export(
     fine-tuned model, leave out the heads. source: the checkpoint it comes from, of which the base name is kept; notes: more to say, as
     text by name. The label embeddings, which only pre-training uses, are left out. Warns of scales that never saw data.
     Raises `UserError` for another model or suffix, a fine-tuned one without `encoder_only`, one that `load` could not build again
-    (a module or a function of it was changed), a packed model where float weights are wanted, a fused one-bit model, weights that are not finite or
-    too large for fp16, and a note that is no text, or is named as what the file says of itself.
+    (a module or a function of it was changed), a packed model where float weights are wanted, a fused one-bit model, weights that are not
+    finite or too large for fp16, and a note that is no text, or is named as what the file says of itself.
     """
     if not isinstance(model, HubertModel):
         raise UserError(f"cannot export a {type(model).__name__}: expected a HubertModel, as is the `hubert` of a recognizer")

@@ -16,17 +16,17 @@ import sys
 import time
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import IO, Any, ClassVar
 
 from ..data.lines import read_json
 from ..errors import StepFailed, UserError
 from ..reports.training_log import read_log
 from ..utils.configurations import plugin_dir
-from ..utils.files import check_writable, config_dir, writable, write_json
+from ..utils.files import check_writable, config_dir, replacing, writable, write_json
 from ..utils.locks import locked
 from ..utils.signals import STEP
 
@@ -69,9 +69,22 @@ def quiet_environment() -> dict[str, str]:
     return {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore", STEP: "1"}
 
 
-def run_command(words: Sequence[object]) -> int:
-    """Run a command, its output on stderr; a stop is handed on to it, so that a training run saves. Its exit code."""
-    child = subprocess.Popen(command_line(*words), env=quiet_environment(), stdout=sys.stderr)
+def run_command(words: Sequence[object], stdout: Path | None = None) -> int:
+    """Run a command; a stop is handed on to it, so that a training run saves. Its exit code.
+
+    What it prints goes to stderr, or into a file, which appears once the command has succeeded.
+    """
+    if stdout is not None:
+        with replacing(stdout) as draft, draft.open("wb") as file:
+            code = _run(words, file)
+            if code:
+                raise StepFailed(shlex.join(map(str, words)), code)
+        return code
+    return _run(words, sys.stderr)
+
+
+def _run(words: Sequence[object], output: IO[Any]) -> int:
+    child = subprocess.Popen(command_line(*words), env=quiet_environment(), stdout=output)
     before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
     try:
         code = child.wait()
@@ -89,16 +102,21 @@ def run_command(words: Sequence[object]) -> int:
 
 @dataclass(frozen=True)
 class Step:
-    """A command of a recipe. `result`: a file that it leaves behind, without which it is run again though it has succeeded before."""
+    """A command of a recipe.
+
+    `result`: a file that it leaves behind, without which it is run again though it has succeeded before; `stdout`: the one that takes what
+    it prints.
+    """
 
     title: str
     words: tuple[object, ...]
     result: Path | None = None
+    stdout: Path | None = None
 
     @property
     def shown(self) -> str:
         """The command as a shell reads it."""
-        return shlex.join(map(str, self.words))
+        return shlex.join(map(str, self.words)) + (f" > {shlex.quote(str(self.stdout))}" if self.stdout else "")
 
 
 class Recipe(ABC):
@@ -114,8 +132,11 @@ class Recipe(ABC):
     out: Path
 
     @abstractmethod
-    def steps(self) -> list[Step]:
-        """The steps in order. Raises `UserError` for a path that a command cannot be given."""
+    def steps(self) -> Iterable[Step]:
+        """The steps in order; `run` takes each when those before it have ended, so that it may depend on what they found.
+
+        Raises `UserError` for a path that a command cannot be given.
+        """
 
     @abstractmethod
     def results(self) -> dict[str, Any]:
@@ -209,7 +230,7 @@ class Recipe(ABC):
         if step.result is not None:
             writable(step.result.parent)
         start = time.monotonic()
-        code = run_command(step.words)
+        code = run_command(step.words, step.stdout) if step.stdout else run_command(step.words)
         if code:
             raise StepFailed(step.title, code)
         seconds = round(time.monotonic() - start, 1)
