@@ -137,6 +137,8 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
                 f"{name}: no schedule for {missing[1].removeprefix('schedule/')} (RECIPE_DATA_OPTIM): choose another data= or optim="
             ) from error
         key = re.match(r"Could not override '([^']+)'", lines[0])
+        if key and _is_fairseqs(key[1]):  # which the configuration leaves at fairseq's default
+            return load_config(name, [f"+{word}" if word.partition("=")[0] == key[1] else word for word in overrides])
         if key:
             raise unknown(f"key in the overrides of {name}", key[1], _keys(load_config(name))) from error
         raise UserError(f"{' '.join([name, *overrides])}: {' '.join(lines[0].split())}") from error
@@ -147,6 +149,17 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     whole: Any = OmegaConf.to_container(composed, resolve=False)
     whole.pop("hydra")
     return {**whole, "hydra": {section: {key: own[section][key] for key in keys} for section, keys in HYDRA_KEYS.items()}}
+
+
+def _is_fairseqs(key: str) -> bool:
+    """Whether fairseq, where it is installed, has a key of its own by this name, such as common.bf16."""
+    if importlib.util.find_spec("fairseq") is None:
+        return False
+    from fairseq.dataclass.configs import FairseqConfig
+
+    section, _, own = key.partition(".")
+    group = getattr(FairseqConfig(), section, None)
+    return own in getattr(type(group), "__dataclass_fields__", {})
 
 
 def _keys(values: dict[str, Any], above: str = "") -> list[str]:

@@ -35,6 +35,14 @@ def test_a_preset_whose_configuration_has_another_name(capsys: pytest.CaptureFix
     assert line(capsys)[4] == "debug"
 
 
+def test_keys_that_fairseq_has_and_the_configuration_leaves_out(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("fairseq")
+    assert main(["train", "debug", *DATA, "common.bf16=true", "distributed_training.distributed_port=29500", "--dry-run"]) == 0
+    assert line(capsys)[-3:-1] == ["common.bf16=true", "distributed_training.distributed_port=29500"]
+    assert main(["train", "debug", *DATA, "common.bf61=true", "--dry-run"]) == 2
+    assert "common.bf61" in capsys.readouterr().err
+
+
 def test_a_plug_in_of_the_users_own(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "debug", *DATA, "common.user_dir=mine", "--dry-run"]) == 0
     assert [word for word in line(capsys) if word.startswith("common.user_dir=")] == ["common.user_dir=mine"]
