@@ -158,8 +158,8 @@ def _is_fairseqs(key: str) -> bool:
     from fairseq.dataclass.configs import FairseqConfig
 
     section, _, own = key.partition(".")
-    group = getattr(FairseqConfig(), section, None)
-    return own in getattr(type(group), "__dataclass_fields__", {})
+    group = getattr(FairseqConfig(), section, None)  # a class, or one of its instances
+    return own in getattr(group, "__dataclass_fields__", {})
 
 
 def _keys(values: dict[str, Any], above: str = "") -> list[str]:
