@@ -18,7 +18,7 @@ SHOWN = (
     re.compile(r"(?P<loaded>Loaded checkpoint .* @ \d+ updates\))"),
     re.compile(r"(?P<done>done training in [\d.]+ seconds)"),
 )
-NAMES = {"loss": "loss", "accuracy": "accuracy", "wer": "WER %", "uer": "letter errors %"}
+NAMES = {"loss": "loss", "accuracy": "accuracy", "wer": "WER %", "cer": "CER %"}
 
 
 class Console(logging.StreamHandler[TextIO]):
