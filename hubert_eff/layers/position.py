@@ -62,14 +62,15 @@ class PositionalConv1d(nn.Module):
         if self.weight is not None:
             return self.weight
         assert self.weight_v is not None and self.weight_g is not None
-        if self.weight_v.is_meta:  # the shape alone: torch would import for seconds to work out a norm's
-            return self.weight_v.detach()
         norm: Tensor = torch.linalg.vector_norm(self.weight_v, dim=(0, 1), keepdim=True)
         return self.weight_v * (self.weight_g / norm)
 
     def fold(self) -> PositionalConv1d:
         """Fold the weight normalization into the weight."""
-        self.weight = nn.Parameter(self.plain_weight())
+        if self.weight_v is not None and self.weight_v.is_meta:  # the shape alone: torch would import for seconds to work out a norm's
+            self.weight = nn.Parameter(self.weight_v.detach())
+        else:
+            self.weight = nn.Parameter(self.plain_weight())
         self.weight_v = self.weight_g = None
         return self
 

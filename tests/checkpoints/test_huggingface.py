@@ -189,7 +189,7 @@ def test_folders_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str
         hubert_eff.load(tmp_path)
     name = "encoder.layers.0.attention.k_proj.weight"
     save_file({**state, name: torch.zeros(32, 32, dtype=torch.int8)}, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match=f"{name} is I8: quantized weights are not read"):
+    with pytest.raises(UserError, match=f"{name} is torch.int8: quantized weights are not read"):
         hubert_eff.load(tmp_path)
     save_file({**state, name: torch.full((32, 32), torch.nan)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=f"{name} holds numbers that are not finite"):

@@ -21,7 +21,6 @@ pytest.importorskip("fairseq", reason="fairseq is not installed: pip install 'hu
 from fairseq import optim  # noqa: E402
 from fairseq.optim.lr_scheduler import build_lr_scheduler  # noqa: E402
 
-from fairseq_plugins.criterions import hubert_distill  # noqa: E402
 from fairseq_plugins.criterions.hubert_distill import HubertDistillCriterion  # noqa: E402
 
 from ..helpers.checkpoints import checkpoint  # noqa: E402
@@ -72,8 +71,12 @@ class Teacher(nn.Module):
 
 def losses(monkeypatch: pytest.MonkeyPatch, **weights: float) -> tuple[Tensor, int, dict[str, Any], list[Tensor]]:
     """Loss, frames, log, and the tensors that the loss is of."""
-    monkeypatch.setattr(hubert_distill.hubert_eff, "load", lambda path: Teacher())
-    monkeypatch.setattr(hubert_distill, "check_teacher", lambda teacher, student: None)
+
+    def teacher(criterion: HubertDistillCriterion, name: str, student: Any) -> Teacher:
+        criterion.same_classes = True
+        return Teacher()
+
+    monkeypatch.setattr(HubertDistillCriterion, "_by_shape", teacher)
     keys = {"codebook_weight": 0.0, "hidden_weight": 0.0, "hidden_normalize": False, **weights}
     criterion = HubertDistillCriterion(SimpleNamespace(model=None, note_file=lambda *_: None), "teacher.pt", **keys)
     leaves = [x.clone().requires_grad_() for x in (STUDENT_M, STUDENT_U, STATE)]

@@ -78,7 +78,7 @@ def test_scales_of_four_bits_train_in_every_encoder(encoder: str) -> None:
 def test_a_model_with_them_is_named_profiled_and_exported_and_not_packed(spec: str, tmp_path: Path) -> None:
     bits = SPECS[spec]
     model = open_model(f"conformer-debug+{spec}@3")
-    profile, one = hubert_eff.profile(model, seconds=1.0), hubert_eff.profile("conformer-debug+w1a1", seconds=1.0)
+    profile, one = hubert_eff.profile(model, seconds=1.0), hubert_eff.profile(open_model("conformer-debug+w1a1@3"), seconds=1.0)
     both = {pair for pair in profile.macs_by_bits if pair != (32, 32)}
     assert both == {(1, bits), (bits, bits)} and sum(profile.macs_by_bits.values()) == sum(one.macs_by_bits.values())
     weights, products = profile.macs_by_bits[1, bits], profile.macs_by_bits[bits, bits]

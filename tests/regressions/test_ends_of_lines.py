@@ -18,10 +18,10 @@ from fairseq.tasks.hubert_pretraining import LabelEncoder  # noqa: E402
 
 from fairseq_plugins.data import checks  # noqa: E402
 from fairseq_plugins.data.dataset import SeededHubertDataset  # noqa: E402
-from fairseq_plugins.data.transcripts import read_transcripts  # noqa: E402
 from fairseq_plugins.tasks.safe import SafeTask  # noqa: E402
 from hubert_eff.data.transcripts import Transcripts  # noqa: E402
 from hubert_eff.data.tsv import read_manifest  # noqa: E402
+from hubert_eff.recognition.transcripts import read_transcripts  # noqa: E402
 
 COUNT, SAMPLES, FRAMES = 9, 2000, 11
 LABELS = [[(7 * i + j * j) % 12 for j in range(FRAMES)] for i in range(COUNT)]  # of one and of two digits

@@ -15,7 +15,6 @@ from hubert_eff.checkpoints.load import average
 from hubert_eff.cli import main
 from hubert_eff.errors import UserError
 from hubert_eff.models.hubert import HubertModel
-from hubert_eff.profiling.precision import at_precision
 from hubert_eff.recognition import load_recognizer
 
 from ..helpers.recognizers import make, save
@@ -61,7 +60,6 @@ def doubled(model: HubertModel) -> HubertModel:
     "change, reason",
     [
         (doubled, "Doubled, where the configuration has hubert_eff.layers.linear.Linear"),
-        (lambda model: at_precision(model, "int8"), "lacks encoder.layers.0.fc1.bias"),
         (pruned, PRUNED),
         (with_more, "has more than its configuration describes, encoder.layers.0.adapter.bias and 1 others"),
         (widened, "post_extract_proj.weight is "),

@@ -58,7 +58,7 @@ def test_every_recipe_quotes_its_paths(tmp_path: Path) -> None:
     folder = tmp_path / ODD
     listed = [*recipe.steps(), *Binarization(folder, folder, folder).steps(), *Demo(folder / "demo").steps()]
     commands = [step.words for step in listed if step.words[0] == "fairseq-hydra-train"]
-    assert len(commands) == 2 + 3 + 1
+    assert len(commands) == 2 + 3 + 2
     for words in commands:
         odd = [read_back(str(word)) for word in words if "a=b" in str(word)]
         assert len(odd) >= 3 and all(value.startswith(str(tmp_path / ODD)) for value in odd)

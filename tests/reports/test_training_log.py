@@ -90,9 +90,9 @@ def test_report_of_a_run(tmp_path, capsys, monkeypatch):
     assert len(limits) == 1 and limits.pop() == pytest.approx((0.0, 41.2))  # one x axis
     loss = draw_curves([log, log]).axes[0]
     assert [list(line.get_ydata()) for line in loss.lines] == [[6.1, 5.5], [5.8, 5.9]] * 2
-    assert "overlaid" not in page
+    assert "curves of all runs" not in page
     (tmp_path / "runs" / "other").mkdir()
     (tmp_path / "runs" / "other" / LOG).write_text(SIMPLE)
     assert main(["report", str(tmp_path / "runs"), "--out", str(tmp_path / "both")]) == 0
-    assert "curves of all runs, overlaid" in (tmp_path / "both" / "report.html").read_text()
+    assert "curves of all runs" in (tmp_path / "both" / "report.html").read_text()
     assert (tmp_path / "both" / "training-together.png").stat().st_size > 1000
