@@ -83,7 +83,7 @@ def losses(monkeypatch: pytest.MonkeyPatch, **weights: float) -> tuple[Tensor, i
     output = {
         "logits_m": [leaves[0]], "targets_m": [torch.tensor([0, 1])], "logits_u": [leaves[1]], "targets_u": [torch.tensor([1])],
         "states": [leaves[2], torch.ones(2, 2, 1)], "masks": (MASKED, None), "mask_indices": MASKED, "padding_mask": PADDING,
-        "features_pen": torch.zeros(()),
+        "features_pen": torch.zeros(()), "x": torch.zeros(2, 2, 1),
     }  # fmt: skip
     sample = {"id": torch.arange(2), "target_list": [torch.zeros(2, 2)], "net_input": {"source": torch.zeros(2, 800), "padding_mask": None}}
     return *criterion(lambda **_: output, sample), leaves
