@@ -272,7 +272,7 @@ def test_commands_of_the_page_run(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     blocks = re.findall(r"<!-- run -->\n```(\w+)\n(.*?)```", page, re.S)
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     for language, body in blocks:
         program = ["bash", "-euo", "pipefail", "-c"] if language == "bash" else [sys.executable, "-c"]
         done = subprocess.run([*program, body], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
