@@ -12,7 +12,6 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,8 @@ from hubert_eff.data.lines import read_json
 from hubert_eff.errors import UserError
 from hubert_eff.reports.table2 import METRICS
 from superb_tasks.data.utterances import Row
+from superb_tasks.results.significance import drawn_figures, figure
 
-DRAWS = 2000
 Figures = NDArray[np.float64]
 
 
@@ -51,17 +50,8 @@ class Estimate:
 
 def quality(task: str, rows: Sequence[Row]) -> Figures:
     """Accuracy in %, or 100 minus the error rate in %, of (name, amount, of how many) per utterance: (1 + R,)."""
-    amounts, numbers = (np.array([row[i] for row in rows], dtype=np.float64) for i in (1, 2))
-    chosen = _chosen(len(rows))
-    share = np.append(amounts.sum() / numbers.sum(), amounts[chosen].sum(1) / np.maximum(numbers[chosen].sum(1), 1e-12))
-    values = 100 * share
+    values = 100 * np.append(figure(task, rows), drawn_figures(task, rows))
     return values if METRICS[task].more_is_better else 100 - values
-
-
-@lru_cache(4)
-def _chosen(count: int) -> NDArray[np.int64]:
-    """The utterances of each draw, (R, N): the same ones for every model."""
-    return np.random.default_rng(0).integers(count, size=(DRAWS, count))
 
 
 def estimate(figures: Figures) -> Estimate:

@@ -32,6 +32,7 @@ from typing import Any
 import soundfile as sf
 import torch
 from real_speech_figures import page, values_of
+from reporting import last_validation
 from side_by_side import Chain, SideBySide, main_of
 from superb_fsdd import Recording, read, recordings, write
 
@@ -39,7 +40,6 @@ import hubert_eff
 from hubert_eff.config import SAMPLE_RATE
 from hubert_eff.errors import UserError, unknown
 from hubert_eff.recipes.base import Step, training
-from hubert_eff.reports.training_log import read_log
 from hubert_eff.utils.files import temporary_folder, write_json, write_text
 
 PARTS = {"test": range(5), "valid": range(5, 8), "train": range(8, 23)}
@@ -271,9 +271,8 @@ class RealSpeech(SideBySide):
         return values
 
     def validation(self, cell: Cell) -> dict[str, float]:
-        """Masked accuracy and the share of the most frequent label at the last update, whose weights are probed."""
-        last = read_log(self.folder(cell) / "train.log").valid[-1]
-        return {"updates": last["num_updates"], "accuracy": last["correct_m_0"], "majority": last["majority_m_0"]}
+        """Of the pre-training of a cell."""
+        return last_validation(self.folder(cell) / "train.log")
 
     def finished(self) -> list[Cell]:
         """The cells whose steps have all succeeded."""

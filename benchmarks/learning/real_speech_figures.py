@@ -6,8 +6,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from comparison import DRAWS, Figures, estimate, mean, quality, read_rows, spread
+from comparison import Figures, estimate, mean, quality, read_rows, spread
 from reporting import markdown, run_of, show
+
+from superb_tasks.results.significance import DRAWS
 
 if TYPE_CHECKING:
     from real_speech import RealSpeech
@@ -135,7 +137,7 @@ def page(values: dict[str, Any]) -> str:
     lines = markdown(heads, rows)
     lines += [
         f"Accuracies in %, over seeds mean ± standard deviation. {settings['updates']} updates of {settings['batch_seconds']:g} s, "
-        f"{settings['clusters']} classes, unheard speaker: {settings['held_out']}. {run['cpu']}, busy; torch {run['torch']}, commit "
+        f"{settings['clusters']} classes, unheard speaker: {settings['held_out']}. {run['cpu']}; torch {run['torch']}, commit "
         f"{run['commit']}, {run['date']}; {sum(values['seconds'].values()) / 3600:.1f} h of commands of one thread each."
         + (f" {values['left']} cells are left." if values["left"] else ""),
         "",

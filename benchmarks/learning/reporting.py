@@ -14,6 +14,7 @@ import torch
 
 import hubert_eff
 from hubert_eff.profiling.machine import cpu_name
+from hubert_eff.reports.training_log import read_log
 
 
 @cache
@@ -27,6 +28,12 @@ def run_of(commits: Sequence[str]) -> dict[str, Any]:
     """What figures depend on besides the settings: processor, versions, the commits that ran the steps, date."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "hubert_eff": hubert_eff.__version__}
     return {"cpu": cpu_name(), "commit": ", ".join(commits), "date": time.strftime("%Y-%m-%d"), **versions}
+
+
+def last_validation(log: Path) -> dict[str, float]:
+    """Updates, masked accuracy and the share of the most frequent label at a run's last validation, whose weights are probed."""
+    last = read_log(log).valid[-1]
+    return {"updates": last["num_updates"], "accuracy": last["correct_m_0"], "majority": last["majority_m_0"]}
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:

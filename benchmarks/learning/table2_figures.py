@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from comparison import DRAWS, Estimate, Figures, estimate, mean, quality, ranks, read_result, read_rows, spread
+from comparison import Estimate, Figures, estimate, mean, quality, ranks, read_result, read_rows, spread
 from reporting import markdown, run_of, show
 from scipy.stats import kendalltau, t
 
 import hubert_eff
 from hubert_eff.reports.table2 import METRICS, PAPER_TABLE
+from superb_tasks.results.significance import DRAWS
 
 if TYPE_CHECKING:
     from table2_mini import Cell, Table2Mini
@@ -294,7 +295,7 @@ def page(values: dict[str, Any]) -> str:
     lines += [
         f"{settings['updates']} updates of {settings['batch_seconds']:g} s on {settings['minutes']:g} minutes, {settings['clusters']} MFCC "
         f"classes, learning rate {settings['rate']:g}, policy {settings['policy']}; {settings['superb_minutes']:g} minutes per data set of "
-        f"mini-SUPERB, heads of {heads}; bootstrap of {DRAWS} draws. {hours:.1f} h of commands of one thread each, on a busy machine: "
+        f"mini-SUPERB, heads of {heads}; bootstrap of {DRAWS} draws. {hours:.1f} h of commands of one thread each: "
         f"{run['cpu']}; torch {run['torch']}, commit {run['commit']}, {run['date']}."
         + (f" {values['left']} cells are left." if values["left"] else ""),
         "",

@@ -25,13 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from reporting import last_validation
 from side_by_side import Chain, SideBySide, main_of
 from table2_figures import page, values_of
 
 import hubert_eff
 from hubert_eff.errors import UserError, unknown
 from hubert_eff.recipes.base import Step, training
-from hubert_eff.reports.training_log import read_log
 from hubert_eff.utils.files import write_json, write_text
 from superb_tasks.tasks import choose
 
@@ -218,9 +218,8 @@ class Table2Mini(SideBySide):
         return values
 
     def validation(self, cell: Cell) -> dict[str, float]:
-        """Masked accuracy and the share of the most frequent label at the last update, whose weights are probed."""
-        last = read_log(self.folder(cell) / "train.log").valid[-1]
-        return {"updates": last["num_updates"], "accuracy": last["correct_m_0"], "majority": last["majority_m_0"]}
+        """Of the pre-training of a cell."""
+        return last_validation(self.folder(cell) / "train.log")
 
     def seconds_of(self, cell: Cell) -> dict[str, float]:
         """How long training and heads took."""

@@ -120,6 +120,8 @@ def run(args: argparse.Namespace) -> int:
     if args.onnx is not None:
         require_onnx_form(model)  # before --out is written
     if args.edge:
+        if whole is not model:
+            raise UserError("--edge is of an encoder: a recognizer's CTC layer and decoder are left out by --encoder-only")
         model = rewrite(model, half=args.dtype == "fp16", stable=True)
     if args.pt2 is not None:
         require_program(whole)

@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _row(name: str) -> dict[str, Any]:
+    from ..checkpoints.safetensors import pack_for_file
     from ..profiling import profile
     from ..profiling.cost import file_storage, model_of
 
@@ -53,7 +54,7 @@ def _row(name: str) -> dict[str, Any]:
         "parameters": found.params_without_labels,
         "gflop": found.gflop,
         "mb": found.storage_mb["file"],
-        "one_bit_mb": file_storage(model_of(name + ONE_BIT, structure=True)[0]) / 1e6,
+        "one_bit_mb": file_storage(pack_for_file(model_of(name + ONE_BIT, structure=True)[0], False)) / 1e6,
         "configurations": _configurations(name),
     }
 

@@ -11,6 +11,30 @@ AVX512BW inline uint32_t within512(const uint8_t* d, uint8_t furthest) {
     return _mm256_cmple_epu8_mask(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(d)), _mm256_set1_epi8(static_cast<char>(furthest)));
 }
 
+AVX512BW inline uint32_t above512(const float* x, float factor, const float* move, float limit) {
+    const __m512 f = _mm512_set1_ps(factor), t = _mm512_set1_ps(limit);
+    __m512 low = _mm512_mul_ps(_mm512_loadu_ps(x), f), high = _mm512_mul_ps(_mm512_loadu_ps(x + LANES), f);
+    if (move) low = _mm512_add_ps(low, _mm512_loadu_ps(move)), high = _mm512_add_ps(high, _mm512_loadu_ps(move + LANES));
+    return _mm512_kunpackw(_mm512_cmp_ps_mask(high, t, _CMP_GT_OQ), _mm512_cmp_ps_mask(low, t, _CMP_GT_OQ));
+}
+
+AVX512BW inline uint32_t at_most512(const int32_t* x, const int32_t* limit) {
+    const __mmask16 low = _mm512_cmple_epi32_mask(_mm512_loadu_si512(x), _mm512_loadu_si512(limit));
+    const __mmask16 high = _mm512_cmple_epi32_mask(_mm512_loadu_si512(x + LANES), _mm512_loadu_si512(limit + LANES));
+    return _mm512_kunpackw(high, low);
+}
+
+AVX512BW inline void collect512(const Column& c, uint32_t* words) {
+    const __m512 limit = _mm512_set1_ps(c.limit);
+    __m512i bits = _mm512_setzero_si512(), one = _mm512_set1_epi32(static_cast<int32_t>(1u << c.first));
+    for (int i = 0; i < c.count; ++i, one = _mm512_slli_epi32(one, 1)) {
+        __m512 x = _mm512_loadu_ps(c.x + i * c.stride);
+        if (c.move) x = _mm512_add_ps(x, _mm512_loadu_ps(c.move + i * c.move_stride));
+        bits = _mm512_mask_or_epi32(bits, _mm512_cmp_ps_mask(x, limit, _CMP_GT_OQ), bits, one);
+    }
+    _mm512_storeu_si512(words, bits);
+}
+
 struct Popcnt512 {
     using Operands = InPlace<Popcnt512>;
     static constexpr int rows = 8;
@@ -34,18 +58,9 @@ struct Popcnt512 {
             for (int p = 0; p < P; ++p) _mm512_storeu_si512(out + r * PAIR + p * LANES, sum[r][p]);
     }
 
-    AVX512POPCNT static inline uint32_t above(const float* x, float factor, const float* move, float limit) {
-        const __m512 f = _mm512_set1_ps(factor), t = _mm512_set1_ps(limit);
-        __m512 low = _mm512_mul_ps(_mm512_loadu_ps(x), f), high = _mm512_mul_ps(_mm512_loadu_ps(x + LANES), f);
-        if (move) low = _mm512_add_ps(low, _mm512_loadu_ps(move)), high = _mm512_add_ps(high, _mm512_loadu_ps(move + LANES));
-        return _mm512_kunpackw(_mm512_cmp_ps_mask(high, t, _CMP_GT_OQ), _mm512_cmp_ps_mask(low, t, _CMP_GT_OQ));
-    }
+    AVX512POPCNT static inline uint32_t above(const float* x, float factor, const float* move, float limit) { return above512(x, factor, move, limit); }
 
-    AVX512POPCNT static inline uint32_t at_most(const int32_t* x, const int32_t* limit) {
-        const __mmask16 low = _mm512_cmple_epi32_mask(_mm512_loadu_si512(x), _mm512_loadu_si512(limit));
-        const __mmask16 high = _mm512_cmple_epi32_mask(_mm512_loadu_si512(x + LANES), _mm512_loadu_si512(limit + LANES));
-        return _mm512_kunpackw(high, low);
-    }
+    AVX512POPCNT static inline uint32_t at_most(const int32_t* x, const int32_t* limit) { return at_most512(x, limit); }
 
     // The sum of the weights of n distances (whole vectors), of those less than `count` beyond `best`: by tables of 64 bytes.
     AVX512POPCNT static inline uint64_t weigh(const uint8_t* d, int64_t n, uint8_t best, const uint8_t (*bytes)[256], int64_t count) {
@@ -72,16 +87,7 @@ struct Popcnt512 {
 
     AVX512POPCNT static inline uint32_t within(const uint8_t* d, uint8_t furthest) { return within512(d, furthest); }
 
-    AVX512POPCNT static inline void collect(const Column& c, uint32_t* words) {
-        const __m512 limit = _mm512_set1_ps(c.limit);
-        __m512i bits = _mm512_setzero_si512(), one = _mm512_set1_epi32(static_cast<int32_t>(1u << c.first));
-        for (int i = 0; i < c.count; ++i, one = _mm512_slli_epi32(one, 1)) {
-            __m512 x = _mm512_loadu_ps(c.x + i * c.stride);
-            if (c.move) x = _mm512_add_ps(x, _mm512_loadu_ps(c.move + i * c.move_stride));
-            bits = _mm512_mask_or_epi32(bits, _mm512_cmp_ps_mask(x, limit, _CMP_GT_OQ), bits, one);
-        }
-        _mm512_storeu_si512(words, bits);
-    }
+    AVX512POPCNT static inline void collect(const Column& c, uint32_t* words) { collect512(c, words); }
 };
 
 struct Shuffle512 {
@@ -124,18 +130,9 @@ struct Shuffle512 {
             for (int p = 0; p < P; ++p) _mm512_storeu_si512(out + r * PAIR + p * LANES, sum[r][p]);
     }
 
-    AVX512BW static inline uint32_t above(const float* x, float factor, const float* move, float limit) {
-        const __m512 f = _mm512_set1_ps(factor), t = _mm512_set1_ps(limit);
-        __m512 low = _mm512_mul_ps(_mm512_loadu_ps(x), f), high = _mm512_mul_ps(_mm512_loadu_ps(x + LANES), f);
-        if (move) low = _mm512_add_ps(low, _mm512_loadu_ps(move)), high = _mm512_add_ps(high, _mm512_loadu_ps(move + LANES));
-        return _mm512_kunpackw(_mm512_cmp_ps_mask(high, t, _CMP_GT_OQ), _mm512_cmp_ps_mask(low, t, _CMP_GT_OQ));
-    }
+    AVX512BW static inline uint32_t above(const float* x, float factor, const float* move, float limit) { return above512(x, factor, move, limit); }
 
-    AVX512BW static inline uint32_t at_most(const int32_t* x, const int32_t* limit) {
-        const __mmask16 low = _mm512_cmple_epi32_mask(_mm512_loadu_si512(x), _mm512_loadu_si512(limit));
-        const __mmask16 high = _mm512_cmple_epi32_mask(_mm512_loadu_si512(x + LANES), _mm512_loadu_si512(limit + LANES));
-        return _mm512_kunpackw(high, low);
-    }
+    AVX512BW static inline uint32_t at_most(const int32_t* x, const int32_t* limit) { return at_most512(x, limit); }
 
     // The same by tables of sixteen bytes.
     AVX512BW static inline uint64_t weigh(const uint8_t* d, int64_t n, uint8_t best, const uint8_t (*bytes)[256], int64_t count) {
@@ -159,16 +156,7 @@ struct Shuffle512 {
 
     AVX512BW static inline uint32_t within(const uint8_t* d, uint8_t furthest) { return within512(d, furthest); }
 
-    AVX512BW static inline void collect(const Column& c, uint32_t* words) {
-        const __m512 limit = _mm512_set1_ps(c.limit);
-        __m512i bits = _mm512_setzero_si512(), one = _mm512_set1_epi32(static_cast<int32_t>(1u << c.first));
-        for (int i = 0; i < c.count; ++i, one = _mm512_slli_epi32(one, 1)) {
-            __m512 x = _mm512_loadu_ps(c.x + i * c.stride);
-            if (c.move) x = _mm512_add_ps(x, _mm512_loadu_ps(c.move + i * c.move_stride));
-            bits = _mm512_mask_or_epi32(bits, _mm512_cmp_ps_mask(x, limit, _CMP_GT_OQ), bits, one);
-        }
-        _mm512_storeu_si512(words, bits);
-    }
+    AVX512BW static inline void collect(const Column& c, uint32_t* words) { collect512(c, words); }
 };
 
 }  // namespace

@@ -57,7 +57,7 @@ def figure(task: str, rows: Sequence[Row]) -> float:
 
 def interval(task: str, rows: Sequence[Row], seed: int = 0) -> tuple[float, float]:
     """The 95% confidence interval of the metric."""
-    drawn = _draw(task, rows, seed)
+    drawn = drawn_figures(task, rows, seed)
     low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
@@ -66,7 +66,7 @@ def difference(task: str, ours: Sequence[Row], theirs: Sequence[Row], seed: int 
     """`ours` minus `theirs`, paired; None if the utterances are not the same."""
     if [row[0] for row in ours] != [row[0] for row in theirs]:
         return None
-    drawn = _draw(task, ours, seed) - _draw(task, theirs, seed)  # the same seed draws the same utterances
+    drawn = drawn_figures(task, ours, seed) - drawn_figures(task, theirs, seed)  # the same seed draws the same utterances
     low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     tail = min(np.mean(drawn <= 0), np.mean(drawn >= 0))
     p = min(1.0, max(2 * float(tail), 1 / DRAWS))  # not below what the draws can tell
@@ -81,8 +81,8 @@ def _columns(rows: Sequence[Row]) -> tuple[Values, Values]:
     return np.array([row[1] for row in rows], dtype=np.float64), np.array([row[2] for row in rows], dtype=np.float64)
 
 
-def _draw(task: str, rows: Sequence[Row], seed: int) -> Values:
-    """The metric of each draw, (R,)."""
+def drawn_figures(task: str, rows: Sequence[Row], seed: int = 0) -> Values:
+    """The metric of each draw, (R,): the same utterances are drawn for every model of a task."""
     first, second = _columns(rows)
     generator, measure = np.random.default_rng(seed), _measure(task)
     block = max(1, 2_000_000 // len(rows))  # draws at a time, of a full test set, too

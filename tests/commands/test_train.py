@@ -7,10 +7,14 @@ import logging
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import hubert_eff
 from hubert_eff.cli import main
+from hubert_eff.exporting.safetensors import export
+from hubert_eff.profiling.cost import file_storage
 from hubert_eff.reports.console import Console
 from hubert_eff.utils.configurations import config_dir, plugin_dir
 
@@ -87,10 +91,12 @@ def test_fairseq_hydra_train_started_wrong_is_one_line(words: list[str], said: s
     assert done.returncode == 2 and said in done.stderr.strip().splitlines()[-1] and "Traceback" not in done.stderr
 
 
-def test_list(capsys: pytest.CaptureFixture[str]) -> None:
+def test_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "conformer-d*", "sparseformer-debug", "--json"]) == 0
     small, sparse = json.loads(capsys.readouterr().out)
     assert small["preset"] == "conformer-debug" and small["parameters"] == 192_832 and "pretrain/debug" in small["configurations"]
+    export(hubert_eff.build("conformer-debug+w1a1"), tmp_path / "model.safetensors")
+    assert small["one_bit_mb"] * 1e6 == file_storage(hubert_eff.load(tmp_path / "model.safetensors"))
     assert sparse["preset"] == "sparseformer-debug" and 0 < sparse["one_bit_mb"] < sparse["mb"]
     assert main(["list", "sparseformer-debug"]) == 0
     assert "pretrain/sparseformer_debug" in capsys.readouterr().out

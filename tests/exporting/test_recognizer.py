@@ -66,6 +66,8 @@ def test_the_command_keeps_heads_and_transcribe_reads_them(tmp_path: Path, capsy
         said.append(json.loads(capsys.readouterr().out)["recordings"])
     assert said[0] == said[1]
     assert main(["export", str(checkpoint), "--out", str(file), "--encoder-only"]) == 0
+    assert main(["export", str(checkpoint), "--out", str(tmp_path / "edge.safetensors"), "--edge"]) == 2
+    assert "--edge is of an encoder" in capsys.readouterr().err and not (tmp_path / "edge.safetensors").exists()
     assert main(["transcribe", str(file), str(tmp_path / "a.wav")]) == 2
     assert "has no CTC layer" in capsys.readouterr().err
 
