@@ -75,7 +75,7 @@ def _take_log(path: Path, found: Findings) -> None:
     found.runs.append(run)
     files = [path.parent / name for name in CHECKPOINTS]
     for file in filter(Path.is_file, files[::-1]):
-        found.checkpoints[run.name] = str(file)
+        found.checkpoints[run.name] = os.path.abspath(file)  # as a SUPERB result names it, so that one model has one row
 
 
 def _take_result(path: Path, found: Findings) -> None:

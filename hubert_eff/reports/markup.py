@@ -99,7 +99,7 @@ def as_html(
     modules = [_modules(name, p) for name, p in found.profiles.items()]
     body = [
         f"<h1>{escape(title)}</h1>",
-        f"<p class=soft>hubert-eff {escape(__version__)}. Counts are of 10 s of audio; times are estimated unless they say measured.</p>",
+        f"<p class=soft>hubert-eff {escape(__version__)}. Counts are for 10 s of audio; times are estimated unless marked as measured.</p>",
         left_out,
         *(["<h2>Training</h2>", _panels(together, "all runs"), *map(_curves, curves)] if curves else []),
         *(["<h2>Cost</h2>", _found_table(found)] if found.profiles else []),
@@ -175,7 +175,7 @@ def _found_table(found: Findings) -> str:
         figures = (p.storage_mb["paper"], p.storage_mb["file"], p.gflop, p.bop_nonq_g, p.bop_bq_g, 1e4 * p.est_time_s["paper"])
         shown = f"the model of {short_name(runs[name])}" if name in runs and len(found.runs) == 1 else short_name(name)
         groups.append((shown, ([*map(_number, figures), f"{p.params_without_labels:,}"],)))
-    caption = "<p>Storage by the paper's formula, and of the file that export writes. Time is estimated by the paper's formula.</p>"
+    caption = "<p>Storage and time follow the paper's formulas; file MB is the size of the file that export writes.</p>"
     return caption + _table(("model", "storage MB", "file MB", *table1.HEADINGS[1:], "params"), groups)
 
 
@@ -202,11 +202,11 @@ def _image(svg: bytes) -> str:
 
 
 PARETO = (
-    "A stepped line joins the models that are best at their cost (the Pareto front): no other model is as cheap or cheaper, and as good "
-    "or better. A model off the line is beaten by one on it."
+    "A stepped line joins the models that are best at their cost (the Pareto front): no other model is both as cheap and as good, or "
+    "better. Every model off the line is beaten by one on it."
 )
 WITH_PAPER = "The paper's models carry its own figures (Tables 1 and 2, full LibriSpeech and SUPERB)."
-ALONE = "Results on other data or with fewer steps than SUPERB's compare among themselves only, without the paper's models."
+ALONE = "Compare results on other data, or with fewer steps than SUPERB's, only with each other; the paper's models are left out."
 
 
 def _charts(found: Findings, charts: Sequence[Chart]) -> str:

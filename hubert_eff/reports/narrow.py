@@ -12,11 +12,11 @@ from .table2 import GENERATED, METRICS, REFERENCES
 CHANCE = {"asv": 50.0, "qbe": 0.0}
 TOY = "°"  # marks figures of generated data
 NOTE = (
-    "Chance: the share of the most frequent class of the test set; of verification 50%, of detection 0. Best published: the leaderboard's "
-    "reference point, of the real data with SUPERB's settings."
+    "Chance is the share of the most frequent class of the test set; it is 50% for verification and 0 for detection. Best published is the "
+    "leaderboard's reference point, on the real data with SUPERB's settings."
 )
-TOY_NOTE = f"{TOY} is on generated data: neither the best published figure nor the paper's models are a yardstick for it."
-NO_UNTRAINED = "No untrained model is here: hubert-eff superb run --upstream PRESET@0 tells what the training is worth."
+TOY_NOTE = f"{TOY} marks figures on generated data: do not compare them with the best published figure or the paper's models."
+NO_UNTRAINED = "No untrained model is here: hubert-eff superb run --upstream PRESET@0 shows what the training is worth."
 
 Results = Mapping[str, Mapping[str, Any]]  # of a model: what result.json holds, by task
 

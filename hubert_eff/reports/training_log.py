@@ -37,7 +37,7 @@ class Panel:
 
 
 PANELS = (
-    Panel("loss, bits", (("loss", "train", "train"), ("loss", "valid", "valid")), from_zero=False),
+    Panel("loss, bits per frame", (("loss", "train", "train"), ("loss", "valid", "valid")), from_zero=False),
     Panel(
         "masked accuracy, %",
         (("correct_m_0", "train", "train"), ("correct_m_0", "valid", "valid"), ("majority_m_0", "valid", "most frequent label, valid")),
@@ -51,8 +51,8 @@ PANELS = (
     Panel("accuracy of the decoder, %", (("accuracy", "train", "train"), ("accuracy", "valid", "valid")), 100.0),
     Panel("norm of the gradient", (("gnorm", "train", "train"),), logarithmic=True),
     Panel("learning rate", (("lr", "train", "train"),)),
-    Panel("speed, s of audio per s", (("audio_per_s", "train", "train"),)),
-    Panel("memory, GB", (("mem_gb", "train", "most so far"),)),
+    Panel("speed, seconds of audio per second", (("audio_per_s", "train", "train"),)),
+    Panel("memory, GB", (("mem_gb", "train", "peak so far"),)),
 )
 NO_BETTER = "no better than always predicting the most frequent label"
 

@@ -85,7 +85,7 @@ def test_report_of_a_run(tmp_path, capsys, monkeypatch):
         assert (tmp_path / "out" / f"training-1.{kind}").stat().st_size > 1000
     log = read_log(run / LOG, "run")
     titles = [axis.get_title() for axis in draw_curves([log]).axes if axis.axison]
-    assert titles == ["loss, bits", "masked accuracy, %", "norm of the gradient", "learning rate"]  # of what was logged
+    assert titles == ["loss, bits per frame", "masked accuracy, %", "norm of the gradient", "learning rate"]  # of what was logged
     limits = {axis.get_xlim() for axis in draw_curves([log]).axes if axis.axison}
     assert len(limits) == 1 and limits.pop() == pytest.approx((0.0, 41.2))  # one x axis
     loss = draw_curves([log, log]).axes[0]

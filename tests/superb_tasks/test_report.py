@@ -149,7 +149,7 @@ def test_the_table_over_models(tmp_path, capsys):
     first, _, wide = (tmp_path / "out" / "superb.md").read_text().partition("| model |")
     assert first.startswith("| task | conformer-debug | conformer-debug@3, untrained | chance | best published |\n| --- | ---: |")
     assert "| ks accuracy ↑ | 96.30 | 50.00 | - | 96.66 |\n" in first and "| asv eer ↓ | 5.11 | - | 50.00 | 5.11 |\n" in first
-    assert "Best published: the leaderboard's" in first and values["narrow"]["rows"][1][0] == "ks accuracy ↑"
+    assert "Best published is the leaderboard's" in first and values["narrow"]["rows"][1][0] == "ks accuracy ↑"
     table = f"| model |{wide}".splitlines()
     assert "asr wer ↓" in table[0] and "50.00*" in table[3] and table[2].count("|") == table[0].count("|")
     assert cli(["superb", "report", str(full)]) == 0
