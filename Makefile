@@ -1,4 +1,4 @@
-# Two commands set up everything on a fresh machine with Python 3.11 and pip: `make demo` and `make test`. `make help` lists all.
+# On a fresh machine with Python 3.11 and pip, `make demo` or `make test` sets up everything. `make help` lists all targets.
 PYTHON  ?= $(shell command -v python3.11 || command -v python3)
 VENV    ?= .venv
 DEMO    ?= demo
@@ -6,32 +6,32 @@ WORKERS ?= 2
 BIN      = $(VENV)/bin
 READY    = $(VENV)/.hubert-eff-ready
 
-# the pins also hold for what builds the source distributions (the first variable up to pip 25.2, the second from 25.3 on)
+# the pins also apply to builds of source distributions (the first variable for pip up to 25.2, the second from 25.3 on)
 export PIP_CONSTRAINT       = $(CURDIR)/requirements-lock.txt
 export PIP_BUILD_CONSTRAINT = $(CURDIR)/requirements-lock.txt
 
-# fairseq's extensions are compiled as quickly as possible: those of its own flags (-O3) are used here, the others are not
+# fairseq's extensions are compiled as quickly as possible: this package uses only those that set their own flags (-O3)
 export CFLAGS              ?= -O0 -fwrapv -DNDEBUG
 
-# a module is compiled once and kept: thousands are imported by every process that a test, or a step of the demo, starts
+# keep compiled modules: every process of a test or of a step of the demo imports thousands of them
 unexport PYTHONDONTWRITEBYTECODE
 
-# models as small as those of the tests gain nothing from threads, which spin when other work shares the cores
+# the tests' small models gain nothing from threads, which spin when other work shares the cores
 test test-long test-core kill-test: export OMP_NUM_THREADS ?= 1
 
-# `make test-core PYTHON=python3.13 TORCH=2.15.0`: the core alone, with other versions, in an environment of its own (up to 6 GB)
+# `make test-core PYTHON=python3.13 TORCH=2.15.0` tests the core alone with other versions, in its own environment (up to 6 GB)
 CORE      ?= .venv-core
 CORE_TESTS = checkpoints edge encoders exporting layers models optim profiling quant streaming
 
 .PHONY: help env demo test test-long test-core kill-test bench-compare lint format docs clean
 
-help:  ## say what each target does
+help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "%-12s %s\n", $$1, $$2 }'
 
 env: $(READY)  ## set up .venv with the tested versions
 
-# fairseq-fixed and s3prl are source distributions that would pull the newest torch into their build environment: build them
-# without isolation, against the torch that is pinned here. fairseq's extensions take minutes: the rest is installed meanwhile
+# fairseq-fixed and s3prl are source distributions that would install the newest torch to build themselves, so they are built
+# without isolation, with the pinned torch. fairseq's extensions take minutes, and the rest is installed at the same time
 $(READY): pyproject.toml requirements-lock.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 13) else f"Python 3.11 or 3.12 needed; this is {v[0]}.{v[1]}: make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv $(VENV)
@@ -41,18 +41,18 @@ $(READY): pyproject.toml requirements-lock.txt
 	$(BIN)/python -m pip install --quiet --no-compile --no-build-isolation --find-links $(VENV)/wheels --editable '.[all,dev,docs]'
 	touch $@
 
-# corpus, labels, pre-training, second labels, keyword spotting, profile; finished steps are kept, so it resumes
-demo: $(READY)  ## the whole way on generated speech, into demo/
+# corpus, labels, pre-training, second labels, keyword spotting, profile; finished steps are kept, so that it resumes
+demo: $(READY)  ## run every step on generated speech, into demo/
 	$(BIN)/hubert-eff demo --out $(DEMO)
 
-test: $(READY)  ## the everyday tests
+test: $(READY)  ## run the everyday tests
 	$(BIN)/python -m pytest -m "not long" -q -n $(WORKERS) --dist loadfile
 
-test-long: $(READY)  ## the tests of whole runs
+test-long: $(READY)  ## run the tests of whole runs (minutes each)
 	$(BIN)/python -m pytest -m long -q -n $(WORKERS) --dist worksteal
 
-# sdist, wheel from it, and the tests that need nothing else, from outside of the checkout; the pins hold for none of it
-test-core:  ## the core alone, with other versions: PYTHON=python3.13 TORCH=2.15.0
+# builds the sdist and the wheel, then runs the tests that need nothing else, outside the checkout and without the pins
+test-core:  ## test the core alone with other versions: PYTHON=python3.13 TORCH=2.15.0
 	rm -rf $(CORE)
 	$(PYTHON) -m venv $(CORE)
 	cd $(CORE) && unset PIP_CONSTRAINT PIP_BUILD_CONSTRAINT && \
@@ -64,21 +64,21 @@ test-core:  ## the core alone, with other versions: PYTHON=python3.13 TORCH=2.15
 	../bin/python -c 'import hubert_eff, sys, torch; print(sys.version.split()[0], "torch", torch.__version__, hubert_eff.__file__)' && \
 	../bin/python -m pytest -m "not long" -q $(CORE_TESTS:%=tests/%)
 
-# kills training and label making at random moments; nothing may be lost
+# nothing that was saved may be lost
 kill-test: $(READY)  ## kill training and label making at random moments
 	$(BIN)/python benchmarks/reliability/kill_training.py --kills 30
 	$(BIN)/python benchmarks/reliability/kill_labels.py --kills 30
 
-bench-compare: $(READY)  ## two kept results of a benchmark: OLD=one_bit (its last two), or OLD=FILE.jsonl NEW=FILE.jsonl
+bench-compare: $(READY)  ## compare two kept results: OLD=one_bit (its last two), or OLD=FILE.jsonl NEW=FILE.jsonl
 	$(BIN)/python benchmarks/records.py compare $(OLD) $(NEW)
 
-lint: $(READY)  ## ruff, codespell and mypy
+lint: $(READY)  ## run ruff, codespell and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
 	$(BIN)/mypy
 
-format: $(READY)  ## put the code into ruff's format
+format: $(READY)  ## format the code with ruff
 	$(BIN)/ruff format .
 
 docs: export NO_MKDOCS_2_WARNING ?= 1

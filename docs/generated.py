@@ -1,4 +1,4 @@
-"""A hook of mkdocs: pages that are made from the code while the site is built, commands from argparse and keys from `option()`."""
+"""A hook of mkdocs that generates pages from the code: commands from argparse, and configuration keys from `option()`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def commands() -> str:
     """Every command with its usage and a table of its arguments."""
-    parts = ["# Commands", "What `hubert-eff COMMAND --help` says, of this version."]
+    parts = ["# Commands", "This page has the output of `hubert-eff COMMAND --help` for this version."]
     for group, names in cli.GROUPS.items():
         parts.append(f"## {group}")
         for name in names:
@@ -41,7 +41,7 @@ def commands() -> str:
 
 
 def subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    """Parsers of the sub-commands of one."""
+    """The parsers of the sub-commands of a parser."""
     found: dict[str, argparse.ArgumentParser] = {}
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -50,7 +50,7 @@ def subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPa
 
 
 def described(parser: argparse.ArgumentParser) -> Iterator[str]:
-    """Usage, example and arguments of a parser as Markdown."""
+    """Usage, example and arguments of a parser, as Markdown."""
     yield f"```text\n{parser.format_usage().removeprefix('usage: ').rstrip()}\n```"
     if parser.epilog:
         yield f"```\n{parser.epilog.removeprefix('Example: ')}\n```"
@@ -68,16 +68,17 @@ def described(parser: argparse.ArgumentParser) -> Iterator[str]:
         )
         rows.append((f"{name} {value}".strip(), formatter._expand_help(action) if text else ""))
     if rows:
-        yield "| argument | |\n|---|---|\n" + "\n".join(f"| {code(name)} | {cell(text)} |" for name, text in rows)
+        yield "| argument | meaning |\n|---|---|\n" + "\n".join(f"| {code(name)} | {cell(text)} |" for name, text in rows)
 
 
 def keys() -> str:
-    """Every key of the model section: those of all encoders, then what each adds, then a recognizer's."""
+    """Every key of the model section: the keys of all encoders, those that each encoder adds, and those of recognizers."""
     shared = {field.name for field in dataclasses.fields(HubertConfig)}
     parts = [
         "# Configuration keys",
-        "Keys of the section `model` of a configuration: `model.KEY=VALUE` for `hubert-eff train`, keywords of `hubert_eff.build` in "
-        "Python. `hubert-eff config NAME --explain` prints a whole configuration with the same texts; other sections are fairseq's.",
+        "These are the keys of the section `model` of a configuration. Set them as `model.KEY=VALUE` for `hubert-eff train`, or as "
+        "keywords of `hubert_eff.build` in Python. `hubert-eff config NAME --explain` prints a whole configuration with the same texts. "
+        "The other sections are fairseq's.",
         "## All encoders",
         table(HubertConfig, set()),
     ]
@@ -90,20 +91,20 @@ def keys() -> str:
 
 
 def table(config: Any, known: set[str]) -> str:
-    """Keys of a dataclass that are not known yet, as Markdown."""
+    """A Markdown table of the keys of a dataclass that are not in `known`."""
     rows = [
         f"| `{field.name}` | {code(repr(field.default))} | {cell(field.metadata.get('help', ''))} |"
         for field in dataclasses.fields(config)
         if field.name not in known
     ]
-    return "| key | default | |\n|---|---|---|\n" + "\n".join(rows)
+    return "| key | default | meaning |\n|---|---|---|\n" + "\n".join(rows)
 
 
 def code(text: str) -> str:
-    """A word of code in a cell."""
+    """A text as code in a cell."""
     return f"`{cell(text)}`"
 
 
 def cell(text: str) -> str:
-    """A text in a cell: bars would end it, and angle brackets would be tags."""
+    """A text in a cell, with escaped bars and angle brackets."""
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")

@@ -52,6 +52,16 @@ def test_options_exist(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", pages())
+def test_scripts_and_their_options_exist(name: str) -> None:
+    """Of `python benchmarks/...`, in blocks and in sentences."""
+    shared = (ROOT / "benchmarks" / "speed" / "harness.py").read_text(encoding="utf-8")
+    for script, words in re.findall(r"python (benchmarks/[\w/]+\.py)([^`\n]*)", page(name).replace("\\\n", " ")):
+        source = shared + (ROOT / script).read_text(encoding="utf-8")
+        for option in re.findall(r"--[a-z][\w-]*", words):
+            assert f'"{option}"' in source, f"{script} {option}"
+
+
+@pytest.mark.parametrize("name", pages())
 def test_links_lead_somewhere(name: str) -> None:
     folder = ROOT if name == "README" else (ROOT / "docs" / name).parent
     text = page(name)
