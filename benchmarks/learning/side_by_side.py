@@ -55,6 +55,10 @@ class SideBySide(Recipe):
     def rounds(self) -> list[list[Chain]]:
         """The rounds in order, of chains with the most wanted first."""
 
+    def accepts(self, step: Step, code: int) -> bool:
+        """Whether a step that has ended with this exit code has succeeded."""
+        return code == 0
+
     def steps(self) -> list[Step]:
         """All steps in order."""
         return [step for chains in self.rounds() for chain in chains for step in chain]
@@ -117,7 +121,7 @@ class SideBySide(Recipe):
 
     def _finish(self, run: Running) -> None:
         run.log.close()
-        if run.process.returncode:
+        if not self.accepts(run.step, run.process.returncode):
             lines = self.log_of(run.step).read_text(encoding="utf-8", errors="replace").splitlines()
             say("\n".join(lines[-SHOWN:]))
             code = run.process.returncode
