@@ -2,17 +2,18 @@
 
     python benchmarks/learning/fusion_figures.py SPEECH --out runs/fusion
 
-SPEECH is any folder of speech. Four models learn the same k-means labels of MFCC with the recipe of configs/pretrain/debug.yaml, of debug size
-with more blocks, and all with absolute positions:
+SPEECH is any folder of speech. Four models learn the same k-means labels of MFCC with the recipe of configs/pretrain/debug.yaml. They are
+of debug size but for the number of blocks, and have absolute positions:
 
     none         a Conformer without its LayerNorms; the BatchNorm of its convolution module stays, in all three Conformers
     batch_norm   a Conformer with BatchNorm in the places of LayerNorm
     layer_norm   a Conformer
     fusion       a FusionFormer: BatchNorm after every linear and convolutional layer
 
-Every `--every` updates a run records mean and variance of every layer's output on its batch (`task.trends_interval`). A run that stops because
-its loss or gradient is not finite is a result, too. What has finished is kept in OUT: the same command goes on where it was stopped. Writes
-fusion.json and three pictures, 800 px wide, to OUT; `--tables DIR` writes them to DIR from what has finished, and runs nothing.
+Every `--every` updates a run records mean and variance of every layer's output on its batch (`task.trends_interval`). A run that stops
+because its loss or gradient is not finite is a result, too. What has finished is kept in OUT: the same command goes on where it was
+stopped. Writes fusion.json and three pictures, 800 px wide, to OUT; `--tables DIR` writes them to DIR from what has finished, and
+runs nothing.
 
     fusion-curves.svg   loss in training, and masked accuracy of the valid split
     fusion-trends.svg   mean and variance of the output of every layer, over updates
@@ -22,6 +23,7 @@ fusion.json and three pictures, 800 px wide, to OUT; `--tables DIR` writes them 
 from __future__ import annotations
 
 import argparse
+import io
 import itertools
 import json
 import math
@@ -48,7 +50,7 @@ from hubert_eff.errors import UserError
 from hubert_eff.recipes.base import Step, training
 from hubert_eff.recognition.recordings import read_recording
 from hubert_eff.reports.training_log import read_log
-from hubert_eff.utils.files import replacing, write_text
+from hubert_eff.utils.files import write_text
 
 MODELS = {  # name -> title, configuration, keys
     "none": ("no norm", "debug", ("model.block_norm=none", "model.pos_enc_type=abs")),
@@ -97,20 +99,9 @@ class FusionFigures(SideBySide):
         """Manifest and labels; then the four runs."""
         data = self.out / "data"
         words = ("hubert-eff", "manifest", self.speech, "--out", data, "--join", 4, "--split-by", "file", "--valid-percent", 10)
-        label_words = (
-            "hubert-eff",
-            "labels",
-            data,
-            "--out",
-            data / "mfcc",
-            "--features",
-            "mfcc",
-            "--clusters",
-            self.clusters,
-            "--workers",
-            1,
-        )
-        return [[[Step("manifest", words), Step("labels", label_words)]], [[self.training(model)] for model in MODELS]]
+        source = ("--features", "mfcc", "--clusters", self.clusters, "--workers", 1)
+        labels = Step("labels", ("hubert-eff", "labels", data, "--out", data / "mfcc", *source))
+        return [[[Step("manifest", words), labels]], [[self.training(model)] for model in MODELS]]
 
     def training(self, model: str) -> Step:
         """The run of a model."""
@@ -147,12 +138,10 @@ class FusionFigures(SideBySide):
         finished = [model for model in MODELS if self._is_done(self.training(model), ())]
         if not finished:
             raise UserError(f"no run of {self.out} has finished: run the command without --tables")
-        values: dict[str, Any] = {
-            "settings": self.settings,
-            "run": run_of(self.commits()),
-            "models": {m: self.figures(m) for m in finished},
-        }
-        values["settings"]["speech"] = self.speech.name
+        values = {
+            "settings": {**self.settings, "speech": self.speech.name}, "run": run_of(self.commits()),
+            "models": {model: self.figures(model) for model in finished},
+        }  # fmt: skip
         write_text(place / "fusion.json", json.dumps(values) + "\n")
         for name, draw in (("curves", curves), ("trends", trends), ("depth", depth)):
             with drawn(place / f"fusion-{name}.svg") as figure:
@@ -174,8 +163,10 @@ class FusionFigures(SideBySide):
             "alarms": [str(alarm) for alarm in found],
             "trends": {
                 "updates": [record.update for record in records],
-                "mean": {name: [_short(record.layers[name][0]) for record in records] for name in names},
-                "variance": {name: [_short(record.layers[name][1]) for record in records] for name in names},
+                **{
+                    key: {name: [_short(record.layers[name][i]) for record in records] for name in names}
+                    for i, key in enumerate(("mean", "variance"))
+                },
             },
             "depth": variances(checkpoint, self.valid_speech()) if checkpoint.is_file() else None,
         }
@@ -255,8 +246,10 @@ def drawn(path: Path) -> Iterator[Any]:
     with matplotlib.rc_context({"svg.hashsalt": "hubert-eff", "font.size": 9, "axes.grid": True, "grid.color": "#d1d9e0"}):
         figure = Figure(figsize=(8, 3.4), layout="constrained", facecolor="white")
         yield figure
-        with replacing(path) as file:
-            figure.savefig(file, format="svg", metadata={"Date": None})
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None})
+        short = re.sub(r"^L .*$", lambda line: re.sub(r"(\.\d)\d+", r"\1", line[0]), text.getvalue(), flags=re.MULTILINE)
+        write_text(path, short)  # points of lines to a tenth of 1/72 inch
 
 
 def curves(values: dict[str, Any], figure: Any) -> None:
@@ -273,18 +266,18 @@ def curves(values: dict[str, Any], figure: Any) -> None:
     majority = [100 * row[2] for found in values["models"].values() for row in found["valid"][-1:]]
     if majority:
         right.axhline(max(majority), color="#57606a", linestyle="--", linewidth=1)
-        right.annotate(
-            "most frequent label", (0.99, max(majority)), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="#57606a"
-        )
+        place_of = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
+        right.annotate("most frequent label", (0.99, max(majority)), color="#57606a", **place_of)
     left.set(title="loss in training, bits", xlabel="updates")
     right.set(title="masked accuracy, valid split, %", xlabel="updates")
-    left.legend(frameon=False)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(MODELS), frameon=False)
 
 
 def trends(values: dict[str, Any], figure: Any) -> None:
     """Mean and variance of every layer's output over updates: a column per model, a line per layer, darker with depth."""
     from matplotlib import colormaps
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import NullLocator, SymmetricalLogLocator
 
     figure.set_size_inches(8, 4.6)
     blocks = values["settings"]["layers"]
@@ -297,8 +290,8 @@ def trends(values: dict[str, Any], figure: Any) -> None:
             continue
         for row, (axis, key) in enumerate(zip(column, ("variance", "mean"), strict=True)):
             for layer, series in found["trends"][key].items():
-                block, _ = place(layer)
-                if block.startswith("block "):
+                block, name = place(layer)
+                if name in LAYERS:
                     color = colormaps["viridis_r"](0.1 + 0.9 * int(block.removeprefix("block ")) / blocks)
                     shown = [value if value is not None and (row or value > 0) else math.nan for value in series]
                     axis.plot(found["trends"]["updates"], shown, color=color, linewidth=0.7)
@@ -307,6 +300,8 @@ def trends(values: dict[str, Any], figure: Any) -> None:
         axis.axhline(EXPLODED, color=FIRST[3], linestyle=":", linewidth=1)
     for axis in axes[1]:
         axis.set_yscale("symlog", linthresh=1.0)
+        axis.yaxis.set_major_locator(SymmetricalLogLocator(base=1000, linthresh=1.0))
+        axis.yaxis.set_minor_locator(NullLocator())
     axes[0][0].set_ylabel("variance of the output")
     axes[1][0].set_ylabel("mean of the output")
     marks = [Line2D([], [], color=colormaps["viridis_r"](0.1 + 0.9 * n / blocks), label=f"block {n}") for n in range(1, blocks + 1)]
@@ -316,6 +311,8 @@ def trends(values: dict[str, Any], figure: Any) -> None:
 
 def depth(values: dict[str, Any], figure: Any) -> None:
     """Variance of input, weight and output of every layer, from the first to the last."""
+    from matplotlib.ticker import NullFormatter
+
     figure.set_size_inches(8, 5.6)
     axes = figure.subplots(3, 1, sharex=True)
     places = [f"{n} {name}" for n, name in itertools.product(range(1, values["settings"]["layers"] + 1), LAYERS)]
@@ -330,12 +327,13 @@ def depth(values: dict[str, Any], figure: Any) -> None:
             )  # fmt: skip
     for axis, key in zip(axes, ("input", "weights", "output"), strict=True):
         axis.set(yscale="log", ylabel=f"variance, {key}")
+        axis.yaxis.set_minor_formatter(NullFormatter())
         axis.grid(visible=False, axis="x")
         for edge in range(len(LAYERS), len(places), len(LAYERS)):
             axis.axvline(edge - 0.5, color="#d1d9e0", linewidth=1)
     axes[-1].set_xticks([n * len(LAYERS) + (len(LAYERS) - 1) / 2 for n in range(values["settings"]["layers"])])
     axes[-1].set_xticklabels([f"block {n + 1}" for n in range(values["settings"]["layers"])])
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(MODELS), frameon=False)
 
 
 def page(values: dict[str, Any]) -> str:
@@ -350,7 +348,7 @@ def page(values: dict[str, Any]) -> str:
             f"{100 * valid[1]:.1f} ({100 * valid[2]:.1f})" if valid else "–",
             f"{ends[0]:.2g} to {ends[-1]:.2g}" if ends else "–",
             f"{max((v for series in last.values() for v in series if v is not None), default=math.nan):.2g}",
-            re.sub(r"^update", "update", found["alarms"][0]) if found["alarms"] else "none",
+            found["alarms"][0] if found["alarms"] else "none",
             found["stopped"] or "no",
         ))  # fmt: skip
     head = (
