@@ -34,6 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="weight W of CTC; rescore: decoder + W CTC; joint: (1 - W) decoder + W CTC, of log-probabilities (default: %(default)g)",
     )  # fmt: skip
     parser.add_argument(
+        "--length-penalty", type=float, default=0.0, metavar="A",
+        help="attention and joint: divide the score of a text of U symbols by ((5 + U) / 6) ** A, against texts that are too short, such "
+        "as by 0.6 (default: %(default)g, none)",
+    )  # fmt: skip
+    parser.add_argument(
         "--chunk-size", type=int, metavar="N",
         help="hear N frames of 20 ms at a time, as a stream does: a model pre-trained with model.streaming=true (default: all at once)",
     )  # fmt: skip
@@ -107,7 +112,7 @@ def _recordings(args: argparse.Namespace) -> int:
 
     model = load_recognizer(args.checkpoint)
     search = _one(_searches(args.search, [default_search(model)]), "--search")
-    check_search(model, search, args.beam, args.ctc_weight)
+    check_search(model, search, args.beam, args.ctc_weight, args.length_penalty)
     if args.chunk_size is None:
         size, left = parse_mode(_one(_modes(args, ["full"]), "--modes"))
     else:
@@ -128,7 +133,7 @@ def _recordings(args: argparse.Namespace) -> int:
                 continue
             finally:
                 advance(1)
-            texts = transcribe(model, wav, search, args.beam, args.ctc_weight, chunk_size=size, left_chunks=left)
+            texts = transcribe(model, wav, search, args.beam, args.ctc_weight, args.length_penalty, chunk_size=size, left_chunks=left)
             if args.json:
                 kept = [{"text": h.text, "score": round(h.score, 4)} for h in texts]
                 found.append({"audio": printable(path), "text": texts[0].text, "hypotheses": kept})
@@ -156,7 +161,7 @@ def _manifest(args: argparse.Namespace) -> int:
     modes = _modes(args, list(MODES) if args.score and model.hubert.config.streaming else ["full"])
     if not args.score:
         _one(searches, "--search"), _one(modes, "--modes")
-    found = evaluate(model, manifest, said, searches, modes, args.beam, args.ctc_weight)
+    found = evaluate(model, manifest, said, searches, modes, args.beam, args.ctc_weight, args.length_penalty)
     if args.json:
         names = {"checkpoint": args.checkpoint, "manifest": str(manifest.path), "transcripts": str(source) if source else None}
         texts = [{"audio": name, "text": text} for name, text in zip(found.names, found.rows[0].texts, strict=True)]

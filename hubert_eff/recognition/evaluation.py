@@ -67,7 +67,7 @@ class Evaluation:
 
 def evaluate(
     model: Recognizer, manifest: Manifest, said: Sequence[str], searches: Sequence[str], modes: Sequence[str], beam: int = 10,
-    ctc_weight: float = 0.5,
+    ctc_weight: float = 0.5, length_penalty: float = 0.0,
 ) -> Evaluation:  # fmt: skip
     """Hear all utterances of a manifest in every mode (`streaming.stream.parse_mode`), and search each in every way.
 
@@ -75,7 +75,7 @@ def evaluate(
     neighbors. Raises `UserError` for searches and modes that the model cannot do, before any work, and for recordings that cannot be used.
     """
     for search in searches:
-        check_search(model, search, beam, ctc_weight)
+        check_search(model, search, beam, ctc_weight, length_penalty)
     chunks = {mode: parse_mode(mode) for mode in modes}
     for size, left in chunks.values():
         model.hubert.chunks(size, left)
@@ -92,7 +92,7 @@ def evaluate(
                 for row in rows:
                     if row.mode == mode:
                         begin = time.perf_counter()
-                        row.texts += [texts[0].text for texts in decode(model, encoded, row.search, beam, ctc_weight)]
+                        row.texts += [texts[0].text for texts in decode(model, encoded, row.search, beam, ctc_weight, length_penalty)]
                         row.compute += took + time.perf_counter() - begin
             advance(len(group))
     return Evaluation(manifest.names[: len(said)], list(said), rows, seconds)

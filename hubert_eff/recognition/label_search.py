@@ -35,13 +35,15 @@ def batches(lengths: Sequence[int], beam: int) -> Iterator[list[int]]:
 
 @torch.no_grad()
 def label_search(
-    model: Recognizer, encoded: Sequence[Tensor], beam: int, ctc_weight: float = 0.0, longest: int | None = None
-) -> list[Found]:
+    model: Recognizer, encoded: Sequence[Tensor], beam: int, ctc_weight: float = 0.0, longest: int | None = None,
+    length_penalty: float = 0.0,
+) -> list[Found]:  # fmt: skip
     """The `beam` best texts that were found, by (1 - w) log p_decoder + w log p_CTC, w = `ctc_weight` (Watanabe et al. 2017, section IV-B).
 
     encoded: outputs of the encoder (T, D), one per utterance; `model` in eval mode. A text has at most `longest` letters, and at most as
-    many as its utterance has frames. Scores only fall as a text grows, so that an utterance is done when a text that has ended has a score
-    that no open one exceeds. Raises `UserError` for a model without a decoder, or, with a weight, one whose CTC layer has learned nothing.
+    many as its utterance has frames. With a `length_penalty` the score of a text that has ended is divided by its `norm`. Scores only fall
+    as a text grows, so that an utterance is done when a text that has ended has a score that no open one can exceed. Raises `UserError` for
+    a model without a decoder, or, with a weight, one whose CTC layer has learned nothing.
     """
     _ = model.head
     if ctc_weight:
@@ -50,12 +52,20 @@ def label_search(
     for batch in batches([len(x) for x in encoded], beam):
         memory = torch.nn.utils.rnn.pad_sequence([encoded[i] for i in batch], batch_first=True)
         lengths = torch.tensor([len(encoded[i]) for i in batch], device=memory.device)
-        for i, texts in zip(batch, _search(model, memory, lengths, beam, ctc_weight, longest), strict=True):
+        for i, texts in zip(batch, _search(model, memory, lengths, beam, ctc_weight, longest, length_penalty), strict=True):
             found[i] = texts
     return found
 
 
-def _search(model: Recognizer, memory: Tensor, lengths: Tensor, beam: int, weight: float, longest: int | None) -> list[Found]:
+def norm(letters: int, length_penalty: float) -> float:
+    """What the score of a text of so many letters is divided by: ((5 + U) / 6) ** `length_penalty`, U symbols with the end (Wu et al. 2016,
+    section 7, equation 14): 1 without a penalty, and of a text without letters."""
+    return float(((6 + letters) / 6) ** length_penalty)
+
+
+def _search(
+    model: Recognizer, memory: Tensor, lengths: Tensor, beam: int, weight: float, longest: int | None, length_penalty: float
+) -> list[Found]:
     """Of memory (B, T, D) with `lengths` (B,) valid frames."""
     device, end = memory.device, model.alphabet.end
     padding = torch.arange(memory.size(1), device=device) >= lengths[:, None]
@@ -74,12 +84,13 @@ def _search(model: Recognizer, memory: Tensor, lengths: Tensor, beam: int, weigh
         letters = torch.cat((letters + BLANK + 1, torch.full_like(letters[..., :1], end)), -1)  # (B, K, C), the last one is the end
         best = torch.cat((best, scores[..., end:]), -1)
         joint = best if ctc is None else (1 - weight) * best + weight * ctc.extend(letters)
-        _end(ended, alive, said, joint[..., -1], beam)
+        _end(ended, alive, said, joint[..., -1] / norm(length, length_penalty), beam)
         kept = min(beam, joint.size(1) * picked)
         top, index = joint[..., :-1].flatten(1).topk(kept, -1)  # (B, K')
         texts, places = index.div(picked, rounding_mode="floor"), index % picked
         going = [
-            row for row, i in enumerate(alive) if length < most[i] and (not ended[i] or ended[i][0][1] < float(top[row, 0]))
+            row for row, i in enumerate(alive)
+            if length < most[i] and (not ended[i] or ended[i][0][1] < float(top[row, 0]) / norm(most[i], length_penalty))
         ]  # fmt: skip
         if not going:
             break

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,7 @@ SEARCHES = {
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """A text, its letters as numbers, and its log-probability under what ranked it."""
+    """A text, its letters as numbers, and its log-probability under what ranked it, divided as the length penalty asks."""
 
     text: str
     letters: tuple[int, ...]
@@ -72,12 +73,14 @@ def searches_of(model: Recognizer) -> list[str]:
     return by_ctc + (by_decoder if model.decoder is not None else [])
 
 
-def check_search(model: Recognizer, search: str, beam: int, ctc_weight: float) -> None:
+def check_search(model: Recognizer, search: str, beam: int, ctc_weight: float, length_penalty: float = 0.0) -> None:
     """Raise `UserError` for an unknown search, one that the model cannot do, and bad numbers: before any work."""
     if search not in SEARCHES:
         raise unknown("search", search, SEARCHES)
     if beam < 1:
         raise UserError(f"--beam {beam} must be at least 1")
+    if not 0 <= length_penalty < math.inf:
+        raise UserError(f"--length-penalty {length_penalty:g} must be 0 (none) or more: 0.6 favors longer texts, 1 more so")
     if search in ("rescore", "attention", "joint"):
         _ = model.head
     if search != "attention":
@@ -88,15 +91,16 @@ def check_search(model: Recognizer, search: str, beam: int, ctc_weight: float) -
 
 @torch.no_grad()
 def decode(
-    model: Recognizer, encoded: Sequence[Tensor], search: str = "greedy", beam: int = 10, ctc_weight: float = 0.5
-) -> list[list[Hypothesis]]:
+    model: Recognizer, encoded: Sequence[Tensor], search: str = "greedy", beam: int = 10, ctc_weight: float = 0.5,
+    length_penalty: float = 0.0,
+) -> list[list[Hypothesis]]:  # fmt: skip
     """The texts of several recordings, the best first. encoded: outputs of the encoder (T, D); else as `transcribe`.
 
     Searches letter by letter take recordings of like lengths together, as many as bounded memory allows (`label_search.MOST_FRAMES`).
     """
-    check_search(model, search, beam, ctc_weight)
+    check_search(model, search, beam, ctc_weight, length_penalty)
     if search in ("attention", "joint"):
-        found = label_search(model, encoded, beam, ctc_weight if search == "joint" else 0.0)
+        found = label_search(model, encoded, beam, ctc_weight if search == "joint" else 0.0, length_penalty=length_penalty)
     else:
         found = [_by_ctc(model, x[None], search, beam, ctc_weight) for x in encoded]
     return [[Hypothesis(model.alphabet.text(labels), labels, score) for labels, score in texts] for texts in found]
@@ -115,16 +119,18 @@ def _by_ctc(model: Recognizer, encoded: Tensor, search: str, beam: int, ctc_weig
 
 @torch.no_grad()
 def transcribe(
-    model: Recognizer, wav: Tensor, search: str = "greedy", beam: int = 10, ctc_weight: float = 0.5, **chunks: Any
-) -> list[Hypothesis]:
+    model: Recognizer, wav: Tensor, search: str = "greedy", beam: int = 10, ctc_weight: float = 0.5, length_penalty: float = 0.0,
+    **chunks: Any,
+) -> list[Hypothesis]:  # fmt: skip
     """The texts of one recording, the best first (one if greedy). wav (1, S) at 16 kHz; `model` in eval mode.
 
     search: "greedy"; "beam", CTC prefix beam search; "rescore", the second pass: its texts ranked by the decoder's log-probability plus
     `ctc_weight` times CTC's (U2, Zhang et al. 2020, section 2.3); "attention", beam search letter by letter by the decoder alone; "joint",
     the same by (1 - `ctc_weight`) times its log-probability plus `ctc_weight` times CTC's of all that begins so (Watanabe et al. 2017).
+    length_penalty: in the last two, the power of the length that scores are divided by (`label_search.norm`); nothing to the others.
     chunks: `chunk_size` and `left_chunks` of the encoder.
     Raises `UserError` for an unknown search, one that needs a decoder without one, or CTC's where the CTC layer has learned nothing.
     """
-    check_search(model, search, beam, ctc_weight)
+    check_search(model, search, beam, ctc_weight, length_penalty)
     encoded, _ = model.encode(wav, **chunks)
-    return decode(model, [encoded[0]], search, beam, ctc_weight)[0]
+    return decode(model, [encoded[0]], search, beam, ctc_weight, length_penalty)[0]

@@ -83,17 +83,31 @@ def test_searches_by_letters_find_the_best_text_there_is(decoder: str, norm: str
         model.head.output.bias[model.alphabet.end] = -1.0  # texts of some length
         model.head.output.bias[0] = -9.0
         encoded = [torch.randn(3, 64), torch.randn(4, 64)]
-        for weight in (0.0, 0.4):
-            found = label_search(model, encoded, beam=400, ctc_weight=weight, longest=3)
+        for weight, penalty in itertools.product((0.0, 0.4), (0.0, 0.6, 3.0)):
+            found = label_search(model, encoded, beam=400, ctc_weight=weight, longest=3, length_penalty=penalty)
             for x, texts in zip(encoded, found, strict=True):
                 every = [text for n in range(4) for text in itertools.product(range(1, 5), repeat=n) if n <= 3]
                 scores = dict(zip(every, ((1 - weight) * s for s in decoder_scores(model, x[None], every)), strict=True))
                 if weight:
                     by_ctc = every_text_score(model.ctc_log_probs(x[None])[0])
                     scores = {text: score + weight * by_ctc.get(text, -math.inf) for text, score in scores.items()}
+                scores = {text: score / ((6 + len(text)) / 6) ** penalty for text, score in scores.items()}
                 best = max(scores, key=scores.__getitem__)
                 assert texts[0][0] == best and texts[0][1] == pytest.approx(scores[best], abs=1e-4)
                 assert [score for _, score in texts] == sorted((score for _, score in texts), reverse=True)
+
+
+def test_a_length_penalty_lengthens_texts() -> None:
+    model = recognizer()
+    encoded = [torch.randn(n, 64) for n in (8, 12)]
+    with torch.no_grad():
+        model.head.output.bias[0] = -9.0
+    for search in ("attention", "joint"):
+        lengths = [
+            sum(len(texts[0].letters) for texts in decode(model, encoded, search, beam=4, length_penalty=penalty))
+            for penalty in (0.0, 1.0, 4.0)
+        ]  # fmt: skip
+        assert lengths[0] <= lengths[1] <= lengths[2] and lengths[0] < lengths[2]
 
 
 def test_a_batch_is_one_by_one_and_bounded() -> None:
@@ -141,6 +155,8 @@ def test_a_model_can_do_what_it_has_learned() -> None:
         transcribe(both, wav, "best")
     with pytest.raises(UserError, match="must be between 0 and 1 for --search joint"):
         transcribe(recognizer(), wav, "joint", ctc_weight=1.0)
+    with pytest.raises(UserError, match=r"--length-penalty -1 must be 0 \(none\) or more"):
+        transcribe(recognizer(), wav, "attention", length_penalty=-1.0)
 
 
 def test_lstm_decoder_sees_no_padded_frame_and_learns() -> None:
