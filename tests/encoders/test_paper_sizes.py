@@ -94,6 +94,33 @@ def gflop(row: str) -> float:
     return 2e-9 * (before.total().macs + counts.total().macs - counts.total("pos_conv").macs)
 
 
+def papers_gflop(row: str) -> float:
+    """As Squeezeformer's table counts: positional tables of T rows instead of 2 T - 1, no layers that halve and restore the rate."""
+    config: Any = preset_config(CTC_AT_40_MS[row])
+    dim, frames, squeezed = config.encoder_embed_dim, 25 * SECONDS, row.startswith("Squeeze")
+
+    def block(t: int) -> int:
+        feed_forward, convolution = 16 * dim * dim, (4 * dim + 62) * dim if squeezed else (3 * dim + 31) * dim
+        attention = 4 * dim * dim + dim * dim + 3 * t * dim  # the position's projection and product have T rows, too
+        return t * (feed_forward + convolution + attention)
+
+    second = 9 * dim + dim * dim if squeezed else 9 * dim * dim  # separable or not, over 20 bins
+    front = 2 * frames * 40 * 9 * dim + frames * 20 * (second + dim * dim)
+    if not squeezed:
+        return 2e-9 * (front + (config.encoder_layers + (row == "Conformer-CTC-L")) * block(frames))
+    slow = config.time_recover_idx - config.time_reduce_idx
+    return 2e-9 * (front + (config.encoder_layers - slow) * block(frames) + slow * block(frames // 2))
+
+
+@pytest.mark.parametrize("row", CTC_AT_40_MS)
+def test_how_squeezeformers_table_counts(row: str) -> None:
+    paper = next(float(paper) for name, _, _, paper, _ in ROWS if name == row)
+    if row in ("Squeezeformer-S", "Squeezeformer-M", "Squeezeformer-L"):
+        assert f"{papers_gflop(row):.1f}" in SECTION and 1.105 < papers_gflop(row) / paper < 1.135
+    else:
+        assert round(papers_gflop(row), 1) == paper
+
+
 def test_every_row_is_there() -> None:
     assert {row for row, *_ in ROWS} == {*ZIPFORMER, *CTC_AT_40_MS, *FUSIONFORMER}
 
