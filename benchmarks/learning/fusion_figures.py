@@ -122,10 +122,11 @@ class FusionFigures(SideBySide):
         return code == 0 or (code == 1 and self.stopped(step) is not None)
 
     def stopped(self, step: Step) -> str | None:
-        """Why a training run ended before its last update, None if it did not."""
+        """At which update a training run found what is not finite, in words of its last line; None if it did not."""
         log = self.log_of(step)
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
-        return next((line.partition("stopped: ")[2] or line for line in reversed(lines) if "not finite" in line), None)
+        last = log.read_text(encoding="utf-8", errors="replace").splitlines()[-1:] if log.is_file() else []
+        found = re.search(r"stopped at (update \d+: .+ is (?:-?inf|nan)) \(utterances", "".join(last))
+        return found[1] if found else None
 
     # -- the figures -------------------------------------------------------------------------------------------------
 
