@@ -65,7 +65,7 @@ LAYERS = (
     "conv_module.pointwise_conv2", "ffn2.w_1", "ffn2.w_2",
 )  # fmt: skip
 UTTERANCES = 8  # of the valid split, over which depth is looked at
-Figures = dict[str, dict[str, float]]
+Figures = dict[str, dict[str, float | None]]
 
 
 @dataclass
@@ -159,7 +159,7 @@ class FusionFigures(SideBySide):
         return {
             "title": MODELS[model][0],
             "stopped": self.stopped(self.training(model)),
-            "loss": [[int(row["num_updates"]), row["loss"]] for row in log.train],
+            "loss": [[int(row["num_updates"]), row["loss"]] for row in log.train if math.isfinite(row["loss"])],
             "valid": [[int(row["num_updates"]), row["correct_m_0"], row["majority_m_0"]] for row in log.valid],
             "alarms": [str(alarm) for alarm in found],
             "trends": {
@@ -212,16 +212,16 @@ def variances(checkpoint: Path, speech: Sequence[Tensor]) -> Figures:
             handle.remove()
     return {
         key: {
-            "input": _mean(value for value, _ in rows), "weight": float(f"{weight(model, key).var():.3g}"),
+            "input": _mean(value for value, _ in rows), "weight": _short(float(weight(model, key).var())),
             "output": _mean(value for _, value in rows),
         }
         for key, rows in found.items()
     }  # fmt: skip
 
 
-def _mean(values: Iterator[float]) -> float:
+def _mean(values: Iterator[float]) -> float | None:
     rows = list(values)
-    return float(f"{sum(rows) / len(rows):.3g}")
+    return _short(sum(rows) / len(rows))
 
 
 def weight(model: Any, key: str) -> Tensor:
