@@ -369,13 +369,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("speech", type=Path, metavar="SPEECH", help="folder of speech")
     options.add_argument("--out", type=Path, required=True, metavar="DIR", help="runs, figures and pictures")
-    for name, what in (
-        ("layers", "blocks of each model"), ("updates", "updates of each run"), ("batch_seconds", "seconds of speech per update"),
-        ("clusters", "classes of the labels"), ("lr", "peak learning rate"), ("every", "updates between two records of layer trends"),
-        ("seed", "of all runs"), ("processes", "commands that run side by side"),
+    for option, what in (
+        ("--layers", "blocks of each model"), ("--updates", "updates of each run"), ("--batch-seconds", "seconds of speech per update"),
+        ("--clusters", "classes of the labels"), ("--lr", "peak learning rate"), ("--every", "updates between two records of layer trends"),
+        ("--seed", "seed of all runs"), ("--processes", "commands that run side by side"),
     ):  # fmt: skip
-        default = getattr(FusionFigures, name)
-        options.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"{what} (default: %(default)g)")
+        default = getattr(FusionFigures, option[2:].replace("-", "_"))
+        options.add_argument(option, type=type(default), default=default, help=f"{what} (default: %(default)g)")
     options.add_argument("--tables", type=Path, metavar="DIR", help="run nothing: write figures and pictures of what has finished to DIR")
     args = vars(options.parse_args(arguments))
     tables = args.pop("tables")
