@@ -17,13 +17,13 @@ export CFLAGS              ?= -O0 -fwrapv -DNDEBUG
 unexport PYTHONDONTWRITEBYTECODE
 
 # the tests' small models gain nothing from threads, which spin when other work shares the cores
-test test-long test-core kill-test: export OMP_NUM_THREADS ?= 1
+test test-long test-core kill-test coverage: export OMP_NUM_THREADS ?= 1
 
 # `make test-core PYTHON=python3.13 TORCH=2.15.0` tests the core alone with other versions, in its own environment (up to 6 GB)
 CORE      ?= .venv-core
 CORE_TESTS = checkpoints edge encoders exporting layers models optim profiling quant streaming
 
-.PHONY: help env demo test test-long test-core kill-test bench-compare lint format docs clean
+.PHONY: help env demo test test-long test-core kill-test coverage bench-compare lint format docs clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "%-12s %s\n", $$1, $$2 }'
@@ -50,6 +50,9 @@ test: $(READY)  ## run the everyday tests
 
 test-long: $(READY)  ## run the tests of whole runs (minutes each)
 	$(BIN)/python -m pytest -m long -q -n $(WORKERS) --dist worksteal
+
+coverage: $(READY)  ## run the everyday tests and report the share of lines that they run, by file
+	$(BIN)/python -m pytest -m "not long" -q -n $(WORKERS) --dist loadfile --cov --cov-report=term:skip-covered
 
 # builds the sdist and the wheel, then runs the tests that need nothing else, outside the checkout and without the pins
 test-core:  ## test the core alone with other versions: PYTHON=python3.13 TORCH=2.15.0
@@ -86,4 +89,4 @@ docs: $(READY)  ## build the documentation into site/, strictly
 	$(BIN)/python -m mkdocs build --strict --quiet
 
 clean:  ## remove .venv, demo/, site/ and build folders
-	rm -rf $(VENV) $(CORE) $(DEMO) site build *.egg-info
+	rm -rf $(VENV) $(CORE) $(DEMO) site build .coverage* *.egg-info

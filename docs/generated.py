@@ -1,10 +1,12 @@
-"""A hook of mkdocs that generates pages from the code: commands from argparse, and configuration keys from `option()`."""
+"""A hook of mkdocs that generates pages from the code: commands from argparse, configuration keys from `option()`, and the examples."""
 
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -18,12 +20,15 @@ from hubert_eff.recognition.model import RecognizerConfig
 
 CLI = "reference/cli.md"
 KEYS = "reference/configuration.md"
+EXAMPLES = "examples.md"
+FOLDER = Path(__file__).resolve().parents[1] / "examples"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages."""
     files.append(File.generated(config, CLI, content=commands()))
     files.append(File.generated(config, KEYS, content=keys()))
+    files.append(File.generated(config, EXAMPLES, content=examples()))
     return files
 
 
@@ -87,6 +92,16 @@ def keys() -> str:
         if {field.name for field in dataclasses.fields(own)} - shared:
             parts += [f"## {name}", table(own, shared)]
     parts += ["## Recognizers", table(RecognizerConfig, shared)]
+    return "\n\n".join(parts) + "\n"
+
+
+def examples() -> str:
+    """Every script of examples/ under its name."""
+    parts = ["# Examples", "These are the scripts of `examples/`. Each runs offline, on sound that it makes itself, in seconds on a CPU."]
+    for path in sorted(FOLDER.glob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        said = str(ast.get_docstring(ast.parse(text)))
+        parts += [f"## {path.name}", said, f"```python\n{text.split(chr(34) * 3, 2)[2].strip()}\n```"]
     return "\n\n".join(parts) + "\n"
 
 

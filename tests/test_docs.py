@@ -100,6 +100,7 @@ def test_generated_pages_are_whole() -> None:
     for name in cli.COMMANDS:
         assert f"\n### hubert-eff {name}\n\n" in generated.commands()
     assert "\n#### hubert-eff superb run\n" in generated.commands() and "| `--json` |" in generated.commands()
+    assert all(f"\n## {path.name}\n\n" in generated.examples() for path in (ROOT / "examples").glob("*.py"))
     for name in hubert_eff.list_encoders():
         assert all(f"\n| `{field.name}` |" in generated.keys() for field in dataclasses.fields(get_encoder(name).config))
 
