@@ -47,14 +47,21 @@ class Dictionary:
 
 
 def load(path: str | os.PathLike[str]) -> HubertModel:
-    """Load a model in eval mode, on the CPU: our export (.safetensors), a fairseq checkpoint (.pt) of this plug-in, or stock HuBERT.
+    """Load a trained model.
 
-    Of others: HuBERT and wav2vec 2.0 in a folder of Hugging Face, or a file of weights in it; in state dicts of torchaudio; in what S3PRL
-    makes of fairseq's checkpoints.
+    It reads exports of this package (.safetensors) and fairseq checkpoints (.pt) of this plug-in and of stock HuBERT. It also reads HuBERT
+    and wav2vec 2.0 from folders of Hugging Face (or a file of weights in one), state dicts of torchaudio, and the checkpoints that S3PRL
+    converts from fairseq's. From a fine-tuned checkpoint it loads the encoder alone; `hubert_eff.recognition.load_recognizer` also loads
+    the heads. Nothing in a file is executed.
 
-    Of a fine-tuned checkpoint this is the encoder; `hubert_eff.recognition.load_recognizer` takes its heads along.
+    Args:
+        path: a file, or a folder of Hugging Face.
 
-    Raises `UserError` if the file is missing, is no checkpoint, holds pickled code, or is of a model that cannot be rebuilt exactly.
+    Returns:
+        The model, in eval mode, on the CPU.
+
+    Raises:
+        UserError: the file is missing, is not a checkpoint, holds pickled code, or describes a model that cannot be rebuilt exactly.
     """
     file = Path(path)
     if file.is_dir():

@@ -31,13 +31,20 @@ def digest_of(name: str | os.PathLike[str]) -> str | None:
 
 
 def open_model(name: str | os.PathLike[str], *, structure: bool = False, **overrides: Any) -> HubertModel:
-    """The model, in eval mode, that a name stands for: FILE or `PRESET[+wNaM][@SEED]`; a file wins over a preset of its name.
+    """Open the model that a name stands for: a file or `PRESET[+wNaM][@SEED]`. A file wins over a preset of its name.
 
-    A file, or a folder of Hugging Face, is read by `hubert_eff.load`. A preset has the random weights of its seed, 0 if none is given; the
-    global random state stays as it is. overrides: keys of a preset's configuration; a file keeps its own. structure: build a preset without
-    storage, on the meta device.
+    The global random state stays as it is.
 
-    Raises `UserError` for a name that is neither, a seed that is no number, and as `load` and `build` do.
+    Args:
+        name: a file or folder that `load` reads, or a preset; its random weights are those of the seed, 0 if none is given.
+        structure: build a preset on the meta device, without storage for its weights.
+        **overrides: keys of the configuration that replace those of the preset; a file keeps its own.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        UserError: the name is neither a file nor a preset, the seed is not a number, or `load` or `build` refuse it.
     """
     source = os.fspath(name)
     if not source:

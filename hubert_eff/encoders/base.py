@@ -80,12 +80,15 @@ def published_size(layers: int, dim: int, heads: int) -> dict[str, Any]:
 
 
 class Encoder(nn.Module):
-    """Projected features (B, T, input_dim) -> (B, T, D), through `encoder_layers` blocks at 20 ms per frame.
+    """The base of all encoders: positions and a stack of blocks, at 20 ms per frame.
 
-    x + positional convolution, LayerNorm, blocks (or blocks, LayerNorm if `layer_norm_first`), as in wav2vec 2.0, section 2.
-    Padded frames are zero on the way in and on the way out, and reach no valid frame.
+    It adds the positional convolution to its input and applies LayerNorm and the blocks, or the blocks and LayerNorm if
+    `layer_norm_first` (wav2vec 2.0, Baevski et al. 2020, section 2). Padded frames are zero in its input and output, and reach no valid
+    frame. A derived class defines `build_block`. If its blocks keep to `Frames.chunks`, it sets `chunk_multiple`: the number of frames in a
+    chunk is a multiple of it.
 
-    An encoder whose blocks keep to `Frames.chunks` says so by `chunk_multiple`: the frames of a chunk are a multiple of it.
+    Args:
+        config: the configuration of the model.
     """
 
     chunk_multiple: int | None = None  # None: this encoder cannot run in chunks
@@ -109,28 +112,62 @@ class Encoder(nn.Module):
         self.init_weights()
 
     def kinds(self) -> Mapping[str, Kind]:
-        """Which parts of the encoder itself are of which kind (layers/kinds.py); the modules of its blocks declare their own."""
+        """Declare the kinds of the encoder's own parts (layers/kinds.py); the modules of its blocks declare theirs.
+
+        Returns:
+            The kind of each part by the name of its attribute.
+        """
         return {"pos_conv": Kind(POSITIONAL_CONV)}
 
     def build_block(self, config: HubertConfig, index: int) -> nn.Module:
-        """Block `index`, called as block(x (B, T, D), frames: Frames) -> (B, T, D)."""
+        """Build one block.
+
+        Args:
+            config: the configuration of the model.
+            index: the number of the block, from 0.
+
+        Returns:
+            A module that is called as block(x (B, T, D), frames: Frames) -> (B, T, D).
+
+        Raises:
+            TypeError: the derived class does not define this method.
+        """
         raise TypeError(f"{type(self).__name__} must define build_block")
 
     def build_norm(self, config: HubertConfig) -> nn.Module:
-        """The norm before the first block, or after the last one if `layer_norm_first`."""
+        """Build the norm before the first block, or after the last one if `layer_norm_first`.
+
+        Args:
+            config: the configuration of the model.
+
+        Returns:
+            A module (B, T, D) -> (B, T, D).
+        """
         return nn.LayerNorm(config.encoder_embed_dim)
 
     @property
     def block_rates(self) -> list[int]:
-        """Frames of 20 ms per frame of each block's output."""
+        """The rate of each block: how many frames of 20 ms one frame of its output stands for."""
         return [1] * len(self.layers)
 
     def positions(self, x: Tensor, keys: int) -> Tensor | None:
-        """A positional table for x (B, T, D) and so many keys (T, or more in a stream) that all blocks share, if the encoder has one."""
+        """Make the positional table that all blocks share.
+
+        Args:
+            x: input of the blocks (B, T, D).
+            keys: the number of keys: T, or more in a stream.
+
+        Returns:
+            The table; None for an encoder without one.
+        """
         return None
 
     def set_num_updates(self, num_updates: int) -> None:
-        """Tell the encoder how many updates have been made: which blocks LayerDrop skips depends on it."""
+        """Tell the encoder how many updates have been made: which blocks LayerDrop skips depends on it.
+
+        Args:
+            num_updates: the number of updates.
+        """
         self.num_updates = num_updates
 
     def _kept(self, depth: int, layerdrop: float) -> list[bool]:
@@ -141,7 +178,7 @@ class Encoder(nn.Module):
         return [draw >= layerdrop for draw in torch.rand(depth, generator=generator).tolist()]
 
     def init_weights(self) -> None:
-        """Linear layers: normal with deviation 0.02 and zero bias (BERT, as in HuBERT)."""
+        """Draw the weights of linear layers from a normal distribution of deviation 0.02 and set biases to zero (BERT, as in HuBERT)."""
         for module in self.layers.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
@@ -149,9 +186,19 @@ class Encoder(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None, layer: int | None = None, chunks: Chunks | None = None) -> Tensor:
-        """Output of block `layer` (1 ... L, or 0 for what enters block 1; default: the last), (B, T, D). LayerDrop is on in train mode.
+        """Run the blocks. LayerDrop is on in train mode.
 
-        padding_mask: (B, T) bool, True = padding; chunks: those of `HubertModel.chunks`. Raises `UserError` for a layer that is not there.
+        Args:
+            x: projected features (B, T, input_dim).
+            padding_mask: (B, T) bool, True for padding; None where nothing is padded.
+            layer: the block whose output is returned (1 ... L, or 0 for what enters block 1); None for the last.
+            chunks: what `HubertModel.chunks` returns; None for the whole utterance.
+
+        Returns:
+            The output (B, T, D).
+
+        Raises:
+            UserError: the encoder does not have the layer.
         """
         depth = len(self.layers) if layer is None else layer
         if not 0 <= depth <= len(self.layers):
@@ -159,7 +206,16 @@ class Encoder(nn.Module):
         return self._run(x, padding_mask, depth, self.layerdrop if self.training else 0.0, chunks)[-1]
 
     def hidden_states(self, x: Tensor, padding_mask: Tensor | None = None, chunks: Chunks | None = None) -> list[Tensor]:
-        """State 0 (what enters block 1) and the output of every block, each (B, T, D); LayerDrop is off."""
+        """Run the blocks and keep what each gives. LayerDrop is off.
+
+        Args:
+            x: projected features (B, T, input_dim).
+            padding_mask: (B, T) bool, True for padding; None where nothing is padded.
+            chunks: what `HubertModel.chunks` returns; None for the whole utterance.
+
+        Returns:
+            State 0, which enters block 1, and the output of every block, each (B, T, D).
+        """
         return self._run(x, padding_mask, len(self.layers), 0.0, chunks)
 
     def _run(self, x: Tensor, padding_mask: Tensor | None, depth: int, layerdrop: float, chunks: Chunks | None = None) -> list[Tensor]:
@@ -191,9 +247,15 @@ class Encoder(nn.Module):
         return states
 
     def run_blocks(self, x: Tensor, frames: Frames, kept: list[bool]) -> list[Tensor]:
-        """States 0 ... len(kept), each (B, T, D) at 20 ms: x, then the output of each of the first blocks; those not `kept` are skipped.
+        """Run the first blocks. An encoder that changes rate or width between its blocks overrides this.
 
-        An encoder that changes rate or width between its blocks overrides this.
+        Args:
+            x: input of block 1 (B, T, D).
+            frames: what blocks need to know of it.
+            kept: one entry for each block to run; a block is skipped where it is False.
+
+        Returns:
+            x and the output of each block, (B, T, D) at 20 ms per frame.
         """
         states = [x]
         for block, keep in zip(self.layers, kept, strict=False):
@@ -203,8 +265,19 @@ class Encoder(nn.Module):
         return states
 
     def run_block(self, block: nn.Module, x: Tensor, frames: Frames) -> Tensor:
-        """One block. In training it is compiled with `compile_blocks` (not in chunks, whose tables change from batch to batch), and with
-        `checkpoint_activations` its activations are recomputed in the backward pass."""
+        """Run one block.
+
+        In training it is compiled if `compile_blocks` is set (not in chunks, whose tables change from batch to batch), and its activations
+        are recomputed in the backward pass if `checkpoint_activations` is.
+
+        Args:
+            block: the block.
+            x: its input (B, T, D).
+            frames: what it needs to know of x.
+
+        Returns:
+            Its output (B, T, D).
+        """
         call = compiled_call() if self.compile_blocks and self.training and frames.chunks is None else call_block
         if self.checkpoint_activations and self.training:
             y: Tensor = checkpoint(call, block, x, frames, use_reentrant=False, context_fn=partial(once_tracked, block))
@@ -212,7 +285,16 @@ class Encoder(nn.Module):
         return call(block, x, frames)
 
     def frames(self, x: Tensor, valid: Tensor | None = None, chunks: Chunks | None = None) -> Frames:
-        """What blocks need to know of x (B, T, D), whose frames are `valid` (B, T)."""
+        """Collect what blocks need to know of their input.
+
+        Args:
+            x: input of the blocks (B, T, D).
+            valid: (B, T) bool, False for padding; None where nothing is padded.
+            chunks: what `HubertModel.chunks` returns; None for the whole utterance.
+
+        Returns:
+            Masks, positions and chunks for the blocks.
+        """
         length = x.size(1)
         if chunks is None:
             positions = self.positions(x, length)

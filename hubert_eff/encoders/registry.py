@@ -31,9 +31,18 @@ _encoders: dict[str, EncoderEntry] = {}
 
 
 def register_encoder(name: str, config: type[HubertConfig], presets: Mapping[str, Mapping[str, Any]]) -> Callable[[E], E]:
-    """Class decorator: register an encoder, its config dataclass and its presets (preset -> keys that differ from the defaults).
+    """Register an encoder, as a class decorator.
 
-    Raises `UserError` when the encoder's name or one of its presets is taken.
+    Args:
+        name: the name of the encoder; fairseq knows its model as `hubert_NAME`.
+        config: its configuration, a dataclass derived from `HubertConfig`.
+        presets: the presets by name, each with the keys that differ from the defaults of `config`.
+
+    Returns:
+        A decorator for the encoder's class, which it returns unchanged.
+
+    Raises:
+        UserError: the name or one of the presets is taken (when the decorator is applied).
     """
 
     def register(module: E) -> E:
@@ -49,12 +58,20 @@ def register_encoder(name: str, config: type[HubertConfig], presets: Mapping[str
 
 
 def list_encoders() -> list[str]:
-    """Names of the registered encoders."""
+    """List the registered encoders.
+
+    Returns:
+        Their names in alphabetical order.
+    """
     return sorted(_encoders)
 
 
 def list_presets() -> list[str]:
-    """Names of the presets of all registered encoders."""
+    """List the presets of all registered encoders.
+
+    Returns:
+        Their names in alphabetical order.
+    """
     return sorted(p for entry in _encoders.values() for p in entry.presets)
 
 

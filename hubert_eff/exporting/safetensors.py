@@ -34,17 +34,28 @@ def export(
     model: HubertModel, path: str | os.PathLike[str], *, dtype: str = "fp32", packed: bool = True, fuse: bool = False,
     encoder_only: bool = False, source: str | os.PathLike[str] = "", notes: Mapping[str, str] | None = None,
 ) -> None:  # fmt: skip
-    """Write a HuBERT to `path` (.safetensors), which `hubert_eff.load` reads back. The same model gives the same bytes.
+    """Write a model to one safetensors file, which `load` reads back.
 
-    A w1a1 model is packed: one bit per weight; scales and biases of binary layers stay float32. `packed=False` writes its float weights
-    instead, which can be trained on, as those of other models. dtype: fp32, fp16 or bf16, what the rest is kept in; a model read from an
-    fp16 file computes in float32, one from a bf16 file in bfloat16. int8: a float model quantized by `hubert_eff.quantize`, the rest in
-    fp32; one that is quantized already keeps its codes at each dtype. fuse: fold norms first, as `hubert_eff.fuse`. encoder_only: of a
-    fine-tuned model, leave out the heads. source: the checkpoint it comes from, of which the base name is kept; notes: more to say, as
-    text by name. The label embeddings, which only pre-training uses, are left out. Warns of scales that never saw data.
-    Raises `UserError` for another model or suffix, a fine-tuned one without `encoder_only`, one that `load` could not build again
-    (a module or a function of it was changed), a packed model where float weights are wanted, a fused one-bit model, weights that are not
-    finite or too large for fp16, and a note that is no text, or is named as what the file says of itself.
+    The same model gives the same bytes. Label embeddings are left out, since only pre-training uses them. It warns of scales that never
+    saw data.
+
+    Args:
+        model: the model.
+        path: the file to write (.safetensors).
+        dtype: what float tensors are kept in: fp32, fp16 or bf16. A model read from an fp16 file computes in float32, one from a bf16
+            file in bfloat16. `int8` writes a float model as `quantize` makes it, with the rest in fp32; a model that is quantized already
+            keeps its codes at each dtype.
+        packed: write a w1a1 model with one bit per weight, and scales and biases of binary layers in float32; False to write its float
+            weights, which can be trained further.
+        fuse: fold norms first, as `fuse` does.
+        encoder_only: leave out the heads of a fine-tuned model.
+        source: the checkpoint that the model comes from; its base name is kept.
+        notes: further metadata, as text by name.
+
+    Raises:
+        UserError: the model is not a HubertModel, is fine-tuned (without `encoder_only`), is packed where float weights are wanted, is a
+            fused one-bit model, or could not be read back because a module or function of it was changed; weights are not finite or are
+            too large for fp16; the path has another suffix; or a note is not text or has the name of other metadata.
     """
     if not isinstance(model, HubertModel):
         raise UserError(f"cannot export a {type(model).__name__}: expected a HubertModel, as is the `hubert` of a recognizer")

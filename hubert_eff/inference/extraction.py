@@ -64,18 +64,27 @@ def extract(
     model: HubertModel | str | os.PathLike[str], files: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str], *,
     layer: int | None = None, batch: int = 8, window: float = WINDOW, left_out: Callable[[str], object] | None = None,
 ) -> list[Recording]:  # fmt: skip
-    """Write the hidden states of audio files, of any rate, to `out`: an .npz or a .pt file (a dict of tensors) with one float32 array each.
+    """Write the hidden states of audio files to one file, as one float32 array per recording at 20 ms per frame.
 
-    files: audio files, folders of such, manifests (SPLIT.tsv). A name in `out` is the file's without folder and suffix; of a folder's or a
-    manifest's file, its path below (`data.inputs.recordings`). layer: that state only, (T, D), 0 being what
-    enters block 1; None: all of them, (L + 1, T, D). batch: so many files at a time at most; those of different lengths share one only
-    where padding changes nothing. window: recordings of more seconds are computed in windows of that length, 0: in one piece. .npz is
-    written array by array; .pt holds all of them in memory at the end.
+    An .npz file is written array by array; a .pt file holds all arrays in memory at the end. The file appears when it is complete.
 
-    model: a HubertModel, which is left as it is and may be used by other threads meanwhile, a preset, or a path. Raises `UserError`, before
-    any model runs, for a file that is missing or no sound audio, a layer that is not there, another suffix of `out`, a disk that is too
-    small, and bad numbers. With `left_out`, files that cannot be used are left out, as long as others can, and it is called with a line on
-    each.
+    Args:
+        model: a model, which is left as it is and may be used by other threads meanwhile, or what `open_model` takes.
+        files: audio files of any rate, folders of audio files, and manifests (SPLIT.tsv).
+        out: the file to write: .npz, or .pt for a dict of tensors. A recording is named after its file without folder and suffix, or
+            after its path below the folder or manifest that was given.
+        layer: the hidden state to write, (T, D), where 0 enters block 1; None for all of them, (L + 1, T, D).
+        batch: how many files to compute together at most; files of different lengths share a batch only where padding changes nothing.
+        window: recordings longer than this many seconds are computed in windows of that length; 0 to compute each in one piece.
+        left_out: a function that is called with one line for each file that cannot be used; such files are then left out as long as
+            others can be used. Without it, the first one is an error.
+
+    Returns:
+        One entry per recording, in the order of the files.
+
+    Raises:
+        UserError: before any model runs, a file is missing or is not valid audio, the model does not have the layer, `out` has another
+            suffix, the disk is too small, or a number is invalid.
     """
     target = Path(out)
     _check_options(target, files, batch, window)

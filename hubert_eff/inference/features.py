@@ -26,20 +26,20 @@ def features(
     rate: int | None = None,
     layer: int | None = -1,
 ) -> Tensor:
-    """Hidden states of one recording, computed in one piece; `extract` is for many files and for long ones.
+    """Compute the hidden states of one recording in one piece. For many files or long ones use `extract`.
 
     Args:
-        model: a model, which is left as it is, or what `open_model` takes: a checkpoint, an export, a preset.
+        model: a model, which is left as it is, or what `open_model` takes: a checkpoint, an export or a preset.
         audio: the path of an audio file of any rate, or samples (S,) of one channel, floats within [-1, 1].
-        rate: samples per second of samples; 16 kHz if left out. A file says its own.
-        layer: the hidden state: 0 enters block 1, i leaves block i, -1 is the last one; None: all of them.
+        rate: the rate of the samples in Hz, 16,000 if left out; a file states its own.
+        layer: the hidden state: 0 enters block 1, i leaves block i, -1 is the last one; None for all of them.
 
     Returns:
-        float32 (T, D), or (L + 1, T, D) for all, at 20 ms per frame, on the model's device.
+        float32 (T, D), or (L + 1, T, D) for all states, at 20 ms per frame, on the model's device.
 
     Raises:
-        UserError: a file that is missing or not sound audio, samples of another shape or type, not finite or shorter than a frame, a
-            rate below 1, a layer that the model does not have.
+        UserError: the file is missing or is not valid audio; the samples have another shape or type, are not finite or are shorter
+            than a frame; the rate is below 1; or the model does not have the layer.
     """
     wav = torch.from_numpy(_samples(audio, rate)).unsqueeze(0)
     hubert = evaluation_copy(model) if isinstance(model, HubertModel) else open_model(model)

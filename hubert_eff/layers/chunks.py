@@ -117,7 +117,11 @@ class Chunks:
 
 @dataclass
 class Frames:
-    """What a block may need to know of the batch besides its input."""
+    """What a block may need to know of its input (B, T, D).
+
+    `valid` marks the frames that are not padding and `attend` the keys that a query may see; None for all. `positions` is the table of an
+    encoder with one, and `chunks` says how to run in chunks, None for the whole utterance.
+    """
 
     valid: Tensor | None = None  # (B, T) bool, None = all frames are valid
     attend: Tensor | None = None  # bool, the keys that may be seen: (B, 1, 1, T), or in chunks (B, 1, T, T); None = all

@@ -17,13 +17,21 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def fuse(model: M) -> M:
-    """A copy of a model (or of its encoder) for inference: the same outputs in eval mode from fewer operations.
+    """Make a copy of a model for inference, with the same outputs in eval mode from fewer operations.
 
-    BatchNorms fold into the linear or convolutional layer beside them, learned scales and biases likewise, the positional
-    convolution's weight norm into its weight; the modules themselves declare what folds (`hubert_eff.layers.folding.Foldable`). The
-    source is not changed. The copy cannot be trained: its parameters require no gradient, and `train()` leaves a fused HuBERT in
-    eval mode. To fuse it again changes nothing; `hubert_eff.export` and `hubert_eff.load` keep it fused. Raises `UserError` for a
-    binarized model.
+    BatchNorms, learned scales and learned biases fold into the linear or convolutional layers beside them (FusionFormer, Song et al. 2022),
+    and the weight norm of the positional convolution folds into its weight. Modules declare themselves what folds
+    (`hubert_eff.layers.folding.Foldable`). The source is not changed. The copy cannot be trained: its parameters require no gradient, and
+    `train()` leaves a fused HuBERT in eval mode. Fusing it again changes nothing; `export` and `load` keep it fused.
+
+    Args:
+        model: a float model, or its encoder.
+
+    Returns:
+        The copy, in eval mode.
+
+    Raises:
+        UserError: the model is binarized.
     """
     if any((operand_bits(module) or (8, 8))[0] < 8 for module in model.modules()):
         raise UserError("a binarized model cannot be fused: the signs of folded weights are not those that it was trained with")

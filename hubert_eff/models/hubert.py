@@ -47,9 +47,16 @@ class ScaleGradient(torch.autograd.Function):
 
 
 class HubertModel(nn.Module):
-    """A HuBERT with any registered encoder.
+    """A HuBERT with any registered encoder (Hsu et al. 2021, section II).
 
-    `num_classes`: size of each codebook; empty for a model without pre-training head. State names are those of fairseq's HubertModel.
+    Parameters are named as in fairseq's HubertModel, so that official checkpoints load.
+
+    Args:
+        config: the configuration; its class decides which encoder is built.
+        num_classes: the size of each codebook; empty for a model without a pre-training head.
+
+    Raises:
+        UserError: the configuration has a value that is not allowed, or values that contradict each other.
     """
 
     fused = False  # whether this is a copy for inference that `hubert_eff.fuse` made
@@ -81,16 +88,40 @@ class HubertModel(nn.Module):
             convert(self, SPECS[config.quant], read_policy(config.quant_policy), config.streaming)
 
     def kinds(self) -> Mapping[str, Kind]:
-        """See `layers.kinds.Declared`."""
+        """Declare the kinds of the model's own parts (layers/kinds.py); the encoder declares its own.
+
+        Returns:
+            The kind of each part by the name of its attribute.
+        """
         head = dict.fromkeys(("final_proj", "target_glu"), Kind(CODEBOOK_HEAD))
         return {"feature_extractor": Kind(EXTRACTOR), "post_extract_proj": Kind(INPUT_PROJECTION), **head}
 
     def train(self: M, mode: bool = True) -> M:
-        """Set train or eval mode; a fused model stays in eval mode."""
+        """Set train or eval mode; a fused model stays in eval mode.
+
+        Args:
+            mode: True for train mode, False for eval mode.
+
+        Returns:
+            The model itself.
+        """
         return super().train(mode and not self.fused)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, *args: Any, **kwargs: Any) -> Any:
-        """As of any module. If `strict`, raises `UserError` for weights of a binarized model in a float one, and the other way round."""
+        """Copy weights into this model, as `torch.nn.Module.load_state_dict` does.
+
+        Args:
+            state_dict: tensors by name.
+            strict: refuse names that are missing or superfluous.
+            *args: further arguments of `torch.nn.Module.load_state_dict`.
+            **kwargs: likewise, by name.
+
+        Returns:
+            The missing and the unexpected names, as torch returns them.
+
+        Raises:
+            UserError: `strict`, and the weights are those of a binarized model while this one is float, or the other way round.
+        """
         quantizers = [name for name in state_dict if name.endswith(".initialized")]
         if strict and quantizers and self.config.quant == "none":
             raise UserError(
@@ -107,7 +138,14 @@ class HubertModel(nn.Module):
     # -- features ----------------------------------------------------------------------------------------------------
 
     def num_frames(self, samples: int) -> int:
-        """Frames of an utterance of `samples` samples."""
+        """Count the frames of an utterance.
+
+        Args:
+            samples: its length in samples at 16 kHz.
+
+        Returns:
+            The number of frames of 20 ms: floor((samples - 400) / 320) + 1 for the default extractor.
+        """
         return int(num_frames(samples, self.conv_layers))
 
     def _extract(self, source: Tensor, padding_mask: Tensor | None, spectrum: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -155,16 +193,31 @@ class HubertModel(nn.Module):
         return length
 
     def project(self, features: Tensor) -> Tensor:
-        """Extractor output (B, T, C) -> encoder input (B, T, D)."""
+        """Normalize and project what the extractor gives.
+
+        Args:
+            features: extractor output (B, T, C).
+
+        Returns:
+            Encoder input (B, T, D).
+        """
         x: Tensor = self.layer_norm(features)
         if self.post_extract_proj is not None:
             x = self.post_extract_proj(x)
         return x
 
     def chunks(self, chunk_size: int | None, left_chunks: int = -1) -> Chunks | None:
-        """How to run in chunks of `chunk_size` frames of 20 ms that attend to `left_chunks` chunks before them (-1: all); None: whole.
+        """Describe how this model runs in chunks.
 
-        Raises `UserError` for numbers that are none, and for a model that cannot run in chunks.
+        Args:
+            chunk_size: frames of 20 ms in a chunk; None for the whole utterance at once.
+            left_chunks: how many chunks before its own a frame attends to; -1 for all.
+
+        Returns:
+            What the encoder needs to run in chunks; None for the whole utterance.
+
+        Raises:
+            UserError: a number is invalid or does not fit this encoder, or the model cannot run in chunks.
         """
         if chunk_size is None:
             return None
@@ -192,15 +245,25 @@ class HubertModel(nn.Module):
     def hidden_states(
         self, wav: Tensor, padding_mask: Tensor | None = None, chunk_size: int | None = None, left_chunks: int = -1
     ) -> tuple[list[Tensor], Tensor]:
-        """All hidden states of 16 kHz audio.
+        """Compute all hidden states of 16 kHz audio.
 
-        wav: (B, S) float of any width, within [-1, 1]; padding_mask: (B, S) bool, True = padding (at the end). Returns L + 1 tensors
-        (B, T, D) at 20 ms per frame, zero on padding, and the padding of frames (B, T). State 0 enters block 1, state i leaves block i.
-        `config.normalize` is applied here, over valid samples. Train or eval mode and gradients are the caller's; masks and
-        LayerDrop are off. With `chunk_size` and `left_chunks` (see `chunks`) no frame sees beyond its chunk: what a stream gives.
+        Time masks, channel masks and LayerDrop are off. The caller chooses train or eval mode and whether gradients are kept.
+        `config.normalize` is applied here, over valid samples.
 
-        Raises `UserError` for audio of another shape or dtype, shorter than one frame, or with samples that are not finite, and for a mask
-        of another shape or dtype.
+        Args:
+            wav: audio (B, S) at 16 kHz, floats of any width within [-1, 1].
+            padding_mask: (B, S) bool, True for padding, which stands at the end of a row; None where nothing is padded.
+            chunk_size: frames of 20 ms in a chunk. No frame then sees beyond the end of its chunk, and the states are those of a
+                stream (`StreamingModel`). None for the whole utterance at once.
+            left_chunks: how many chunks before its own a frame attends to; -1 for all.
+
+        Returns:
+            L + 1 states (B, T, D) at 20 ms per frame, zero on padding, and the padding of frames (B, T) bool. State 0 enters block 1;
+                state i leaves block i.
+
+        Raises:
+            UserError: audio or mask have another shape or dtype, the audio is shorter than one frame or not finite, or the model cannot
+                run in these chunks.
         """
         check_audio(wav, padding_mask)
         check_samples(wav, padding_mask)
@@ -220,13 +283,20 @@ class HubertModel(nn.Module):
     # -- pre-training ------------------------------------------------------------------------------------------------
 
     def set_num_updates(self, num_updates: int) -> None:
-        """Tell the model how many updates have been made: the masks of the next ones depend on it."""
+        """Tell the model how many updates have been made: the masks of the next one depend on it.
+
+        Args:
+            num_updates: the number of updates.
+        """
         self.num_updates = num_updates
         self.encoder.set_num_updates(num_updates)
 
     def draw_chunks(self) -> tuple[int | None, int]:
-        """(chunk_size, left_chunks) of the next batch: of the config's `chunk_sizes` and `left_chunks`, by seed and update in training, and
-        the first ones in evaluation."""
+        """Choose the chunks of the next batch from the config's `chunk_sizes` and `left_chunks`.
+
+        Returns:
+            `chunk_size` and `left_chunks`, drawn by seed and update in training; the first of each list in evaluation.
+        """
         sizes, lefts = (read_numbers(key, getattr(self.config, key)) for key in ("chunk_sizes", "left_chunks"))
         if not sizes:
             return None, -1
@@ -248,14 +318,26 @@ class HubertModel(nn.Module):
         chunks: tuple[int | None, int] | None = None,
         spectrum: Tensor | None = None,
     ) -> HubertOutput:
-        """Masked prediction, in chunks if the config says so (`draw_chunks`).
+        """Predict the labels of masked frames (Hsu et al. 2021, section II-B), in chunks if the config says so (`draw_chunks`).
 
-        source (B, S): audio, normalized already if the config says so; target_list: labels (B, T') per codebook at
-        `label_rate`; padding_mask (B, S); sample_ids (B,): what seeds each row's mask together with the seed and the update
-        (default: the row's number); masks, chunks: those of another model's output, to see the same frames; spectrum (B, M, 80) bool: what
-        a log-mel front masks of its spectrogram.
+        Args:
+            source: audio (B, S) at 16 kHz, normalized already if the config says so.
+            target_list: labels (B, T') of each codebook, at `config.label_rate` per second; None to compute outputs only.
+            padding_mask: (B, S) bool, True for padding; None where nothing is padded.
+            mask: mask spans of frames.
+            features_only: leave out the head.
+            output_layer: take the output of this block (1 ... L, or 0 for what enters block 1); None for the last.
+            sample_ids: (B,) numbers that, with the seed and the update, decide each row's mask; None for the row's index.
+            masks: the masks of another model's output, to hide the same frames; None to draw them.
+            return_states: also return all hidden states; LayerDrop is then off.
+            chunks: `chunk_size` and `left_chunks` of another model's output, to see the same frames; None to draw them.
+            spectrum: (B, M, 80) bool, the parts of its spectrogram that a log-mel front masks.
 
-        With `return_states` LayerDrop is off. Raises `UserError` for audio that is too short, and for targets without codebooks.
+        Returns:
+            Outputs (B, T, D), masks, and with labels the logits (N, C) and labels (N,) of masked and unmasked frames per codebook.
+
+        Raises:
+            UserError: the audio is too short, or labels are given to a model without codebooks.
         """
         features, frames = self._extract(source, padding_mask, spectrum)
         if target_list is not None:
@@ -298,7 +380,14 @@ class HubertModel(nn.Module):
         return self.logits(x[chosen]), [labels[chosen].long() for labels in targets]
 
     def logits(self, x: Tensor) -> list[Tensor]:
-        """Cosine similarities over temperature of encoder outputs (N, D) to all codewords, (N, C) per codebook (HuBERT, equation 3)."""
+        """Compare encoder outputs with all codewords: cosine similarity over temperature (Hsu et al. 2021, equation 3).
+
+        Args:
+            x: encoder outputs (N, D).
+
+        Returns:
+            Logits (N, C) of each codebook.
+        """
         projected = self.final_proj(x)
         if self.config.untie_final_proj:
             parts = projected.chunk(len(self.num_classes), dim=-1)
@@ -358,8 +447,17 @@ def normalize_waveform(wav: Tensor, padding_mask: Tensor | None = None, eps: flo
 
 
 def build(preset: str, num_classes: Sequence[int] = (), **overrides: Any) -> HubertModel:
-    """A randomly initialized model of a preset, single keys overridden, in train mode.
+    """Build the model of a preset with random weights, in train mode.
 
-    num_classes: sizes of the codebooks for pre-training; empty: no head. Raises `UserError` for an unknown preset or key, or bad values.
+    Args:
+        preset: one of `list_presets()`; `PRESET+w1a1` (or +w1a2, +w1a4, +w1a8) is its binarized form.
+        num_classes: the size of each codebook for pre-training; empty for a model without a head.
+        **overrides: keys of the configuration that replace those of the preset.
+
+    Returns:
+        The model, on the CPU, initialized from torch's global random state.
+
+    Raises:
+        UserError: the preset or a key is unknown, or a value is not allowed.
     """
     return HubertModel(preset_config(preset, **overrides), num_classes)

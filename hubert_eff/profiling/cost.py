@@ -82,7 +82,10 @@ class ModuleCost:
 
 @dataclass
 class Profile:
-    """The cost of a model. MB is 1e6 bytes, G in `gflop` is 1e9 and in `bop_*_g` 2^30. Times are estimates."""
+    """The cost of a model.
+
+    A MB is 1e6 bytes; G is 1e9 in `gflop` and 2^30 in `bop_nonq_g` and `bop_bq_g`, as in Table 1 of Jeon et al. 2023. Times are estimates.
+    """
 
     name: str
     seconds: float
@@ -106,7 +109,14 @@ class Profile:
     quantized: list[dict[str, Any]]  # of a binarized model: what became of each of its parts, and why
 
     def to_dict(self, depth: int | None = None) -> dict[str, Any]:
-        """Plain values for JSON; the module tree down to `depth` levels below the model (None: all)."""
+        """Convert the profile to plain values for JSON.
+
+        Args:
+            depth: how many levels of modules to keep below the model; None for all.
+
+        Returns:
+            The fields by name.
+        """
 
         def tree(module: ModuleCost, left: int | None) -> dict[str, Any]:
             below = [] if left == 0 else [tree(c, None if left is None else left - 1) for c in module.children]
@@ -143,15 +153,26 @@ def profile(
     bops: str = "paper",
     device: str | os.PathLike[str] = "a100",
 ) -> Profile:
-    """Profile a model, a preset by name, or a checkpoint by path, on `seconds` of random 16 kHz audio.
+    """Count what a model costs: parameters, storage, operations by bit width, and the time that a device needs at least.
 
-    bops: convention of bit operations (paper: the wider operand's width per MAC; product: the product of both widths). device:
-    name in configs/device or path of such a file; times are estimated from its rates.
-    A name of a w1a1 model, PRESET+w1a1 or a checkpoint, stands for its packed form; a model is profiled as it is.
-    The model is followed once through meta tensors, which have a shape and no values, in evaluation mode and without gradients: an hour of
-    audio takes no longer than a second. One that cannot be, as its operations have no such form, or that runs under autocast, is run on
-    noise. Its mode is restored. Raises `UserError` for a name that is neither a preset nor a file, for a duration that is not between 25 ms
-    and one hour (`MAX_RUN_SECONDS` where the model must be run), and for an operation without a formula.
+    The model is traced with meta tensors, which have a shape but no values, in eval mode and without gradients: an hour of audio takes no
+    longer than a second. A model whose operations have no such form, or that runs under autocast, is run on noise instead. Its mode is
+    restored afterwards.
+
+    Args:
+        model_or_preset: a model, which is profiled as it is, or what `open_model` takes. The name of a w1a1 model, PRESET+w1a1 or a
+            checkpoint, stands for its packed form.
+        seconds: the length of the audio in seconds.
+        bops: how to count the bit operations of one MAC: `paper` for the width of the wider operand (Jeon et al. 2023, Table 1),
+            `product` for the product of both widths (Bayesian Bits, van Baalen et al. 2020).
+        device: a name in configs/device, or the path of such a file; times are estimated from its rates.
+
+    Returns:
+        The costs, in total and by module, kind of layer and operation.
+
+    Raises:
+        UserError: the name is neither a preset nor a file; the duration is not between 25 ms and one hour (one minute where the model
+            must be run); or an operation has no formula.
     """
     if not MIN_SAMPLES / SAMPLE_RATE <= seconds <= MAX_SECONDS:  # also refuses nan
         raise UserError(f"seconds={seconds:g} cannot be profiled: give between {MIN_SAMPLES / SAMPLE_RATE} and {MAX_SECONDS:g}")

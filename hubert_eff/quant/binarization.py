@@ -17,14 +17,23 @@ from .policy import POLICIES, SPECS, is_policy, read_policy
 def binarize(
     model: HubertModel, spec: str | Path | Mapping[str, Any] = "w1a1", policy: str | Path | Mapping[str, Any] = "default"
 ) -> HubertModel:
-    """A binarized copy of a HuBERT with any encoder; the source is not changed.
+    """Make a binarized copy of a HuBERT with any encoder (BiT, Liu et al. 2022).
 
-    spec: w1a1 (one-bit weights and activations), w1a2, w1a4, w1a8 (activations of 2, 4, 8 bits), or a policy, which stands for w1a1 by it.
-    policy: default, paper, a YAML file or a mapping (quant/policy.py). The copy has the source's weights as float `weight`s, of which
-    signs are taken as it runs; scales of activations start from the first batch in train mode. A w1a2 model becomes w1a1 with the scales
-    it has learned; its policy is kept.
-    Raises `UserError` for an unknown spec or policy, one that names a module that is not there or leaves all float, a fused model, and
-    one that is binarized already.
+    The source is not changed. The copy keeps the source's weights as float `weight`s and takes their signs as it runs, so that it can be
+    trained. The first batch in train mode sets the scales of its activations. A w1a2 model becomes a w1a1 one with its learned scales and
+    its policy.
+
+    Args:
+        model: a float model, or a w1a2 one to be made w1a1.
+        spec: w1a1 (weights and activations of one bit), w1a2, w1a4 or w1a8 (activations of 2, 4 or 8 bits), or a policy for w1a1.
+        policy: which layers are binarized, and how: `default`, `paper`, a YAML file or a mapping (quant/policy.py).
+
+    Returns:
+        The copy, in the mode and on the device of the source.
+
+    Raises:
+        UserError: the spec or policy is unknown, the policy names a missing module or leaves everything float, or the model is fused or
+            binarized already.
     """
     if not isinstance(model, HubertModel):
         raise UserError(f"cannot binarize a {type(model).__name__}: expected a HubertModel")

@@ -38,13 +38,22 @@ REST = (torch.float32, torch.bfloat16)
 
 
 def pack(model: M, fused: bool = True, rest: torch.dtype = torch.float32) -> M:
-    """A copy of a binarized model (or a part of one) in eval mode that runs from packed bits, with the same outputs.
+    """Make a copy of a w1a1 model that runs from packed bits (XNOR and popcount) and gives the same outputs.
 
-    rest: one of `REST`, the dtype of everything that is not binary (extractor, positional convolution, norms, float layers ...) and of
-    the outputs; scales and biases of binary layers are float32 at either. In float32 outputs are equal to the last bit. fused: a
-    packed layer whose output only a quantizer reads (a ReLU and the next feed-forward layer, or the attention's products) returns that
-    one's bits, and changes none of them. The source is not changed; the copy cannot be trained.
-    Warns of scales that never saw data. Raises `UserError` for a model without binary layers, activations of more bits, or another dtype.
+    The source is not changed; the copy cannot be trained. It warns of scales that never saw data.
+
+    Args:
+        model: a binarized model, or a part of one.
+        fused: let a packed layer return bits where only a quantizer reads its output (a ReLU and the next feed-forward layer, or the
+            products of attention). This changes no bit.
+        rest: the dtype of the outputs and of everything that is not binary, such as the extractor and the norms: float32, where outputs
+            are equal to the last bit, or bfloat16. Scales and biases of binary layers stay float32.
+
+    Returns:
+        The copy, in eval mode.
+
+    Raises:
+        UserError: the model has no binary layers or has activations of more than one bit, or the dtype is another one.
     """
     if said := unstarted(model):
         warnings.warn(said, stacklevel=2)

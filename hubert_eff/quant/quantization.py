@@ -17,11 +17,21 @@ INT8 = "int8"
 
 
 def quantize(model: HubertModel, spec: str = INT8) -> HubertModel:
-    """A fused copy of a float HuBERT in eval mode whose encoder has int8 linear layers (`Int8Linear`); the source is not changed.
+    """Make a fused copy of a float HuBERT whose encoder has int8 linear layers (`Int8Linear`).
 
-    spec: int8. Weights get a scale per output, inputs one per frame as they come; extractor, positions, norms and products of attention
-    stay in the model's dtype. `hubert_eff.export` writes the copy, it streams, and it cannot be trained. To quantize it again changes
-    nothing. Raises `UserError` for another spec, another model, and a binarized one.
+    The source is not changed. Weights have a scale per output, inputs a scale per frame that is computed as they come. Extractor,
+    positions, norms and products of attention stay in the model's dtype. The copy can be exported and streamed, but not trained; quantizing
+    it again changes nothing.
+
+    Args:
+        model: a float model.
+        spec: the precision; only `int8`.
+
+    Returns:
+        The copy, in eval mode.
+
+    Raises:
+        UserError: the spec is another one, or the model is binarized or not a HubertModel.
     """
     if spec != INT8:
         raise unknown("quantization without training", spec, [INT8])

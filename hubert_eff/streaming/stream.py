@@ -58,11 +58,19 @@ class StreamState:
 
 
 class StreamingModel:
-    """One stream through a model that was built with `streaming=True`, which is set to eval mode.
+    """One stream through a model that was built with `streaming=True` (chunks as in FusionFormer, Song et al. 2022).
 
-    The states are those of `model.hidden_states(wav, chunk_size=chunk_size, left_chunks=left_chunks)[0][-1]`, however the audio is cut
-    into pieces. A frame comes out when the samples of its chunk are there; with finite `left_chunks` memory is constant in time.
-    Several streams may share a model. Raises `UserError` for a model that cannot stream.
+    Its frames are those of `model.hidden_states(wav, chunk_size=chunk_size, left_chunks=left_chunks)[0][-1]`, however the audio is cut
+    into pieces. A frame comes out as soon as the samples of its chunk are there. With finite `left_chunks` memory is constant in time.
+    Several streams may share a model.
+
+    Args:
+        model: the model, which is set to eval mode.
+        chunk_size: frames of 20 ms in a chunk.
+        left_chunks: how many chunks before its own a frame attends to; -1 for all.
+
+    Raises:
+        UserError: the model cannot stream, or not in such chunks.
     """
 
     def __init__(self, model: HubertModel, chunk_size: int = 16, left_chunks: int = 4) -> None:
@@ -92,9 +100,16 @@ class StreamingModel:
         return ((self._chunks.size - 1) * FRAME_STRIDE + self._receptive + self.model.feature_extractor.reach[1]) / SAMPLE_RATE
 
     def feed(self, wav: Tensor) -> Tensor | None:
-        """The next samples (1, S), any number of them -> the frames (1, T, D) of the chunks that are now complete, or None.
+        """Take the next samples.
 
-        Raises `UserError` for audio of another shape or dtype, and for samples that are not finite; the stream can go on after either.
+        Args:
+            wav: audio (1, S) at 16 kHz, any number of samples.
+
+        Returns:
+            The frames (1, T, D) of the chunks that are now complete; None if there are none.
+
+        Raises:
+            UserError: the audio has another shape or dtype, or is not finite. The stream can go on afterwards.
         """
         if isinstance(wav, Tensor) and (wav.dim() != 2 or wav.size(0) != 1):
             raise UserError(f"a stream takes audio (1, samples), not {tuple(wav.shape)}")
@@ -105,7 +120,11 @@ class StreamingModel:
         return torch.cat(outputs, 1) if outputs else None
 
     def flush(self) -> Tensor | None:
-        """The end of the stream: its last frames (1, T, D), or None. What is fed next begins a new stream."""
+        """End the stream. What is fed next begins a new one.
+
+        Returns:
+            The last frames (1, T, D); None if there are none.
+        """
         before, behind = self.model.feature_extractor.reach
         self._samples = F.pad(self._samples, (0, behind))  # the extractor hears silence behind the last sample, too
         outputs = self._whole_chunks()
@@ -133,12 +152,23 @@ class StreamingModel:
     # -- a stream that pauses ----------------------------------------------------------------------------------------
 
     def state(self) -> StreamState:
-        """Where this stream stands; `restore` goes on from there, in this or another `StreamingModel` of the same weights and chunks."""
+        """Return where this stream stands, so that `restore` can continue from there.
+
+        Returns:
+            What the stream has kept; it fits every `StreamingModel` of the same weights and chunks.
+        """
         kept = {self._names[module]: parts for module, parts in (self._chunks.kept or {}).items()}
         return StreamState(self._identity(), self._samples, self._frames, kept)
 
     def restore(self, state: StreamState) -> None:
-        """Go on from a state. Raises `UserError` if it is another model's, or of other chunks."""
+        """Continue from a state.
+
+        Args:
+            state: what `state` returned.
+
+        Raises:
+            UserError: the state belongs to a model of other weights, or to other chunks.
+        """
         if state.model != self._identity():
             raise UserError(
                 "this state is of another model, or of other chunks: a stream goes on only with the weights, chunk_size and left_chunks "
