@@ -29,19 +29,19 @@ COMMANDS = {
     "list": "presets with their sizes and costs, and the configurations that train them",
     "train": "one training run of a configuration: fairseq-hydra-train with the plug-in filled in",
     "demo": "corpus, labels, pre-training, keyword spotting and profile, on a small synthetic corpus",
-    "corpus": "make a small synthetic speech corpus offline",
-    "manifest": "check a folder of audio, convert it once to 16 kHz mono, write train.tsv and valid.tsv",
-    "recipe": "the two phases of pre-training, from recordings to an export, then one bit; or what they would need",
-    "binarize-recipe": "train at one bit in stages, W32A32 -> W1A2 -> W1A1, each taught by the one before",
+    "corpus": "a small synthetic speech corpus, made offline",
+    "manifest": "train.tsv and valid.tsv of a folder of audio, which is checked and converted to 16 kHz mono once",
+    "recipe": "both phases of pre-training, from recordings to an export, and then one bit; or an estimate of what they need",
+    "binarize-recipe": "training at one bit in stages, W32A32 -> W1A2 -> W1A1, each distilled from the one before",
     "labels": "k-means labels from MFCC or from a layer of a checkpoint; their quality",
     "profile": "parameters, storage and operations of a preset or a checkpoint; the paper's Table 1",
     "bench": "measured latency, memory and throughput, and where the time goes",
-    "export": "one file to ship: packed bits or float weights with a model card, or ONNX",
+    "export": "one file to ship: packed bits or float weights with a model card; or ONNX",
     "run": "hidden states of audio files, by a checkpoint, an export or a preset",
-    "align": "when each letter and word is said, by gradients; whether an encoder reverses time",
+    "align": "the time of each letter and word, from gradients; whether an encoder reverses time",
     "trends": "mean and variance of every layer over training, and alarms",
-    "transcribe": "texts of recordings, manifests and streams by a fine-tuned model; word error rates",
-    "superb": "the ten SUPERB tasks through S3PRL: what they need, and running them",
+    "transcribe": "the text of recordings, manifests and streams by a fine-tuned model; word error rates",
+    "superb": "the ten SUPERB tasks through S3PRL: list, check, run and report them",
     "report": "training curves, costs, quality over cost and shares of time on one HTML page",
 }
 EXAMPLES = {
@@ -79,7 +79,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {printable(message)} (--help lists the options)\n")
 
     def _nearest(self, message: str) -> str:
-        """What may have been meant by a command or an option that there is not, as argparse names it in its message."""
+        """A hint at the nearest name for an unknown command or option, which argparse names in its message."""
         wrong = re.search(r"invalid choice: '([^']*)'|unrecognized arguments: (-[^\s=]+)", message)
         if wrong is None:
             return ""
@@ -93,12 +93,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _CommandParser(_Parser):
-    """Takes options between positional arguments also where some of these may be left out, which argparse before Python 3.13 does not."""
+    """Accepts options between positional arguments even if some of these are optional, which argparse cannot do before Python 3.13."""
 
     _parsing = False
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As of any parser; argparse calls it for the command and, with these arguments apart, by `parse_known_intermixed_args`."""
+        """Parse as any parser does; argparse calls it for the command and again from `parse_known_intermixed_args`."""
         kinds = {action.nargs for action in self._get_positional_actions()}
         if self._parsing or not kinds & {argparse.ZERO_OR_MORE, argparse.OPTIONAL} or kinds & {argparse.PARSER, argparse.REMAINDER}:
             return super().parse_known_args(args, namespace)
@@ -134,11 +134,11 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
 
 
 def _commands_text() -> str:
-    """The commands by what they are for."""
+    """List the commands, grouped by purpose."""
     lines = []
     for group, names in GROUPS.items():
         lines += ["", f"{group}:", *(f"  {name:<16} {COMMANDS[name]}" for name in names)]
-    return "\n".join([*lines[1:], "", "hubert-eff COMMAND --help lists the options of a command, and shows an example."])
+    return "\n".join([*lines[1:], "", "hubert-eff COMMAND --help lists the options of a command and shows an example."])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return _run(command, arguments)
         except BaseException as error:
-            if received or isinstance(error, KeyboardInterrupt):  # whatever an interrupted import or library makes of it
+            if received or isinstance(error, KeyboardInterrupt):  # whatever error an interrupted import or library turns it into
                 return say_stopped(program, received)
             if isinstance(error, BrokenPipeError):
                 sys.stderr.close()
@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not isinstance(error, (UserError, StepFailed, OSError)):
                 raise
             print(f"{program}: {printable(error)}", file=sys.stderr)
-            # an OSError is a full disk, a folder that is gone
+            # an OSError may be a full disk or a folder that has been deleted
             return 2 if isinstance(error, UserError) else error.code if isinstance(error, StepFailed) else 1
 
 

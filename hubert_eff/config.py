@@ -18,8 +18,8 @@ from .errors import UserError, short, unknown
 
 SAMPLE_RATE = 16_000
 FRAME_STRIDE = 320  # samples per frame: 20 ms at 16 kHz
-RECEPTIVE_FIELD = 400  # samples that a frame of the named extractors hears: 25 ms
-LOUDEST = 2.0**31  # of float samples that are meant as integers; what is beyond is no audio, and overflows in sums of squares
+RECEPTIVE_FIELD = 400  # samples that one frame of the named extractors depends on: 25 ms
+LOUDEST = 2.0**31  # float samples may hold integers of 32 bits; larger values are not audio, and their squares overflow in sums
 
 # (channels, kernel, stride) of each convolution of the waveform extractor
 CONV_FEATURE_LAYERS: dict[str, tuple[tuple[int, int, int], ...]] = {
@@ -36,9 +36,9 @@ CONV_FEATURE_LAYERS: dict[str, tuple[tuple[int, int, int], ...]] = {
 
 MEL_FRONTS = ("logmel-conv", "logmel-dws", "conv-embed")  # on a log-mel spectrogram (logmel.py)
 
-# beyond these a value is no size that is built or trained; they hold before anything is made of it
+# limits of absurd values, which are refused before anything is built from them
 LARGEST = 2**32 - 1  # of whole numbers
-LONGEST = 1 << 16  # characters of a text, the longest being a policy
+LONGEST = 1 << 16  # characters of a text value; a policy is the longest
 MOST_LAYERS = 100
 WIDEST = 1 << 16  # channels, kernel and stride of a convolution of the extractor
 
@@ -49,7 +49,7 @@ Config = TypeVar("Config", bound="HubertConfig")
 
 @dataclass(frozen=True)
 class Bounds:
-    """Which numbers an option takes; as text what is said of it in help and errors, such as "at least 0 and below 1"."""
+    """The numbers that an option accepts. As text they read, in help and errors, like "at least 0 and below 1"."""
 
     least: float | None = None
     most: float | None = None
@@ -58,7 +58,7 @@ class Bounds:
     odd: bool = False
 
     def holds(self, value: float) -> bool:
-        """Whether a number, which may be NaN, is among them."""
+        """Whether a number is within the bounds; NaN never is."""
         return (
             (self.least is None or value >= self.least)
             and (self.most is None or value <= self.most)
@@ -83,8 +83,7 @@ ODD = Bounds(least=1, odd=True)
 
 
 def option(default: Any, text: str, choices: tuple[str, ...] = (), bounds: Bounds | None = None, longest: int = LONGEST) -> Any:
-    """A dataclass field with its help and, for a word, its allowed values, for a number its bounds, for a text its most characters, which
-    `check_options` checks."""
+    """A dataclass field with its help; `check_options` checks the choices of a word, the bounds of a number, the length of a text."""
     said = str(bounds) if bounds else " | ".join(choices)
     known = {"choices": choices, "bounds": bounds, "longest": longest}
     return field(default=default, metadata={"help": f"{text} ({said})" if said else text, **known})
@@ -96,7 +95,7 @@ class HubertConfig:
 
     label_rate: float = option(50.0, "labels per second of every target; a multiple of the frame rate 50", bounds=POSITIVE)
     normalize: bool = option(False, "scale each waveform to zero mean and unit variance over its valid samples")
-    normalize_eps: float = option(1e-5, "what is added to that variance: 1e-5 as in fairseq, or 1e-7 as in transformers", bounds=POSITIVE)
+    normalize_eps: float = option(1e-5, "value added to that variance: 1e-5 as in fairseq, or 1e-7 as in transformers", bounds=POSITIVE)
     seed: int = option(1, "seed of the masks, together with the update number and the utterance", bounds=NOT_NEGATIVE)
 
     # waveform extractor
@@ -107,11 +106,11 @@ class HubertConfig:
     )
     conv_feature_layers: str = option(
         "fastconv",
-        "default | fastconv | fairseq's list [(channels, kernel, stride)] * n + ..., or on a log-mel spectrogram, where extractor_mode "
+        "default | fastconv | fairseq's list [(channels, kernel, stride)] * n + ...; or, on a log-mel spectrogram, where extractor_mode "
         "and conv_bias do nothing: " + " | ".join(MEL_FRONTS),
     )
     conv_embed: str = option(
-        "paper", "conv-embed as Zipformer's paper describes it (10 bins at its end), or its authors' code (19, and a BiasNorm)",
+        "paper", "conv-embed as in Zipformer's paper (10 bins at its end) or as in its authors' code (19 bins and a BiasNorm)",
         ("paper", "authors"),
     )  # fmt: skip
     conv_bias: bool = option(False, "bias in the extractor's convolutions")
@@ -119,20 +118,23 @@ class HubertConfig:
     feature_grad_mult: float = option(1.0, "factor on the gradient that reaches the extractor; 0 freezes it", bounds=NOT_NEGATIVE)
     valid_frames: str = option(
         "receptive_field",
-        "a frame is valid if its whole receptive field is audio, or by fairseq's rule (any sample of its slot is)",
+        "when a frame is valid: its whole receptive field is audio, or, by fairseq's rule, any sample of its slot is",
         ("receptive_field", "fairseq"),
     )
 
     # running in chunks (layers/chunks.py)
     streaming: bool = option(
-        False, "for audio that comes in pieces: extractor_mode is layer_norm, and no convolution sees beyond the chunk of its frame"
+        False,
+        "build a model for audio that comes in pieces: extractor_mode is layer_norm, and no convolution sees beyond the chunk of its frame",
     )
     conv_context: str = option(
-        "chunk", "what convolutions over time see of a streaming model: both sides as far as the chunk, or only what is past",
+        "chunk", "what convolutions over time see in a streaming model: both sides up to the end of the chunk, or only the past",
         ("chunk", "causal"),
     )  # fmt: skip
-    chunk_sizes: str = option("", "frames of a chunk in training, one drawn per batch of such as '8,16,32,0'; 0 is the whole utterance")
-    left_chunks: str = option("-1", "chunks before its own that a frame attends to in training, drawn from such as '4,-1'; -1: all")
+    chunk_sizes: str = option(
+        "", "frames of a chunk in training, drawn for each batch from a list such as '8,16,32,0'; 0 is the whole utterance"
+    )
+    left_chunks: str = option("-1", "chunks before its own that a frame attends to in training, drawn from a list such as '4,-1'; -1: all")
 
     # encoder
     encoder_layers: int = option(12, "number of blocks", bounds=Bounds(1, MOST_LAYERS))
@@ -142,14 +144,16 @@ class HubertConfig:
     layer_norm_first: bool = option(False, "LayerNorm after the last block instead of before the first (pre-LN Transformer)")
     conv_pos: int = option(128, "kernel of the convolutional positional embedding, in frames", bounds=COUNT)
     conv_pos_groups: int = option(16, "groups of the convolutional positional embedding", bounds=COUNT)
-    required_seq_len_multiple: int = option(2, "the sequence is padded to a multiple of this inside the encoder", bounds=Bounds(1, 1000))
+    required_seq_len_multiple: int = option(
+        2, "number of frames to a multiple of which sequences are padded inside the encoder", bounds=Bounds(1, 1000)
+    )
     checkpoint_activations: bool = option(False, "recompute each block in the backward pass to save memory")
     compile_blocks: bool = option(
-        False, "torch.compile of the blocks in training, once per shape of the batch: for a GPU, with task.length_buckets"
+        False, "compile the blocks in training with torch.compile, once per shape of the batch: for GPUs, with task.length_buckets"
     )
     identity_attention_updates: int = option(
         0,
-        "updates at the start of training in which every frame attends to itself alone, so that the encoder cannot turn time round",
+        "updates at the start of training in which every frame attends to itself alone, which keeps the encoder from reversing time",
         bounds=NOT_NEGATIVE,
     )
 
@@ -162,27 +166,29 @@ class HubertConfig:
 
     # codebook head
     final_dim: int = option(0, "dimension of the codebook space; 0 is encoder_embed_dim", bounds=NOT_NEGATIVE)
-    untie_final_proj: bool = option(False, "one projection per codebook")
+    untie_final_proj: bool = option(False, "use one projection per codebook")
     logit_temp: float = option(0.1, "temperature that divides the cosine similarities", bounds=POSITIVE)
-    target_glu: bool = option(False, "a linear layer and GLU on the codewords")
-    skip_masked: bool = option(False, "no loss on masked frames")
-    skip_nomask: bool = option(False, "no loss on unmasked frames")
+    target_glu: bool = option(False, "apply a linear layer and a GLU to the codewords")
+    skip_masked: bool = option(False, "compute no loss on masked frames")
+    skip_nomask: bool = option(False, "compute no loss on unmasked frames")
 
     # masks over time
-    mask_prob: float = option(
-        0.65, "share of frames to start from, before overlaps: spans = mask_prob * T / mask_length", bounds=PROBABILITY
-    )
+    mask_prob: float = option(0.65, "share of masked frames before overlaps: spans = mask_prob * T / mask_length", bounds=PROBABILITY)
     mask_length: int = option(10, "length of a masked span, in frames", bounds=COUNT)
     mask_selection: str = option("static", "distribution of span lengths", ("static", "uniform", "normal", "poisson"))
     mask_other: float = option(0.0, "second parameter of that distribution: lower bound (uniform), deviation (normal)", bounds=NOT_NEGATIVE)
     # masks over channels
-    mask_channel_prob: float = option(0.0, "the same over channels; 0 is off", bounds=PROBABILITY)
+    mask_channel_prob: float = option(0.0, "share of masked channels before overlaps; 0 masks none", bounds=PROBABILITY)
     mask_channel_length: int = option(10, "length of a masked span of channels", bounds=COUNT)
-    mask_channel_selection: str = option("static", "distribution of its lengths", ("static", "uniform", "normal", "poisson"))
-    mask_channel_other: float = option(0.0, "second parameter of that distribution", bounds=NOT_NEGATIVE)
+    mask_channel_selection: str = option(
+        "static", "distribution of lengths of spans of channels", ("static", "uniform", "normal", "poisson")
+    )
+    mask_channel_other: float = option(0.0, "second parameter of that distribution, as of mask_other", bounds=NOT_NEGATIVE)
 
     # quantization
-    quant: str = option("none", "float; or one-bit weights with activations of 1, 2, 4 or 8 bits", ("none", "w1a1", "w1a2", "w1a4", "w1a8"))
+    quant: str = option(
+        "none", "precision: none is float; w1aN is one-bit weights with activations of N bits", ("none", "w1a1", "w1a2", "w1a4", "w1a8")
+    )
     quant_policy: str = option("default", "what is binarized: default | paper | a YAML file, or its content as {...}")
 
     def __post_init__(self) -> None:
@@ -193,7 +199,7 @@ class HubertConfig:
         if self.quant != "none":
             from .quant.policy import read_policy
 
-            self.quant_policy = read_policy(self.quant_policy).text  # a file's content, so that it is saved with the model
+            self.quant_policy = read_policy(self.quant_policy).text  # the content of the file, which is saved with the model
 
     def validate(self) -> None:
         """Raise `UserError` for a value that cannot be built or trained. Encoders extend it."""
@@ -221,7 +227,7 @@ class HubertConfig:
                 f"{self.mask_channel_length / self.input_dim:.3g} or shorten the span"
             )
         if self.label_rate * FRAME_STRIDE % SAMPLE_RATE:
-            raise UserError(f"label_rate={self.label_rate} is no multiple of the frame rate {SAMPLE_RATE // FRAME_STRIDE} Hz")
+            raise UserError(f"label_rate={self.label_rate} is not a multiple of the frame rate {SAMPLE_RATE // FRAME_STRIDE} Hz")
         if self.conv_embed != "paper" and self.conv_feature_layers != "conv-embed":
             raise UserError(
                 f"conv_embed={self.conv_embed} does nothing with conv_feature_layers={short(repr(self.conv_feature_layers))}: set "
@@ -241,20 +247,20 @@ class HubertConfig:
                 raise UserError(f"{key}={getattr(self, key)!r} must be whole numbers, at least {least}, joined by commas")
         if not self.streaming:
             if self.chunk_sizes:
-                raise UserError(f"chunk_sizes={self.chunk_sizes!r} needs streaming=true: else frames see beyond their chunk")
+                raise UserError(f"chunk_sizes={self.chunk_sizes!r} needs streaming=true; otherwise frames see beyond their chunk")
             return
         if self.normalize:
             raise UserError("streaming=true: normalize=true needs the whole utterance, which a stream does not have; set normalize=false")
 
     @property
     def causal(self) -> bool:
-        """Whether convolutions over time see nothing behind their frame."""
+        """Whether convolutions over time see nothing after their frame."""
         return self.streaming and self.conv_context == "causal"
 
     @property
     def conv_layers(self) -> tuple[tuple[int, int, int], ...]:
         """(channels, kernel, stride) of each convolution of the extractor."""
-        if self.conv_feature_layers in MEL_FRONTS:  # one step of the same grid; more is heard on either side (LogMelExtractor.reach)
+        if self.conv_feature_layers in MEL_FRONTS:  # one step of the same grid; the front reads more on either side (LogMelExtractor.reach)
             return ((self.input_dim, RECEPTIVE_FIELD, FRAME_STRIDE),)
         return parse_conv_layers(self.conv_feature_layers)
 
@@ -270,7 +276,7 @@ class HubertConfig:
 
     @classmethod
     def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
-        """Build from a mapping; an unknown key is a `UserError` that names the nearest known one."""
+        """Build from a mapping. Raises `UserError` for an unknown key, with the nearest known one."""
         known = [f.name for f in dataclasses.fields(cls)]
         for key in values:
             if key not in known:
@@ -308,7 +314,7 @@ def check_options(config: Any) -> None:
 
 
 def read_numbers(key: str, text: str) -> tuple[int, ...]:
-    """Read whole numbers joined by commas; an empty text has none. Raises `UserError`."""
+    """Read whole numbers joined by commas; an empty text gives none. Raises `UserError` for other texts."""
     try:
         numbers = tuple(int(part) for part in text.split(",")) if text.strip() else ()
         if len(numbers) > MOST_LAYERS or any(abs(number) > LARGEST for number in numbers):
@@ -347,6 +353,6 @@ def parse_conv_layers(spec: str) -> tuple[tuple[int, int, int], ...]:
         layers = read(ast.parse(spec.strip(), mode="eval").body)
         if not layers or not isinstance(layers, list) or any(len(t) != 3 or not 1 <= min(t) <= max(t) <= WIDEST for t in layers):
             raise ValueError(spec)
-    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:  # the last two: of nested brackets
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:  # nested brackets raise the last two
         raise UserError(f"conv_feature_layers={short(repr(spec))} cannot be read: {hint}") from error
     return tuple((c, k, s) for c, k, s in layers)

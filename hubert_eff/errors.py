@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 
 def printable(text: object) -> str:
-    """`text` on one line, safe for a terminal: control codes, line ends and bytes that are no UTF-8 as \\n, \\x1b, \\udce9 and the like."""
+    """`text` on one line, safe for a terminal: control codes, line ends and bytes that are not UTF-8 become \\n, \\x1b, \\udce9 etc."""
     line = str(text)
     return line if line.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 

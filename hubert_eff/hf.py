@@ -80,7 +80,7 @@ class HubertEffModel(PreTrainedModel):
     def from_pretrained(cls, name: str | os.PathLike[str], *_: Any, config: HubertEffConfig | None = None, **kwargs: Any) -> HubertEffModel:
         """The model of a folder, or of a repository on the Hub, in eval mode. `dtype`: what a float model computes in.
 
-        Raises `UserError` for a file that is no export of this package, and for quantization by others.
+        Raises `UserError` for a file that is not an export of this package, and for quantization by others.
         """
         if kwargs.get("quantization_config") is not None:
             raise UserError("models of hubert_eff are not quantized when they are read: hubert_eff.binarize makes them one-bit")

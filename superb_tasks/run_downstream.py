@@ -97,9 +97,9 @@ def _experiment(path: Path) -> tuple[str, str, str, str, Mapping[str, Any]]:
             args, config = opened.content["Args"], opened.content["Config"]
         return args.downstream, args.upstream, args.upstream_ckpt, args.expdir, config
     except Unreadable as error:
-        raise UserError(f"{files[-1]} is no checkpoint of run_downstream: it {error.reason}") from error
+        raise UserError(f"{files[-1]} is not a checkpoint of run_downstream: it {error.reason}") from error
     except (AttributeError, LookupError, TypeError) as error:
-        raise UserError(f"{files[-1]} is no checkpoint of run_downstream: {short(error)}") from error
+        raise UserError(f"{files[-1]} is not a checkpoint of run_downstream: {short(error)}") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

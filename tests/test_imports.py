@@ -280,14 +280,14 @@ BAD_KALDI = {
     "no path": ({"wav.scp": "A\n"}, "line 1: expected a name"),
     "twice": ({"wav.scp": "A a.wav\nA b.wav\n"}, "line 2: 'A' was there before"),
     "empty": ({"wav.scp": "\n"}, "lists no recording"),
-    "no UTF-8": ({"wav.scp": b"A \xff\xfe.wav\n"}, "wav.scp is no UTF-8 text (invalid start byte at byte 2), line 1"),
+    "no UTF-8": ({"wav.scp": b"A \xff\xfe.wav\n"}, "wav.scp is not UTF-8 text (invalid start byte at byte 2), line 1"),
     "channel": ({"segments": "u A 0 1 1\n"}, "names a channel"),
     "no end": ({"segments": "u A 0\n"}, "is not of the form"),
     "unknown recording": ({"segments": "u B 0 1\n"}, "is of recording 'B', which wav.scp does not list"),
     "backwards": ({"segments": "u A 2 1\n"}, "before it begins"),
-    "no number": ({"segments": "u A x 1\n"}, "'x' is no number of seconds"),
-    "infinite": ({"segments": "u A 0 inf\n"}, "'inf' is no number of seconds"),
-    "bad length": ({"utt2dur": "A long\n"}, "'long' is no number"),
+    "no number": ({"segments": "u A x 1\n"}, "'x' is not a number of seconds"),
+    "infinite": ({"segments": "u A 0 inf\n"}, "'inf' is not a number of seconds"),
+    "bad length": ({"utt2dur": "A long\n"}, "'long' is not a number"),
 }
 
 

@@ -33,7 +33,7 @@ COMMANDS = {
     "needs task.data=... task.label_dir=...": "train debug --dry-run",
     "unknown key in the overrides of ... did you mean": f"train debug {DATA} model.encoder_layer=3 --dry-run",
     "no checkpoint at": "run nothing.pt r8.wav --out new.npz",
-    "is no checkpoint, or is truncated": "run bad.pt r8.wav --out new.npz",
+    "is not a checkpoint, or is truncated": "run bad.pt r8.wav --out new.npz",
     "unknown preset or checkpoint ... did you mean": "run conformer-debg r8.wav --out new.npz",
     "no audio file at": "run conformer-debug nofile.wav --out new.npz",
     "a stream takes mono at 16000 Hz": "run fusionformer-debug r8.wav --stream 16-4 --out new.npy",

@@ -80,7 +80,7 @@ class HubertDistillCriterion(HubertEffCriterion):
     all of them where only hidden states do; their total is what fairseq divides by. The last mean is over the states 0 ... L, valid
     frames and channels of the utterance, so that neither depth nor the other utterances of a batch change the balance.
 
-    The teacher is in eval mode and sees the student's masks, in the student's chunks if it was built for them. It is no part of what is
+    The teacher is in eval mode and sees the student's masks, in the student's chunks if it was built for them. It is not part of what is
     optimized or saved.
 
     With `student_layers` and `teacher_layers` the teacher may be any encoder (`hubert_eff.labels.teachers`). It hears the audio without

@@ -32,7 +32,7 @@ def read_dictionary(path: Path) -> Dictionary:
     dictionary = Dictionary()
     for name, count in classes.read_dictionary(path):
         if name in dictionary:
-            raise UserError(f"{path} is no fairseq dictionary: {name!r} is one of fairseq's own symbols")
+            raise UserError(f"{path} is not a fairseq dictionary: {name!r} is one of fairseq's own symbols")
         dictionary.add_symbol(name, n=count)
     return dictionary
 

@@ -152,7 +152,7 @@ def _unpack(bits: Tensor, size: int) -> np.ndarray:
 def group_what_is_left() -> None:
     """With `optimization.update_freq` above 1 fairseq counts the groups of batches that are left by those of the whole epoch.
 
-    Where the place in the epoch is no multiple of it, one is missing at the end, and the epoch begins anew.
+    Where the place in the epoch is not a multiple of it, one is missing at the end, and the epoch begins anew.
     """
 
     def __init__(self: Any, iterable: Any, chunk_size: int, skip_remainder_batch: bool = False) -> None:

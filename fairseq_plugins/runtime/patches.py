@@ -94,8 +94,10 @@ def name_bad_keys() -> None:
 
 
 def read_checkpoints_safely() -> None:
-    """torch.load takes a file at its word where a tensor is longer than what the file holds of it, and a file that is no checkpoint ends in
-    a traceback. Files are read by `hubert_eff.checkpoints.torchfile`; one line names a bad one and says what to do."""
+    """Read files by `hubert_eff.checkpoints.torchfile`, and name a bad one in one line that says what to do.
+
+    torch.load believes a file that claims a tensor longer than the file holds, and fails with a traceback for files of other kinds.
+    """
     original, reader = checkpoint_utils.load_checkpoint_to_cpu, _Torch("torch")
     reader.load = _read  # type: ignore[attr-defined]
     checkpoint_utils.torch = reader
@@ -111,7 +113,7 @@ def read_checkpoints_safely() -> None:
         except OSError:
             raise
         except Exception:  # what fairseq expects of a checkpoint's content
-            reason = "is no checkpoint"
+            reason = "is not a checkpoint"
         raise UserError(
             f"{path} {reason}: go on from another with checkpoint.restore_file=FILE (without this one, training takes the newest that is "
             "whole), or set another checkpoint.save_dir to start anew"
@@ -132,7 +134,7 @@ def _read(file: BinaryIO, map_location: Any = None) -> dict[str, Any]:
     path = Path(file.name)
     with TorchFile(path, {DICTIONARY: Dictionary}) as opened:
         if not isinstance(opened.content, dict) or not isinstance(opened.content.get("model"), dict):
-            raise Unreadable(path, "is no checkpoint of a model")
+            raise Unreadable(path, "is not a checkpoint of a model")
         content: dict[str, Any] = opened.whole()
         return content
 

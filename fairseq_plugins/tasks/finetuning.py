@@ -77,7 +77,7 @@ class HubertEffFinetuningTask(SafeTask, FairseqTask):
         if from_checkpoint:
             return cls(cfg, None)
         if OmegaConf.is_missing(cfg, "data") or not Path(cfg.data).is_dir():
-            given = "is not set" if OmegaConf.is_missing(cfg, "data") else f"{cfg.data or '(empty)'} is no directory"
+            given = "is not set" if OmegaConf.is_missing(cfg, "data") else f"{cfg.data or '(empty)'} is not a directory"
             raise UserError(f"task.data {given}: give the directory that `hubert-eff manifest` wrote, task.data=DIR")
         if not cfg.speed_perturb or not all(0.5 <= speed <= 2.0 for speed in cfg.speed_perturb):
             raise UserError(f"task.speed_perturb={list(cfg.speed_perturb)} must be speeds from 0.5 to 2, such as [0.9, 1.0, 1.1]")

@@ -75,10 +75,10 @@ class HubertEffPretrainingTask(SafeTask, HubertPretrainingTask):
         """Check what does not depend on a split; a task that only comes along with a checkpoint has nothing to train on."""
         if not from_checkpoint:
             if OmegaConf.is_missing(cfg, "data") or not Path(cfg.data).is_dir():
-                given = "is not set" if OmegaConf.is_missing(cfg, "data") else f"{cfg.data} is no directory"
+                given = "is not set" if OmegaConf.is_missing(cfg, "data") else f"{cfg.data} is not a directory"
                 raise UserError(f"task.data {given}: give the directory that `hubert-eff manifest` wrote, task.data=DIR")
             if cfg.label_dir is not None and not Path(cfg.label_dir).is_dir():
-                raise UserError(f"task.label_dir {cfg.label_dir} is no directory: give the one that `hubert-eff labels` wrote")
+                raise UserError(f"task.label_dir {cfg.label_dir} is not a directory: give the one that `hubert-eff labels` wrote")
             if cfg.fine_tuning or cfg.single_target:
                 raise UserError("task.fine_tuning and task.single_target belong to fairseq's fine-tuning: leave them false to pre-train")
             if cfg.label_rate <= 0:

@@ -172,7 +172,7 @@ def read_trends(path: Path) -> list[Record]:
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             if number == len(lines):
                 break
-            raise UserError(f"{path} line {number} is no record of layer trends") from error
+            raise UserError(f"{path} line {number} is not a record of layer trends") from error
     return records
 
 

@@ -167,9 +167,9 @@ def read_json(file: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"its {file.name} is no JSON ({short(error)})") from error
+        raise UserError(f"its {file.name} is not valid JSON ({short(error)})") from error
     if not isinstance(content, dict):
-        raise UserError(f"its {file.name} is no JSON object")
+        raise UserError(f"its {file.name} is not a JSON object")
     return content
 
 

@@ -134,7 +134,7 @@ def _opened(file: Path) -> TorchFile:
 
 def _check_model(opened: TorchFile) -> None:
     if not isinstance(opened.content, dict) or not isinstance(opened.content.get("model"), Mapping):
-        raise UserError(f"{opened.file} is no checkpoint of a model: {HINT}")
+        raise UserError(f"{opened.file} is not a checkpoint of a model: {HINT}")
 
 
 def _unconverted(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ MOST_INSTRUCTIONS = 1 << 21
 DEEPEST = 100  # containers in containers
 MOST_DIMS = 16
 EXTENT = "holds more values, or deeper ones, than any checkpoint"
-NOT_ONE = "is no checkpoint, or is truncated"
+NOT_ONE = "is not a checkpoint, or is truncated"
 
 DTYPES = {
     "Float": torch.float32, "Double": torch.float64, "Half": torch.float16, "BFloat16": torch.bfloat16, "Long": torch.int64,
@@ -79,7 +79,7 @@ class _Name:
 def size_of(value: object) -> int:
     """A size or position that a pickle gives. Raises `Bad` for what is none."""
     if type(value) is not int or not 0 <= value < 1 << 62:
-        raise Bad("is damaged: a size or position in it is no whole number")
+        raise Bad("is damaged: a size or position in it is not a whole number")
     return value
 
 
@@ -104,7 +104,7 @@ def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> S
 
 def _parameter(data: Any, *_: Any) -> Stored:
     if not isinstance(data, Stored):
-        raise Bad("is damaged: it holds a parameter that is no tensor")
+        raise Bad("is damaged: it holds a parameter that is not a tensor")
     return data
 
 
@@ -215,12 +215,12 @@ class Reader:
         elif name == "REDUCE":
             args, called = stack.pop(), stack.pop()
             if not isinstance(called, _Name) or called.text not in CALLS or type(args) is not tuple:
-                raise Bad("is damaged: it calls what is no function")
+                raise Bad("is damaged: it calls what is not a function")
             stack.append(CALLS[called.text](*args))
         elif name == "NEWOBJ":
             args, made = stack.pop(), stack.pop()
             if not isinstance(made, _Name) or made.text not in self.objects or args != ():
-                raise Bad("is damaged: it makes an object of what is no class")
+                raise Bad("is damaged: it makes an object of what is not a class")
             cls = self.objects[made.text]
             stack.append(cls.__new__(cls))  # type: ignore[call-overload]
         elif name == "BUILD":
@@ -241,7 +241,7 @@ class Reader:
                 raise Bad(NOT_ONE)
             stack[-1].update(_key(item) for item in items)
         else:
-            raise Bad(f"is no file of torch.save: its pickle has the instruction {name}")
+            raise Bad(f"is not a file of torch.save: its pickle has the instruction {name}")
 
     def _named(self, text: str) -> Any:
         if text in VALUES:

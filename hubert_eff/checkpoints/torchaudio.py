@@ -73,7 +73,7 @@ def _config(held: Mapping[str, Held], arguments: Mapping[Any, Any], normalize: b
     def shape(name: str, dims: int) -> tuple[int, ...]:
         found = held[name].shape if name in held else ()
         if len(found) != dims:
-            raise UserError(f"it lacks {name} of {dims} dimensions: it is no whole state dict")
+            raise UserError(f"it lacks {name} of {dims} dimensions: it is not a whole state dict")
         return found
 
     count = 1 + max(

@@ -30,7 +30,7 @@ LONGEST_PICKLE = 1 << 26  # bytes
 LONGEST_DIRECTORY = 1 << 24  # bytes of the list of a zip file's records
 ALIGNMENT = 64  # bytes, that of the memory torch itself takes
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03."  # how the format of torch before 1.6 begins
-# what bytes that are no checkpoint end in, anywhere in the reader
+# what bytes that are not a checkpoint end in, anywhere in the reader
 DAMAGED = (*BUILD_ERRORS, OSError, EOFError, struct.error, zipfile.BadZipFile)
 
 M = TypeVar("M", bound=nn.Module)
@@ -184,7 +184,7 @@ class TorchFile:
     def _place(self, info: zipfile.ZipInfo) -> tuple[int, int, int]:
         """Where the bytes of a record are, behind its own header."""
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.file_size != info.compress_size:
-            raise Bad("is no file of torch.save: its records are compressed")
+            raise Bad("is not a file of torch.save: its records are compressed")
         self._stream.seek(info.header_offset)
         header = self._stream.read(30)
         if header[:4] != b"PK\x03\x04":

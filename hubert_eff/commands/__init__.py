@@ -1,1 +1,1 @@
-"""Sub-commands of `hubert-eff`: thin, the work is in the rooms they call."""
+"""Sub-commands of `hubert-eff`. They are thin: the packages that they call do the work."""

@@ -1,4 +1,4 @@
-"""`hubert-eff align CKPT AUDIO TEXT`: when each letter and word is said, by gradients; `--check-flip`: whether the encoder turns time."""
+"""`hubert-eff align CKPT AUDIO TEXT`: the time of each letter and word, from gradients; `--check-flip`: does the encoder reverse time?"""
 
 from __future__ import annotations
 
@@ -20,19 +20,21 @@ LONGEST_NAME = 200  # bytes, of 255 that file systems have; suffixes follow
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `hubert-eff align`."""
     parser.add_argument(
-        "checkpoint", metavar="CKPT", help="fine-tuned checkpoint, of configs/finetune; with --manifest also a folder of them, by updates"
+        "checkpoint",
+        metavar="CKPT",
+        help="a fine-tuned checkpoint (configs/finetune); with --manifest also a folder of checkpoints, taken by updates",
     )
-    parser.add_argument("audio", nargs="?", type=Path, metavar="AUDIO", help="a recording, of any rate")
-    parser.add_argument("text", nargs="?", metavar="TEXT", help="what is said in it; or the path of a text file")
+    parser.add_argument("audio", nargs="?", type=Path, metavar="AUDIO", help="a recording of any sample rate")
+    parser.add_argument("text", nargs="?", metavar="TEXT", help="transcript of the recording, or the path of a text file")
     parser.add_argument(
         "--method",
         choices=("gradient", "ctc"),
         default="gradient",
-        help="alignment by gradients, or CTC forced alignment for comparison (default: %(default)s)",
+        help="method: gradients, or CTC forced alignment for comparison (default: %(default)s)",
     )
     parser.add_argument(
         "--layer", default="input", metavar="PLACE",
-        help="align by gradients at the audio (input), at what enters block 1 (0), or leaves block L",
+        help="place of the gradients: the audio (input), what enters block 1 (0) or leaves block L (L)",
     )  # fmt: skip
     parser.add_argument(
         "--head",
@@ -41,11 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="head whose letter probabilities are used (default: the decoder's where there is one)",
     )
     parser.add_argument(
-        "--check-flip", action="store_true", help="say whether and in which block the encoder reverses time, and look inside the blocks"
+        "--check-flip",
+        action="store_true",
+        help="say whether the encoder reverses time, in which block, and what happens inside the blocks",
     )
     parser.add_argument(
         "--manifest", type=Path, metavar="DIR",
-        help="count, in place of AUDIO TEXT and with --check-flip, the utterances of a manifest that each checkpoint reverses",
+        help="count the utterances of a manifest that each checkpoint reverses; with --check-flip, instead of AUDIO TEXT",
     )  # fmt: skip
     parser.add_argument("--split", default="valid", help="split of the manifest (default: %(default)s)")
     parser.add_argument(
@@ -54,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--utterances", type=whole(COUNT), default=20, metavar="N", help="use the first N utterances of the manifest (default: %(default)d)"
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write NAME.ctm, NAME.TextGrid, NAME.json and pictures there")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for NAME.ctm, NAME.TextGrid, NAME.json and pictures")
     parser.add_argument("--json", action="store_true", help="print all figures as JSON")
 
 
@@ -107,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     for word in words:
         print(f"{word.start:8.2f} {word.end:8.2f}  {word.label}")
     if args.check_flip:
-        print("correlation of letters and where their gradients lie:")
+        print("correlation between the order of the letters and the places of their gradients:")
         for place, value in {**way.places, **way.cross_attention}.items():
             print(f"  {place:16} {value:+.2f}")
         print(way)
@@ -115,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_manifest(args: argparse.Namespace) -> int:
-    """The direction of time over a split, for every checkpoint of a folder."""
+    """Measure the direction of time over a split, for every checkpoint of a folder."""
     from ..analysis.flips import checkpoints_of, over_utterances, table
     from ..data.tsv import read_manifest
     from ..recognition import load_recognizer
@@ -147,22 +151,22 @@ def _check_manifest(args: argparse.Namespace) -> int:
 
 
 def _text(given: str) -> str:
-    """A text, or what a file of that name holds. Raises `UserError` for a file that holds none, and for the path of a folder."""
+    """The text itself, or the content of a file of that name. Raises `UserError` for a file without text and for a folder."""
     from ..data.lines import read_lines
 
     path = Path(given)
     try:
         if not given or not path.exists() or (path.is_dir() and os.sep not in given):
             return given
-    except (OSError, ValueError):  # a text too long to be a name
+    except (OSError, ValueError):  # the text is too long to be a file name
         return given
     if not path.is_file():
-        raise UserError(f"{path} is no file of a transcript: give the text itself, or a text file in UTF-8")
+        raise UserError(f"{path} is not a text file: give the text itself, or a text file in UTF-8")
     return " ".join(line for _, line in read_lines(path, "give the text itself, or a text file in UTF-8"))
 
 
 def _name(path: Path) -> str:
-    """A name for output files and the columns of a CTM: that of a recording, without blanks and what cannot be printed, not too long."""
+    """A name for output files and CTM columns: the recording's, shortened, without blanks and unprintable characters."""
     name = "_".join(printable(path.stem).split()) or "recording"
     if len(name.encode()) <= LONGEST_NAME:
         return name

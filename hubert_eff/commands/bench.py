@@ -16,22 +16,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `hubert-eff bench`."""
     parser.add_argument(
         "models", nargs="*", metavar="PRESET|CHECKPOINT",
-        help="presets, or paths of checkpoints, measured in turn; one-bit models run from packed bits"
+        help="presets or checkpoints to measure in turn; one-bit models run from packed bits"
     )  # fmt: skip
     parser.add_argument(
         "--seconds", type=float, nargs="+", default=[1.0, 5.0, 10.0, 30.0], metavar="S", help="lengths of audio (default: 1 5 10 30)"
     )
-    parser.add_argument("--batch", type=whole(COUNT), nargs="+", default=[1], metavar="B", help="utterances at a time (default: 1)")
-    parser.add_argument("--threads", type=whole(COUNT), default=1, help="threads of torch (default: %(default)d)")
+    parser.add_argument("--batch", type=whole(COUNT), nargs="+", default=[1], metavar="B", help="batch sizes in utterances (default: 1)")
+    parser.add_argument("--threads", type=whole(COUNT), default=1, help="number of torch threads (default: %(default)d)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="device to run on (default: %(default)s)")
     parser.add_argument(
         "--precision", choices=("float32", "bfloat16", "int8", "w1a1"), nargs="+", default=["float32"],
-        help="measure each model at these, in the form that is shipped: fused, with int8 linear layers in the encoder, or at one bit and "
-        "packed; one-bit models run from bits at each (default: float32)",
+        help="precisions to measure, each in the form that is shipped: fused, with int8 linear layers in the encoder, or at one bit and "
+        "packed; one-bit models always run from bits (default: float32)",
     )  # fmt: skip
     parser.add_argument("--rounds", type=whole(COUNT), default=20, help="timed calls of each model on each input (default: %(default)d)")
-    parser.add_argument("--roofline", action="store_true", help="measure the peak rates of this CPU: a device file for hubert-eff profile")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write bench.json, bench.svg and bench.png there; with --roofline cpu.yaml")
+    parser.add_argument(
+        "--roofline", action="store_true", help="measure the peak rates of this CPU and write a device file for hubert-eff profile"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder for bench.json, bench.svg and bench.png; for cpu.yaml with --roofline"
+    )
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
 
 

@@ -1,4 +1,4 @@
-"""`hubert-eff config`: a training configuration as a whole, with overrides."""
+"""`hubert-eff config`: a complete training configuration, with overrides."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the sub-command."""
     parser.add_argument("name", nargs="?", metavar="NAME", help="configuration, such as conformer_s, or KIND/NAME, such as finetune/debug")
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="GROUP=MEMBER or SECTION.KEY=VALUE, as for fairseq-hydra-train")
-    parser.add_argument("--explain", action="store_true", help="say behind each key of the model what it is, and what it may be")
+    parser.add_argument(
+        "--explain", action="store_true", help="add a comment to each key of the model that says what it means and which values it takes"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -29,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"{group}: {' '.join(members)}")
         return 0
     written = load_config(args.name, args.overrides)
-    # a text that was wrapped would have the comment inside
+    # a wrapped text would have the comment inside it
     text = yaml.safe_dump(written, sort_keys=False, allow_unicode=True, width=10**6 if args.explain else None)
     print(_explained(text, str(written["model"]["_name"])) if args.explain else text, end="")
     return 0

@@ -15,23 +15,23 @@ from ..utils.locks import locked
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Two corpora: `demo` to pre-train on, `superb` to evaluate on."""
+    """The arguments of two corpora: `demo` to pre-train on, `superb` to evaluate on."""
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
 
     demo = kinds.add_parser("demo", help="sentences of several voices, with transcripts and phone timings")
     demo.add_argument("--out", required=True, type=Path, help="folder to write")
     demo.add_argument("--minutes", type=float, default=20.0, help="minutes of speech in all (default: %(default)g)")
     demo.add_argument("--speakers", type=int, default=10, help="number of voices (default: %(default)d)")
-    demo.add_argument("--seed", type=int, default=1, help="seed; the same one gives the same corpus (default: %(default)d)")
+    demo.add_argument("--seed", type=int, default=1, help="random seed; the same seed gives the same corpus (default: %(default)d)")
     demo.add_argument("--json", action="store_true", help="print the summary as JSON")
 
     superb = kinds.add_parser("superb", help="stand-ins for the data of SUPERB's tasks, in the layouts of the real data sets")
     superb.add_argument(
         "--out", required=True, type=Path, help="folder to write to; data sets made earlier with the same arguments are kept"
     )
-    superb.add_argument("--minutes", type=float, default=10.0, help="minutes of speech in each data set, about (default: %(default)g)")
-    superb.add_argument("--task", default="all", help="tasks, some of pr, asr, ks, qbe, sid, asv, sd, ic, sf, er (default: %(default)s)")
-    superb.add_argument("--seed", type=int, default=1, help="seed; the same one gives the same data (default: %(default)d)")
+    superb.add_argument("--minutes", type=float, default=10.0, help="approximate minutes of speech in each data set (default: %(default)g)")
+    superb.add_argument("--task", default="all", help="tasks out of pr, asr, ks, qbe, sid, asv, sd, ic, sf, er (default: %(default)s)")
+    superb.add_argument("--seed", type=int, default=1, help="random seed; the same seed gives the same data (default: %(default)d)")
     superb.add_argument("--json", action="store_true", help="print the summary as JSON")
 
 
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     if args.kind == "demo":
         from ..data.synthetic.sentences import make_demo
 
-        whole = args.out.absolute()  # the folder appears as a whole: the lock stands beside it
+        whole = args.out.absolute()  # the folder appears only when it is complete, so the lock stands beside it
         with locked(whole.parent, hashlib.sha256(os.fsencode(whole.name)).hexdigest()[:8]):
             summary = make_demo(args.out, args.minutes, args.speakers, args.seed)
         line = (
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _make_superb(args: argparse.Namespace) -> dict[str, Any]:
     try:
-        # by name: hubert_eff does not depend on the bridge to S3PRL, which stands above it
+        # imported by name, because hubert_eff must not depend on superb_tasks, which imports it
         bridge = importlib.import_module("superb_tasks.data.corpus")
     except ModuleNotFoundError as error:
         raise missing_extra(error.name or "superb_tasks", "superb", "the corpus of a SUPERB task") from error

@@ -1,4 +1,4 @@
-"""`hubert-eff demo`: every step of the way on a small synthetic corpus."""
+"""`hubert-eff demo`: every step from a small synthetic corpus to an evaluated model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the steps that are not done yet; print what they made."""
+    """Run the steps that are not finished; print their results."""
     demo = Demo(args.out)
     results = demo.run()
     if args.json:

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"{parser.epilog or ''}\nExit code: 0 when what is installed works, 1 when something is broken; optional parts may be missing."
     )
     parser.add_argument("--json", action="store_true", help="print the diagnosis as JSON")
-    tune = "measure for some ten seconds, with nothing else running, which float layers are faster here, and use them in inference mode"
+    tune = "measure for ten seconds, with nothing else running, which form of each float layer is fastest here; inference then uses it"
     parser.add_argument("--tune", action="store_true", help=tune)
 
 
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(values, indent=2))
         return code
-    # no rich here: it may be what is missing
+    # rich is not used here, since it may be the missing package
     rows = {"python": f"{values['python']} ({values['platform']})"}
     rows |= {name: version or "-" for name, version in values["packages"].items()}
     rows["threads"] = f"{values['threads'] or '-'} of {values['cpus']} CPUs"
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     for finding in findings:
         print(f"{LABEL[finding.status]}  {finding.what}\n         fix: {finding.fix}")
     if values["usable"]:
-        print("Usable: no known breakage." if not findings else "Usable: nothing that is installed is broken.")
+        print("Usable: no known breakage." if not findings else "Usable: everything that is installed works.")
     else:
         print("Not usable as it is: apply the fixes above.")
     return code
@@ -69,7 +69,7 @@ def _tune() -> None:
     from ..utils.files import writable
 
     if _PRODUCT is None:
-        raise UserError("--tune has nothing to choose from: this torch is built without oneDNN")
+        raise UserError("--tune has nothing to choose from, because this torch is built without oneDNN")
     threads = torch.get_num_threads()
     writable(tuned_file(threads).parent)  # before the work
     print(f"kept in {keep(tune(), threads)}", file=sys.stderr)

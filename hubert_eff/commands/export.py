@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `hubert-eff export`."""
     parser.add_argument("model", metavar="CHECKPOINT|PRESET", help="a checkpoint, an export, or a preset (with random weights)")
-    parser.add_argument("--average", type=int, metavar="N", help="the mean of the last N checkpoints of a run: CHECKPOINT is its save_dir")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="model.safetensors; its model card is written beside it, model.md")
+    parser.add_argument("--average", type=int, metavar="N", help="average the last N checkpoints of a run; CHECKPOINT is then its save_dir")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="file model.safetensors; its model card model.md is written beside it")
     parser.add_argument(
         "--onnx", type=Path, metavar="FILE",
         help="write model.onnx (too): float32, fused, of dynamic length; a one-bit model in its form of +-1 in floats",
@@ -48,10 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what float tensors are kept in: fp16 is read back to compute in float32 (with --edge in float16), bf16 in bfloat16; "
         "int8: the encoder's linear layers of a float model, which is fused, and all else in fp32 (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--float", action="store_true", help="float weights of a one-bit model, which can be trained on, in place of bits")
-    parser.add_argument("--fuse", action="store_true", help="fold BatchNorms and scales into weights first (not of one-bit models)")
+    parser.add_argument("--float", action="store_true", help="write a one-bit model's float weights, which can be trained, not its bits")
+    parser.add_argument("--fuse", action="store_true", help="fold BatchNorms and scales into weights first (float models only)")
     parser.add_argument("--encoder-only", action="store_true", help="leave out the CTC layer and the decoder of a fine-tuned checkpoint")
-    parser.add_argument("--policy", default="default", help="policy of a preset's binarized form, PRESET+w1a1 (default: %(default)s)")
+    parser.add_argument("--policy", default="default", help="policy for the binarized form of a preset, PRESET+w1a1 (default: %(default)s)")
     parser.add_argument("--license", "--licence", default="", metavar="TEXT", help="license of the weights, for the model card")
     parser.add_argument("--trained-on", default="", metavar="TEXT", help="training data, for the model card")
     parser.add_argument("--json", action="store_true", help="print what was written as JSON")
@@ -89,9 +89,9 @@ def run(args: argparse.Namespace) -> int:
     if args.base_model and args.hf is None:
         raise UserError("--base-model is for the README.md of --hf DIR, which is missing")
     if args.average is not None and args.policy != "default":
-        raise UserError("--policy is of a preset, --average of a run's checkpoints, which hold theirs: leave out one of the two")
+        raise UserError("--policy is for a preset, and --average for checkpoints, which hold their own policy: leave out one of the two")
     if args.policy != "default" and "+" not in args.model:
-        raise UserError(f"--policy {args.policy} is of a preset's binarized form, such as conformer-s+w1a1: {args.model} has none")
+        raise UserError(f"--policy {args.policy} is for a preset's binarized form, such as conformer-s+w1a1: {args.model} has none")
     for option, path, suffix in (("--out", args.out, ".safetensors"), ("--onnx", args.onnx, ".onnx"), ("--pt2", args.pt2, ".pt2")):
         if path is not None:
             if path.suffix != suffix:
@@ -118,10 +118,10 @@ def run(args: argparse.Namespace) -> int:
     elif not args.encoder_only:
         require_no_heads(model)
     if args.onnx is not None:
-        require_onnx_form(model)  # before --out is written
+        require_onnx_form(model)  # checked before --out is written
     if args.edge:
         if whole is not model:
-            raise UserError("--edge is of an encoder: a recognizer's CTC layer and decoder are left out by --encoder-only")
+            raise UserError("--edge writes encoders: leave out a recognizer's CTC layer and decoder by --encoder-only")
         model = rewrite(model, half=args.dtype == "fp16", stable=True)
     if args.pt2 is not None:
         require_program(whole)
@@ -130,12 +130,12 @@ def run(args: argparse.Namespace) -> int:
     float_whole, dtype = whole, args.dtype
     if dtype == INT8:
         if whole is not model:
-            raise UserError("--dtype int8 is of an encoder: a recognizer's CTC layer is left out by --encoder-only")
+            raise UserError("--dtype int8 writes encoders: leave out a recognizer's CTC layer by --encoder-only")
         whole = model = quantize(model)
         dtype = "fp32"
     said: dict[str, Any] = {}
     source = Path(args.model)
-    held = read_metadata(source) if source.is_file() and is_export(source) and is_own(source) else {}  # what was said of it stays said
+    held = read_metadata(source) if source.is_file() and is_export(source) and is_own(source) else {}  # its notes are kept
     said_here = {"license": args.license, "trained_on": args.trained_on}
     notes = {key: text or held[key] for key, text in said_here.items() if text or key in held}
     how = {"dtype": dtype, "packed": not args.float, "encoder_only": args.encoder_only, "source": Path(name).name, "notes": notes}
@@ -176,7 +176,7 @@ def run(args: argparse.Namespace) -> int:
 
 @contextmanager
 def _warnings_said() -> Iterator[None]:
-    """Print what is warned of in here as lines of the command."""
+    """Print warnings that are raised inside as lines of the command."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         yield

@@ -10,20 +10,20 @@ from typing import Any
 
 from ..errors import UserError
 
-# the numbers of clusters of HuBERT's first and second iteration
+# numbers of clusters in HuBERT's first and second iteration
 DEFAULT_CLUSTERS = {"mfcc": 100, "checkpoint": 500}
 FIT_HOURS = 10.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """One positional shape for making (`DIR`) and one for measuring (`quality DIR`)."""
+    """The arguments for making labels (`DIR`) and for measuring them (`quality DIR`)."""
     parser.usage = (
         "hubert-eff labels DIR --out LABELDIR (--features mfcc | --checkpoint SPEC --layer L) [--clusters K] ...\n"
         "       hubert-eff labels quality LABELDIR --alignments FILE [--manifest DIR] [--json]\n"
         "       hubert-eff labels quality DIR --layers all --alignments FILE [--checkpoint SPEC] [--clusters K] ..."
     )
     parser.add_argument(
-        "paths", nargs="+", metavar="DIR", help="folder made by `hubert-eff manifest`; or the word quality and a folder of labels"
+        "paths", nargs="+", metavar="DIR", help="folder that `hubert-eff manifest` wrote; or the word quality and a folder of labels"
     )
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     make = parser.add_argument_group("making labels")
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     make.add_argument("--features", choices=("mfcc",), help="cluster MFCC with deltas: 100 labels per second")
     make.add_argument(
         "--checkpoint", metavar="SPEC",
-        help="cluster a hidden state of this encoder, 50 labels per second: a checkpoint, a preset, a folder of Hugging Face (HuBERT, "
+        help="encoder whose hidden state is clustered, 50 labels per second: a checkpoint, a preset, a folder of Hugging Face (HuBERT, "
         "wav2vec 2.0, WavLM, Whisper), or s3prl:NAME",
     )  # fmt: skip
     make.add_argument("--layer", type=int, metavar="L", help="hidden state to cluster: 0 enters block 1, L leaves block L")
@@ -43,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     make.add_argument("--fit-split", default="train", metavar="SPLIT", help="split that k-means learns from (default: %(default)s)")
     make.add_argument(
         "--fit-hours", type=float, metavar="H",
-        help=f"hours of that split, at most, that k-means learns from, drawn at random; the features "
-        f"stand on disk meanwhile (default: {FIT_HOURS:g}; 1 with --layers)",
+        help=f"maximum hours of that split that k-means learns from, drawn at random; the features "
+        f"are kept on disk meanwhile (default: {FIT_HOURS:g}; 1 with --layers)",
     )  # fmt: skip
     make.add_argument(
         "--kmeans", default="minibatch", metavar="KIND",
@@ -52,19 +52,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "of --fit-hours in memory: 56 MB per hour of MFCC, 0.55 GB of "
         "a layer of 768 channels (default: %(default)s)",
     )  # fmt: skip
-    make.add_argument("--workers", type=int, help="number of processes (default: one per core; 1 on an accelerator)")
+    make.add_argument("--workers", type=int, help="number of processes (default: one per core; one on an accelerator)")
     make.add_argument("--device", default="auto", help="torch device of the checkpoint (default: cuda where there is one)")
-    make.add_argument("--batch-seconds", type=float, default=60.0, metavar="S", help="audio per forward pass (default: %(default)g)")
+    make.add_argument(
+        "--batch-seconds", type=float, default=60.0, metavar="S", help="seconds of audio per forward pass (default: %(default)g)"
+    )
     make.add_argument(
         "--nshard",
         type=int,
         metavar="N",
-        help="number of jobs that share LABELDIR, on as many machines; each labels the part that its --rank names",
+        help="number of jobs that share LABELDIR, one per machine; each labels the part that its --rank names",
     )
     make.add_argument(
         "--rank", type=int, metavar="I",
         help="number of this job, 0 to N-1; rank 0 also fits k-means, the others wait for it; once "
-        "all have ended, the same command without the two collects",
+        "all have ended, the same command without these two options collects the parts",
     )  # fmt: skip
     make.add_argument("--seed", type=int, default=1, help="seed of k-means (default: %(default)d)")
     measure = parser.add_argument_group("measuring labels")
@@ -73,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--layers", metavar="L[,L...]",
         help="compare hidden states: all, or their numbers; k-means is fitted on each, and --splits (default: valid) are measured",
     )  # fmt: skip
-    measure.add_argument("--manifest", type=Path, metavar="DIR", help="folder of the manifests, where it has moved since")
+    measure.add_argument("--manifest", type=Path, metavar="DIR", help="folder of the manifests, if it has moved since")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -102,7 +104,7 @@ def _make(args: argparse.Namespace) -> int:
         raise UserError("--nshard N and --rank I go together: the number of jobs, and which of them this is, from 0")
     kind = "checkpoint" if args.checkpoint else "mfcc"
     device = _device(args.device) if args.checkpoint else "cpu"
-    part = "" if args.rank is None else f"rank-{args.rank}-of-{args.nshard}"  # the others share the folder
+    part = "" if args.rank is None else f"rank-{args.rank}-of-{args.nshard}"  # the other ranks write to the same folder
     with locked(args.out, part):
         summary = make_labels(
             args.paths[0],

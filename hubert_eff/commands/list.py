@@ -1,4 +1,4 @@
-"""`hubert-eff list`: the presets with what they cost, and the configurations that train them."""
+"""`hubert-eff list`: the presets with their costs and the configurations that train them."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _row(name: str) -> dict[str, Any]:
 
 
 def _configurations(preset: str) -> list[str]:
-    """Those that train the preset, as KIND/NAME."""
+    """Configurations that train the preset, as KIND/NAME."""
     from ..utils.configurations import encoder_of, list_configurations
 
     encoder = preset.replace("-", "_")

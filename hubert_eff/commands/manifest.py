@@ -1,4 +1,4 @@
-"""`hubert-eff manifest`: a folder of recordings -> fairseq manifests of 16 kHz mono audio."""
+"""`hubert-eff manifest`: fairseq manifests of 16 kHz mono audio from a folder of recordings."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from ..errors import printable, short
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments; their defaults are those of `labels.manifest.Options`."""
+    """The arguments; their defaults are those of `data.manifest.Options`."""
     from ..data.manifest import MIN_FOLDERS, SPLITS, Options
 
     parser.add_argument(
         "source", metavar="DIR", type=Path,
-        help="folder of wav, flac, ogg or mp3 files, of any rate; a lhotse manifest (jsonl, jsonl.gz) or a folder of such; a Kaldi data "
+        help="folder of wav, flac, ogg or mp3 files of any rate; a lhotse manifest (jsonl, jsonl.gz) or a folder of these; a Kaldi data "
         "folder (wav.scp; segments, text, utt2spk, utt2dur)",
     )  # fmt: skip
     parser.add_argument("--out", required=True, type=Path, help="folder for train.tsv, valid.tsv, test.tsv, parts.tsv, left_out.tsv")
     parser.add_argument("--cache", type=Path, help="folder for converted audio (default: OUT/audio)")
     parser.add_argument(
         "--valid-percent", type=float, default=Options.valid_percent, metavar="P",
-        help="wanted share of valid; whole folders may make it larger; 0: no valid.tsv (default: %(default)g)",
+        help="wanted share of valid in percent, which whole folders may exceed; 0: no valid.tsv (default: %(default)g)",
     )  # fmt: skip
     parser.add_argument(
         "--split-by", choices=SPLITS, default=Options.split_by,
@@ -72,7 +72,7 @@ def _speakers(text: str) -> tuple[str, ...]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Make the manifests and print what came of it."""
+    """Make the manifests and print a summary."""
     from ..data.manifest import Options, make_manifest
 
     options = Options(**{f.name: getattr(args, f.name) for f in fields(Options)})
@@ -101,7 +101,7 @@ def _lines(summary: dict[str, Any], out: Path) -> list[str]:
             "(--split-by file comes closer to --valid-percent)"
         )
     if summary["valid_repeats_train"]:
-        lines.append("valid.tsv repeats train.tsv: one utterance cannot be split; give more for a real validation set")
+        lines.append("valid.tsv repeats train.tsv, since one utterance cannot be split: give more for a real validation set")
     elif "valid" not in splits:
-        lines.append("no valid.tsv, as asked: train with dataset.disable_validation=true")
+        lines.append("no valid.tsv was asked for: train with dataset.disable_validation=true")
     return lines

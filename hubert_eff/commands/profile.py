@@ -12,23 +12,25 @@ from ._numbers import whole
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `hubert-eff profile`."""
+    parser.add_argument("models", nargs="*", metavar="PRESET|CHECKPOINT", help="presets or checkpoints; several are compared in one table")
     parser.add_argument(
-        "models", nargs="*", metavar="PRESET|CHECKPOINT", help="presets by name, checkpoints by path; several are compared in one table"
+        "--table1", action="store_true", help="profile the ten models of the paper's Table 1 and show the paper's figures beside ours"
     )
-    parser.add_argument("--table1", action="store_true", help="the ten models of the paper's Table 1, ours beside the paper's figures")
     parser.add_argument(
         "--counter", default=None, metavar="NAME",
-        help="counts of --table1: clean, what the models compute (the default), or paper, formulas fitted to the paper's own figures",
+        help="how --table1 counts: clean, what the models compute (default); paper, by formulas fitted to the paper's own figures",
     )  # fmt: skip
-    parser.add_argument("--seconds", type=float, default=None, help="length of the 16 kHz input (default: 10)")
-    parser.add_argument("--depth", type=whole(NOT_NEGATIVE), default=None, help="levels of modules shown (default: 3; with --json: all)")
+    parser.add_argument("--seconds", type=float, default=None, help="length of the 16 kHz input in seconds (default: 10)")
+    parser.add_argument(
+        "--depth", type=whole(NOT_NEGATIVE), default=None, help="number of levels of modules to show (default: 3; with --json: all)"
+    )
     parser.add_argument(
         "--bops", choices=("paper", "product"), default="paper",
-        help="bit operations of a MAC: the wider operand's width, or the product of both widths (default: %(default)s)",
+        help="how to count bit operations of a MAC: the wider operand's width, or the product of both widths (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--device", default=None, metavar="NAME|FILE",
-        help="estimate times for a device of configs/device, or of such a file (default: a100); hubert-eff bench --roofline writes one",
+        help="device to estimate times for: a name in configs/device or a file (default: a100); hubert-eff bench --roofline writes one",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
 

@@ -13,9 +13,9 @@ from ._numbers import real, whole
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    parser.add_argument("speech", type=Path, metavar="SPEECH", help="folder of recordings, such as LibriSpeech as it was unpacked")
-    parser.add_argument("--config", required=True, metavar="NAME", help="pretrain/NAME.yaml in configs, such as conformer_s")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for everything that is made")
+    parser.add_argument("speech", type=Path, metavar="SPEECH", help="folder of recordings, such as LibriSpeech as unpacked")
+    parser.add_argument("--config", required=True, metavar="NAME", help="configuration pretrain/NAME.yaml in configs, such as conformer_s")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for all results")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the commands and what they need, and stop")
     parser.add_argument(
         "--gpus", type=whole(COUNT), default=1, metavar="N", help="GPUs of this machine; the batch is that of 32 GPUs (default: 1)"
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--layer",
         type=whole(NOT_NEGATIVE),
         metavar="L",
-        help="hidden state of phase 1's or --from's model that is clustered (default: the middle one)",
+        help="hidden state to cluster, of phase 1's model or of --from (default: the middle one)",
     )
     parser.add_argument(
         "--folder-level",
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=real(Bounds(above=0, below=100)),
         default=1.0,
         metavar="P",
-        help="share of the audio in valid (default: %(default)g)",
+        help="share of the audio in valid, in percent (default: %(default)g)",
     )
     parser.add_argument(
         "--fit-hours",
@@ -67,37 +67,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--from",
         dest="start",
         metavar="MODEL",
-        help="go on from a checkpoint or a folder of Hugging Face in place of phase 1: labels of its --layer, its weights, new codebooks",
+        help="replace phase 1 by a checkpoint or a folder of Hugging Face: take its weights, labels from its --layer, and new codebooks",
     )
     parser.add_argument("--warm", action="store_true", help="start phase 2 from the weights of phase 1, with new codebooks")
     parser.add_argument(
         "--quant",
         nargs="+",
         metavar="STAGE",
-        help="go on to one bit, by distillation from phase 2's model: w1a1, or w1a2 w1a1; a folder that is done without may get it later",
+        help="continue to one bit, by distillation from phase 2's model: w1a1, or w1a2 w1a1; this can be added to a finished folder",
     )
     parser.add_argument(
-        "--quant-updates", type=whole(COUNT), nargs="+", metavar="N", help="updates of each stage (default: as many as phase 2)"
+        "--quant-updates", type=whole(COUNT), nargs="+", metavar="N", help="updates of each stage of --quant (default: as many as phase 2)"
     )
     parser.add_argument(
-        "--policy", metavar="POLICY", help="what is binarized: default | paper | a YAML file (default: the configuration's)"
+        "--policy", metavar="POLICY", help="policy of binarization: default | paper | a YAML file (default: the configuration's)"
     )
-    parser.add_argument("--superb", type=Path, metavar="DIR", help="SUPERB's data: evaluate the ten tasks at the end")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other keys of the configurations, for all training")
+    parser.add_argument("--superb", type=Path, metavar="DIR", help="folder of SUPERB's data: evaluate the ten tasks at the end")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="further keys of the configurations, for all trainings")
     parser.add_argument(
-        "--device", default="a100", help="device whose rates a dry run takes: a name in configs/device, or a file (default: %(default)s)"
+        "--device", default="a100", help="device whose rates a dry run assumes: a name in configs/device, or a file (default: %(default)s)"
     )
     parser.add_argument(
         "--mfu",
         type=real(Bounds(above=0, most=1)),
         metavar="SHARE",
-        help="share of that device's peak that a dry run assumes (default: 0.011, what the paper's GPU-hours come to)",
+        help="share of that device's peak that a dry run assumes (default: 0.011, which reproduces the paper's GPU-hours)",
     )
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the steps that have not ended, or say what they are."""
+    """Run the steps that are not finished, or list them."""
     from ..recipes.pretrain import Pretraining
 
     recipe = Pretraining(

@@ -1,4 +1,4 @@
-"""`hubert-eff report [RUN_DIR ...] --out DIR`: training curves, costs, quality over cost, shares of time, module trees on one page."""
+"""`hubert-eff report [RUN_DIR ...] --out DIR`: one page of training curves, costs, quality over cost, shares of time and module trees."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `hubert-eff report`."""
     parser.add_argument(
         "folders", nargs="*", type=Path, metavar="RUN_DIR",
-        help="folders with a log of training (a run's save_dir), a result.json of a SUPERB task or a bench.json, at any depth",
+        help="folders that hold, at any depth, training logs (a run's save_dir), results of SUPERB tasks (result.json) or bench.json",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for report.html, its figures and tables")
     parser.add_argument("--json", action="store_true", help="print the paths written as JSON")

@@ -18,9 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=Path,
         metavar="AUDIO",
-        help="wav, flac, ogg or mp3 files of any rate, folders of such, manifests (train.tsv)",
+        help="wav, flac, ogg or mp3 files of any rate, folders of these, or manifests (train.tsv)",
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="features.npz, or .pt: a dict of tensors; of a stream .npy, or none")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="file for features: .npz, or .pt (a dict of tensors); .npy for a stream")
     parser.add_argument(
         "--stream", metavar="MODE",
         help="one 16 kHz file, or - for raw 16-bit PCM on standard input, chunk by chunk: frames of a chunk and chunks before it that are "
@@ -28,12 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--layer", type=int, metavar="L",
-        help="this hidden state only, (T, D): 0 enters block 1, L leaves block L (default: all, (L + 1, T, D))",
+        help="write only this hidden state, (T, D): 0 enters block 1, L leaves block L (default: all, (L + 1, T, D))",
     )  # fmt: skip
-    parser.add_argument("--batch", type=int, metavar="N", help="files at a time, at most (default: 8)")
+    parser.add_argument("--batch", type=int, metavar="N", help="maximum number of files that are computed together (default: 8)")
     parser.add_argument(
         "--window", type=float, metavar="S",
-        help="longer recordings are computed in windows of so many seconds; 0: in one piece (default: 60)",
+        help="seconds of a window; longer recordings are computed in windows; 0: in one piece (default: 60)",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print what was written as JSON")
 
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--out is missing: name a .npz or .pt file for the features")
     from ..inference.extraction import CONTEXT, SUFFIXES, WINDOW, extract, summary
 
-    if args.out.suffix not in SUFFIXES:  # before torch's half a second
+    if args.out.suffix not in SUFFIXES:  # checked before torch is imported, which takes half a second
         raise UserError(f"--out {args.out} must end in {' or '.join(SUFFIXES)}")
     given = {option: value for option in ("batch", "window") if (value := getattr(args, option)) is not None}
     left_out: list[str] = []

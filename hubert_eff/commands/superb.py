@@ -16,11 +16,11 @@ from ..errors import UserError, missing_extra
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the four sub-commands."""
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
-    names = "short names of tasks, see list, with spaces or commas between them"
+    names = "short names of tasks (superb list shows them), separated by spaces or commas"
     listing = kinds.add_parser("list", help="the ten tasks: metric, data, license, where the data are from")
     listing.add_argument("--json", action="store_true", help="print the tasks with their settings and layouts as JSON")
 
-    check = kinds.add_parser("check", help="whether the data of tasks are there, in the layout that S3PRL reads")
+    check = kinds.add_parser("check", help="check that the data of tasks are there, in the layout that S3PRL reads")
     check.add_argument("--data", required=True, type=Path, metavar="DIR", help="folder that holds the data sets")
     check.add_argument("--task", nargs="+", default=["all"], metavar="TASK", help=f"{names} (default: all)")
     check.add_argument("--json", action="store_true", help="print what is missing as JSON")
@@ -32,18 +32,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--data", required=True, type=Path, metavar="DIR", help="folder that holds the data sets")
     run.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the runs: DIR/TASK/result.json")
     run.add_argument("--lr-sweep", action="store_true", help="try SUPERB's learning rates, 1e-1 to 1e-7, and test the best one")
-    run.add_argument("--lr", type=float, help="one learning rate for all tasks (default: that of the task's settings)")
+    run.add_argument("--lr", type=float, help="learning rate for all tasks (default: that of each task's settings)")
     run.add_argument("--steps", type=int, help="updates per run (default: SUPERB's, 30000 to 200000; with --small 80 to 400)")
-    run.add_argument("--small", action="store_true", help="narrow heads, small batches, few steps: for generated data")
+    run.add_argument("--small", action="store_true", help="use narrow heads, small batches and few steps, for generated data")
     run.add_argument("--seed", type=int, default=1337, help="seed of heads and batches (default: S3PRL's, %(default)d)")
     run.add_argument("--device", help="torch device (default: cuda where there is one, else cpu)")
-    run.add_argument("--workers", type=int, help="processes that load data (default: the settings'; none on a CPU)")
-    run.add_argument("--cache", type=Path, metavar="DIR", help="keep the hidden states of all recordings there; the size is said first")
+    run.add_argument("--workers", type=int, help="number of processes that load data (default: the settings'; none on a CPU)")
+    run.add_argument(
+        "--cache", type=Path, metavar="DIR", help="folder to keep the hidden states of all recordings in; their size is printed first"
+    )
     run.add_argument("--json", action="store_true", help="print the results as JSON")
 
-    report = kinds.add_parser("report", help="models beside each other and the paper's: ten tasks, SUPERB score, cost, significance")
-    report.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="folders of runs; the first model is the one compared with")
-    report.add_argument("--out", type=Path, metavar="DIR", help="write the table as Markdown, CSV, JSON, and a submission per model")
+    report = kinds.add_parser(
+        "report", help="compare models with each other and with the paper's: ten tasks, SUPERB score, cost, significance"
+    )
+    report.add_argument(
+        "folders", nargs="+", type=Path, metavar="DIR", help="folders of runs; the others are compared with the first model"
+    )
+    report.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder for the table as Markdown, CSV and JSON, and a submission per model"
+    )
     report.add_argument("--json", action="store_true", help="print the table as JSON")
 
 
@@ -53,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _bridge(module: str) -> Any:
-    """A module of superb_tasks, by name: hubert_eff does not depend on the bridge to S3PRL, which stands above it."""
+    """Import a module of superb_tasks by name, because hubert_eff must not depend on superb_tasks, which imports it."""
     try:
         return importlib.import_module(f"superb_tasks.{module}")
     except ModuleNotFoundError as error:
@@ -95,8 +103,8 @@ def _check(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     if args.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # S3PRL asks whether there is a GPU, not whether it is to be used
-    if not sys.stderr.isatty():  # S3PRL's progress bars: a line now and then in a log, not ten redraws a second
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # S3PRL asks whether a GPU exists, not whether to use it
+    if not sys.stderr.isatty():  # in a log, S3PRL's progress bars print a line now and then instead of ten a second
         os.environ.setdefault("TQDM_MININTERVAL", "10")  # read when tqdm is imported
     runner = _bridge("running.runner")
     request = runner.Request(

@@ -16,17 +16,19 @@ CONSOLE = "hydra.job_logging.handlers.console.class=hubert_eff.reports.console.C
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the sub-command."""
-    parser.add_argument("name", metavar="NAME", help="configuration, such as conformer_s, or KIND/NAME, such as quantize/conformer_s_w1a1")
+    parser.add_argument(
+        "name", metavar="NAME", help="name of a configuration, such as conformer_s, or KIND/NAME, such as quantize/conformer_s_w1a1"
+    )
     parser.add_argument(
         "overrides", nargs="*", metavar="OVERRIDE",
         help="SECTION.KEY=VALUE, e.g. task.data=DIR, or GROUP=MEMBER, such as optim=scaled_adam; relative paths start from this folder",
     )  # fmt: skip
-    parser.add_argument("--verbose", action="store_true", help="print the whole log, which hydra_train.log keeps in any case")
-    parser.add_argument("--dry-run", action="store_true", help="print the command of fairseq that would run, and run nothing")
+    parser.add_argument("--verbose", action="store_true", help="print the whole log; hydra_train.log always has it")
+    parser.add_argument("--dry-run", action="store_true", help="print the fairseq command and do not run it")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check the configuration, then become fairseq-hydra-train, which gets signals and whose exit code is this one's."""
+    """Check the configuration, then become fairseq-hydra-train: it receives the signals, and its exit code is that of this command."""
     from ..recipes.base import command_line, training
     from ..utils.configurations import find_configuration, load_config
 
@@ -37,20 +39,20 @@ def run(args: argparse.Namespace) -> int:
     path = find_configuration(args.name)
     console = () if args.verbose or any("job_logging" in word for word in args.overrides) else (CONSOLE,)
     words = training(path.parent.name, path.stem, {}, *args.overrides, *console)
-    if any(word.lstrip("+").startswith(f"{USER_DIR}=") for word in args.overrides):  # a plug-in of the user's own, which imports ours
+    if any(word.lstrip("+").startswith(f"{USER_DIR}=") for word in args.overrides):  # the user's own plug-in, which imports this one
         words = tuple(word for word in words if word in args.overrides or not str(word).startswith(f"{USER_DIR}="))
     if args.dry_run:
         print(shlex.join(map(str, words)))
         return 0
     line = command_line(*words)
-    # warnings of hydra, fairseq and torch about each other, of which a user can do nothing; those of this product are log lines
+    # hides warnings of hydra, fairseq and torch about each other, about which users can do nothing; this package logs its own
     environment = os.environ if args.verbose else {"PYTHONWARNINGS": "ignore", **os.environ}
     sys.stdout.flush()
     os.execve(line[0], line, environment)
 
 
 def _missing(values: dict[str, Any], above: str = "") -> list[str]:
-    """Keys that the configuration leaves to whoever runs it."""
+    """Keys without a value, which the user must give."""
     found: list[str] = []
     for key, value in values.items():
         found += _missing(value, f"{above}{key}.") if isinstance(value, dict) else [f"{above}{key}"] * (value == "???")

@@ -1,4 +1,4 @@
-"""`hubert-eff transcribe CKPT`: texts of recordings, of a manifest with its error rates, or of a stream while it comes."""
+"""`hubert-eff transcribe CKPT`: the text of recordings, of a manifest with its error rates, or of a stream as it comes."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ..errors import UnusableFile, UserError, printable
 from ._numbers import whole
 
 SEARCHES = ("greedy", "beam", "rescore", "attention", "joint")
-SHOWN = 100  # characters at the end of a live text that a line shows
+SHOWN = 100  # a line shows this many characters from the end of a live text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `hubert-eff transcribe`."""
-    parser.add_argument("checkpoint", metavar="CKPT", help="fine-tuned checkpoint, of configs/finetune")
+    parser.add_argument("checkpoint", metavar="CKPT", help="a fine-tuned checkpoint (configs/finetune)")
     parser.add_argument(
-        "audio", nargs="*", type=Path, metavar="AUDIO", help="recordings, of any rate; with --stream a 16 kHz mono file, or - for raw PCM"
+        "audio", nargs="*", type=Path, metavar="AUDIO", help="recordings of any rate; with --stream a 16 kHz mono file, or - for raw PCM"
     )
     parser.add_argument(
         "--search", metavar="NAME[,NAME]",
@@ -28,10 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "attention: letter by letter by the decoder alone; joint: the same with CTC's prefix scores (default: greedy, or attention where "
         "the CTC layer has learned nothing; with --score all that the model can do; with --stream beam)",
     )  # fmt: skip
-    parser.add_argument("--beam", type=whole(COUNT), default=10, help="texts that a beam search keeps (default: %(default)d)")
+    parser.add_argument("--beam", type=whole(COUNT), default=10, help="number of texts that a beam search keeps (default: %(default)d)")
     parser.add_argument(
         "--ctc-weight", type=float, default=0.5,
-        help="weight W of CTC; rescore: decoder + W CTC; joint: (1 - W) decoder + W CTC, of log-probabilities (default: %(default)g)",
+        help="weight W of CTC's log-probability; rescore: decoder + W CTC; joint: (1 - W) decoder + W CTC (default: %(default)g)",
     )  # fmt: skip
     parser.add_argument(
         "--length-penalty", type=float, default=0.0, metavar="A",
@@ -40,16 +40,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--chunk-size", type=int, metavar="N",
-        help="hear N frames of 20 ms at a time, as a stream does: a model pre-trained with model.streaming=true (default: all at once)",
+        help="frames of 20 ms in a chunk, for a model pre-trained with model.streaming=true (default: the whole recording at once)",
     )  # fmt: skip
-    parser.add_argument("--left-chunks", type=int, default=-1, help="chunks before its own that a frame attends to (default: -1, all)")
+    parser.add_argument(
+        "--left-chunks", type=int, default=-1, help="number of chunks before its own that a frame attends to (default: -1, all)"
+    )
     parser.add_argument(
         "--modes", metavar="MODE[,MODE]",
-        help="chunk size and left chunks as FRAMES-CHUNKS, or full: 16-4, 16-inf (default: "
+        help="chunk size and left chunks as FRAMES-CHUNKS, such as 16-4 or 16-inf, or full (default: "
         "full; with --score and a model that streams 16-4,16-inf,full)",
     )  # fmt: skip
     parser.add_argument(
-        "--manifest", type=Path, metavar="DIR", help="transcribe the utterances of a folder of `hubert-eff manifest`, in place of AUDIO"
+        "--manifest",
+        type=Path,
+        metavar="DIR",
+        help="folder that `hubert-eff manifest` wrote, whose utterances are transcribed instead of AUDIO",
     )
     parser.add_argument("--split", default="valid", help="split of the manifest (default: %(default)s)")
     parser.add_argument(
@@ -57,13 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--utterances", type=whole(COUNT), metavar="N", help="use the first N utterances of the manifest (default: all)")
     parser.add_argument(
-        "--score", action="store_true", help="print word and character error rates of the manifest, by each search and in each mode"
+        "--score", action="store_true", help="print word and character error rates of the manifest for each search and mode"
     )
     parser.add_argument(
-        "--stream", metavar="MODE", help="print the text as it comes, chunk by chunk: 16-4, 16-inf; then latency and real-time factor"
+        "--stream", metavar="MODE", help="print the text as it comes, chunk by chunk (16-4, 16-inf), and then latency and real-time factor"
     )
     parser.add_argument(
-        "--json", action="store_true", help="print texts, scores and, of a beam, all it kept as JSON; of a stream, lines of it"
+        "--json", action="store_true", help="print texts, scores and all texts of a beam as JSON; for a stream, one JSON line per text"
     )
 
 
@@ -89,7 +94,7 @@ def _searches(text: str | None, default: list[str]) -> list[str]:
 
 
 def _modes(args: argparse.Namespace, default: list[str]) -> list[str]:
-    """Names of modes, each of which `parse_mode` reads."""
+    """The names of modes that `parse_mode` reads."""
     if args.chunk_size is not None and args.modes is not None:
         raise UserError("--chunk-size and --modes say the same: leave one out")
     if args.chunk_size is not None:

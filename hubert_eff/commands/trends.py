@@ -23,18 +23,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `hubert-eff trends`."""
     parser.add_argument(
         "paths", nargs="+", type=Path, metavar="RUN_DIR|CKPT",
-        help="a run's save_dir, trained with task.trends_interval=N, or several to overlay; or checkpoints, whose encoders are run on "
+        help="save_dirs of runs that were trained with task.trends_interval=N; or checkpoints, whose encoders are run on "
         "Gaussian input",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write trends.json and trends.png there")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for trends.json and trends.png")
     parser.add_argument(
-        "--blocks", type=whole(Bounds(least=2)), default=8, help="blocks that the picture shows, evenly spread (default: %(default)d)"
+        "--blocks", type=whole(Bounds(least=2)), default=8, help="number of blocks in the picture, evenly spread (default: %(default)d)"
     )
     parser.add_argument("--json", action="store_true", help="print all figures and alarms as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Read or measure, print alarms; returns 0, alarms or not."""
+    """Read or measure, and print alarms; returns 0 whether or not there are alarms."""
     from ..analysis.layer_trends import alarms
     from ..utils.files import writable, write_json
 
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     results: dict[str, dict[str, Any]] = {
         name: {
             "records": [json.loads(record.line()) for record in records],
-            # what is not finite is no JSON
+            # JSON has no numbers that are not finite
             "alarms": [{**asdict(alarm), "value": alarm.value if math.isfinite(alarm.value) else None} for alarm in found[name]],
         }
         for name, records in runs.items()
@@ -82,13 +82,13 @@ def _say(head: str, records: list[Record], found: list[Alarm]) -> None:
 
 
 def _runs(paths: list[Path]) -> dict[str, list[Record]]:
-    """Records by run: of the folders that are named, or of all checkpoints together."""
+    """Records by run: one run per folder, or one for all checkpoints together."""
     if len(paths) < 2 or not all(path.is_dir() for path in paths):
         return {"": _records(paths)}
     names = [path.name for path in paths]
     if len({path.resolve() for path in paths}) < len(paths):
         raise UserError("a run is named twice")
-    whole = len(set(names)) < len(names)  # folders of one name are told apart by their paths
+    whole = len(set(names)) < len(names)  # folders of the same name are shown by their paths
     return {printable(path) if whole else printable(path.name): _records([path]) for path in paths}
 
 

@@ -61,8 +61,8 @@ class Checked:
 def check(path: Path, silent: bool = False) -> Checked:
     """Decode the whole file. Raises `Unusable` if it cannot be used as it is meant.
 
-    That is: it is no regular file, empty, no audio, truncated, goes on behind what a decoder reads of it, holds NaN, infinity or other
-    numbers that are no samples, has channels that cancel each other in the mono mix, or (unless `silent`) is below what 24 bits can hold.
+    That is: it is not a regular file, empty, no audio, truncated, goes on behind what a decoder reads of it, holds NaN, infinity or other
+    numbers that are not samples, has channels that cancel each other in the mono mix, or (unless `silent`) is below what 24 bits can hold.
     """
     import soundfile
 
@@ -114,7 +114,7 @@ class _Measures:
         self.sounding = self.canceled = 0  # windows
 
     def add(self, block: Array) -> None:
-        """Take in samples (T, C). Raises `Unusable` for those that are no audio."""
+        """Take in samples (T, C). Raises `Unusable` for those that are not audio."""
         high = max(float(block.max()), -float(block.min()))
         if not np.isfinite(high):
             raise Unusable("NaN or infinite samples")

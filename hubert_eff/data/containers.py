@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import IO
 
 SLACK = 0.25  # seconds of audio that may lie behind what a WAV header counts
-PADDING = 0.5  # seconds of an MP3 file that are no audio: its first frame, and what the encoder adds at both ends
+PADDING = 0.5  # seconds of an MP3 file that are not audio: its first frame, and what the encoder adds at both ends
 UNKNOWN = 0x7FFFF000  # lengths from here on are what a program that writes to a pipe leaves in a WAV header
 ENDS = (b"TAG", b"ID3", b"APETAGEX", b"LYRICSBEGIN", b"id3 ")  # tags that programs append
 SEVERAL = "several streams in one file: only the first would be read; write each to a file of its own"
@@ -50,7 +50,7 @@ def check_container(path: Path) -> float:
 
 
 def _behind_tags(file: IO[bytes]) -> int:
-    """Where the first thing that is no ID3v2 tag begins."""
+    """Where the first thing that is not an ID3v2 tag begins."""
     position = 0
     while True:
         file.seek(position)

@@ -83,5 +83,5 @@ def _name(path: Path, name: Path, level: int) -> str:
 
 
 def _text(path: Path) -> str:
-    """A path as a name; bytes that are no UTF-8, which a name in an archive cannot hold, are spelled out."""
+    """A path as a name; bytes that are not UTF-8, which a name in an archive cannot hold, are spelled out."""
     return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")

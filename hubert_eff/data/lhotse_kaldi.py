@@ -86,7 +86,7 @@ def _items(files: list[Path], kind: str, read: Callable[[str, dict[str, Any]], I
 
 
 def _first_kind(file: Path, lenient: bool = False) -> str:
-    """The kind of a file's first line; "" if it is nothing of lhotse's; `lenient`: also if it is no JSON."""
+    """The kind of a file's first line; "" if it is nothing of lhotse's; `lenient`: also if it is not valid JSON."""
     try:
         return next((_kind(entry) for _, entry in read_json_lines(file)), "")
     except UserError:
@@ -173,7 +173,7 @@ def _string(what: str, entry: dict[str, Any], key: str) -> str:
     value = entry.get(key)
     text = "" if value is None else str(value) if isinstance(value, str | int) and not isinstance(value, bool) else None
     if text is None or not _is_unicode(text):
-        raise UserError(f"{what}: {key} is no text but {value_shown(value)}")
+        raise UserError(f"{what}: {key} is not text but {value_shown(value)}")
     return text
 
 
@@ -273,5 +273,5 @@ def _kaldi_segment(where: str, name: str, fields: list[str], recordings: dict[st
 def _float(where: str, text: str, signed: bool = False) -> float:
     value = decimal(text)
     if value is None or (value < 0 and not signed):
-        raise UserError(f"{where}: {shown(text, 40)!r} is no number of seconds")
+        raise UserError(f"{where}: {shown(text, 40)!r} is not a number of seconds")
     return value

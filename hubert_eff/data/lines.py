@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 
 from ..errors import UserError
 
-LONGEST = 1 << 26  # bytes of a line: what expands without end is no table
+LONGEST = 1 << 26  # bytes of a line: what expands without end is not a table
 MOST_JSON = 1 << 26  # bytes of a JSON file
 MOST_BLANK = 1000  # blank lines of a file of JSON lines
 PLAIN = bytes([9, *range(32, 127)])  # what needs no closer look
@@ -45,7 +45,7 @@ class Line(NamedTuple):
 def scan(file: Path, hint: str, digest: Digest | None = None) -> Iterator[Line]:
     """The lines of a file. `digest` takes in all of its bytes; `hint`: what to do where it cannot be read.
 
-    Raises `UserError`, naming the line: bytes that are no UTF-8, control characters other than the tab, characters that only some readers
+    Raises `UserError`, naming the line: bytes that are not UTF-8, control characters other than the tab, characters that only some readers
     end a line at.
     """
     place = 0
@@ -103,7 +103,7 @@ def read_json(file: Path, hint: str) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror}): {hint}") from error
     except (RecursionError, ValueError) as error:
-        raise UserError(f"{file} is no JSON ({shown(str(error))}): {hint}") from error
+        raise UserError(f"{file} is not valid JSON ({shown(str(error))}): {hint}") from error
     if not isinstance(content, dict):
         raise UserError(f"{file} holds no JSON object but {value_shown(content)}: {hint}")
     return content
@@ -140,7 +140,7 @@ def _refuse_odd(line: Line, file: Path, hint: str) -> None:
         found = CONTROL.search(line.raw.decode())
     except UnicodeDecodeError as error:
         place = line.start + error.start
-        raise UserError(f"{file} is no UTF-8 text ({error.reason} at byte {place}), line {line.number}: {hint}") from error
+        raise UserError(f"{file} is not UTF-8 text ({error.reason} at byte {place}), line {line.number}: {hint}") from error
     if found and found[0] == "\r":
         raise UserError(f"{file}, line {line.number} holds a carriage return that ends no line: end lines with line feeds (mac2unix)")
     if found:

@@ -17,7 +17,7 @@ class Transcripts:
 
     In this order: DIR/transcripts.tsv (`relative path <tab> text`), a `.txt` or `.lab` file of the same name beside the audio,
     LibriSpeech's `*.trans.txt` (`name text`) in its folder, the digit in a name of the Free Spoken Digit Dataset
-    (`SPEAKER/DIGIT_SPEAKER_INDEX`). They are read as UTF-8: what is not, or cannot be read, is no transcript, for part of one would be
+    (`SPEAKER/DIGIT_SPEAKER_INDEX`). They are read as UTF-8: what is not, or cannot be read, is not a transcript, for part of one would be
     another; and so are two different ones of a name in one table.
     """
 

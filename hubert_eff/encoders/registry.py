@@ -108,22 +108,24 @@ def stored_config(encoder: str, written: str | Mapping[str, Any]) -> HubertConfi
     """
     if isinstance(written, str):
         if len(written) > LONGEST:
-            raise UserError(f"its configuration has {len(written)} characters: more than {LONGEST} is no configuration")
+            raise UserError(f"its configuration has {len(written)} characters: more than {LONGEST} is not a configuration")
         try:
             written = json.loads(written)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"its configuration is no JSON ({short(error)})") from error
+            raise UserError(f"its configuration is not valid JSON ({short(error)})") from error
         if not isinstance(written, dict):
-            raise UserError("its configuration is no JSON object")
+            raise UserError("its configuration is not a JSON object")
     for key, value in written.items():
         if not isinstance(key, str) or not _is_plain(value):
-            raise UserError(f"its configuration has {short(repr(key))} as a {type(value).__name__}, which is no value of a configuration")
+            raise UserError(
+                f"its configuration has {short(repr(key))} as a {type(value).__name__}, which is not a value of a configuration"
+            )
     policy = written.get("quant_policy", "default")
     if isinstance(policy, str) and policy.lstrip().startswith("{"):  # what was written is JSON: no YAML with aliases, no path
         try:
             json.loads(policy)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"its quant_policy is no JSON ({short(error)})") from error
+            raise UserError(f"its quant_policy is not valid JSON ({short(error)})") from error
     elif policy not in ("default", "paper"):
         raise UserError(f"its quant_policy {short(repr(policy))} is neither default nor paper, nor a policy's text")
     try:

@@ -183,7 +183,7 @@ def _onnxruntime() -> Iterator[None]:
 
 @torch.no_grad()
 def _agreement(traced: _States, session: Any, shape: tuple[int, int]) -> Tensor:
-    """The differences (L + 1, B, T, D) for audio of a shape. Raises `UserError`, with what the graph does, where they are no rounding."""
+    """The differences (L + 1, B, T, D) for audio of a shape. Raises `UserError`, with what the graph does, where they are not rounding."""
     binary = traced.model.config.quant != "none"
     worst, kept = 0.0, None
     for attempt in range(ATTEMPTS if binary else 1):

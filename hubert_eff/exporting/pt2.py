@@ -154,7 +154,7 @@ def _audio(shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
 
 
 def _difference(model: HubertModel | Recognizer, path: Path) -> float:
-    """Largest difference between the program in a file and the model. Raises `UserError` where it is no rounding."""
+    """Largest difference between the program in a file and the model. Raises `UserError` where it is not rounding."""
     wrapper = (_Letters(model) if isinstance(model, Recognizer) else _States(model)).eval()
     with path.open("rb") as stream:
         run = torch.export.load(stream).module()

@@ -96,7 +96,7 @@ def export(
     metadata.update(notes or {})
     for name, text in metadata.items():
         if not isinstance(text, str) or text.encode(errors="ignore").decode() != text:
-            raise UserError(f"the note '{name}' is no text: {text!r:.100}")
+            raise UserError(f"the note '{name}' is not text: {text!r:.100}")
     weights = tensors(model, DTYPES[dtype], LABEL_EMBEDDINGS)
     found = {name: (NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape)) for name, tensor in weights.items()}
     try:

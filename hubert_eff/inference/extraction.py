@@ -169,7 +169,7 @@ def _item(path: Path, key: str, model: HubertModel) -> _Item:
         if path.is_dir():
             raise UnusableFile(f"no recording in the folder {path}")
         if not path.is_file():
-            raise UnusableFile(f"{path} is no regular file" if path.exists() else f"no audio file at {path}")
+            raise UnusableFile(f"{path} is not a regular file" if path.exists() else f"no audio file at {path}")
         if path.suffix.lower() in FOREIGN_SUFFIXES:
             raise UnusableFile(f"{path}: {path.suffix} is not decoded here; convert it to wav, flac, ogg or mp3")
         checked = check(path, silent=True)

@@ -84,12 +84,12 @@ def read_dictionary(file: Path) -> list[tuple[str, int]]:
     for number, line in read_lines(file, "make the labels again"):
         fields = line.split()
         if len(fields) != 2 or not COUNT.fullmatch(fields[1]):
-            raise UserError(f"{file} is no fairseq dictionary: line {number} is not '<class> <count>' but {shown(line)!r}")
+            raise UserError(f"{file} is not a fairseq dictionary: line {number} is not '<class> <count>' but {shown(line)!r}")
         if fields[0] in classes:
-            raise UserError(f"{file} is no fairseq dictionary: line {number} lists {shown(fields[0])!r} again")
+            raise UserError(f"{file} is not a fairseq dictionary: line {number} lists {shown(fields[0])!r} again")
         classes[fields[0]] = int(fields[1])
     if not classes:
-        raise UserError(f"{file} is no fairseq dictionary: it lists no class")
+        raise UserError(f"{file} is not a fairseq dictionary: it lists no class")
     return list(classes.items())
 
 

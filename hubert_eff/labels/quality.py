@@ -172,7 +172,7 @@ def _sources(tables: Path) -> dict[str, Parts]:
     for number, row in read_parts(file, ("utterance", "start", "end", "source")):
         start, end, begins = (decimal(row.get(name) or "0") for name in ("start", "end", "source_start"))
         if start is None or end is None or begins is None:
-            raise UserError(f"{file}, line {number}: start, end and source_start are no numbers of seconds: make the manifest again")
+            raise UserError(f"{file}, line {number}: start, end and source_start are not numbers of seconds: make the manifest again")
         parts[row["utterance"]].append((start, end, os.path.realpath(os.path.join(source, row["source"])), begins))
     return parts
 
@@ -202,5 +202,5 @@ def count_frames(joint: npt.NDArray[np.int64], phones: npt.NDArray[np.int64], la
 def _label(text: str, clusters: int, file: Path, number: int) -> int:
     label = int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else -1
     if not 0 <= label < clusters:
-        raise UserError(f"{file}, line {number}: {shown(text, 20)!r} is no label from 0 to {clusters - 1}: make the labels again")
+        raise UserError(f"{file}, line {number}: {shown(text, 20)!r} is not a label from 0 to {clusters - 1}: make the labels again")
     return label

@@ -61,12 +61,12 @@ def read_record(folder: Path) -> Record | None:
     content = read_json(file, HINT)
     rate, clusters, source, manifest, splits = (content.get(key) for key in ("rate", "k", "source", "manifest", "splits"))
     if not (rate is None or _is_number(rate) and 0 < rate < 1e6):
-        raise UserError(f"{file}: rate is no number of labels per second but {value_shown(rate)}: {HINT}")
+        raise UserError(f"{file}: rate is not a number of labels per second but {value_shown(rate)}: {HINT}")
     if not (clusters is None or _is_number(clusters) and isinstance(clusters, int) and 0 < clusters <= MOST_CLUSTERS):
-        raise UserError(f"{file}: k is no number of clusters but {value_shown(clusters)}: {HINT}")
+        raise UserError(f"{file}: k is not a number of clusters but {value_shown(clusters)}: {HINT}")
     found = dict.fromkeys(splits, {}) if isinstance(splits, list) and all(isinstance(name, str) for name in splits) else splits or {}
     if not isinstance(found, dict) or not all(isinstance(f, dict) and name == Path(name).name for name, f in found.items()):
-        raise UserError(f"{file}: splits are no names of splits with their figures: {HINT}")
+        raise UserError(f"{file}: splits are not names of splits with their figures: {HINT}")
     return Record(
         file,
         None if rate is None else float(rate),

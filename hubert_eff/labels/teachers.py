@@ -100,7 +100,7 @@ class Teacher(nn.Module):
         state = state[:, ::2] if rate == 100 else state.repeat_interleave(2, 1) if rate == 25 else state
         if abs(state.size(1) - length) > SLACK:
             raise UserError(
-                f"{self.name} gives {state.size(1)} frames of 20 ms where {length} are expected: its states are no sequence in time"
+                f"{self.name} gives {state.size(1)} frames of 20 ms where {length} are expected: its states are not a sequence in time"
             )
         if state.size(1) < length:
             state = torch.cat([state, state[:, -1:].expand(-1, length - state.size(1), -1)], 1)

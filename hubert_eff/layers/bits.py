@@ -122,5 +122,5 @@ def stored_bits(module: nn.Module) -> Mapping[str, tuple[int, float]]:
     stored: Mapping[str, tuple[int, float]] = getattr(module, "stored_bits", {})
     missing = sorted(set(stored) - {*module._parameters, *module._buffers})
     if missing:
-        raise UserError(f"{type(module).__name__}.stored_bits names '{missing[0]}', which is no parameter or buffer of its own")
+        raise UserError(f"{type(module).__name__}.stored_bits names '{missing[0]}', which is not a parameter or buffer of its own")
     return stored

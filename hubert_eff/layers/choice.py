@@ -170,7 +170,7 @@ def _checked(text: str, threads: int) -> Choice:
 
     def number(value: Any) -> float:
         if type(value) is not int or not 0 < value < 2**40:
-            raise ValueError(f"{value!r} is no size")
+            raise ValueError(f"{value!r} is not a size")
         return value
 
     def steps(pairs: Any) -> tuple[tuple[int, float], ...]:

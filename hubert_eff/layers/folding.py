@@ -26,7 +26,7 @@ class Foldable(Protocol):
 def fold_after(layer: nn.Linear | DepthwiseConv, norm: nn.Module) -> nn.Module:
     """Fold a BatchNorm into the layer before it: W' = s W, b' = s (b - mean) + beta, s = gamma / sqrt(var + eps).
 
-    Returns what stands in the norm's place: `NoNorm`, or the norm itself if it is no BatchNorm.
+    Returns what stands in the norm's place: `NoNorm`, or the norm itself if it is not a BatchNorm.
     """
     if not isinstance(norm, nn.BatchNorm1d):
         return norm

@@ -275,7 +275,7 @@ class _Whiten(torch.autograd.Function):
 class Whitener(Scheduled):
     """Adds to the gradient a push of x (B, T, C) toward white, while `whitening_metric` is above a limit (Zipformer, appendix A.3.2).
 
-    Padding is not counted. After a batch below the limit it works on fewer batches; as in the authors' code that is no part of the state,
+    Padding is not counted. After a batch below the limit it works on fewer batches; as in the authors' code that is not part of the state,
     so a run that goes on from a checkpoint starts with the higher share.
     """
 

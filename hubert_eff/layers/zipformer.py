@@ -93,7 +93,7 @@ class AttentionWeights(Scheduled):
     def forward(
         self, x: Tensor, positions: Tensor, valid: Tensor | None = None, seen: Tensor | None = None, chunks: Chunks | None = None
     ) -> Weights:
-        """x (B, T, C); positions (2T - 1, table_dim), T the number of keys; valid (B, T) bool: frames that are no padding; seen (B, 1, T)
+        """x (B, T, C); positions (2T - 1, table_dim), T the number of keys; valid (B, T) bool: frames that are not padding; seen (B, 1, T)
         bool, or (B, T, T) in chunks: keys that may be seen."""
         queries = self.heads * self.query_dim
         q, k, p = self.in_proj(x).split((queries, queries, self.heads * self.position_dim), dim=-1)

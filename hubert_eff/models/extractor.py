@@ -168,7 +168,7 @@ def check_samples(wav: Tensor, padding_mask: Tensor | None = None, where: str = 
         raise UserError(f"padding must stand at the end of a row, but row {row} has samples behind it: move them to its start")
     if values.size and max(float(values.max()), -float(values.min())) <= LOUDEST:  # not so for NaN
         return
-    for wrong, bad in (("not finite", ~np.isfinite(values)), ("no audio", np.abs(values) > LOUDEST)):
+    for wrong, bad in (("not finite", ~np.isfinite(values)), ("not audio", np.abs(values) > LOUDEST)):
         bad = bad if mask is None else bad & ~mask
         if bad.any():
             row, place = (int(i) for i in np.argwhere(bad)[0])

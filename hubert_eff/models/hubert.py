@@ -432,7 +432,7 @@ class HubertModel(nn.Module):
 
 def normalize_waveform(wav: Tensor, padding_mask: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """Zero mean and unit variance, to which `eps` is added, of each row (B, S) over its valid samples; padding becomes 0."""
-    if padding_mask is None and is_symbolic():  # where a length is no constant
+    if padding_mask is None and is_symbolic():  # where a length is not a constant
         padding_mask = torch.zeros_like(wav, dtype=torch.bool)
     if padding_mask is None:
         return F.layer_norm(wav, wav.shape[-1:], eps=eps)

@@ -65,7 +65,7 @@ def read_device(name: str | os.PathLike[str]) -> Device:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no YAML file: {' '.join(str(error).split())[:160]}") from error
+        raise UserError(f"{path} is not a YAML file: {' '.join(str(error).split())[:160]}") from error
     keys = [field.name for field in dataclasses.fields(Device)]
     if not isinstance(content, dict) or set(content) != set(keys):
         raise UserError(f"{path} must have the keys {', '.join(keys)}")

@@ -28,7 +28,7 @@ KINDS = (MATRIX, CONVOLUTION, GROUPED, DEPTHWISE, ATTENTION, NORM, ELEMENTWISE, 
 BLOCK = 128  # queries of packed relative attention that are counted together: as the simulation computes them
 
 _MACS: dict[str, Formula] = {}  # the operation's own arguments, and out=result -> MACs
-_KIND: dict[str, str] = {}  # products that are no matrix products
+_KIND: dict[str, str] = {}  # products that are not matrix products
 _BITS: dict[str, Bits] = {}  # products that always run in these widths
 _ELEMENTS: dict[str, Formula] = {}  # arguments as above -> element operations that a product has fused in
 

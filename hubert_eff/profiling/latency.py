@@ -264,7 +264,7 @@ def plain(result: Timing | Shares) -> dict[str, object]:
 def read(path: Path) -> tuple[list[Timing], list[Shares]]:
     """What a bench.json holds. Raises `UserError` for another file."""
     if not path.is_file():
-        raise UserError(f"{path} cannot be read: it is no regular file")
+        raise UserError(f"{path} cannot be read: it is not a regular file")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         timings = [Timing(**_subject(t)) for t in content["timings"]]
@@ -277,7 +277,7 @@ def read(path: Path) -> tuple[list[Timing], list[Shares]]:
         for s in shares:
             _check(s)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} is no result of `hubert-eff bench --out`: {' '.join(str(error).split())[:160]}") from error
+        raise UserError(f"{path} is not a result of `hubert-eff bench --out`: {' '.join(str(error).split())[:160]}") from error
     return timings, shares
 
 

@@ -68,7 +68,7 @@ def with_kept(owner: nn.Module, chunks: Chunks | None, *codes: Codes) -> tuple[C
 
 
 def _pairs(heads: int, q: Tensor, valid: Tensor | None, attend: Tensor | None) -> Tensor | int:
-    """Number of probabilities of queries and keys that are no padding; `attend`: (B, 1, 1 or T, T) bool."""
+    """Number of probabilities of queries and keys that are not padding; `attend`: (B, 1, 1 or T, T) bool."""
     if attend is not None and attend.size(2) > 1:
         seen = attend.sum(-1).expand(q.size(0), 1, -1)
         return heads * (seen if valid is None else seen.masked_fill(~valid.unsqueeze(1), 0)).sum()

@@ -12,8 +12,8 @@ y = a * codes, g = dL/dy, once the caller's product has multiplied by a:
                       clamp(round(q), 0, Q) + z / a
                                                 dL/dx = g 1[0 <= q <= Q]       dL/da = sum g {0 below, Q above, round(q) - q} / (n Q)^0.5
 
-n counts the elements that are no padding. Every bit is a `>`: nothing has the sign 0. Whatever the dtype of x, scales and the sums of their
-gradients are float32 at least: float16 holds neither n nor a sum over n elements.
+n counts the elements that are not padding. Every bit is a `>`: nothing has the sign 0. Scales and the sums of their gradients are float32
+at least, whatever the dtype of x: float16 can hold neither n nor a sum over n elements.
 """
 
 from __future__ import annotations

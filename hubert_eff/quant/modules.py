@@ -30,7 +30,7 @@ class Codes(NamedTuple):
 
 
 class FrameMask:
-    """Which frames of the batch that a block is working on are no padding: hooks of the block tell all quantizers in it.
+    """Which frames of the batch that a block is working on are not padding: hooks of the block tell all quantizers in it.
 
     So a layer of the float model, and what stands in for it, are called in the same way, with nothing but their input.
     """
@@ -93,7 +93,7 @@ class Quantizer(nn.Module):
         return self.scale.dtype
 
     def effective(self, count: Tensor | int) -> Tensor:
-        """The scale for a tensor of `count` elements that are no padding."""
+        """The scale for a tensor of `count` elements that are not padding."""
         return effective_scale(self.scale, count, self.levels)
 
     def forward(self, x: Tensor) -> Codes:

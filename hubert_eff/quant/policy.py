@@ -140,7 +140,7 @@ def read_policy(policy: str | Path | Mapping[str, Any]) -> Policy:
     except UserError:
         raise
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is no YAML: {short(error)}") from error
+        raise UserError(f"{where} is not valid YAML: {short(error)}") from error
     if not isinstance(content, Mapping):
         raise UserError(f"{where} must map kinds of layers to {BINARY} or {FLOAT}")
     return _parse(content, where)

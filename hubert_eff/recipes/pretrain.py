@@ -293,7 +293,7 @@ class Pretraining(Recipe):
             self._check_student()
         if self.superb:
             if not self.superb.is_dir():
-                raise UserError(f"--superb {self.superb} is no folder: give the one that holds SUPERB's data sets")
+                raise UserError(f"--superb {self.superb} is not a folder: give the one that holds SUPERB's data sets")
             if importlib.util.find_spec("s3prl") is None:
                 raise UserError("--superb needs the package 's3prl': pip install 'hubert-eff[superb]'")
 

@@ -18,7 +18,7 @@ def read_recording(path: Path) -> Tensor:
         if path.is_dir():
             raise UnusableFile(f"{path} is a folder: name the recordings in it")
         if not path.is_file():
-            raise UnusableFile(f"{path} is no regular file" if path.exists() else f"no recording at {path}")
+            raise UnusableFile(f"{path} is not a regular file" if path.exists() else f"no recording at {path}")
         return torch.from_numpy(np.concatenate(list(read_mono(path, check(path)))))[None]
     except Unusable as reason:
         raise UnusableFile(f"{path} cannot be used: {reason}") from reason

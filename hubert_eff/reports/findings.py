@@ -92,7 +92,7 @@ def _take_bench(path: Path, found: Findings) -> None:
 
 def _result(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
-        raise UserError(f"{path} cannot be read: it is no regular file")
+        raise UserError(f"{path} cannot be read: it is not a regular file")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

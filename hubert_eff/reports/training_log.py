@@ -21,7 +21,7 @@ _INNER = re.compile(r"(\w+)=([-+.\w]+)")
 _MEANS = re.compile(r"epoch \d+ \| (?:valid on '(?P<subset>[^']*)' subset \| )?(?P<pairs>.*\bnum_updates \d+.*)$")
 _LOADED = re.compile(r"Loaded checkpoint .* @ (\d+) updates\)")
 _FRESH = "No existing checkpoint found"
-MOST_UPDATES = 10**12  # a larger number is no number of updates
+MOST_UPDATES = 10**12  # a larger number is not a number of updates
 LONGEST = 20_000  # characters of a line of figures
 
 
@@ -105,7 +105,9 @@ def read_log(path: Path, name: str | None = None) -> TrainingLog:
     reader = _Reader()
     try:
         if not path.is_file():
-            raise UserError(f"{path} cannot be read: it is no regular file" if path.exists() else f"{path} cannot be read: there is none")
+            raise UserError(
+                f"{path} cannot be read: it is not a regular file" if path.exists() else f"{path} cannot be read: there is none"
+            )
         with path.open(encoding="utf-8", errors="replace") as lines:
             while line := lines.readline(LONGEST):
                 reader.read(line.rstrip("\n"))

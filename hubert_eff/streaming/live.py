@@ -93,7 +93,7 @@ def pieces_of(source: str | os.PathLike[str], stdin: BinaryIO | None = None) -> 
     if path.is_dir():
         raise UserError(f"{path} is a folder: a stream takes one audio file")
     if not path.is_file():
-        raise UserError(f"{path} is no regular file" if path.exists() else f"no audio file at {path}")
+        raise UserError(f"{path} is not a regular file" if path.exists() else f"no audio file at {path}")
     frames = 0
     try:
         check_container(path)
@@ -123,7 +123,7 @@ def run_stream(
     """Feed a file, or standard input, to a `StreamingModel`; the last hidden states go to `out` (.npy, (T, D) float32) as they come.
 
     tell: called with a line of how far the stream is, at its first chunk and then once a second at most.
-    mode: see `streaming.parse_mode`; `full` is no stream. Raises `UserError` for audio that is too short for a frame, and what
+    mode: see `streaming.parse_mode`; `full` is not a stream. Raises `UserError` for audio that is too short for a frame, and what
     `StreamingModel`, `feed` and `pieces_of` raise.
     """
     size, left = parse_mode(mode)

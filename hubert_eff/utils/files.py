@@ -120,7 +120,7 @@ def _mode(target: Path, follow: bool) -> int | None:
     if stat.S_ISLNK(found) and not follow:
         return None
     if not stat.S_ISREG(found):
-        raise UserError(f"{target} is no regular file: name another")
+        raise UserError(f"{target} is not a regular file: name another")
     return stat.S_IMODE(found) & 0o777
 
 

@@ -148,14 +148,14 @@ def _lines(file: Path) -> list[str]:
     try:
         return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
-        raise UserError(f"{file} is no text in UTF-8: {error.reason} at byte {error.start}") from error
+        raise UserError(f"{file} is not text in UTF-8: {error.reason} at byte {error.start}") from error
 
 
 # -- checking --------------------------------------------------------------------------------------------------------
 
 
 def check_recordings(roots: Iterable[Path]) -> None:
-    """Decode all recordings below some folders. Raises `UserError` for those that are no sound audio: S3PRL would hang, fail or learn from
+    """Decode all recordings below some folders. Raises `UserError` for those that are not valid audio: S3PRL would hang, fail or learn from
     noise. Silence is let through."""
     found = [file for root in roots for file in recordings(root)]
     with ThreadPoolExecutor(os.cpu_count()) as pool, progress("checking recordings", len(found)) as advance:

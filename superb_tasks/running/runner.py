@@ -90,7 +90,7 @@ def run_task(task: Task, request: Request, settings: dict[str, Any], out: Path) 
     config = settings_of(task, request)
     rates = settings["learning_rates"]
     with contextlib.redirect_stdout(sys.stderr), _s3prl(task, request, settings, out / "prepared"), lines_for_bars():
-        # S3PRL's remarks are no result, its bars no lines of a log
+        # S3PRL's remarks are not results, its bars no lines of a log
         config = prepare(task, config, request.data, out / "prepared")
         found = _trained(task, request, config, rates, out) if task.trains else _best_layer(task, request, config, out)
     if task.trains:

@@ -98,7 +98,7 @@ def test_a_run_that_goes_on_drops_what_came_after(tmp_path: Path) -> None:
     head = b'{"update": 1, "loss": null, "input": "batch", "layers": '
     for junk in (b"junk", b"\xff\xfe", head + b'{"a": [1, 2]}}', head + b"{}}"):
         (tmp_path / "trends.jsonl").write_bytes(junk + b"\n{}\n")
-        with pytest.raises(UserError, match="line 1 is no record"):
+        with pytest.raises(UserError, match="line 1 is not a record"):
             read_trends(tmp_path / "trends.jsonl")
 
 

@@ -50,7 +50,7 @@ def test_it_finds_truncated_and_lost_checkpoints_and_other_figures(kill_training
     assert kill_training.check(tmp_path, 6, faults) == 4 and "is of update 4, but 6 was saved" in faults.pop()
     (tmp_path / "checkpoint_1_6.pt").write_bytes((tmp_path / "checkpoint_last.pt").read_bytes()[:50_000])
     kill_training.check(tmp_path, 4, faults)
-    assert len(faults) == 1 and "checkpoint_1_6.pt is no checkpoint" in faults[0]
+    assert len(faults) == 1 and "checkpoint_1_6.pt is not a checkpoint" in faults[0]
     whole, cut = '[train_inner][INFO] - {"num_updates": "3", "loss": "2.4", "wall": "1"}', '[train_inner][INFO] - {"num_updates": "4'
     (tmp_path / "log").write_text(f"{whole}\n{cut}")
     assert kill_training.logged(tmp_path / "log") == {3: {"num_updates": "3", "loss": "2.4"}}

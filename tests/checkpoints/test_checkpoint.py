@@ -109,7 +109,7 @@ def test_pickled_code_is_refused(tmp_path: Path) -> None:
 def test_files_that_are_no_checkpoint(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "file.pt"
     path.write_bytes(content)
-    with pytest.raises(UserError, match="is no checkpoint"):
+    with pytest.raises(UserError, match="is not a checkpoint"):
         hubert_eff.load(path)
 
 
@@ -118,11 +118,11 @@ def test_missing_and_truncated(stock: Path, tmp_path: Path) -> None:
         hubert_eff.load(tmp_path / "absent.pt")
     cut = tmp_path / "cut.pt"
     cut.write_bytes(stock.read_bytes()[:-2_000])
-    with pytest.raises(UserError, match="is no checkpoint, or is truncated"):
+    with pytest.raises(UserError, match="is not a checkpoint, or is truncated"):
         hubert_eff.load(cut)
     tensors = tmp_path / "tensors.pt"
     torch.save({"weight": torch.zeros(1)}, tensors)
-    with pytest.raises(UserError, match="is no checkpoint of a model"):
+    with pytest.raises(UserError, match="is not a checkpoint of a model"):
         hubert_eff.load(tensors)
 
 

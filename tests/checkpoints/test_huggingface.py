@@ -205,7 +205,7 @@ def test_folders_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str
     with pytest.raises(UserError, match="tensors share their bytes"):
         hubert_eff.load(tmp_path)
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(UserError, match="its config.json is no JSON object"):
+    with pytest.raises(UserError, match="its config.json is not a JSON object"):
         hubert_eff.load(tmp_path)
 
 

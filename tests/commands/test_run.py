@@ -121,7 +121,7 @@ def write(path: Path, content: bytes | np.ndarray) -> Path:
 
 BAD: dict[str, tuple[bytes | np.ndarray, str]] = {
     "empty.wav": (b"", "zero bytes"),
-    "text.wav": (b"this is no audio at all", "not readable as audio"),
+    "text.wav": (b"this is not audio at all", "not readable as audio"),
     "none.wav": (np.zeros(0, np.float32), "no samples"),
     "nan.wav": (np.full(16_000, np.nan, np.float32), "NaN or infinite samples"),
     "short.wav": (np.full(399, 0.1, np.float32), "399 samples at 16 kHz are too few for one frame"),

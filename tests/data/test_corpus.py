@@ -151,7 +151,7 @@ def test_only_what_it_wrote_itself_is_replaced(tmp_path, added) -> None:
     (out / added).parent.mkdir(exist_ok=True)
     (out / added).write_bytes(b"precious")
     before = sorted(out.rglob("*"))
-    with pytest.raises(UserError, match="is no part of its demo corpus"):
+    with pytest.raises(UserError, match="is not part of its demo corpus"):
         make_demo(out, minutes=0.05, speaker_count=1)
     assert sorted(out.rglob("*")) == before and list(tmp_path.iterdir()) == [out]
 

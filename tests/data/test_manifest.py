@@ -47,7 +47,7 @@ def broken(tmp_path) -> Path:
         data = (folder / f"cut.{suffix}").read_bytes()
         (folder / f"cut.{suffix}").write_bytes(data[: len(data) // 2])
     (folder / "zero.wav").write_bytes(b"")
-    (folder / "text.flac").write_text("this is no audio")
+    (folder / "text.flac").write_text("this is not audio")
     tone(folder / "brief.wav", 0.05)
     soundfile.write(folder / "nan.wav", np.full(16000, np.nan, np.float32), 16000, subtype="FLOAT")
     soundfile.write(folder / "silent.wav", np.zeros(16000), 16000)

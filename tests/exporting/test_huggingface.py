@@ -200,7 +200,12 @@ def test_the_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     front = yaml.safe_load(text.split("---\n")[1])
     assert (front["license"], front["license_name"], front["library_name"]) == ("other", "my-own", "hubert-eff")
     assert "import hubert_eff.hf" in text and "trust_remote_code=True" in text
-    again = ["export", str(tmp_path / "own" / "model.safetensors"), "--hf", str(tmp_path / "again")]  # what was said of it stays said
+    again = [
+        "export",
+        str(tmp_path / "own" / "model.safetensors"),
+        "--hf",
+        str(tmp_path / "again"),
+    ]  # notes of the file that is exported again are kept
     assert main(again) == 0 and "license_name: my-own" in (tmp_path / "again" / "README.md").read_text()
 
 

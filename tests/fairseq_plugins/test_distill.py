@@ -188,7 +188,7 @@ def test_bad_teachers_are_refused_before_training(data: Path, keys: dict[str, An
 
 
 def test_a_teacher_that_is_no_checkpoint_is_refused(data: Path) -> None:
-    with pytest.raises(UserError, match="is no checkpoint"):
+    with pytest.raises(UserError, match="is not a checkpoint"):
         parts(data, f"criterion.teacher={data / 'train.tsv'}")
 
 

@@ -126,7 +126,7 @@ def test_batches_depend_on_seed_and_epoch_only(data: Path, pretrained: Path) -> 
         ("missing", "has no transcript of train2.wav"),
         ("none", "no transcripts: neither"),
         ("columns", "parts.tsv lacks a column 'utterance' or 'transcript'"),
-        ("bytes", "parts.tsv is no UTF-8 text (invalid start byte at byte 0)"),
+        ("bytes", "parts.tsv is not UTF-8 text (invalid start byte at byte 0)"),
         ("speed", "task.speed_perturb=[3.0] must be speeds from 0.5 to 2"),
         ("start", "set one of model.w2v_path"),
         ("fused", "is fused for inference and cannot be trained"),

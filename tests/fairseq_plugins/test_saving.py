@@ -44,12 +44,12 @@ def test_a_copy_is_never_seen_half_written(tmp_path: Path, monkeypatch: pytest.M
 
 
 BAD_CHECKPOINTS: dict[str, tuple[Any, str]] = {
-    "text": (lambda p: p.write_text("no checkpoint\n"), "is no checkpoint"),
-    "empty": (lambda p: p.write_bytes(b""), "is no checkpoint"),
-    "zeros": (lambda p: p.write_bytes(bytes(4096)), "is no checkpoint"),
-    "other zip": (lambda p: zipfile.ZipFile(p, "w").writestr("a", "b"), "is no checkpoint"),
-    "tensor": (lambda p: torch.save(torch.zeros(3), p), "is no checkpoint"),
-    "other content": (lambda p: torch.save({"weights": {"a": torch.zeros(3)}}, p), "is no checkpoint"),
+    "text": (lambda p: p.write_text("no checkpoint\n"), "is not a checkpoint"),
+    "empty": (lambda p: p.write_bytes(b""), "is not a checkpoint"),
+    "zeros": (lambda p: p.write_bytes(bytes(4096)), "is not a checkpoint"),
+    "other zip": (lambda p: zipfile.ZipFile(p, "w").writestr("a", "b"), "is not a checkpoint"),
+    "tensor": (lambda p: torch.save(torch.zeros(3), p), "is not a checkpoint"),
+    "other content": (lambda p: torch.save({"weights": {"a": torch.zeros(3)}}, p), "is not a checkpoint"),
     "truncated": (lambda p: (torch.save({"model": torch.zeros(9999)}, p), p.write_bytes(p.read_bytes()[:9999])), "is truncated"),
     "pickled code": (lambda p: torch.save({"model": os.getcwd}, p), "holds pickled code"),
 }

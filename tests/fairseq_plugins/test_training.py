@@ -93,8 +93,8 @@ def test_a_file_that_is_no_checkpoint_is_one_line_and_exit_code_2(key: str, data
     junk.write_bytes(bytes(1000))
     done = run(data, tmp_path / "run", *([] if key == "last" else [f"{key}={junk}"]))
     assert done.returncode == 2, done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if "is no checkpoint" in line]
-    assert line.startswith(f"fairseq-hydra-train: {junk} is no checkpoint")
+    (line,) = [line for line in done.stderr.splitlines() if "is not a checkpoint" in line]
+    assert line.startswith(f"fairseq-hydra-train: {junk} is not a checkpoint")
     assert "Traceback" not in done.stdout + done.stderr
     assert junk.read_bytes() == bytes(1000)
 

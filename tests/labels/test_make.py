@@ -187,7 +187,7 @@ def test_same_settings_are_not_made_twice_and_others_never_mix(manifest, tmp_pat
 
 
 def test_labels_beside_manifest_and_corpus_tables(corpus, tmp_path) -> None:
-    """Tables that are no manifests are not taken for splits; clusters without a frame stay in the dictionary."""
+    """Tables that are not manifests are not taken for splits; clusters without a frame stay in the dictionary."""
     make_manifest(corpus, tmp_path, options=Options(valid_percent=0))
     (tmp_path / "transcripts.tsv").write_text("a.wav\ttext\n")
     summary = make_labels(tmp_path, tmp_path, clusters=300)
@@ -257,7 +257,7 @@ def bad_input(kind: str, manifest: Path, folder: Path) -> list[str]:
         ("two sources", "one source of features"),
         ("no source", "one source of features"),
         ("no checkpoint", "no checkpoint at"),
-        ("checkpoint that is none", "is no checkpoint"),
+        ("checkpoint that is none", "is not a checkpoint"),
     ],
 )
 def test_bad_input(manifest, tmp_path, capsys, kind, message) -> None:

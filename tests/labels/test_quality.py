@@ -103,4 +103,4 @@ def test_quality_of_labels_that_were_changed(tmp_path, capsys, wrong) -> None:
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert (f"{file}, line 2: {token!r} is no label from 0 to 4" if token else f"{file} cannot be read") in error
+    assert (f"{file}, line 2: {token!r} is not a label from 0 to 4" if token else f"{file} cannot be read") in error

@@ -43,7 +43,7 @@ def test_devices():
     "text, message",
     [
         ("name: x", "must have the keys"),
-        ("[", "is no YAML file"),
+        ("[", "is not a YAML file"),
         ("{name: x, source: y, tops: {16: fast}, bandwidth_gb_s: 1}", "tops must map"),
         ("{name: x, source: y, tops: {16: 312}, bandwidth_gb_s: 0}", "bandwidth_gb_s=0"),
     ],
@@ -265,7 +265,7 @@ def test_command_compares(capsys):
         (["--table1", "--counter", "papr"], "unknown counter 'papr' - did you mean 'paper'?"),
         (["conformer-s", "--counter", "paper"], "--counter paper is for --table1"),
         ([], "name a preset"),
-        (["{file}"], "is no checkpoint"),
+        (["{file}"], "is not a checkpoint"),
         (["{file}.missing"], "no checkpoint at"),
     ],
 )

@@ -122,7 +122,7 @@ def test_dry_run_says_what_is_needed(speech: Path, tmp_path: Path, capsys: pytes
         (["--set", "task.data=x"], "the recipe decides task.data itself"),
         (["--set", "dataset.max_token=4"], "did you mean 'dataset.max_tokens'"),
         (["--set", "model.encoder_embed_dim=63"], "does not divide"),
-        (["--superb", "nowhere"], "nowhere is no folder"),
+        (["--superb", "nowhere"], "nowhere is not a folder"),
         (["--device", "tpu"], "unknown device"),
         (["--warm", "--set", "task.init_from=x"], "--warm starts phase 2 from phase 1"),
         (["--valid-percent", "0"], "above 0 and below 100"),

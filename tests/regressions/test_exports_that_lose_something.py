@@ -114,7 +114,7 @@ def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["\udcff", 3, None, b"bytes"])
 def test_notes_that_are_no_text(text: object, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="the note 'license' is no text: "):
+    with pytest.raises(UserError, match="the note 'license' is not text: "):
         hubert_eff.export(small(), tmp_path / "model.safetensors", notes={"license": text})  # type: ignore[dict-item]
 
 

@@ -45,7 +45,7 @@ UNUSABLE = {
 
 @pytest.fixture
 def hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with recordings of 16 and 8 kHz under all names, and what is no recording."""
+    """A folder with recordings of 16 and 8 kHz under all names, and what is not a recording."""
     root = tmp_path / "in"
     root.mkdir()
     content = {16_000: wav(), 8000: wav(8000)}

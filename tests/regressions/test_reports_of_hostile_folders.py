@@ -78,7 +78,7 @@ def test_an_earlier_bench_and_a_report_of_bad_files_alone(folder: Path, tmp_path
     (timing,), (shares,) = read(folder / "b" / "bench.json")
     assert timing.label == "conformer-debug (int8)" and timing.form == shares.form == "float" and shares.precision == "float32"
     assert main(["report", str(folder / "bench.json-0"), "--out", str(tmp_path / "out")]) == 2
-    assert "is no result of" in capsys.readouterr().err
+    assert "is not a result of" in capsys.readouterr().err
 
 
 def test_one_bit_models_are_timed_packed_or_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -109,7 +109,7 @@ def test_trends_of_hostile_records_and_checkpoints(tmp_path: Path, capsys: Any) 
     head = '{"update": %s, "loss": %s, "input": "batch", "layers": {"a\\u001b[31m": [0, 1, 0]}}\n'
     for update, loss in (("1e999", "1"), ("1", '"x"'), ("[" * 100_000, "1"), ("9" * 5000, "1")):
         (tmp_path / FILE).write_text(head % (update, loss) + head % (2, 1))
-        with pytest.raises(hubert_eff.errors.UserError, match="line 1 is no record"):
+        with pytest.raises(hubert_eff.errors.UserError, match="line 1 is not a record"):
             read_trends(tmp_path / FILE)
     (tmp_path / FILE).write_text(head % (1, 2))
     assert list(read_trends(tmp_path / FILE)[0].layers) == ["a\\x1b[31m"]

@@ -1,4 +1,4 @@
-"""Numbers that are no samples are named where they come in: by `manifest`, by what reads its files later, by models and by streams."""
+"""Numbers that are not samples are named where they come in: by `manifest`, by what reads its files later, by models and by streams."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ WRONG = {
     "channels": (WAV[None], r"\(1, 2, 8000\)"),
     "NaN": (torch.from_numpy(spoilt(np.nan))[None], r"1 samples are not finite, the first \(sample 77 of .*\) is nan"),
     "infinite": (torch.from_numpy(spoilt(-np.inf))[None].bfloat16(), r"1 samples are not finite, the first \(sample 77 of .*\) is -inf"),
-    "1e38": (torch.from_numpy(spoilt(1e38))[None], r"1 samples are no audio, the first \(sample 77 of .*\) is 1e\+38"),
+    "1e38": (torch.from_numpy(spoilt(1e38))[None], r"1 samples are not audio, the first \(sample 77 of .*\) is 1e\+38"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Files that go on behind what a decoder reads of them are left out by name; what is no audio behind them is passed over."""
+"""Files that go on behind what a decoder reads of them are left out by name; what is not audio behind them is passed over."""
 
 from __future__ import annotations
 

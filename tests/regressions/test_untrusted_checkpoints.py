@@ -186,8 +186,8 @@ ABSURD = {
     "nested brackets": ({"conv_feature_layers": "[" * 900 + "]" * 900}, "cannot be read"),
     "minus signs": ({"conv_feature_layers": "-" * 1_900 + "1"}, "cannot be read"),
     "an endless text": ({"quant_policy": "{" + " " * 10**7 + "}"}, "quant_policy has 10000002 characters"),
-    "aliases": ({"quant_policy": '{a: &a ["x","x"], b: [*a,*a]}'}, "its quant_policy is no JSON"),
-    "nested mappings": ({"quant_policy": '{"a":' * 10_000 + "1" + "}" * 10_000}, "is no JSON"),
+    "aliases": ({"quant_policy": '{a: &a ["x","x"], b: [*a,*a]}'}, "its quant_policy is not valid JSON"),
+    "nested mappings": ({"quant_policy": '{"a":' * 10_000 + "1" + "}" * 10_000}, "is not valid JSON"),
     "a tensor": ({"dropout": torch.zeros(3)}, "'dropout' as a Stored"),
     "many numbers": ({"streaming": True, "chunk_sizes": "1," * 20_000 + "1"}, "must be whole numbers joined by commas"),
 }  # fmt: skip
@@ -215,7 +215,7 @@ def test_recognizers(tmp_path: Path) -> None:
     assert all(torch.equal(state[name], made["model"][name]) for name in made["model"])
     for key, value, message in (
         ("letters", "|\x1b\x07", "an alphabet is distinct single characters"), ("decoder_layers", 10**6, "must be 0 to 100"),
-        ("decoder_attention_heads", 0, "at least 1"), ("encoder_config", "[" * 20_000, "is no JSON"), ("ctc_weight", "x", "finite number"),
+        ("decoder_attention_heads", 0, "at least 1"), ("encoder_config", "[" * 20_000, "valid JSON"), ("ctc_weight", "x", "finite number"),
         ("decoder_ffn_embed_dim", 2**20, "do not fit"),
     ):  # fmt: skip
         path.write_bytes(saved({**made, "cfg": {"model": {**made["cfg"]["model"], key: value}, "task": {}}}))
@@ -230,7 +230,7 @@ def test_policies_of_a_few_lines_that_stand_for_gigabytes(tmp_path: Path) -> Non
     with pytest.raises(UserError, match="an alias"):
         read_policy(path)
     path.write_text("modules: " + "[" * 20_000)
-    with pytest.raises(UserError, match="is no YAML"):
+    with pytest.raises(UserError, match="is not valid YAML"):
         read_policy(path)
     path.write_text("modules:\n" + "".join(f"  encoder.layers.{i}: float\n" for i in range(1_000)))
     with pytest.raises(UserError, match="modules has 1000 entries, at most"):

@@ -189,7 +189,7 @@ def test_points_carry_results_in_the_papers_unit(runs):
     [
         (None, "no folder at"),
         ({}, "holds no hydra_train.log of training, no result.json"),
-        ({"bench.json": "{}"}, "is no result of"),
+        ({"bench.json": "{}"}, "is not a result of"),
     ],
 )
 def test_bad_input_is_one_line(content, message, tmp_path, capsys):

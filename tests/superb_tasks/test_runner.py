@@ -64,7 +64,7 @@ def test_bad_input_is_refused_before_work_starts(data, tmp_path, capsys):
     junk = tmp_path / "model.pt"
     junk.write_bytes(b"junk")
     assert "did you mean 'conformer-debug'" in refused(capsys, *given, "conformer-debu")
-    assert "is no checkpoint" in refused(capsys, *given, junk)
+    assert "is not a checkpoint" in refused(capsys, *given, junk)
     assert "no checkpoint at" in refused(capsys, *given, "absent/model.pt")
     assert "one step or more" in refused(capsys, *given, "conformer-debug", "--steps", 0)
     assert "above zero" in refused(capsys, *given, "conformer-debug", "--lr", -1)

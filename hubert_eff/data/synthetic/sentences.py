@@ -260,7 +260,7 @@ def _new_folder(out: Path) -> Iterator[Path]:
         own = _content(target)
         for path in sorted(target.rglob("*")):
             if (name := path.relative_to(target).as_posix()) not in own:
-                raise UserError(f"{target} holds {name!r}, which is no part of its demo corpus: name a new folder")
+                raise UserError(f"{target} holds {name!r}, which is not part of its demo corpus: name a new folder")
     with temporary_folder(target) as temporary:
         yield temporary
         sync_to_disk(temporary)

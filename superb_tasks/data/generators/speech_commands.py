@@ -62,7 +62,7 @@ def check_keywords(root: Path, test_root: Path) -> None:
     hint = "(hubert-eff corpus superb --task ks --out DIR makes a synthetic corpus of this layout)"
     missing = [word for word in KEYWORDS if not _recordings(root / word)]
     if missing:
-        raise UserError(f"{root} is no Speech Commands training folder: no recordings in {', '.join(missing)} {hint}")
+        raise UserError(f"{root} is not a Speech Commands training folder: no recordings in {', '.join(missing)} {hint}")
     if not any(_recordings(folder) for folder in root.iterdir() if folder.name not in (*KEYWORDS, NOISE)):
         raise UserError(f"{root} has keywords only: the class {UNKNOWN} needs folders of other words {hint}")
     noises = _recordings(root / NOISE)
@@ -81,7 +81,7 @@ def check_keywords(root: Path, test_root: Path) -> None:
         raise UserError(f"{root}: no speaker falls into {empty} by the hash of the file names, SPEAKER_nohash_NUMBER.wav")
     missing = [name for name in (*KEYWORDS, UNKNOWN, SILENCE) if not _recordings(test_root / name)]
     if missing:
-        raise UserError(f"{test_root} is no Speech Commands test folder: no recordings in {', '.join(missing)} {hint}")
+        raise UserError(f"{test_root} is not a Speech Commands test folder: no recordings in {', '.join(missing)} {hint}")
     more = {folder.name for folder in test_root.iterdir() if folder.is_dir()} - {*KEYWORDS, UNKNOWN, SILENCE}
     if more:
         raise UserError(f"{test_root} holds {', '.join(sorted(more))}, which is none of the twelve classes: is it the training folder?")
