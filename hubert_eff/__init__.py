@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .quant import binarize as binarize
     from .quant import quantize as quantize
 
-# public name -> module that defines it; imported on first use, so that commands which need no torch start at once
+# public name -> module that defines it; imported on first use, so commands that do not need torch start at once
 _PUBLIC = {
     "binarize": "quant",
     "build": "models.hubert",

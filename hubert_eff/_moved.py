@@ -1,4 +1,4 @@
-"""Modules that stand elsewhere now: importing one by its old name gives the module of today, with a warning."""
+"""Modules that have moved: importing one by its old name returns the module under its new name, with a warning."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_loader
 from types import ModuleType
 
-# old name -> name of today
+# old name -> new name
 MOVED = {
     "hubert_eff.files": "hubert_eff.utils.files",
     "hubert_eff.progress": "hubert_eff.utils.progress",
@@ -91,6 +91,6 @@ class _Finder(MetaPathFinder):
 
 
 def install() -> None:
-    """Let `import` find the old names."""
+    """Make `import` find the old names."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())

@@ -16,22 +16,22 @@ def printable(text: object) -> str:
 
 
 class UserError(ValueError):
-    """Bad input. The command line prints its message as one line and exits with code 2. Names from files may stand in it as they are."""
+    """Invalid input. The command line prints the message as one line and exits with code 2; the message may hold raw names from files."""
 
     def __str__(self) -> str:
         return printable(super().__str__())
 
 
 class WriteError(OSError):
-    """A file that cannot be written, as on a full disk: errno, reason, name. The command line prints one line and exits with code 1."""
+    """A file cannot be written, as on a full disk: errno, reason, name. The command line prints one line and exits with code 1."""
 
     def __str__(self) -> str:
         reason = f"{self.filename} cannot be written ({self.strerror})"
-        return printable(f"{reason}. What stood there before is whole: make room and run it again")
+        return printable(f"{reason}. The old content is intact: make room and run it again")
 
 
 class UnusableFile(UserError):
-    """One of many files, which is left out where the others can be used."""
+    """One of many files cannot be used; it is left out if the others can be used."""
 
 
 # what building a model of absurd sizes may raise
@@ -39,15 +39,15 @@ BUILD_ERRORS = (ArithmeticError, AttributeError, LookupError, MemoryError, Runti
 
 
 class StepFailed(Exception):
-    """A command of a longer job that ended with an exit code other than 0, which becomes the job's own."""
+    """A step of a longer job failed; its exit code becomes that of the job."""
 
     def __init__(self, title: str, code: int) -> None:
-        super().__init__(f"the step '{title}' ended with exit code {code}; its messages are above, and the same command goes on there")
+        super().__init__(f"the step '{title}' ended with exit code {code}; its messages are above; the same command resumes there")
         self.code = code
 
 
 def short(text: object, most: int = 200) -> str:
-    """What a file says, on one line of at most `most` characters."""
+    """A text from a file on one line of at most `most` characters."""
     line = printable(" ".join(str(text)[: 5 * most].split()))
     return line if len(line) <= most else line[:most] + "..."
 
@@ -64,7 +64,7 @@ def about(file: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> UserError:
-    """A `UserError` for a name that is not registered; it offers the nearest one and lists all."""
+    """A `UserError` for an unknown name that offers the nearest one and lists all."""
     names, said = sorted(known), short(name)
     close = difflib.get_close_matches(said, names, n=1, cutoff=0.5)
     hint = f" - did you mean '{close[0]}'?" if close else "."
@@ -77,6 +77,6 @@ def missing_extra(package: str, extra: str, purpose: str) -> UserError:
 
 
 def require(package: str, extra: str, purpose: str) -> None:
-    """Raise `missing_extra` where an optional package is not installed: before the work whose result it is to show."""
+    """Raise `missing_extra` if an optional package is not installed, before the work whose result needs it."""
     if importlib.util.find_spec(package) is None:
         raise missing_extra(package, extra, purpose)

@@ -33,12 +33,12 @@ try:
 except ImportError as error:
     raise missing_extra("transformers", "hf", "hubert_eff.hf") from error
 
-# arguments of `from_pretrained` that say where a folder is found
+# arguments of `from_pretrained` that say where to find a folder
 _FINDING = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 class HubertEffConfig(PretrainedConfig):
-    """What a model is: `encoder` by name, and `encoder_config`, the keys of its configuration."""
+    """The configuration of a model: the name of the encoder, and the keys of its configuration."""
 
     model_type = OWN
 
@@ -61,15 +61,17 @@ class HubertEffModel(PreTrainedModel):
 
     @classmethod
     def of(cls, model: HubertModel) -> HubertEffModel:
-        """A model around one that is there."""
+        """Wrap an existing model."""
         return cls(HubertEffConfig(encoder_of(model.config).name, model.config.to_dict()), model)
 
     def forward(
         self, input_values: Tensor, attention_mask: Tensor | None = None, output_hidden_states: bool | None = None,
         return_dict: bool | None = None, **_: Any,
     ) -> Any:  # fmt: skip
-        """input_values (B, S); attention_mask (B, S), 0 on padding. Returns `last_hidden_state` (B, T, D) and, if asked for,
-        `hidden_states`, L + 1 of these. Masks and LayerDrop are off, as in `HubertModel.hidden_states`."""
+        """Compute `last_hidden_state` (B, T, D) and, if asked for, `hidden_states`, L + 1 of these.
+
+        input_values (B, S); attention_mask (B, S), 0 on padding. Masks and LayerDrop are off, as in `HubertModel.hidden_states`.
+        """
         states, _padding = self.model.hidden_states(input_values, None if attention_mask is None else attention_mask == 0)
         asked = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         output = BaseModelOutput(last_hidden_state=states[-1], hidden_states=tuple(states) if asked else None)
@@ -78,12 +80,12 @@ class HubertEffModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike[str], *_: Any, config: HubertEffConfig | None = None, **kwargs: Any) -> HubertEffModel:
-        """The model of a folder, or of a repository on the Hub, in eval mode. `dtype`: what a float model computes in.
+        """Read the model of a folder, or of a repository on the Hub, in eval mode. `dtype` is the dtype in which a float model computes.
 
         Raises `UserError` for a file that is not an export of this package, and for quantization by others.
         """
         if kwargs.get("quantization_config") is not None:
-            raise UserError("models of hubert_eff are not quantized when they are read: hubert_eff.binarize makes them one-bit")
+            raise UserError("models of hubert_eff cannot be quantized while they are read: use hubert_eff.binarize")
         found = cached_file(name, WEIGHTS[0], **{key: kwargs[key] for key in _FINDING if key in kwargs})
         model = read_export(Path(found))
         dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))

@@ -1,1 +1,1 @@
-"""Tools that see inside a model: layer trends over training, where labels come from in time."""
+"""Tools that look inside a model: layer trends over training, and where in time labels come from."""

@@ -1,4 +1,4 @@
-"""Where in time each letter comes from, by gradients; whether an encoder turns time round (Schmitt et al. 2024).
+"""Where in time each letter comes from, by gradients; whether an encoder reverses time (Schmitt et al. 2024).
 
 G[s, t] = log || d log p(a_s | a_1 ... a_{s-1}, x) / d h_t ||_2 for the audio and for what enters and leaves every block.
 """
@@ -24,13 +24,13 @@ from ..utils.progress import progress
 
 FRAME_SECONDS = FRAME_STRIDE / SAMPLE_RATE
 HEADS = ("ctc", "attention")
-CLEAR = 0.5  # correlations nearer to zero say nothing about the direction of time
-_NEVER = -1e30  # log 0 whose gradient is a number
+CLEAR = 0.5  # correlations closer to zero do not show the direction of time
+_NEVER = -1e30  # stands for log 0; its gradient is a number
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A letter or a word and when it is said, in s."""
+    """A letter or a word, with its start and end in seconds."""
 
     label: str
     start: float
@@ -38,14 +38,17 @@ class Segment:
 
 
 def prefix_scores(log_probs: Tensor, labels: Sequence[int]) -> Tensor:
-    """log p(a_s | a_1 ... a_{s-1}, x) under CTC, (S,), from log-probabilities (T, V): ratios of prefix probabilities, which sum over all
-    continuations and alignments (Graves 2008, section 7.5.3; Watanabe et al. 2017, algorithm 2)."""
+    """Compute log p(a_s | a_1 ... a_{s-1}, x) under CTC, (S,), from log-probabilities (T, V).
+
+    They are ratios of prefix probabilities, which sum over all continuations and alignments (Graves 2008, section 7.5.3; Watanabe et al.
+    2017, algorithm 2).
+    """
     x = log_probs.double()
     text = torch.tensor(labels, device=x.device)
     repeats = torch.zeros(len(text), dtype=torch.bool, device=x.device)
     repeats[1:] = text[1:] == text[:-1]
     never = x.new_full((len(text) + 1,), _NEVER)
-    in_letter = never  # of the first s letters, alignments up to now that end in the last one
+    in_letter = never  # alignments of the first s letters up to now that end in the last of them
     in_blank = torch.cat((never.new_zeros(1), never[1:]))
     begun = []
     for frame in x:  # (V,)
@@ -60,7 +63,7 @@ def prefix_scores(log_probs: Tensor, labels: Sequence[int]) -> Tensor:
 
 
 def letter_scores(model: Recognizer, encoded: Tensor, labels: Sequence[int], head: str) -> Tensor:
-    """log p(a_s | a_1 ... a_{s-1}, x), (S,), by the CTC layer or the attention decoder; encoded (1, T, D)."""
+    """Compute log p(a_s | a_1 ... a_{s-1}, x), (S,), by the CTC layer or the attention decoder, from encoded (1, T, D)."""
     if head == "ctc":
         return prefix_scores(model.ctc_log_probs(encoded)[0], labels)
     targets = torch.tensor([list(labels)], device=encoded.device)
@@ -74,7 +77,7 @@ def gradients(model: Recognizer, wav: Tensor, labels: Sequence[int], head: str =
     """G (S, T) of "input", the audio by frames of 20 ms, "0", what enters block 1, "1" ... "L", the outputs of the blocks; on the CPU.
 
     wav (1, S'); `model` in eval mode. One backward pass per letter. A block at a lower frame rate has its values repeated to 20 ms.
-    Raises `UserError` for a head that the model has not, or a text longer than the audio allows.
+    Raises `UserError` for a head that the model does not have, and for a text too long for the audio.
     """
     if head == "attention":
         _ = model.head
@@ -87,7 +90,7 @@ def gradients(model: Recognizer, wav: Tensor, labels: Sequence[int], head: str =
     handles += [block.register_forward_hook(lambda _m, _i, output: tapped.append(output)) for block in blocks]
     config, frozen = model.hubert.config, model.hubert.config.feature_grad_mult
     try:
-        config.feature_grad_mult = 1.0  # a frozen extractor lets no gradient through
+        config.feature_grad_mult = 1.0  # a frozen extractor would let no gradient through
         with torch.set_grad_enabled(True):
             encoded, _ = model.encode(wav)
             scores = letter_scores(model, encoded, labels, head)
@@ -98,7 +101,7 @@ def gradients(model: Recognizer, wav: Tensor, labels: Sequence[int], head: str =
     frames = model.hubert.num_frames(wav.size(1))
     names = ["input", *map(str, range(len(tapped)))]
     block_rates = model.hubert.encoder.block_rates
-    rates = dict(zip(names, [1, block_rates[0], *block_rates], strict=True))  # what enters block 1 has its rate
+    rates = dict(zip(names, [1, block_rates[0], *block_rates], strict=True))  # the input of block 1 has the rate of that block
     rows: dict[str, list[Tensor]] = {name: [] for name in names}
     with progress("letters", len(labels)) as advance:
         for score in scores:
@@ -116,8 +119,8 @@ def gradients(model: Recognizer, wav: Tensor, labels: Sequence[int], head: str =
 def viterbi(scores: Tensor) -> list[tuple[int, int]]:
     """First and last frame (exclusive) of each letter on the best path through G (S, T).
 
-    Each letter takes one or more neighboring frames, in order; frames between two letters may be silent. A letter's score at a frame is
-    its share of the letter's gradient over all frames, log; silence has log(1 / T), the share that all frames would have alike.
+    Each letter takes one or more neighboring frames, in order; frames between two letters may be silent. The score of a letter at a frame
+    is the log of the frame's share of the letter's gradient; that of silence is log(1 / T), the share if all frames were equal.
     Raises `UserError` if there are fewer frames than letters.
     """
     letters, frames = scores.shape
@@ -163,7 +166,7 @@ def ctc_alignment(model: Recognizer, wav: Tensor, labels: Sequence[int]) -> list
         raise missing_extra("torchaudio", "data", "CTC forced alignment") from error
     log_probs = model.ctc_log_probs(model.encode(wav)[0])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torchaudio 2.8, about its plans
+        warnings.simplefilter("ignore")  # torchaudio 2.8 warns of its plans
         path = forced_align(log_probs, torch.tensor([list(labels)]), blank=BLANK)[0][0].tolist()
     spans: list[tuple[int, int]] = []
     before = BLANK
@@ -176,7 +179,7 @@ def ctc_alignment(model: Recognizer, wav: Tensor, labels: Sequence[int]) -> list
 
 
 def segments(model: Recognizer, labels: Sequence[int], spans: Sequence[tuple[int, int]]) -> tuple[list[Segment], list[Segment]]:
-    """Letters and words with their times; a word lasts from its first letter's first frame to its last letter's last."""
+    """Letters and words with their times; a word lasts from the first frame of its first letter to the last frame of its last letter."""
     letters: list[Segment] = []
     words: list[Segment] = []
     open_word = False
@@ -199,7 +202,7 @@ def segments(model: Recognizer, labels: Sequence[int], spans: Sequence[tuple[int
 
 
 def correlation(weights: Tensor) -> float:
-    """Pearson's correlation of a row's number and the center of its weights (S, T) over time; 0 where it is not defined."""
+    """Pearson's correlation between row numbers and the centers of the rows' weights (S, T) over time; 0 where it is undefined."""
     time = torch.arange(weights.size(1), dtype=torch.float64)
     centers = (weights.double() * time).sum(1) / weights.double().sum(1).clamp(min=1e-30)
     places = torch.arange(len(centers), dtype=torch.float64)
@@ -210,16 +213,16 @@ def correlation(weights: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Direction:
-    """Which way time runs: correlations of letters and where their gradients lie, by place, and the same of cross-attention."""
+    """Which way time runs: correlations between the order of letters and the places of their gradients or of their cross-attention."""
 
     places: dict[str, float]  # "input", "0" ... "L"
     cross_attention: dict[str, float]  # decoder block -> correlation
-    reversing: list[int]  # blocks between whose input and output time turns round
-    turned: bool | None  # whether the encoder as a whole turns time round; None: not to be said
+    reversing: list[int]  # blocks that reverse time between input and output
+    turned: bool | None  # whether the encoder as a whole reverses time; None: unclear
 
     def __str__(self) -> str:
         if self.turned is None:
-            return f"not to be said: no clear direction of time (|r| above {CLEAR}) at both ends of the encoder"
+            return f"unclear: no clear direction of time (|r| above {CLEAR}) at both ends of the encoder"
         if not self.reversing:
             return "no block reverses time"
         blocks = " and ".join(f"block {block}" for block in self.reversing)
@@ -228,11 +231,11 @@ class Direction:
 
 
 def direction(found: dict[str, Tensor], cross: Sequence[Tensor] = ()) -> Direction:
-    """Where time turns round. found: G of `gradients`; cross: attention weights of the decoder's blocks (S + 1, T), of which the last
-    row, that of the end of the sentence, says nothing of the order of letters.
+    """Find where time is reversed. found: G of `gradients`; cross: attention weights of the decoder's blocks (S + 1, T), whose last row
+    belongs to the end of the sentence and does not show the order of letters.
 
-    A state whose correlation is clear is compared with the last clear one before it; where the sign changes, what lies between has
-    turned time. Letters are said in order, so that a model whose input and output disagree has an encoder that reverses time.
+    A state with a clear correlation is compared with the last clear one before it; where the sign changes, the blocks between them have
+    reversed time. Since letters are said in order, an encoder whose input and output disagree reverses time.
     """
     places = {name: correlation(scores.exp()) for name, scores in found.items()}
     reversing, sign = [], 0.0
@@ -250,7 +253,7 @@ def direction(found: dict[str, Tensor], cross: Sequence[Tensor] = ()) -> Directi
 
 @torch.no_grad()
 def cross_attention(model: Recognizer, wav: Tensor, labels: Sequence[int]) -> list[Tensor]:
-    """Attention weights of each decoder block, mean over heads, as it predicts each letter and then the end of the sentence, (S + 1, T)."""
+    """Attention weights of each decoder block, averaged over heads, for each letter and then the end of the sentence, (S + 1, T)."""
     weights: list[Tensor] = []
     encoded, _ = model.encode(wav)
     letters, _, _ = shifted(torch.tensor([list(labels)]), torch.tensor([len(labels)]), model.alphabet.end)
@@ -264,8 +267,8 @@ def cross_attention(model: Recognizer, wav: Tensor, labels: Sequence[int]) -> li
 
 @torch.no_grad()
 def block_norms(model: Recognizer, wav: Tensor) -> tuple[dict[str, dict[str, float]], dict[str, Tensor]]:
-    """Mean L2 norm over frames of what enters each block ("residual"), of each of its modules' outputs and of its own ("output"); and
-    attention energies before the softmax, mean over heads (T, T), of blocks whose attention declares them (`energies`)."""
+    """Measure each block: mean L2 norms over frames of its input ("residual"), of its modules' outputs and of its own ("output"); and
+    attention energies before the softmax, averaged over heads (T, T), where the attention declares them (`energies`)."""
     norms: dict[str, dict[str, float]] = {}
     energies: dict[str, Tensor] = {}
     handles = []

@@ -15,12 +15,12 @@ from .alignment import FRAME_SECONDS, Segment
 
 
 def ctm(name: str, words: Sequence[Segment]) -> str:
-    """NIST's CTM: recording, channel, start, duration, word per line."""
+    """NIST's CTM format: recording, channel, start, duration and word on each line."""
     return "".join(f"{name} 1 {w.start:.3f} {w.end - w.start:.3f} {w.label}\n" for w in words)
 
 
 def textgrid(tiers: Mapping[str, Sequence[Segment]], seconds: float) -> str:
-    """Praat's TextGrid with one interval tier per entry; what no segment covers is an empty interval."""
+    """Praat's TextGrid format with one interval tier per entry; gaps between segments are empty intervals."""
     lines = ['File type = "ooTextFile"', 'Object class = "TextGrid"', "", "xmin = 0", f"xmax = {seconds:.4f}", "tiers? <exists>"]
     lines += [f"size = {len(tiers)}", "item []:"]
     for number, (name, segments) in enumerate(tiers.items(), start=1):
@@ -60,7 +60,7 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def draw_alignment(found: Mapping[str, Tensor], letters: Sequence[Segment], shown: str, wav: Tensor, path: Path, title: str) -> None:
-    """The audio with the letters' times, and G of every place (each letter's row scaled to its own maximum), letters downwards."""
+    """Draw the audio with the times of the letters, and G of every place, letters downwards, each row scaled to its own maximum."""
     figure = _figure(11, 2.0 + 1.7 * len(found))
     figure.suptitle(title)
     axes = figure.subplots(len(found) + 1, 1, sharex=True)
@@ -82,7 +82,7 @@ def draw_alignment(found: Mapping[str, Tensor], letters: Sequence[Segment], show
 
 
 def draw_cross_attention(blocks: Sequence[Tensor], labels: Sequence[str], path: Path, title: str) -> None:
-    """Cross-attention of each decoder block (S + 1, T), letters downwards and the end of the sentence ("EOS") last, over time."""
+    """Draw the cross-attention of each decoder block (S + 1, T) over time, letters downwards, the end of the sentence ("EOS") last."""
     figure = _figure(9, 1.0 + len(blocks) * max(2.0, 0.16 * (len(labels) + 1)))
     figure.suptitle(title)
     rows = [*labels, "EOS"]
@@ -98,7 +98,7 @@ def draw_cross_attention(blocks: Sequence[Tensor], labels: Sequence[str], path: 
 
 
 def draw_blocks(norms: Mapping[str, Mapping[str, float]], energies: Mapping[str, Tensor], path: Path, title: str) -> None:
-    """L2 norms of residual and modules per block as bars, and attention energies (queries downwards) per block."""
+    """Draw, for each block, L2 norms of residual and modules as bars, and attention energies with queries downwards."""
     columns = max(1, len(energies))
     figure = _figure(max(8.0, 2.2 * columns), 7.0 if energies else 4.0)
     figure.suptitle(title)

@@ -17,21 +17,21 @@ from ..errors import UserError
 from ..recognition.model import Recognizer
 from .alignment import CLEAR, cross_attention, direction, gradients
 
-FEWEST = 3  # letters of an utterance whose order says which way time runs
+FEWEST = 3  # fewer letters of an utterance do not show which way time runs
 
 
 @dataclass(frozen=True)
 class Flips:
-    """What `direction` says of several utterances.
+    """The results of `direction` for several utterances.
 
     Attributes:
-        utterances: how many there are.
-        turned: those whose encoder as a whole turns time round.
-        in_order: those whose encoder does not.
-        unclear: those of which it cannot be said.
-        reversing: block -> utterances in which it reverses time.
-        places: place -> mean correlation of letters and where their gradients lie.
-        cross_attention: decoder block -> mean correlation of letters and what it attends to.
+        utterances: the number of utterances.
+        turned: the number of utterances in which the encoder as a whole reverses time.
+        in_order: the number of utterances in which it does not.
+        unclear: the number of utterances in which neither is clear.
+        reversing: block -> number of utterances in which it reverses time.
+        places: place -> mean correlation between the order of letters and the places of their gradients.
+        cross_attention: decoder block -> mean correlation between the order of letters and the frames that it attends to.
     """
 
     utterances: int
@@ -44,20 +44,20 @@ class Flips:
 
     @property
     def verdict(self) -> str:
-        """In a word, by the majority: "reversed", "in order", or "unclear"."""
+        """The majority: "reversed", "in order", or "unclear"."""
         if self.unclear * 2 >= self.utterances:
             return "unclear"
         return "reversed" if self.turned > self.in_order else "in order"
 
     def plain(self) -> dict[str, Any]:
-        """For JSON."""
+        """Plain values for JSON."""
         return {**asdict(self), "verdict": self.verdict}
 
 
 def over_utterances(model: Recognizer, utterances: Iterable[tuple[Tensor, Sequence[int]]], head: str) -> Flips:
-    """The direction of time in each of some recordings (1, S') with their letters; `model` in eval mode, `head` as in `gradients`.
+    """Find the direction of time in recordings (1, S') with their letters; `model` is in eval mode, `head` as in `gradients`.
 
-    Utterances of fewer than `FEWEST` letters are passed over. Raises `UserError` where none is longer.
+    Utterances of fewer than `FEWEST` letters are skipped. Raises `UserError` if all are skipped.
     """
     found = []
     for wav, labels in utterances:
@@ -66,7 +66,7 @@ def over_utterances(model: Recognizer, utterances: Iterable[tuple[Tensor, Sequen
         crossed = cross_attention(model, wav, labels) if model.decoder is not None else ()
         found.append(direction(gradients(model, wav, labels, head), crossed))
     if not found:
-        raise UserError(f"no utterance has {FEWEST} letters or more: the order of fewer does not say which way time runs")
+        raise UserError(f"no utterance has {FEWEST} letters or more, and the order of fewer does not show which way time runs")
     blocks = Counter(block for way in found for block in way.reversing)
 
     def mean(key: str) -> dict[str, float]:
@@ -81,7 +81,7 @@ def over_utterances(model: Recognizer, utterances: Iterable[tuple[Tensor, Sequen
 
 
 def checkpoints_of(path: Path) -> list[tuple[int, Path]]:
-    """(updates, file) of a checkpoint, or of all in a folder, by their updates, one of each number of updates. Raises `UserError`."""
+    """(updates, file) of a checkpoint, or of all in a folder in order of updates, one per number of updates. Raises `UserError`."""
     if not path.is_dir():
         return [(updates_of(path), path)]
     found: dict[int, Path] = {}
@@ -93,7 +93,7 @@ def checkpoints_of(path: Path) -> list[tuple[int, Path]]:
 
 
 def updates_of(file: Path) -> int:
-    """Updates that a checkpoint has had; 0 where it does not say."""
+    """Number of updates of a checkpoint; 0 if it does not say."""
     if not file.is_file():
         raise UserError(f"no checkpoint at {file}")
     with open_fairseq(file) as opened:
@@ -102,14 +102,14 @@ def updates_of(file: Path) -> int:
 
 
 def table(rows: Sequence[tuple[int, Flips]]) -> str:
-    """One line per checkpoint, and below where time turned first."""
+    """A table with one line per checkpoint, and below it the first checkpoint that reverses time."""
     lines = [f"{'updates':>8} {'reversed':>9} {'in order':>9} {'unclear':>8}   {'audio':>6} {'output':>7} {'decoder':>8}   verdict"]
     for updates, flips in rows:
         ends, crossed = list(flips.places.values()), list(flips.cross_attention.values())
         decoder = f"{crossed[-1]:+8.2f}" if crossed else f"{'':8}"
         counts = f"{updates:8} {flips.turned:9} {flips.in_order:9} {flips.unclear:8}"
         lines.append(f"{counts}   {ends[0]:+6.2f} {ends[-1]:+7.2f} {decoder}   {flips.verdict}")
-    lines.append(f"audio, output, decoder: mean correlation of letters and where their gradients or attention lie; clear above {CLEAR}")
+    lines.append(f"audio, output, decoder: mean correlation of letters with their places by gradients or attention; clear above {CLEAR}")
     first = next(((updates, flips) for updates, flips in rows if flips.verdict == "reversed"), None)
     if first is None:
         lines.append("no checkpoint reverses time in most utterances")

@@ -1,7 +1,7 @@
-"""Mean and variance of what every linear and convolutional layer puts out, over training (Song et al. 2022, "layer trend plot").
+"""Mean and variance of the output of every linear and convolutional layer over training (Song et al. 2022, "layer trend plot").
 
 A record is a line of RUN_DIR/trends.jsonl: {"update": 100, "loss": 5.1, "input": "gaussian", "layers": {name: [mean, variance, dead]}};
-`loss` is in nats per frame or letter, `dead` the share of channels that are the same in every frame; what is not finite is null.
+`loss` is in nats per frame or letter; `dead` is the share of channels that are the same in every frame; non-finite values are null.
 """
 
 # B batch, T frames, C channels
@@ -28,7 +28,7 @@ from ..utils.files import write_text
 
 FILE = "trends.jsonl"
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, DepthwiseConv, PositionalConv1d)
-FRAMES = 200  # of the Gaussian input
+FRAMES = 200  # length of the Gaussian input
 Stats = tuple[float, float, float]  # mean, variance, share of dead channels
 
 # limits of the alarms; `alarms` says what each means
@@ -37,7 +37,7 @@ EXPLODED, ATTENUATED, DEAD_CHANNEL, DEAD_SHARE = 1e4, 1e-8, 1e-12, 0.99
 
 @dataclass(frozen=True)
 class Record:
-    """The layers' figures after `update` updates; `loss` is that of the update that follows, where it is known."""
+    """The figures of all layers after `update` updates; `loss` is that of the next update, if known."""
 
     update: int
     layers: Mapping[str, Stats]
@@ -55,7 +55,7 @@ def _finite(value: float | None) -> float | None:
 
 
 def _figures(y: Tensor, channel: int) -> Tensor:
-    """Mean, variance and share of dead channels of an output, as a tensor, so that a GPU need not wait."""
+    """Mean, variance and share of dead channels of an output, as a tensor, so the CPU does not wait for a GPU."""
     rows = y.detach().float().movedim(channel, -1).flatten(0, -2)  # (N, C)
     of_channels, mean = torch.var_mean(rows, dim=0, correction=0)
     variance = of_channels.mean() + mean.var(correction=0)
@@ -63,14 +63,14 @@ def _figures(y: Tensor, channel: int) -> Tensor:
 
 
 class LayerTrends:
-    """Looks at the outputs of a model's layers; between looks it costs nothing."""
+    """Observes the outputs of a model's layers; it costs nothing while it is not observing."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
     @contextmanager
     def watching(self) -> Iterator[dict[str, Stats]]:
-        """Everything that runs inside is looked at. The dictionary is filled at the end: layer -> figures of its last call."""
+        """Observe everything that runs inside. The dictionary is filled at the end: layer -> figures of its last call."""
         found: dict[str, Tensor] = {}
         handles = []
         parts = _output_parts(self.model)
@@ -92,7 +92,7 @@ class LayerTrends:
 
 
 def _output_parts(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Layers whose output is that of several, side by side, as the modules that hold them declare in `output_parts()`: path -> paths."""
+    """Layers whose output is that of several layers side by side, as their modules declare by `output_parts()`: path -> paths."""
     declared = {name: module.output_parts() for name, module in model.named_modules() if hasattr(module, "output_parts")}
     return {f"{name}.{key}": tuple(f"{name}.{part}" for part in parts) for name, keys in declared.items() for key, parts in keys.items()}
 
@@ -107,7 +107,7 @@ def _watch(names: tuple[str, ...], channel: int, found: dict[str, Tensor]) -> An
 
 
 def _watch_projections(name: str, module: Any, found: dict[str, Tensor]) -> Any:
-    """Attention that computes several projections as one product never calls them: they are computed again from its input."""
+    """Compute projections again from the input of an attention that computes several as one product and never calls them."""
 
     def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
         for key in ("q_proj", "k_proj", "v_proj"):
@@ -121,7 +121,7 @@ def _watch_projections(name: str, module: Any, found: dict[str, Tensor]) -> Any:
 
 @torch.no_grad()
 def look(model: Any, update: int, seed: int = 0) -> Record:
-    """A record of a HuBERT's encoder in eval mode on Gaussian input (1, 200, D); the model is left as it was."""
+    """Record a HuBERT's encoder in eval mode on Gaussian input (1, 200, D); the model is left as it was."""
     encoder = model.encoder
     parameter = next(encoder.parameters())
     generator = torch.Generator().manual_seed(seed)
@@ -138,7 +138,7 @@ def look(model: Any, update: int, seed: int = 0) -> Record:
 
 
 class TrendLog:
-    """The file of a run that records are added to. A run that goes on from an earlier update drops what came after it."""
+    """The file of a run to which records are added. A run that resumes at an earlier update drops the records after it."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.path = Path(folder) / FILE
@@ -155,7 +155,7 @@ class TrendLog:
 
 
 def read_trends(path: Path) -> list[Record]:
-    """The records of a file; a last line that was cut off by a kill is passed over. Raises `UserError` for another file."""
+    """Read the records of a file; a last line that was cut off by a kill is skipped. Raises `UserError` for other files."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     records = []
     for number, line in enumerate(lines, start=1):
@@ -178,7 +178,7 @@ def read_trends(path: Path) -> list[Record]:
 
 @dataclass(frozen=True)
 class Alarm:
-    """What is wrong with a layer, and since when."""
+    """A fault of a layer, and the update at which it began."""
 
     kind: str
     layer: str
@@ -187,7 +187,7 @@ class Alarm:
 
     def __str__(self) -> str:
         said = {
-            "not finite": "puts out values that are not finite",
+            "not finite": "gives values that are not finite",
             "explosion": f"has exploded: variance {self.value:.3g}",
             "attenuation": f"has faded: variance {self.value:.3g}",
             "dead": f"is dead: {self.value:.0%} of its channels are the same in every frame",
@@ -219,7 +219,7 @@ def alarms(records: Sequence[Record]) -> list[Alarm]:
 
 
 def place(layer: str) -> tuple[str, str]:
-    """A layer's block ("block 1", or "outside the blocks") and its name within."""
+    """A layer's block ("block 1", or "outside the blocks") and its name inside the block."""
     match = re.search(r"(?:^|\.)layers\.(\d+)\.(.+)$", layer)
     return (f"block {int(match[1]) + 1}", match[2]) if match else ("outside the blocks", layer)
 

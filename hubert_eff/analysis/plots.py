@@ -1,4 +1,4 @@
-"""What pictures share: colors that can be told apart, as many as there are lines or parts, and names as matplotlib takes them."""
+"""What pictures share: as many distinguishable colors as there are lines, and names in a form that matplotlib prints."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ..errors import printable
 FIRST = (
     "#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#b07aa1", "#76b7b2", "#edc948", "#9c755f", "#ff9da7", "#2f4b7c", "#a0b94c", "#d4a6c8",
 )  # fmt: skip
-GRID = 13  # levels of red, green and blue that further colors are chosen from
-LIGHTNESS = (30.0, 88.0)  # of L*: neither black nor white
+GRID = 13  # levels of red, green and blue from which further colors are chosen
+LIGHTNESS = (30.0, 88.0)  # range of L*, without black and white
 LINES = ("-", "--", ":", "-.")
 
 
 @lru_cache
 def distinct_colors(count: int) -> tuple[str, ...]:
-    """`count` colors as "#rrggbb", no two the same: first those of `FIRST`, then each the furthest from all before it in CIELAB."""
+    """`count` different colors as "#rrggbb": those of `FIRST`, and then always the one that is furthest from all others in CIELAB."""
     if count <= len(FIRST):
         return FIRST[:count]
     levels = np.linspace(0, 255, GRID if count < 500 else 33).round().astype(int)
@@ -36,7 +36,7 @@ def distinct_colors(count: int) -> tuple[str, ...]:
 
 
 def plot_text(text: object) -> str:
-    """A name for matplotlib, which takes what stands between dollars for a formula and leaves labels that begin with "_" out of legends."""
+    """Escape a name for matplotlib, which reads text between dollars as a formula and hides labels that begin with "_"."""
     line = printable(text).replace("$", r"\$")
     return f" {line}" if line.startswith("_") else line
 

@@ -16,8 +16,8 @@ from .plots import LINES, distinct_colors, plot_text
 def draw(runs: Mapping[str, Sequence[Record]], path: Path, title: str, most: int = 8) -> None:
     """Write the picture of one run, or of several overlaid, to `path` (.png or .svg). runs: records by the run's name.
 
-    One run has a color for each layer; of several each run has its color, and each layer its kind of line. Of more than `most` blocks some
-    are shown, evenly spread, the last among them. Raises `UserError` where matplotlib is not installed.
+    A single run has one color per layer; several runs have one color each, and one kind of line per layer. If there are more than `most`
+    blocks, some are shown, evenly spread, including the last. Raises `UserError` if matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
@@ -62,7 +62,7 @@ def draw(runs: Mapping[str, Sequence[Record]], path: Path, title: str, most: int
 
 
 def _lines(left: Any, right: Any, run: Sequence[Record], layer: str, **style: str) -> None:
-    """Mean and variance of a layer over updates."""
+    """Draw mean and variance of a layer over updates."""
     updates = [record.update for record in run]
     stats = [record.layers.get(layer, (math.nan, math.nan, math.nan)) for record in run]
     marker = "." if len(updates) < 30 else ""

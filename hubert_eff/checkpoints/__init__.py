@@ -1,1 +1,1 @@
-"""Reading models: checkpoints of fairseq, exports of this package, presets."""
+"""Reading models: fairseq checkpoints, exports of this package, and presets."""

@@ -1,4 +1,4 @@
-"""Weights of other libraries under their own names, put into a model of this package one tensor at a time."""
+"""Weights from other libraries, copied into a model of this package one tensor at a time."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from .safetensors import check_numbers
 from .torchfile import TorchFile, aligned, structure_only
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-# the two tensors of weight norm, as torch's older and newer functions name them
+# the two tensors of weight norm, by the names of torch's older and newer functions
 PARAMETRIZED, WEIGHT_NORM = "parametrizations.weight.", {"original0": "weight_g", "original1": "weight_v"}
-NEW = ("final_proj.weight", "final_proj.bias", "mask_emb")  # what only pre-training uses: a file without them may be read
+NEW = ("final_proj.weight", "final_proj.bias", "mask_emb")  # used by pre-training only: a file may lack them
 
 
 @dataclass(frozen=True)
 class Held:
     """A tensor that is still in its file."""
 
-    dtype: object  # a torch.dtype, or another library's name of one that torch has not
+    dtype: object  # a torch.dtype, or another library's name for one that torch does not have
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
 
 
 def held_in(opened: TorchFile, weights: Mapping[object, object]) -> dict[str, Held]:
-    """Tensors by name in a file of `torch.save`. Raises `UserError` for anything else, and for tensors that share their bytes."""
+    """The tensors of a file of `torch.save`, by name. Raises `UserError` for other content and for tensors that share bytes."""
     found, storages, claimed = {}, {}, 0
     for name, stored in weights.items():
         if not isinstance(name, str) or not isinstance(stored, Stored):
@@ -46,7 +46,7 @@ def held_in(opened: TorchFile, weights: Mapping[object, object]) -> dict[str, He
 
 
 def without_prefix(held: Mapping[str, Held], prefixes: Iterable[str]) -> dict[str, Held]:
-    """The tensors with weight norm under its older names, and without the first of some prefixes that any name has; others stay."""
+    """Rename tensors: weight norm gets its older names, and the first prefix that occurs is removed."""
     prefix = next((p for p in prefixes if any(name.startswith(p) for name in held)), "")
     found: dict[str, Held] = {}
     for name, tensor in held.items():
@@ -60,11 +60,11 @@ def without_prefix(held: Mapping[str, Held], prefixes: Iterable[str]) -> dict[st
 
 
 def filled(config: HubertConfig, held: Mapping[str, Held], theirs: Callable[[str], str], left_out: tuple[str, ...]) -> HubertModel:
-    """The model of a configuration, in eval mode on the CPU, with weights that another library names otherwise.
+    """Build the model of a configuration, in eval mode on the CPU, with weights under another library's names.
 
-    theirs: from our name of a tensor to the other library's; left_out: how names begin that belong to heads, which the model has not.
-    Names and shapes are compared before a tensor is read. Tensors become float32 one by one. What a file may lack (`NEW`) starts at
-    random from seed 0. Raises `UserError` for a tensor that is missing, of another shape or quantized, or has no place in the model.
+    theirs: maps our name of a tensor to the other library's; left_out: prefixes of the names of heads, which the model does not have.
+    Names and shapes are compared before a tensor is read. Tensors become float32 one by one. Tensors that a file may lack (`NEW`) are
+    random, from seed 0. Raises `UserError` for a tensor that is missing, of another shape or quantized, or has no place in the model.
     """
     with structure_only():
         try:
@@ -77,7 +77,7 @@ def filled(config: HubertConfig, held: Mapping[str, Held], theirs: Callable[[str
     names = {theirs(name): name for name in state}
     for name, tensor in held.items():
         if name not in names and not name.startswith(left_out):
-            raise UserError(f"it holds {short(name)} {tensor.shape}, which the architecture of this package has no place for")
+            raise UserError(f"it holds {short(name)} {tensor.shape}, for which the architecture of this package has no place")
     for name, own in names.items():
         if name not in held:
             if own in NEW:

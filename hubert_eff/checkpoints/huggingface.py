@@ -1,4 +1,4 @@
-"""Folders of Hugging Face: `config.json` and the weights of a HuBERT or of a wav2vec 2.0 encoder, read without importing transformers."""
+"""Folders of Hugging Face: `config.json` and weights of a HuBERT or wav2vec 2.0 encoder, read without importing transformers."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ PROJECTION = "post_extract_proj."
 CONFIG, PREPROCESSOR, ADAPTER = "config.json", "preprocessor_config.json", "adapter_config.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 SUFFIXES = (".safetensors", ".bin")
-PREFIXES = ("hubert.", "wav2vec2.")  # of the encoder in a model with a head
-# heads: of pre-training, and of fine-tuned models
+PREFIXES = ("hubert.", "wav2vec2.")  # prefixes of the encoder in a model with a head
+# heads of pre-training and of fine-tuned models
 PRETRAINING = ("quantizer.", "project_q.", "project_hid.")
 FINE_TUNED = {
     "lm_head.": HEADS[0],
@@ -37,7 +37,7 @@ FINE_TUNED = {
 }
 LARGEST_INDEX = 1 << 24  # bytes
 
-# key of theirs -> key of ours, and its value where config.json does not say it
+# their key -> our key, and its value if config.json does not have it
 KEYS: dict[str, tuple[str, Any]] = {
     "hidden_size": ("encoder_embed_dim", 768),
     "num_hidden_layers": ("encoder_layers", 12),
@@ -56,21 +56,21 @@ KEYS: dict[str, tuple[str, Any]] = {
 }
 CONVOLUTIONS = {"conv_dim": (512,) * 7, "conv_kernel": (10, 3, 3, 3, 3, 2, 2), "conv_stride": (5, 2, 2, 2, 2, 2, 2)}
 MODES = {"group": "default", "layer": "layer_norm"}
-# keys that say what the Transformer here computes in one way only
+# keys with the only value that the Transformer here computes
 FIXED: dict[str, Any] = {
     "hidden_act": "gelu", "feat_extract_activation": "gelu", "layer_norm_eps": 1e-5, "conv_pos_batch_norm": False, "add_adapter": False,
     "adapter_attn_dim": None,
 }  # fmt: skip
-COUNTS = ("num_batches_tracked", "position_ids")  # tensors of whole numbers that are not quantized
-EPS = 1e-7  # what transformers adds to the variance of audio
-OWN = "hubert_eff"  # model_type of what only `hubert_eff.hf` reads
+COUNTS = ("num_batches_tracked", "position_ids")  # integer tensors that do not mean quantization
+EPS = 1e-7  # added to the variance of audio by transformers
+OWN = "hubert_eff"  # model_type of folders that only `hubert_eff.hf` reads
 MODELS = ("hubert", "wav2vec2")
-OTHERS = {  # what keeps relatives of theirs out
+OTHERS = {  # why related models cannot be read
     "wavlm": "gated relative positions", "data2vec-audio": "a stack of positional convolutions", "sew": "squeezed time",
     "sew-d": "squeezed time and disentangled attention", "wav2vec2-conformer": "blocks with convolutions",
     "wav2vec2-bert": "blocks with convolutions on a log-mel spectrogram", "whisper": "a log-mel spectrogram and another Transformer",
 }  # fmt: skip
-# our names -> theirs, the first that fits
+# our names -> theirs; the first match counts
 RENAMED = tuple(
     (re.compile(ours), theirs)
     for ours, theirs in (
@@ -89,7 +89,7 @@ RENAMED = tuple(
 
 
 def their_name(ours: str) -> str:
-    """What Hugging Face's HubertModel calls a tensor of `hubert_transformer`."""
+    """The name in Hugging Face's HubertModel of a tensor of `hubert_transformer`."""
     for pattern, theirs in RENAMED:
         name, count = pattern.subn(theirs, ours)
         if count:
@@ -98,23 +98,23 @@ def their_name(ours: str) -> str:
 
 
 def without_identity(held: dict[str, Held], projection: str, config: HubertConfig) -> dict[str, Held]:
-    """The tensors without a projection of the extractor's output to its own width, which models here have not: it must change nothing.
+    """Remove a projection of the extractor's output to its own width, which models here do not have: it must be the identity.
 
-    projection: how its name begins. Raises `UserError` where it does change something.
+    projection: the prefix of its name. Raises `UserError` if it is not the identity.
     """
     if config.conv_layers[-1][0] != config.input_dim:
         return held
     weight, bias = (held.get(f"{projection}{name}") for name in ("weight", "bias"))
     wide = (config.input_dim, config.input_dim)
     if weight is None or bias is None or weight.shape != wide or bias.shape != wide[:1]:
-        return held  # refused by its name
+        return held  # its name is refused later
     if not torch.equal(weight.read().float(), torch.eye(config.input_dim)) or bool(bias.read().any()):
         raise UserError(f"it projects {config.input_dim} channels to as many ({projection}weight), which the Transformer here cannot hold")
     return {name: tensor for name, tensor in held.items() if not name.startswith(projection)}
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a folder, or the one that a file of weights lies in, has a config.json."""
+    """Whether a folder, or the folder of a file of weights, has a config.json."""
     return (path if path.is_dir() else path.parent).joinpath(CONFIG).is_file()
 
 
@@ -128,19 +128,19 @@ def files_of(path: Path) -> list[Path]:
 
 
 def is_weights(content: object) -> bool:
-    """Whether what a file of `torch.save` holds is nothing but tensors by name."""
+    """Whether the content of a file of `torch.save` is nothing but tensors by name."""
     return isinstance(content, dict) and bool(content) and all(isinstance(stored, Stored) for stored in content.values())
 
 
 def read_folder(folder: Path) -> HubertModel:
-    """The encoder of a folder of Hugging Face, in eval mode on the CPU; of a fine-tuned model without its head.
+    """Read the encoder of a folder of Hugging Face, in eval mode on the CPU; the head of a fine-tuned model is left out.
 
-    Audio is normalized as preprocessor_config.json says; without that file it goes in as it is. Raises `UserError` for a folder without
+    Audio is normalized as preprocessor_config.json says; without that file it is not. Raises `UserError` for a folder without
     configuration or weights, another model, and a part or an option that the Transformer here does not have.
     """
     with about(folder):
         if not (folder / CONFIG).is_file() and (folder / ADAPTER).is_file():
-            raise UserError(f"it holds an adapter ({ADAPTER}) and no model: merge it into its model, and give that one's folder")
+            raise UserError(f"it holds an adapter ({ADAPTER}) and no model: merge the adapter into its model, and give the folder of that")
         values = read_json(folder / CONFIG)
         if values.get("model_type") == OWN:
             return read_export(folder / WEIGHTS[0])
@@ -155,12 +155,12 @@ def read_folder(folder: Path) -> HubertModel:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object. Raises `UserError` for a file that is none, or is not there."""
+    """Read a JSON object. Raises `UserError` if the file is missing or holds something else."""
     try:
         if not file.is_file():
             raise UserError(f"it holds no {file.name}")
         if file.stat().st_size > (LARGEST_INDEX if file.name.endswith(".index.json") else LONGEST):
-            raise UserError(f"its {file.name} is too large to be one")
+            raise UserError(f"its {file.name} is too large")
         content = json.loads(file.read_bytes())
     except OSError as error:
         raise UserError(f"its {file.name} cannot be read: {error.strerror}") from error
@@ -187,7 +187,7 @@ def reads(values: Mapping[str, Any]) -> bool:
 
 
 def check_weights(folder: Path) -> str:
-    """The name of the file of a folder's weights, or of its index. Raises `UserError` where they are missing, damaged or quantized."""
+    """The name of a folder's file of weights, or of its index. Raises `UserError` if weights are missing, damaged or quantized."""
     with contextlib.ExitStack() as opened:
         for name, tensor in _weights(folder, opened).items():
             if tensor.dtype not in FLOATS and not name.endswith(COUNTS):
@@ -196,7 +196,7 @@ def check_weights(folder: Path) -> str:
 
 
 def config_from(values: Mapping[str, Any], normalize: bool) -> HubertConfig:
-    """Our configuration for a config.json. Raises `UserError` for another model, or an option that is not computed here."""
+    """Our configuration for a config.json. Raises `UserError` for another model, and for an option that we do not compute."""
     kind = values.get("model_type")
     if kind not in MODELS:
         reason = f" ({OTHERS[kind]})" if isinstance(kind, str) and kind in OTHERS else ""
@@ -226,7 +226,7 @@ def config_from(values: Mapping[str, Any], normalize: bool) -> HubertConfig:
 
 
 def normalizes(folder: Path) -> bool:
-    """Whether preprocessor_config.json has audio normalized."""
+    """Whether preprocessor_config.json asks for normalized audio."""
     if not (folder / PREPROCESSOR).is_file():
         return False
     values = read_json(folder / PREPROCESSOR)
@@ -239,7 +239,7 @@ def normalizes(folder: Path) -> bool:
 
 
 def _weights(folder: Path, opened: contextlib.ExitStack) -> dict[str, Held]:
-    """The tensors of a folder, which are read from their files while `opened` is open."""
+    """The tensors of a folder; they can be read from their files while `opened` is open."""
     for name in WEIGHTS:
         if not (folder / name).is_file():
             continue

@@ -1,4 +1,4 @@
-"""Read checkpoints into plain models: our exports, fairseq checkpoints of this plug-in, and stock HuBERT. Nothing is unpickled blindly."""
+"""Reads checkpoints into plain models: our exports, fairseq checkpoints of this plug-in, and stock HuBERT, without unpickling them."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from .safetensors import is_export, is_own, read_export
 from .torchaudio import is_torchaudio, model_in
 from .torchfile import TorchFile, Unreadable
 
-# keys of fairseq's HubertConfig that change what the encoder computes, with the one value that our Transformer computes
+# keys of fairseq's HubertConfig that change the encoder, with the only value that our Transformer computes
 STOCK_FIXED = {"activation_fn": "gelu", "layer_type": "transformer", "conv_pos_batch_norm": False, "pos_conv_depth": 1}
-# keys of fairseq's HubertConfig that we have no use for
+# keys of fairseq's HubertConfig that we do not use
 STOCK_UNUSED = {
     "_name", *STOCK_FIXED, "attn_type", "depthwise_conv_kernel_size", "dropout_features", "fp16", "latent_temp", "mask_channel_min_space",
     "mask_min_space", "no_mask_channel_overlap", "no_mask_overlap", "pos_enc_type",
 }  # fmt: skip
 
-# keys of our configuration that only training reads: a run may go on with others, and its checkpoints are still of one model
+# keys of our configuration that only training reads: a resumed run may change them, and its checkpoints still are of one model
 TRAINING_ONLY = (
     "seed", "dropout", "attention_dropout", "activation_dropout", "encoder_layerdrop", "dropout_input", "feature_grad_mult", "skip_masked",
     "skip_nomask", "mask_", "checkpoint_activations", "compile_blocks", "identity_attention_updates", "chunk_sizes", "left_chunks",
 )  # fmt: skip
-PRETRAINING = ("quantizer.", "project_q.")  # of stock wav2vec 2.0
+PRETRAINING = ("quantizer.", "project_q.")  # parts of stock wav2vec 2.0
 FINE_TUNED = ("hubert_eff_ctc", "hubert_eff_aed")  # fairseq models of hubert_eff.recognition
 DICTIONARY = "fairseq.data.dictionary.Dictionary"
-CONVERTED = {"task_cfg", "model_cfg", "model_weight"}  # keys of what S3PRL makes of a fairseq checkpoint
+CONVERTED = {"task_cfg", "model_cfg", "model_weight"}  # keys of a fairseq checkpoint that S3PRL has converted
 HINT = "expected a fairseq checkpoint (.pt), an export of hubert-eff (.safetensors), or a folder of Hugging Face"
 
 
 class Dictionary:
-    """Stands in for fairseq's Dictionary, which checkpoints hold, where fairseq is not installed."""
+    """Stands in for fairseq's Dictionary, which checkpoints hold, if fairseq is not installed."""
 
     symbols: object
 
@@ -111,8 +111,10 @@ def _model_in(opened: TorchFile) -> HubertModel:
 
 
 def open_fairseq(file: Path) -> TorchFile:
-    """A fairseq checkpoint, or one that S3PRL made of it, whose tensors are still in the file. Raises `UserError` for a file that is none;
-    unpickles nothing."""
+    """Open a fairseq checkpoint, or one that S3PRL has converted, leaving its tensors in the file; nothing is unpickled.
+
+    Raises `UserError` for other files.
+    """
     opened = _opened(file)
     try:
         _check_model(opened)
@@ -138,7 +140,7 @@ def _check_model(opened: TorchFile) -> None:
 
 
 def _unconverted(content: Mapping[str, Any]) -> dict[str, Any]:
-    """What S3PRL's `load_and_convert_fairseq_ckpt` was given, as far as it keeps it."""
+    """Restore what S3PRL's `load_and_convert_fairseq_ckpt` was given, as far as it keeps that."""
     model, symbols = content["model_cfg"], content.get("dictionaries_symbols")
     dictionaries = []
     for names in symbols if isinstance(symbols, list) else []:
@@ -161,8 +163,8 @@ def read_fairseq(file: Path) -> dict[str, Any]:
 
 
 def last_checkpoints(folder: str | os.PathLike[str], count: int) -> list[Path]:
-    """At most `count` of the last checkpoints of a run, the oldest first: checkpoint_EPOCH_UPDATE.pt and checkpointEPOCH.pt in its
-    save_dir, and checkpoint_last.pt where it is of another update (fairseq does not number what it saves at the end of an epoch).
+    """List at most `count` of the last checkpoints of a run, the oldest first: checkpoint_EPOCH_UPDATE.pt and checkpointEPOCH.pt in its
+    save_dir, and checkpoint_last.pt if it belongs to another update (fairseq does not number what it saves at the end of an epoch).
 
     Raises `UserError` where there is none.
     """
@@ -183,8 +185,8 @@ def keep_keys(count: int) -> str:
 
 
 def newest_checkpoint(folder: str | os.PathLike[str]) -> tuple[int, Path] | None:
-    """The checkpoint in a save_dir, under whatever name, that was trained for the most updates of those that a run can go on from, and
-    their number. None where the folder holds no checkpoint. Raises `UserError` where none of them can be read.
+    """Find the checkpoint in a save_dir, under any name, with the most updates from which a run can resume, and return (updates, file).
+    None if the folder holds no checkpoint. Raises `UserError` if none of them can be read.
     """
     found, broken = [], []
     for file in sorted(Path(folder).glob("checkpoint*.pt")):
@@ -201,10 +203,10 @@ def newest_checkpoint(folder: str | os.PathLike[str]) -> tuple[int, Path] | None
 
 
 def average(paths: Sequence[str | os.PathLike[str]]) -> HubertModel:
-    """A model whose weights are the means of those of several checkpoints of one run, in eval mode; counters are those of the last.
+    """Average the weights of several checkpoints of one run into a model in eval mode; counters are those of the last.
 
-    Keys that only training reads, such as dropout, may differ: a run that was resumed may have changed them. Raises `UserError` as `load`
-    does, and for checkpoints of different models, with the first keys that differ.
+    Keys that only training reads, such as dropout, may differ, since a resumed run may have changed them. Raises `UserError` as `load`
+    does, and for checkpoints of different models, naming the first keys that differ.
     """
     *others, last = paths
     model = load(last)
@@ -222,7 +224,7 @@ def average(paths: Sequence[str | os.PathLike[str]]) -> HubertModel:
 
 
 def _differing(one: HubertModel, other: HubertModel) -> str:
-    """The first three keys in which the models differ, with both values; empty where their weights may be averaged."""
+    """The first three keys in which the models differ, with both values; empty if their weights may be averaged."""
     encoders = encoder_of(one.config).name, encoder_of(other.config).name
     values = [{"encoder": name, **m.config.to_dict(), "num_classes": m.num_classes} for name, m in zip(encoders, (one, other), strict=True)]
     first, second = values
@@ -236,7 +238,7 @@ def _shown(value: object) -> str:
 
 
 def updates_of(path: str | os.PathLike[str]) -> int:
-    """How many updates a checkpoint was trained for; 0 for an export or a folder of Hugging Face, which do not say."""
+    """The number of updates of a checkpoint; 0 for an export or a folder of Hugging Face, which do not say."""
     file = Path(path)
     if file.is_dir():
         return 0
@@ -268,7 +270,7 @@ def config_of(content: Mapping[str, Any], file: Path) -> HubertConfig:
     if name != "hubert":
         if encoder == name or encoder not in list_encoders():
             known = ", ".join(["hubert", "wav2vec2", *(f"hubert_{e}" for e in list_encoders())])
-            raise UserError(f"{file} holds the fairseq model '{_said(name)}', which is none of {known}")
+            raise UserError(f"{file} holds the fairseq model '{_said(name)}', which is not one of {known}")
         return stored_config(encoder, values)
     _check_fixed(values, STOCK_FIXED, "HuBERT")
     values = {k: v for k, v in values.items() if k not in STOCK_UNUSED}
@@ -278,7 +280,7 @@ def config_of(content: Mapping[str, Any], file: Path) -> HubertConfig:
 
 
 def _wav2vec2(values: Mapping[str, Any], normalize: bool) -> HubertConfig:
-    """The encoder of stock wav2vec 2.0, whose padding is counted by whole receptive fields; its quantizer is not used."""
+    """The encoder of stock wav2vec 2.0. It counts padding by whole receptive fields; its quantizer is not used."""
     _check_fixed(values, {**STOCK_FIXED, "quantize_input": False, "crop_seq_to_multiple": 1}, "wav2vec 2.0")
     known = {field.name for field in dataclasses.fields(get_encoder("transformer").config)}
     return stored_config("transformer", {**{key: value for key, value in values.items() if key in known}, "normalize": normalize})
@@ -291,12 +293,12 @@ def _check_fixed(values: Mapping[str, Any], fixed: Mapping[str, Any], kind: str)
 
 
 def _said(value: object) -> str:
-    """A value of a file as it is shown; of what holds others only the kind."""
+    """A value of a file as text; only the type of one that holds others."""
     return short(value) if isinstance(value, (str, int, float)) else f"a {type(value).__name__}"
 
 
 def _codebooks(content: Mapping[str, Any], rows: int) -> tuple[int, ...]:
-    """Sizes of the codebooks: those of the task's dictionaries if they add up, else all codewords are one codebook."""
+    """Sizes of the codebooks: those of the task's dictionaries if they add up; otherwise all codewords form one codebook."""
     state = content.get("task_state")
     dictionaries = state.get("dictionaries") if isinstance(state, Mapping) else None
     symbols = [getattr(d, "symbols", ()) for d in dictionaries] if isinstance(dictionaries, (list, tuple)) else []

@@ -1,4 +1,4 @@
-"""From a name to a model: the same rule for every command, and for S3PRL's upstream."""
+"""Opens models by name, by the same rule for every command and for S3PRL's upstream."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .torchfile import structure_only
 
 
 def digest_of(name: str | os.PathLike[str]) -> str | None:
-    """SHA-256 of the files that a model is read from; None for a preset."""
+    """SHA-256 of the files from which a model is read; None for a preset."""
     path = Path(name)
     if not path.exists():
         return None

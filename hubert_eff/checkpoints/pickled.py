@@ -1,7 +1,7 @@
-"""Pickles, followed without unpickling them: plain values, and tensors as descriptions of what is elsewhere in the file.
+"""Reads pickles without unpickling them: plain values, and tensors as descriptions of bytes elsewhere in the file.
 
 A pickle is a list of instructions. Those that build values are followed here; a name in it (`collections.OrderedDict`) is looked up in a
-short list and stands for what is done here, never for what is imported.
+short list of functions of this module. Nothing is imported.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from ..errors import short
 
-# what a file may ask for; checkpoints of a billion parameters, with their optimizer, stay far below
+# limits of what a file may ask for, far above checkpoints of a billion parameters with their optimizer
 MOST_INSTRUCTIONS = 1 << 21
 DEEPEST = 100  # containers in containers
 MOST_DIMS = 16
@@ -37,7 +37,7 @@ class Bad(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Storage:
-    """A run of numbers of one dtype in the file."""
+    """A contiguous array of numbers of one dtype in the file."""
 
     key: str
     dtype: torch.dtype
@@ -77,14 +77,14 @@ class _Name:
 
 
 def size_of(value: object) -> int:
-    """A size or position that a pickle gives. Raises `Bad` for what is none."""
+    """Check a size or position in a pickle. Raises `Bad` for other values."""
     if type(value) is not int or not 0 <= value < 1 << 62:
         raise Bad("is damaged: a size or position in it is not a whole number")
     return value
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> Stored:
-    """What _rebuild_tensor and _rebuild_tensor_v2 do; `rest`: requires_grad, hooks, and bits that say whether it is conjugated."""
+    """Do what _rebuild_tensor and _rebuild_tensor_v2 do; `rest`: requires_grad, hooks, and flags of conjugation and negation."""
     if not isinstance(storage, Storage) or type(shape) is not tuple or type(stride) is not tuple or len(shape) != len(stride):
         raise Bad("is damaged: it describes a tensor without shape or storage")
     if len(shape) > MOST_DIMS or (len(rest) > 2 and rest[2]):
@@ -94,7 +94,7 @@ def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> S
     for size in shape:  # without overflow
         numel *= size
     reach = offset + 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) if numel else offset
-    if reach > storage.numel or numel > storage.numel:  # the latter: elements that are several elements of the tensor
+    if reach > storage.numel or numel > storage.numel:  # the latter catches elements that several places of the tensor share
         raise Bad(
             f"is damaged: a tensor of shape {short(shape)} reaches to element {reach} of the storage {short(storage.key)}, which has "
             f"{storage.numel}"
@@ -109,7 +109,7 @@ def _parameter(data: Any, *_: Any) -> Stored:
 
 
 def _pairs(*pairs: Any) -> dict[Any, Any]:
-    """An OrderedDict, or a Counter, from what they are pickled as."""
+    """Build an OrderedDict or a Counter from its pickled form."""
     items = pairs[0] if pairs else ()
     items = items.items() if isinstance(items, dict) else items
     return OrderedDict((_key(key), value) for key, value in items)
@@ -128,7 +128,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "torch.device": lambda kind, index=None: f"{kind}" if index is None else f"{kind}:{size_of(index)}",
     **dict.fromkeys(("builtins.set", "__builtin__.set"), lambda items=(): {_key(item) for item in items}),
 }  # fmt: skip
-VALUES: dict[str, Any] = {  # names that stand for a value
+VALUES: dict[str, Any] = {  # names that stand for values
     **{f"torch.{name}Storage": dtype for name, dtype in DTYPES.items()},
     **{str(dtype): dtype for dtype in DTYPES.values()},
 }
@@ -144,14 +144,14 @@ TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 def _key(value: Any) -> Any:
-    if type(value) not in SCALARS:  # hashing a tuple in a tuple in a ... ends the process
+    if type(value) not in SCALARS:  # hashing deeply nested tuples would crash the process
         raise Bad(f"holds a mapping with a key that is a {type(value).__name__}")
     return value
 
 
 class Reader:
-    """Follows the instructions of one pickle. `storage`: the storage that a persistent id (kind, dtype, key, place, numel) means;
-    `objects`: classes of which instances are made without a call, by name."""
+    """Follows the instructions of one pickle. `storage` finds the storage of a persistent id (kind, dtype, key, place, numel);
+    `objects` are classes by name whose instances are made without calling them."""
 
     def __init__(self, storage: Callable[[Any], Storage], objects: Mapping[str, type]) -> None:
         self.storage, self.objects = storage, objects
@@ -160,7 +160,7 @@ class Reader:
         self.memo: dict[int, Any] = {}
 
     def read(self, stream: BinaryIO) -> Any:
-        """What is pickled at the stream's place, which is left behind it."""
+        """Read the pickle at the stream's position and leave the stream behind it."""
         stack = self.stack
         argument: Any
         for count, (code, argument, _) in enumerate(pickletools.genops(stream)):
@@ -254,20 +254,20 @@ class Reader:
 
     def _build(self, state: Any, made: Any) -> None:
         if isinstance(made, OrderedDict):
-            return  # versions of modules, which a state_dict carries along
+            return  # versions of modules, which a state_dict carries
         if type(made) not in self.objects.values() or type(state) is not dict or any(type(key) is not str for key in state):
             raise Bad("is damaged: it fills an object of an unknown kind")
         made.__dict__.update(state)
 
 
 def check_extent(content: Any, objects: Mapping[str, type], most: int) -> None:
-    """Refuse containers that hold themselves, are nested deeply, or would take more than `most` characters to write out: lists of ten times
-    the same list of ten times the same list ..."""
+    """Refuse containers that hold themselves, are deeply nested, or would take more than `most` characters to write out, such as a list
+    of ten times the same list of ten times the same list ..."""
     containers = (dict, list, tuple, set, OrderedDict, *objects.values())
     leaves = (*SCALARS, Stored, torch.dtype)
-    known: dict[int, int] = {}  # container -> size, when all below is known
+    known: dict[int, int] = {}  # container -> size, once everything below it is known
     begun: set[int] = set()
-    work = [(content,)]  # what is looked at is held by a container, so that no other has its id
+    work = [(content,)]  # a container keeps each visited object alive, so its id is unique
     while work:
         value = work[-1]
         if id(value) in known:
@@ -278,7 +278,7 @@ def check_extent(content: Any, objects: Mapping[str, type], most: int) -> None:
         if waiting:
             if id(value) in begun:
                 raise Bad("is damaged: it holds a container that holds itself")
-            begun.add(id(value))  # what the value on top is in
+            begun.add(id(value))  # containers around the value on top
             if len(begun) > DEEPEST:
                 raise Bad(EXTENT)
             work += waiting
@@ -298,7 +298,7 @@ def check_extent(content: Any, objects: Mapping[str, type], most: int) -> None:
 
 
 def _parts(value: Any) -> list[Any]:
-    """What a container holds; of an object its attributes."""
+    """The content of a container; the attributes of an object."""
     if isinstance(value, dict):
         return [*value.keys(), *value.values()]
     return list(value) if isinstance(value, (list, tuple, set)) else list(vars(value).values())

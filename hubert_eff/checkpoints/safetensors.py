@@ -1,4 +1,4 @@
-"""Exports of this package: one safetensors file with weights, and the configuration and origin as metadata. Reading it unpickles nothing.
+"""Reads exports of this package: one safetensors file with weights, and configuration and origin as metadata. Nothing is unpickled.
 
 docs/export.md describes the format; `hubert_eff.exporting.safetensors` writes it.
 """
@@ -32,12 +32,12 @@ from .torchfile import aligned, structure_only
 
 FORMAT, FORMAT_VERSION = "hubert-eff", "1"
 FLOAT, PACKED = "float", "packed"
-HEADS, RECOGNIZER = "heads.", "recognizer"  # of a fine-tuned model: names of its heads begin so, its configuration is called so
-# fp16 halves the file of a model that computes in float32; a bf16 one computes in bfloat16
+HEADS, RECOGNIZER = "heads.", "recognizer"  # prefix of the heads of a fine-tuned model, and name of its configuration
+# fp16 halves the file of a model that computes in float32; a model from a bf16 file computes in bfloat16
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 COMPUTED = {"fp32": torch.float32, "fp16": torch.float32, "bf16": torch.bfloat16}
-EDGE = "edge"  # metadata of a rewritten model: its form
-BLUEPRINT = ("encoder", "config", "weights", "fused", "final_projections")  # metadata that say how a model is built
+EDGE = "edge"  # metadata key for the form of a rewritten model
+BLUEPRINT = ("encoder", "config", "weights", "fused", "final_projections")  # metadata from which a model is built
 NAMES = {
     torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int8: "I8", torch.uint8: "U8",
     torch.bool: "BOOL",
@@ -64,7 +64,7 @@ def is_own(file: Path) -> bool:
 
 
 def read_metadata(file: Path) -> dict[str, str]:
-    """The metadata of an export. Raises `UserError` for a safetensors file that is none, or of another version of the format."""
+    """Read the metadata of an export. Raises `UserError` for other safetensors files and for another version of the format."""
     try:
         with safe_open(file, framework="pt") as stream:
             return _checked(stream.metadata() or {}, file)
@@ -74,7 +74,7 @@ def read_metadata(file: Path) -> dict[str, str]:
 
 def _checked(metadata: dict[str, str], file: Path) -> dict[str, str]:
     if metadata.get("format") != FORMAT:
-        raise UserError(f"{file} is a safetensors file, but no export of hubert-eff")
+        raise UserError(f"{file} is a safetensors file, but not an export of hubert-eff")
     version = metadata.get("format_version", "none")
     if version != FORMAT_VERSION:
         by = metadata.get("package_version", metadata.get("version", "?"))
@@ -85,15 +85,14 @@ def _checked(metadata: dict[str, str], file: Path) -> dict[str, str]:
     missing = {*BLUEPRINT, "dtype"} - set(metadata)
     if missing:
         raise UserError(f"{file}: its metadata lack '{min(missing)}'")
-    return {"license" if key == "licence" else key: text for key, text in metadata.items()}  # as version 0.1.0 spelled it
+    return {"license" if key == "licence" else key: text for key, text in metadata.items()}  # version 0.1.0 spelled it so
 
 
 def read_export(file: Path) -> HubertModel:
-    """The model of an export, in eval mode on the CPU.
+    """Read the model of an export, in eval mode on the CPU.
 
-    Names, dtypes and shapes are compared with those of the model that the metadata describe before anything of its size is allocated.
-    Raises `UserError` for a file that does not hold what it says, and for numbers that no model has: NaN, infinity, scales of zero or
-    less.
+    Before memory for the tensors is allocated, their names, dtypes and shapes are compared with those of the model that the metadata
+    describe. Raises `UserError` for a file that does not hold what it says, and for invalid numbers: NaN, infinity, scales of zero or less.
     """
     with about(file):
         try:
@@ -112,7 +111,7 @@ def read_export(file: Path) -> HubertModel:
 
 
 def read_heads(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """(metadata, tensors of the heads by their names in the recognizer) of an export. Raises `UserError` for a damaged file."""
+    """Read (metadata, tensors of the heads by their names in the recognizer) of an export. Raises `UserError` for a damaged file."""
     with about(file):
         try:
             with safe_open(file, framework="pt") as stream:
@@ -126,7 +125,7 @@ def read_heads(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def structure_of(metadata: Mapping[str, str], found: Mapping[str, Any]) -> HubertModel:
-    """The model that metadata describe, without storage; `found` are the names of its tensors. Raises `UserError` for none."""
+    """Build the model that metadata describe, without storage; `found` has the names of its tensors. Raises `UserError` if it cannot."""
     if metadata["weights"] not in (FLOAT, PACKED, INT8):
         raise unknown("kind of weights", short(metadata["weights"]), (FLOAT, PACKED, INT8))
     if metadata["dtype"] not in DTYPES:
@@ -152,7 +151,7 @@ def structure_of(metadata: Mapping[str, str], found: Mapping[str, Any]) -> Huber
         raise UserError(f"its configuration describes no model that can be built ({short(error)})") from error
 
 
-@functools.lru_cache(maxsize=4)  # a second file of the same configuration is read several times as fast
+@functools.lru_cache(maxsize=4)  # makes a second file of the same configuration several times as fast to read
 def _blueprint(encoder: str, text: str, weights: str, fused: str, copies: str, *, edge: str) -> HubertModel:
     return _built(encoder, text, weights, fused, copies, edge=edge, device="meta")
 
@@ -178,7 +177,7 @@ def _built(encoder: str, text: str, weights: str, fused: str, copies: str, *, ed
 def compare(model: HubertModel, metadata: Mapping[str, str], found: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
     """Raise `UserError` unless the file holds exactly the tensors of the model."""
     expected = layout(model, DTYPES[metadata["dtype"]], LABEL_EMBEDDINGS)
-    for kind, names in (("lacks", expected.keys() - found.keys()), ("has more than its configuration describes,", found.keys() - expected)):
+    for kind, names in (("lacks", expected.keys() - found.keys()), ("has superfluous tensors,", found.keys() - expected)):
         if names:
             raise UserError(f"the weights do not fit its configuration: it {kind} {short(min(names))} and {len(names) - 1} others")
     for name, (dtype, shape) in expected.items():
@@ -187,11 +186,11 @@ def compare(model: HubertModel, metadata: Mapping[str, str], found: Mapping[str,
 
 
 def check_numbers(stored: Mapping[str, Tensor]) -> None:
-    """Raise `UserError` for numbers that no model has: NaN, infinity, scales of zero or less, negative variances."""
+    """Raise `UserError` for invalid numbers: NaN, infinity, scales of zero or less, negative variances."""
     for name, tensor in stored.items():
         if not tensor.is_floating_point() or not tensor.numel():
             continue
-        if not all(bool(extreme.isfinite()) for extreme in tensor.aminmax()):  # also of NaN; nothing of the tensor's size is made
+        if not all(bool(extreme.isfinite()) for extreme in tensor.aminmax()):  # catches NaN too, without a large temporary
             raise UserError(f"{name} holds numbers that are not finite")
         own = name.rpartition(".")[2]
         if (own in (SCALES, "size") and bool((tensor <= 0).any())) or (own == "running_var" and bool((tensor < 0).any())):
@@ -199,18 +198,18 @@ def check_numbers(stored: Mapping[str, Tensor]) -> None:
 
 
 def _filled(model: HubertModel, stored: dict[str, Tensor], metadata: Mapping[str, str]) -> HubertModel:
-    """The structure with the tensors of the file."""
+    """Fill the structure with the tensors of the file."""
     compute = COMPUTED[metadata["dtype"]]
     state = {name: aligned(tensor) for name, tensor in state_from(stored, model, compute).items()}
     if model.edge:  # parts of it compute in float16
         dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
         state = {name: tensor.to(dtypes[name]) if dtypes[name] == torch.float16 else tensor for name, tensor in state.items()}
     model.load_state_dict(state, assign=True)
-    if any(t.is_meta for t in model.buffers()):  # what a model makes for itself and does not save, such as mel filters
+    if any(t.is_meta for t in model.buffers()):  # buffers that a model computes and does not save, such as mel filters
         model = _built(*(metadata[name] for name in BLUEPRINT), edge=metadata.get(EDGE, ""), device="cpu")
         model.load_state_dict(state, assign=True)
     if model.fused:
-        model = fused_copy(model)  # folds nothing more, but lays weights out as they are read
+        model = fused_copy(model)  # folds nothing more, but lays weights out in the order in which they are read
     for module in model.modules():
         if isinstance(module, Int8Linear):
             module.lay_out()
@@ -219,7 +218,7 @@ def _filled(model: HubertModel, stored: dict[str, Tensor], metadata: Mapping[str
 
 
 def pack_for_file(model: HubertModel, was_packed: bool) -> HubertModel:
-    """The packed copy of a w1a1 model of which a file is made."""
+    """The packed copy of a w1a1 model that is written to a file."""
     model = copy.deepcopy(model) if was_packed else packed_copy(model)
     fold_moves(model)
     return model

@@ -1,4 +1,4 @@
-"""State dicts of torchaudio's HuBERT and wav2vec 2.0 models, without torchaudio: they say of the model what their shapes say."""
+"""Reads state dicts of torchaudio's HuBERT and wav2vec 2.0 models without torchaudio; the shapes tell the architecture."""
 
 from __future__ import annotations
 
@@ -15,28 +15,29 @@ from .foreign import Held, filled, held_in, without_prefix
 from .huggingface import PROJECTION, their_name, without_identity
 from .torchfile import TorchFile
 
-NORMALIZING = "model."  # of the wrapper in which pipelines that normalize audio hand out a model
-PREFIXES = ("wav2vec2.", NORMALIZING)  # the former of a model for pre-training
+NORMALIZING = "model."  # prefix of the wrapper that pipelines put around a model to normalize audio
+PREFIXES = ("wav2vec2.", NORMALIZING)  # the first is that of a model for pre-training
 PRETRAINING = ("logit_generator.", "mask_generator.")
-HEADS_OF = {768: 12, 1024: 16, 1280: 16, 1920: 16}  # the models that torchaudio names, by their width
-ARGUMENTS, STATE = "arguments", "state_dict"  # keys of a file that says more
-PARTS = (("feature_projection.", "encoder."), ("encoder.", "encoder.transformer."))  # of transformers' names -> what they lie in
+HEADS_OF = {768: 12, 1024: 16, 1280: 16, 1920: 16}  # heads of torchaudio's models, by width
+ARGUMENTS, STATE = "arguments", "state_dict"  # keys of a file that also has the arguments
+PARTS = (("feature_projection.", "encoder."), ("encoder.", "encoder.transformer."))  # prefix of transformers' names -> torchaudio's
 MASK = ("masked_spec_embed", "mask_generator.mask_embedding")
 
 
 def is_torchaudio(content: object) -> bool:
-    """Whether what a file of `torch.save` holds are weights by torchaudio's names, alone or with arguments."""
+    """Whether the content of a file of `torch.save` is weights by torchaudio's names, alone or with arguments."""
     weights = content.get(STATE, content) if isinstance(content, dict) else None
     return isinstance(weights, dict) and any(isinstance(name, str) and "encoder.transformer.layers." in name for name in weights)
 
 
 def model_in(opened: TorchFile) -> HubertModel:
-    """The encoder of a state dict, in eval mode on the CPU; of a fine-tuned model without its head.
+    """Read the encoder of a state dict, in eval mode on the CPU; the head of a fine-tuned model is left out.
 
-    Heads, the strides of the extractor and where blocks have their LayerNorms are not seen in shapes: of the widths that torchaudio names
-    they are those of its models. Of others the file must be `torch.save({"arguments": {...}, "state_dict": model.state_dict()})` with
-    arguments of `torchaudio.models.wav2vec2_model`. Weights out of a pipeline that normalizes audio do so here; others take it as it is.
-    Raises `UserError` for WavLM, and for what the Transformer here does not have.
+    Shapes do not tell the number of heads, the strides of the extractor and the places of LayerNorms. For the widths of torchaudio's
+    models those of its models are taken; other files must be `torch.save({"arguments": {...}, "state_dict": model.state_dict()})` with
+    arguments of `torchaudio.models.wav2vec2_model`. Weights from a pipeline that normalizes audio normalize it here; others do not.
+
+    Raises `UserError` for WavLM, and for parts that the Transformer here does not have.
     """
     content = opened.content
     arguments = content.get(ARGUMENTS, {}) if STATE in content else {}
@@ -73,7 +74,7 @@ def _config(held: Mapping[str, Held], arguments: Mapping[Any, Any], normalize: b
     def shape(name: str, dims: int) -> tuple[int, ...]:
         found = held[name].shape if name in held else ()
         if len(found) != dims:
-            raise UserError(f"it lacks {name} of {dims} dimensions: it is not a whole state dict")
+            raise UserError(f"it lacks {name} of {dims} dimensions: it is not a complete state dict")
         return found
 
     count = 1 + max(
@@ -93,9 +94,7 @@ def _config(held: Mapping[str, Held], arguments: Mapping[Any, Any], normalize: b
     inner, width = shape("encoder.transformer.layers.0.feed_forward.intermediate_dense.weight", 2)
     heads = arguments.get("encoder_num_heads", HEADS_OF.get(width))
     if heads is None:
-        raise UserError(
-            f"its number of attention heads is unknown: {width} channels are of no model of torchaudio's{_ask('encoder_num_heads')}"
-        )
+        raise UserError(f"its number of attention heads is unknown: no model of torchaudio has {width} channels{_ask('encoder_num_heads')}")
     _, per_group, kernel = shape("encoder.transformer.pos_conv_embed.conv.weight_v", 3)
     layer_norms = "feature_extractor.conv_layers.1.layer_norm.weight" in held
     values = {

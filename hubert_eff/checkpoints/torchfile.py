@@ -1,7 +1,7 @@
-"""Files of `torch.save`, read without unpickling them: tensors stay in the file until they are asked for.
+"""Reads files of `torch.save` without unpickling them; tensors stay in the file until they are asked for.
 
-What the pickle says of tensors is compared with the bytes that the file holds before any of them is read: `torch.load(weights_only=True)`
-reads past the end of a storage that is shorter than claimed.
+Before a tensor is read, what the pickle claims is compared with the bytes in the file: `torch.load(weights_only=True)` reads past the end
+of a storage that is shorter than claimed.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from ..errors import BUILD_ERRORS, UserError, short
 from .pickled import NOT_ONE, Bad, Reader, Storage, Stored, check_extent, size_of
 
 LONGEST_PICKLE = 1 << 26  # bytes
-LONGEST_DIRECTORY = 1 << 24  # bytes of the list of a zip file's records
-ALIGNMENT = 64  # bytes, that of the memory torch itself takes
-LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03."  # how the format of torch before 1.6 begins
-# what bytes that are not a checkpoint end in, anywhere in the reader
+LONGEST_DIRECTORY = 1 << 24  # bytes of a zip file's directory
+ALIGNMENT = 64  # bytes; torch aligns its own memory so
+LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03."  # first bytes of the format of torch before 1.6
+# errors that other bytes than a checkpoint may cause anywhere in the reader
 DAMAGED = (*BUILD_ERRORS, OSError, EOFError, struct.error, zipfile.BadZipFile)
 
 M = TypeVar("M", bound=nn.Module)
 
 
 class Unreadable(UserError):
-    """A file that is not what it should be; `reason` says so behind the file's name."""
+    """A file that cannot be read; `reason` follows the file's name in the message."""
 
     def __init__(self, file: Path, reason: str) -> None:
         super().__init__(f"{file} {reason}")
         self.reason = reason
 
 
-# what layers are made by, element by element
+# element-wise operations that initialize layers
 ELEMENTWISE = {
     *"abs add clamp div empty_like mul neg ones_like rsqrt round sqrt square sub where zeros_like".split(),
     *(f"__{prefix}{name}__" for prefix in ("", "r") for name in ("add", "mul", "sub", "truediv")),
@@ -56,7 +56,7 @@ KNOWN = ELEMENTWISE | COMPARISONS | IN_PLACE | SHAPED_OTHERWISE
 
 
 def _shaped(name: str, args: Any, named: Mapping[str, Any]) -> Tensor | None:
-    """What an operation gives on the meta device, without running it; None for one that is not known here."""
+    """The result of an operation on the meta device, without running it; None for an unknown operation."""
     if name not in KNOWN:
         return None
     if name == "cat" and len(args) == 1 and not named and all(part.is_meta for part in args[0]):
@@ -78,8 +78,7 @@ def _shaped(name: str, args: Any, named: Mapping[str, Any]) -> Tensor | None:
 
 
 class _Unfilled(TorchFunctionMode):
-    """Leaves out the random start of weights, and arithmetic with them: the meta device works out shapes in Python, after seconds of
-    imports."""
+    """Skips random initialization and arithmetic with weights: the meta device infers shapes in Python, after seconds of imports."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         named = kwargs or {}
@@ -90,23 +89,22 @@ class _Unfilled(TorchFunctionMode):
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """The tensor where torch would have put it, a multiple of `ALIGNMENT` bytes: the last place of a product can depend on where its
-    operands lie, and a file has no regard for that."""
+    """Align the tensor to `ALIGNMENT` bytes as torch does: the last digit of a product can depend on the alignment of its operands."""
     return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone(memory_format=torch.contiguous_format)
 
 
 @contextmanager
 def structure_only() -> Iterator[None]:
-    """Models that are built in here have names and shapes, and no storage."""
+    """Build models inside without storage: they have names and shapes only."""
     with torch.device("meta"), _Unfilled():
         yield
 
 
 class TorchFile:
-    """An open file of `torch.save`. `content` is what was saved, with `Stored` in place of tensors; close it, or use it in `with`.
+    """An open file of `torch.save`. `content` is what was saved, with `Stored` instead of tensors; close it, or use it in `with`.
 
-    `objects`: classes of which a file may hold instances, by module and name. They are filled with plain values; their code is not called.
-    Raises `Unreadable` for a file that is not whole, holds what is neither tensor nor plain value, or claims more than it holds.
+    `objects`: classes, by module and name, whose instances a file may hold. They are filled with plain values; their code is not called.
+    Raises `Unreadable` for a file that is truncated, holds anything but tensors and plain values, or claims more than it holds.
     """
 
     def __init__(self, file: Path, objects: Mapping[str, type] | None = None) -> None:
@@ -169,7 +167,7 @@ class TorchFile:
         return self._unpickled(io.BytesIO(self._bytes(*places["data.pkl"], most=LONGEST_PICKLE)))
 
     def _check_directory(self) -> None:
-        """Refuse a list of records so long that reading it takes minutes: its size stands at the end of the file."""
+        """Refuse a directory so long that reading it would take minutes; its size is stored at the end of the file."""
         end = self._stream.seek(0, io.SEEK_END)
         self._stream.seek(max(0, end - 98))
         tail = self._stream.read()
@@ -182,7 +180,7 @@ class TorchFile:
             raise Bad(NOT_ONE)
 
     def _place(self, info: zipfile.ZipInfo) -> tuple[int, int, int]:
-        """Where the bytes of a record are, behind its own header."""
+        """The position of a record's bytes, behind its own header."""
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.file_size != info.compress_size:
             raise Bad("is not a file of torch.save: its records are compressed")
         self._stream.seek(info.header_offset)
@@ -193,7 +191,7 @@ class TorchFile:
         return info.header_offset + 30 + name + extra, info.file_size, info.CRC
 
     def _open_legacy(self) -> Any:
-        """Pickles of the byte order, the content and the storages' names, then size and bytes of each storage."""
+        """Read pickles of the byte order, the content and the storages' names, then size and bytes of each storage."""
         stream = io.BytesIO(self._stream.read(LONGEST_PICKLE))
         about = Reader(self._storage, {}).read(stream)
         if not isinstance(about, dict) or about.get("little_endian", True) is not (sys.byteorder == "little"):
@@ -234,7 +232,7 @@ class TorchFile:
         return storage
 
     def _storage(self, claim: Any) -> Storage:
-        """The same, compared with the file."""
+        """The storage of a persistent id, compared with the file."""
         storage = self._claim(claim)
         position, size, _ = self._places.get(storage.key, (0, -1, None))
         if size != storage.nbytes:
@@ -256,7 +254,7 @@ class TorchFile:
     # -- tensors -----------------------------------------------------------------------------------------------------
 
     def tensor(self, stored: Stored) -> Tensor:
-        """The tensor, on the CPU; tensors of one storage share memory. Raises `Unreadable` where the bytes are not those written."""
+        """Read a tensor to the CPU; tensors of one storage share memory. Raises `Unreadable` if the bytes are not those written."""
         key = stored.storage.key
         if key not in self._read:
             self._read[key] = self._numbers(stored.storage)
@@ -295,17 +293,17 @@ class TorchFile:
             return result
 
         def known(value: Any) -> Any:
-            if id(value) not in made:  # the content holds on to it, so that no other has its id
+            if id(value) not in made:  # the content keeps it alive, so its id is unique
                 made[id(value)] = filled(value)
             return made[id(value)]
 
         return known(self.content)
 
     def fill(self, build: Callable[[], M], weights: Mapping[str, Any]) -> M:
-        """The model that `build` makes, in eval mode on the CPU, with `weights`, a part of `content`.
+        """Fill the model that `build` makes with `weights`, a part of `content`; it is in eval mode on the CPU.
 
-        It is built without storage first, and nothing of its size is allocated unless its tensors are those of the file.
-        Raises `UserError` where they are not.
+        It is first built without storage, and memory is allocated only if its tensors are those of the file. Raises `UserError`
+        otherwise.
         """
         if not all(isinstance(name, str) and isinstance(stored, Stored) for name, stored in weights.items()):
             raise UserError("its weights are not tensors by name")
@@ -334,7 +332,7 @@ class TorchFile:
             alone = tensor.numel() == stored.storage.numel and tensor.is_contiguous() and stored.storage.key not in used
             state[name] = aligned(tensor) if alone else tensor.clone(memory_format=torch.contiguous_format)
             used.add(stored.storage.key)
-        if any(buffer.is_meta for name, buffer in model.named_buffers() if name not in expected):  # made, not saved, such as mel filters
+        if any(buffer.is_meta for name, buffer in model.named_buffers() if name not in expected):  # such as mel filters
             model = build()
         model.load_state_dict(state, assign=True)
         return model.eval()

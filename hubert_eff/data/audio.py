@@ -1,4 +1,4 @@
-"""One audio file: is it sound, and what is it as 16 kHz mono?"""
+"""Checks one audio file and reads it as 16 kHz mono."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from ..config import LOUDEST, SAMPLE_RATE
 from ..errors import UnusableFile, missing_extra
 from ..utils.files import replacing
 from .containers import PADDING, check_container
-from .containers import Unusable as Unusable  # for those who call `check`
+from .containers import Unusable as Unusable  # for callers of `check`
 
 SUFFIXES = frozenset((".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3"))
-# audio by its name, but not decoded here
+# suffixes of audio that is not decoded here
 FOREIGN_SUFFIXES = frozenset((".aac", ".aif", ".aiff", ".amr", ".au", ".caf", ".m4a", ".mka", ".mp4", ".raw", ".sph", ".webm", ".wma"))
-DIRECT_SUFFIXES = frozenset((".wav", ".flac", ".ogg"))  # what fairseq opens by itself, spelled exactly so
-FORMATS = frozenset(("WAV", "WAVEX", "RF64", "FLAC", "OGG", "MP3"))  # whose containers are checked, whatever a file's name says
+DIRECT_SUFFIXES = frozenset((".wav", ".flac", ".ogg"))  # suffixes that fairseq opens itself, in exactly this spelling
+FORMATS = frozenset(("WAV", "WAVEX", "RF64", "FLAC", "OGG", "MP3"))  # formats whose containers are checked, whatever the name of the file
 BLOCK = 1 << 18  # samples decoded at a time
-WINDOW = 1 << 12  # frames in which channels are compared
+WINDOW = 1 << 12  # frames of a window in which channels are compared
 QUIETEST = 2.0**-24  # half a step of 24 bits
-CANCELED = 1e-4  # share of the power of the channels, 40 dB, that the mono mix must keep
-FEW = 0.05  # share of the sounding windows that may lose more
+CANCELED = 1e-4  # share of the channels' power that the mono mix must keep: -40 dB
+FEW = 0.05  # share of the windows with sound that may lose more
 
 Array = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """What a full decode of a file found: its rate (Hz), channels, frames (samples per channel); peak and mean square of the mono mix."""
+    """Result of decoding a whole file: rate (Hz), channels, frames (samples per channel), peak and mean square of the mono mix."""
 
     rate: int
     channels: int
@@ -49,20 +49,20 @@ class Checked:
 
     @property
     def gain(self) -> float:
-        """What brings samples beyond full scale back to it."""
+        """The factor that scales samples beyond full scale back to it."""
         return 1.0 / max(self.peak, 1.0)
 
     @property
     def bits(self) -> int:
-        """What a copy needs: more than 16 for whispers, and where single samples beyond full scale press down the rest."""
+        """Bits of a copy: more than 16 for whispers, and if single samples beyond full scale push down the rest."""
         return 16 if 2.0**-9 <= self.peak <= 2.0**9 else 24
 
 
 def check(path: Path, silent: bool = False) -> Checked:
-    """Decode the whole file. Raises `Unusable` if it cannot be used as it is meant.
+    """Decode the whole file. Raises `Unusable` if it cannot be used.
 
-    That is: it is not a regular file, empty, no audio, truncated, goes on behind what a decoder reads of it, holds NaN, infinity or other
-    numbers that are not samples, has channels that cancel each other in the mono mix, or (unless `silent`) is below what 24 bits can hold.
+    That is, if it is not a regular file, is empty, truncated or not audio, has data behind what a decoder reads, holds NaN, infinity or
+    other invalid samples, has channels that cancel each other in the mono mix, or (unless `silent`) is too quiet for 24 bits.
     """
     import soundfile
 
@@ -79,7 +79,7 @@ def check(path: Path, silent: bool = False) -> Checked:
             rate, channels, declared = file.samplerate, file.channels, file.frames
             if rate < 1000:
                 raise Unusable(f"sample rate of {rate} Hz")
-            if held and abs(held - declared / rate) > PADDING:  # where the header has no length, libsndfile guesses it
+            if held and abs(held - declared / rate) > PADDING:  # libsndfile guesses a length that the header lacks
                 raise Unusable(
                     f"several streams in one file, or no length in its header: {declared / rate:.2f} instead of {held:.2f} s would be "
                     "read; convert it to flac as a whole"
@@ -93,7 +93,7 @@ def check(path: Path, silent: bool = False) -> Checked:
         raise Unusable("not there") from error
     except OSError as error:
         raise Unusable(f"not readable ({error.strerror})") from error
-    except ValueError as error:  # such as a NUL in its name
+    except ValueError as error:  # such as NUL in its name
         raise Unusable(f"not readable ({error})") from error
     frames = found.frames
     if frames < declared < 1 << 40:  # a stream of unknown length declares a huge one
@@ -105,7 +105,7 @@ def check(path: Path, silent: bool = False) -> Checked:
 
 
 class _Measures:
-    """What is heard in the channels of a file, and in their mono mix."""
+    """Loudness of the channels of a file and of their mono mix."""
 
     def __init__(self, channels: int) -> None:
         self.channels = channels
@@ -114,12 +114,12 @@ class _Measures:
         self.sounding = self.canceled = 0  # windows
 
     def add(self, block: Array) -> None:
-        """Take in samples (T, C). Raises `Unusable` for those that are not audio."""
+        """Add samples (T, C). Raises `Unusable` if they are not audio."""
         high = max(float(block.max()), -float(block.min()))
         if not np.isfinite(high):
             raise Unusable("NaN or infinite samples")
         if high > LOUDEST:
-            raise Unusable(f"no audio: samples of up to {high:.0e}, which must be within -1 and 1")
+            raise Unusable(f"not audio: samples of up to {high:.0e}, which must be within -1 and 1")
         mono = _mono(block)
         self.frames += len(block)
         self.loudest = max(self.loudest, high)
@@ -133,7 +133,7 @@ class _Measures:
         self.canceled += int((sounds & (of_mono < CANCELED * whole / self.channels)).sum())
 
     def judge(self, silent: bool) -> None:
-        """Raise `Unusable` where nothing is heard in the mono mix, or, if not `silent`, at all."""
+        """Raise `Unusable` if the mono mix is silent while the channels are not, or, unless `silent`, if all is silent."""
         if self.canceled > FEW * self.sounding:
             raise Unusable(
                 f"channels cancel each other: in {100 * self.canceled / self.sounding:.0f}% of it the mono mix is 40 dB below them; "
@@ -147,9 +147,9 @@ class _Measures:
 
 
 def read_mono(path: Path, checked: Checked, first: int = 0, frames: int | None = None) -> Iterator[Array]:
-    """The file, or `frames` frames of it from `first` on, as 16 kHz mono in blocks; scaled down where the file's peak exceeds full scale.
+    """Read the file, or `frames` frames of it from `first` on, as 16 kHz mono in blocks; scaled down if its peak exceeds full scale.
 
-    They have round(frames * 16000 / rate) samples in all. Raises `UnusableFile`, naming the file, where it is no longer what was checked.
+    They have round(frames * 16000 / rate) samples in all. Raises `UnusableFile`, naming the file, if it has changed since it was checked.
     """
     try:
         yield from decoded(path, checked, first, checked.frames - first if frames is None else frames)
@@ -158,7 +158,7 @@ def read_mono(path: Path, checked: Checked, first: int = 0, frames: int | None =
 
 
 def decoded(path: Path, checked: Checked, first: int, frames: int) -> Iterator[Array]:
-    """As `read_mono`; but raises `Unusable`."""
+    """Do what `read_mono` does, but raise `Unusable`."""
     import soundfile
 
     left = round(frames * SAMPLE_RATE / checked.rate)
@@ -176,7 +176,7 @@ def decoded(path: Path, checked: Checked, first: int, frames: int) -> Iterator[A
 
 
 def write_flac(path: Path, blocks: Iterator[Array], bits: int = 16) -> int:
-    """Write 16 kHz mono blocks as a FLAC file, as a whole; returns its size. Raises `WriteError` on a full disk."""
+    """Write 16 kHz mono blocks to a FLAC file, which appears when it is complete; returns its size. Raises `WriteError` on a full disk."""
     import soundfile
 
     frames = 0
@@ -196,7 +196,7 @@ def write_flac(path: Path, blocks: Iterator[Array], bits: int = 16) -> int:
 
 
 class _Target:
-    """A file that keeps the error of a full disk, which libsndfile passes over."""
+    """A file that remembers the error of a full disk, which libsndfile ignores."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.size = file, 0
@@ -204,7 +204,7 @@ class _Target:
         self.seek, self.tell = file.seek, file.tell
 
     def write(self, data: bytes) -> int:
-        """As of a file; 0 where it fails."""
+        """Write as a file does; returns 0 if it fails."""
         view = memoryview(data)
         try:
             while view:
@@ -215,7 +215,7 @@ class _Target:
         return len(data) - len(view)
 
     def check(self) -> None:
-        """Raise what was kept."""
+        """Raise the error, if there was one."""
         if self.error:
             raise self.error
 
@@ -223,7 +223,7 @@ class _Target:
 def _opened(path: Path) -> Any:
     import soundfile
 
-    return soundfile.SoundFile(os.fsencode(path))  # of bytes, for it encodes names strictly
+    return soundfile.SoundFile(os.fsencode(path))  # bytes, because soundfile encodes names strictly
 
 
 def _unreadable(error: Any, still: str = "") -> str:
@@ -263,7 +263,7 @@ def _blocks_of(path: Path, checked: Checked, first: int, frames: int) -> Iterato
 
 
 def resampled(blocks: Iterator[Array], rate: int) -> Iterator[Array]:
-    """16 kHz blocks of mono blocks of another rate. Raises `UserError` where soxr is needed and not installed."""
+    """Resample mono blocks of another rate to 16 kHz. Raises `UserError` if soxr is needed and not installed."""
     if rate == SAMPLE_RATE:
         yield from blocks
         return

@@ -1,4 +1,4 @@
-"""Which of the listed recordings and segments are sound; what was found out about a file is kept for the next run."""
+"""Finds out which listed recordings and segments are usable, and keeps the results for the next run."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from .audio import DIRECT_SUFFIXES, Checked, Unusable, check
 from .index import Index
 from .sources import Item, Listing
 
-EDGE = 0.01  # seconds: a segment that begins and ends as near to its file's ends as this is the file
-OVERSHOOT = 0.5  # seconds that a segment may end after its file; it ends with it then
-DEVIATION = 0.1  # seconds, or 1%, that a file may differ from the length its manifest claims
+EDGE = 0.01  # seconds: a segment that begins and ends this close to the ends of its file is the whole file
+OVERSHOOT = 0.5  # seconds by which a segment may exceed its file; it is then cut at the end of the file
+DEVIATION = 0.1  # seconds, or 1%, by which a file may differ from the length in its manifest
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -29,7 +29,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """A usable item: the key of its content, what decoding its file found, and its first frame and number of frames in that file."""
+    """A usable item: the key of its content, the result of decoding its file, and its first frame and number of frames in that file."""
 
     item: Item
     key: str
@@ -44,7 +44,7 @@ class Recording:
 
     @property
     def direct(self) -> bool:
-        """Can be used where it lies: whole, 16 kHz mono within full scale, of a format and a name that fairseq can read from a TSV."""
+        """Whether the file can be used in place: whole, 16 kHz mono within full scale, with a format and a name that fairseq can read."""
         whole = self.frames == self.checked.frames and self.checked.peak <= 1.0
         fits = (self.checked.rate, self.checked.channels) == (SAMPLE_RATE, 1) and os.path.splitext(self.item.path)[1] in DIRECT_SUFFIXES
         return whole and fits and plain(self.item.path)
@@ -53,12 +53,12 @@ class Recording:
 def check_all(
     listing: Listing, store: Path, least: float, most: float | None, speakers: int, workers: int
 ) -> tuple[list[Recording], list[tuple[str, str]]]:
-    """Decode every file once. Returns the usable items in the order of their files, and (name, reason) of the others.
+    """Decode every file once. Returns the usable items in the order of their files, and (name, reason) for the others.
 
     Args:
-        store: folder of the cache, where checked.jsonl is kept once items of as many `speakers` have turned out to be usable.
-        least, most: seconds; shorter and longer items are left out.
-        workers: threads.
+        store: folder of the cache; checked.jsonl is kept there once items of this many `speakers` have turned out to be usable.
+        least, most: limits of the length in seconds; shorter and longer items are left out.
+        workers: number of threads.
 
     Raises:
         UserError: nothing is usable.
@@ -105,7 +105,7 @@ def check_all(
 
 
 def nothing_usable(listing: Listing, left_out: list[tuple[str, str]]) -> UserError:
-    """What to say where everything is left out."""
+    """The error to raise if everything is left out."""
     name, reason = left_out[0]
     more = f", and {len(left_out) - 1} more" if len(left_out) > 1 else ""
     return UserError(f"no usable recording in {listing.root}: {plain_line(name)} ({reason}){more}")
@@ -120,12 +120,12 @@ def parallel(function: Callable[[T], R], items: Iterable[T], count: int, workers
 
 
 def digest(text: str) -> str:
-    """16 hexadecimal digits."""
+    """A digest of 16 hexadecimal digits."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def plain(text: str) -> bool:
-    """Can stand in a TSV as it is: encodable, no control characters, no blanks at its ends."""
+    """Whether a text fits into a TSV unchanged: encodable, without control characters, without blanks at its ends."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -134,7 +134,7 @@ def plain(text: str) -> bool:
 
 
 def plain_line(text: str) -> str:
-    """`text` as it may stand in a TSV or on a terminal."""
+    """`text` in a form for a TSV or a terminal."""
     return text if plain(text) else ascii(text)[1:-1]
 
 

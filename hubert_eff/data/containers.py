@@ -1,4 +1,4 @@
-"""What libsndfile passes over in silence: files that end before their headers say, and audio behind the first stream of a file."""
+"""Finds faults that libsndfile silently ignores: files that end too early, and audio behind the first stream of a file."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import struct
 from pathlib import Path
 from typing import IO
 
-SLACK = 0.25  # seconds of audio that may lie behind what a WAV header counts
+SLACK = 0.25  # seconds of audio that may follow the samples that a WAV header counts
 PADDING = 0.5  # seconds of an MP3 file that are not audio: its first frame, and what the encoder adds at both ends
-UNKNOWN = 0x7FFFF000  # lengths from here on are what a program that writes to a pipe leaves in a WAV header
+UNKNOWN = 0x7FFFF000  # lengths from here on mean unknown: programs that write to a pipe leave them in a WAV header
 ENDS = (b"TAG", b"ID3", b"APETAGEX", b"LYRICSBEGIN", b"id3 ")  # tags that programs append
 SEVERAL = "several streams in one file: only the first would be read; write each to a file of its own"
 
-# MPEG audio: kbit/s by (version, layer) and rates by version, as the bits of a frame's header number them
+# MPEG audio: kbit/s by (version, layer) and rates by version, numbered by the bits of a frame's header
 _KBIT = {
     (3, 3): (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
     (3, 2): (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
@@ -24,13 +24,13 @@ _RATES = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 
 
 
 class Unusable(Exception):
-    """A file that is left out; the message is the reason, in a few words."""
+    """A file is left out; the message gives the reason in a few words."""
 
 
 def check_container(path: Path) -> float:
-    """Seconds of audio that the frames of an MP3 file hold; 0 for other files, whose containers say by themselves what is wrong.
+    """The seconds of audio in the frames of an MP3 file; 0 for other files, whose containers show themselves what is wrong.
 
-    Raises `Unusable` for a file that ends too early, and for one that goes on behind what would be read of it.
+    Raises `Unusable` for a file that ends too early, and for one with more data than would be read.
     """
     with path.open("rb", buffering=1 << 16) as file:
         size = file.seek(0, 2)
@@ -50,7 +50,7 @@ def check_container(path: Path) -> float:
 
 
 def _behind_tags(file: IO[bytes]) -> int:
-    """Where the first thing that is not an ID3v2 tag begins."""
+    """The position behind all ID3v2 tags at the beginning."""
     position = 0
     while True:
         file.seek(position)
@@ -66,7 +66,7 @@ def _behind_tags(file: IO[bytes]) -> int:
 
 def _check_wav(file: IO[bytes], order: str, position: int, size: int) -> None:
     speed = 0  # bytes per second
-    long = 0  # the length that the header of a file of more than 4 GB gives
+    long = 0  # the length in the header of a file of more than 4 GB
     while position + 8 <= size:
         file.seek(position)
         name, length = struct.unpack(f"{order}4sI", file.read(8))
@@ -81,14 +81,14 @@ def _check_wav(file: IO[bytes], order: str, position: int, size: int) -> None:
                 raise Unusable(f"truncated: {held} of {length} bytes of samples")
             rest = _unclaimed(file, order, position + 8 + length, size)
             if rest > SLACK * speed:
-                raise Unusable(f"more than its header says: {length} bytes of samples, and {rest} more; convert it to flac as a whole")
+                raise Unusable(f"more than its header says: {length} bytes of samples, and {rest} more; convert the whole file to flac")
             return
         position += 8 + length + length % 2
     raise Unusable("truncated: no samples in the WAV file")
 
 
 def _unclaimed(file: IO[bytes], order: str, position: int, size: int) -> int:
-    """Bytes behind the samples that are neither chunks, nor tags, nor zero."""
+    """Number of bytes behind the samples that are neither chunks, nor tags, nor zero."""
     while size - position >= 8:
         file.seek(position)
         start = file.read(9)
@@ -109,7 +109,7 @@ def _unclaimed(file: IO[bytes], order: str, position: int, size: int) -> int:
 
 
 def _check_ogg(file: IO[bytes], position: int, size: int) -> None:
-    began = ended = False  # whether a stream's first, and its last page have gone by
+    began = ended = False  # whether the first and the last page of a stream have been seen
     while position + 27 <= size:
         file.seek(position)
         head = file.read(27)
@@ -118,7 +118,7 @@ def _check_ogg(file: IO[bytes], position: int, size: int) -> None:
         first, last, segments = head[5] & 2, head[5] & 4, file.read(head[26])
         if first and began:
             raise Unusable(SEVERAL)
-        began = began or not first  # streams that play together have their first pages together
+        began = began or not first  # streams that play together begin together
         position += 27 + head[26] + sum(segments)
         ended = bool(last) and position <= size
     if not ended:
@@ -142,16 +142,16 @@ def _check_flac(file: IO[bytes], start: int, size: int) -> None:
     file.seek(max(start + 42, size - (1 << 17)))
     tail = file.read()
     place = len(tail)
-    while (place := tail.rfind(b"\xff", 0, place)) >= 0:  # the last frame says which samples it holds
+    while (place := tail.rfind(b"\xff", 0, place)) >= 0:  # the last frame tells which samples it holds
         end = _flac_frame(tail[place : place + 16], block)
         if end > declared and _crc(tail[place:], 16, 0x8005) == 0:
-            raise Unusable(f"more than its header says: {declared} samples, and its frames hold {end}; convert it again as a whole")
+            raise Unusable(f"more than its header says: {declared} samples, but its frames hold {end}; convert the whole file again")
         if 0 < end <= declared:
             return
 
 
 def _flac_frame(head: bytes, block: int) -> int:
-    """The sample behind a frame that begins so; 0 where none does. block: samples of a frame, where all have the same number."""
+    """The sample behind a frame that begins with these bytes; 0 if none does. block: samples of a frame, if all have as many."""
     if len(head) < 16 or head[1] & 0xFE != 0xF8 or head[3] & 1:
         return 0
     length = next((n for n in range(8) if not head[4] << n & 0x80), 8)  # leading ones, as in UTF-8
@@ -175,7 +175,7 @@ def _flac_frame(head: bytes, block: int) -> int:
 
 
 def _crc(data: bytes, bits: int, polynomial: int) -> int:
-    """The checksum of data; 0 where it is data followed by its checksum."""
+    """The checksum of data; 0 for data that ends with its own checksum."""
     top, mask, value = 1 << (bits - 1), (1 << bits) - 1, 0
     for byte in data:
         value ^= byte << (bits - 8)
@@ -188,7 +188,7 @@ def _crc(data: bytes, bits: int, polynomial: int) -> int:
 
 
 def _mpeg_frame(head: bytes) -> tuple[int, float] | None:
-    """(bytes, seconds) of the frame that begins with these four; None where none does."""
+    """(bytes, seconds) of the frame that begins with these four bytes; None if none does."""
     if len(head) < 4 or head[0] != 0xFF or head[1] < 0xE0:
         return None
     version, layer, kbit, rate = head[1] >> 3 & 3, head[1] >> 1 & 3, head[2] >> 4, head[2] >> 2 & 3
@@ -203,10 +203,10 @@ def _mpeg_frame(head: bytes) -> tuple[int, float] | None:
 
 
 def _mpeg_seconds(file: IO[bytes], position: int, size: int) -> float:
-    """Frame by frame; what lies between frames is passed over."""
+    """Add up the frames; bytes between frames are skipped."""
     known: dict[bytes, tuple[int, float] | None] = {}
     seconds = 0.0
-    in_step = False  # whether a frame ended here: elsewhere two must follow each other
+    in_step = False  # whether a frame ended here; elsewhere only two consecutive frames count
     while position + 4 <= size:
         file.seek(position)
         head = file.read(4)
@@ -229,14 +229,14 @@ def _mpeg_seconds(file: IO[bytes], position: int, size: int) -> float:
 
 
 def _check_xing(file: IO[bytes], position: int, size: int) -> None:
-    """The first frame may say how many bytes there are."""
+    """Compare the size of the file with the number of bytes that its first frame may give."""
     file.seek(position)
     start = file.read(4096)
     tag = max(start.find(b"Xing"), start.find(b"Info"))
     if tag < 0 or len(start) < tag + 16:
         return
     flags = int.from_bytes(start[tag + 4 : tag + 8], "big")
-    if flags & 2:  # behind the number of frames, where flag 1 is set
+    if flags & 2:  # follows the number of frames if flag 1 is set
         at = tag + 8 + 4 * (flags & 1)
         length = int.from_bytes(start[at : at + 4], "big")
         if size - position < length:

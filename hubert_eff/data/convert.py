@@ -1,4 +1,4 @@
-"""The cache of a manifest: recordings, and what is joined of them, as 16 kHz mono FLAC files that are known to be whole."""
+"""The cache of a manifest: recordings, single or joined, as 16 kHz mono FLAC files that are known to be complete."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .index import Index
 
 @dataclass(frozen=True, slots=True)
 class Utterance:
-    """A line of a manifest: a 16 kHz mono file, and the recordings it is made of, in order. bits: of a copy in the cache; 0: the original.
+    """A line of a manifest: a 16 kHz mono file and the recordings in it, in order. bits: of a copy in the cache; 0: the original.
 
-    Paths of hundreds of thousands are strings here: `Path` takes ten times the memory.
+    Paths are strings, because there may be hundreds of thousands and `Path` takes ten times the memory.
     """
 
     path: str
@@ -32,9 +32,9 @@ class Utterance:
 
 
 def convert(utterances: list[Utterance], root: Path, store: Path, workers: int) -> list[tuple[Recording, str]]:
-    """Write the copies that are not in `store` as a whole; returns the recordings of which none can be made, and why.
+    """Write the copies that are not complete in `store`; returns the recordings that cannot be converted, and why.
 
-    What a copy's size was is kept in `store`/converted.jsonl. One of another size or length, as a full disk leaves it, is made again.
+    The sizes of copies are kept in `store`/converted.jsonl. A copy of another size or length, as a full disk leaves it, is made again.
     Raises `WriteError` on a full disk.
     """
     index = Index(store / "converted.jsonl", 1)
@@ -70,7 +70,7 @@ class _Lost(Exception):
 
 
 def _audio(utterance: Utterance, root: Path) -> Iterator[Array]:
-    """The samples of all parts. Raises `_Lost` for one of which nothing is left, or that cannot be read any more."""
+    """The samples of all parts. Raises `_Lost` for a part that becomes silence or can no longer be read."""
     least = 2.0**-utterance.bits  # half a step
     for part in utterance.parts:
         checked, peak, power = part.checked, 0.0, 0.0
@@ -89,7 +89,7 @@ def _audio(utterance: Utterance, root: Path) -> Iterator[Array]:
 
 
 def _fits(utterance: Utterance, index: Index, store: Path) -> bool | None:
-    """Whether the copy is there and whole; None: it is not there."""
+    """Whether the copy is complete; None if there is none."""
     try:
         file = os.open(utterance.path, os.O_RDONLY | os.O_NONBLOCK)
     except FileNotFoundError:
@@ -109,7 +109,7 @@ def _fits(utterance: Utterance, index: Index, store: Path) -> bool | None:
     known = index.get(name)
     if known is not None:
         return known[0] == size
-    try:  # of an earlier version, or of a run that was killed before it could note the size
+    try:  # a copy by an earlier version, or by a run that was killed before it noted the size
         check(Path(utterance.path))
     except Unusable:
         return False

@@ -1,4 +1,4 @@
-"""What earlier runs found out about files: one JSON line each, appended as the work goes on, so that a restart reuses it."""
+"""What earlier runs found out about files, one JSON line each, written as the work proceeds so that a restart can reuse it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ Values = tuple[float, ...]
 
 
 class Index:
-    """Numbers by key. Of the lines of a file those count that are a key and `length` numbers; the last one of a key wins.
+    """Numbers by key. Lines of the file count if they are a key and `length` numbers; the last line of a key wins.
 
-    Lines wait in memory until `keep`: a run that must fail leaves nothing behind. Raises `WriteError` on a full disk.
+    Lines are kept in memory until `keep`, so a run that must fail leaves nothing behind. Raises `WriteError` on a full disk.
     """
 
     def __init__(self, path: Path, length: int) -> None:
@@ -43,17 +43,17 @@ class Index:
                 self._write()
 
     def keep(self) -> None:
-        """Write what waits, and from now on each line at once."""
+        """Write the lines in memory, and from now on every line at once."""
         with self.lock:
             self.keeping = True
             if self.waiting:
                 self._write()
 
     def close(self) -> None:
-        """Close the file; what waits is dropped."""
+        """Close the file; lines in memory are dropped."""
         with self.lock:
             if self.file:
-                with suppress(OSError):  # each line was flushed; one that could not be was said
+                with suppress(OSError):  # every line was flushed, or its error was raised
                     self.file.close()
                 self.file = None
 

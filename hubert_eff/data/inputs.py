@@ -1,4 +1,4 @@
-"""What a command is given as audio: files, folders and manifests, and the name of each recording in its output."""
+"""Audio arguments of a command: files, folders and manifests, and the name of each recording in the output."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ def recordings(given: Sequence[str | os.PathLike[str]]) -> list[tuple[Path, str]
         given: audio files; folders, searched with their sub-folders; manifests of `hubert-eff manifest`, SPLIT.tsv.
 
     Returns:
-        Each path with its name: of a file its own, without folder; of a folder's or a manifest's the path below it; all without suffix.
-        So a name does not depend on what else is given. Those that would be the same keep their suffix, or else folders above as well.
+        Each path with its name, without suffix: the name of a file, or the path of a recording below its folder or manifest. So a name
+        does not depend on what else is given. Names that would be the same keep their suffix or, if need be, folders above.
 
     Raises:
-        UserError: nothing is given, a file is given twice, a damaged manifest. A folder without recordings stands for itself: who reads
-            recordings says what is wrong with it, and may go on with the others.
+        UserError: nothing is given, a file is given twice, or a manifest is damaged. A folder without recordings is returned itself: the
+            caller reports what is wrong with it and may continue with the others.
     """
     found: list[tuple[Path, Path]] = []  # (path, name with its suffix)
     for entry in map(Path, given):
         if os.path.isdir(entry) and (listing := _listed(entry)) is not None:
             names = sorted(
                 [item.path for item in listing.items] + [name for name, _ in listing.left_out]
-            )  # who reads them says what is wrong
+            )  # the caller reports what is wrong
             found += [(entry / name, Path(name)) for name in names]
         elif entry.suffix == MANIFEST:
             manifest = read_manifest(entry)
@@ -49,7 +49,7 @@ def recordings(given: Sequence[str | os.PathLike[str]]) -> list[tuple[Path, str]
 
 
 def _listed(folder: Path) -> Listing | None:
-    """The recordings of a folder; None where there are none."""
+    """The recordings of a folder; None if there are none."""
     try:
         return list_folder(folder, set(), 1)
     except UserError:
@@ -59,7 +59,7 @@ def _listed(folder: Path) -> Listing | None:
 def _names(found: Sequence[tuple[Path, Path]]) -> list[str]:
     level = [0] * len(found)
     names = [_name(path, name, 0) for path, name in found]
-    while True:  # of those whose names are the same, those that have the shortest form take the next one
+    while True:  # among equal names, those in the shortest form take the next longer one
         same: dict[str, list[int]] = defaultdict(list)
         for i, name in enumerate(names):
             same[name].append(i)
@@ -75,7 +75,7 @@ def _names(found: Sequence[tuple[Path, Path]]) -> list[str]:
 
 
 def _name(path: Path, name: Path, level: int) -> str:
-    """Without suffix, with it, then with more and more of the folders above."""
+    """The name without suffix, with it, and then with more and more of the folders above."""
     if level == 0:
         return _text(name.with_suffix(""))
     above = Path(os.path.abspath(path)).parts[1:]  # without the root
@@ -83,5 +83,5 @@ def _name(path: Path, name: Path, level: int) -> str:
 
 
 def _text(path: Path) -> str:
-    """A path as a name; bytes that are not UTF-8, which a name in an archive cannot hold, are spelled out."""
+    """A path as a name; bytes that are not UTF-8 are spelled out, since a name in an archive cannot hold them."""
     return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")

@@ -1,7 +1,7 @@
 """Utterances that a lhotse manifest or a Kaldi data folder lists.
 
-Both are read as plain data: nothing that they name is executed, neither package is needed. What cannot be read as it is meant (commands,
-URLs, archives, a choice of channels, mixtures, transforms) is refused in one line.
+Both are read as plain data: nothing in them is executed, and neither package is needed. Commands, URLs, archives, choices of channels,
+mixtures and transforms cannot be read this way and are refused in one line.
 
     lhotse   NAME.jsonl or NAME.jsonl.gz: cuts, or recordings with the supervisions beside them ("supervisions" for "recordings" in the
              name); or a folder with all cuts, or all recordings and supervisions, in its files
@@ -26,7 +26,7 @@ from .sources import Item, Listing
 
 LHOTSE_SUFFIXES = (".jsonl", ".jsonl.gz")
 BLANKS = re.compile("[ \t]+")
-ARCHIVE = re.compile(r"(^|\s)(ark|scp)(,\w+)*:|\.ark:\d+(\[.*\])?$")  # a place inside a Kaldi archive, or a specifier of one
+ARCHIVE = re.compile(r"(^|\s)(ark|scp)(,\w+)*:|\.ark:\d+(\[.*\])?$")  # a position in a Kaldi archive, or a specifier of one
 
 
 def read_import(source: Path) -> Listing | None:
@@ -36,7 +36,7 @@ def read_import(source: Path) -> Listing | None:
             return _kaldi(source)
         files = sorted(f for f in source.iterdir() if f.name.endswith(LHOTSE_SUFFIXES) and f.is_file())
         kinds = {f: kind for f in files if (kind := _first_kind(f, lenient=True)) in ("cut", "recording", "supervision")}
-        for file in files if kinds else []:  # one that cannot be read may be the other half of a pair
+        for file in files if kinds else []:  # a file that cannot be read may be the other half of a pair
             _first_kind(file)
         return _lhotse(source, kinds) if kinds else None
     if source.is_file() and source.name == "wav.scp":
@@ -73,7 +73,7 @@ def _lhotse(root: Path, kinds: dict[Path, str]) -> Listing:
 
 
 def _items(files: list[Path], kind: str, read: Callable[[str, dict[str, Any]], Item]) -> dict[str, Item]:
-    """What `read` makes of the lines of some files, by id; all lines must be of a kind."""
+    """Apply `read` to the lines of files, which must all be of one kind; returns items by id."""
     found: dict[str, Item] = {}
     for where, entry in (line for file in files for line in read_json_lines(file)):
         if _kind(entry) != kind:
@@ -86,7 +86,7 @@ def _items(files: list[Path], kind: str, read: Callable[[str, dict[str, Any]], I
 
 
 def _first_kind(file: Path, lenient: bool = False) -> str:
-    """The kind of a file's first line; "" if it is nothing of lhotse's; `lenient`: also if it is not valid JSON."""
+    """The kind of a file's first line; "" if it is not lhotse's or, if `lenient`, not valid JSON."""
     try:
         return next((_kind(entry) for _, entry in read_json_lines(file)), "")
     except UserError:
@@ -114,7 +114,7 @@ def _recording(where: str, entry: dict[str, Any]) -> Item:
         raise UserError(f"{what} has no list of sources")
     heard = channels if isinstance(channels, list) else [c for s in sources for c in _list(what, s, "channels")]
     if len(heard) != 1 or len(sources) != 1:
-        raise UserError(f"{what} has {len(heard)} channels in {len(sources)} files, one can be used: write each to a file of its own")
+        raise UserError(f"{what} has {len(heard)} channels in {len(sources)} files, only one can be used: write each to a file of its own")
     kind, path = sources[0].get("type"), sources[0].get("source")
     if kind != "file" or not isinstance(path, str):
         raise UserError(
@@ -140,7 +140,7 @@ def _cut(where: str, entry: dict[str, Any]) -> Item:
     if kind != "MonoCut":
         raise UserError(f"{what} is a {shown(kind, 20)}, only a MonoCut can be used: save its audio to a file (lhotse: CutSet.save_audios)")
     if not isinstance(entry.get("recording"), dict):
-        raise UserError(f"{what} has no recording, only features perhaps: make cuts from recordings")
+        raise UserError(f"{what} has no recording, perhaps only features: make cuts from recordings")
     said = _list(what, entry, "supervisions")
     if not all(isinstance(s, dict) for s in said):
         raise UserError(f"{what} has no list of supervisions")
@@ -150,7 +150,7 @@ def _cut(where: str, entry: dict[str, Any]) -> Item:
 def _segment(what: str, entry: dict[str, Any], name: str, recording: Item, said: list[dict[str, Any]]) -> Item:
     channel = entry.get("channel", 0)
     if isinstance(channel, list) and len(channel) != 1:
-        raise UserError(f"{what} is of {len(channel)} channels, one can be used: write each to a file of its own")
+        raise UserError(f"{what} has {len(channel)} channels, only one can be used: write each to a file of its own")
     start, duration = _number(what, entry, "start"), _number(what, entry, "duration")
     if duration == 0:
         raise UserError(f"{what} has a duration of 0")
@@ -169,7 +169,7 @@ def _id(where: str, kind: str, entry: dict[str, Any]) -> str:
 
 
 def _string(what: str, entry: dict[str, Any], key: str) -> str:
-    """A name or a text, "" where there is none; names may be whole numbers."""
+    """A name or a text, "" if there is none; names may be whole numbers."""
     value = entry.get(key)
     text = "" if value is None else str(value) if isinstance(value, str | int) and not isinstance(value, bool) else None
     if text is None or not _is_unicode(text):
@@ -192,7 +192,7 @@ def _number(what: str, entry: dict[str, Any], key: str, signed: bool = False) ->
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether a text holds no half of a surrogate pair, which JSON can escape and no file can hold."""
+    """Whether a text is without lone surrogates, which JSON can escape and no file can hold."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -202,7 +202,7 @@ def _is_unicode(text: str) -> bool:
 
 def _absolute(what: str, path: str) -> str:
     if "\0" in path or not path.strip() or not _is_unicode(path):
-        raise UserError(f"{what}: {shown(ascii(path))} can be no path of a file")
+        raise UserError(f"{what}: {shown(ascii(path))} cannot be the path of a file")
     return os.path.abspath(path)
 
 
@@ -231,7 +231,7 @@ def _kaldi(root: Path) -> Listing:
 
 
 def _table(file: Path) -> Iterator[tuple[str, str, str]]:
-    """(key, rest of the line, where it stands) of each line. Raises `UserError` for a key that is there twice or has nothing behind it."""
+    """(key, rest of the line, place) of each line. Raises `UserError` for a key that occurs twice or has nothing behind it."""
     seen: set[str] = set()
     for number, line in read_lines(file, "Kaldi's tables are UTF-8 text, a line for each name"):
         key, *rest = BLANKS.split(line.strip(" \t"), maxsplit=1)
@@ -267,7 +267,7 @@ def _kaldi_segment(where: str, name: str, fields: list[str], recordings: dict[st
     start, end = _float(where, fields[1]), _float(where, fields[2], signed=True)
     if 0 <= end <= start:
         raise UserError(f"{what} ends at {end:g} s, before it begins at {start:g} s")
-    return Item(name, recordings[fields[0]], "", "", start, None if end < 0 else end)  # -1 is the file's end
+    return Item(name, recordings[fields[0]], "", "", start, None if end < 0 else end)  # -1 is the end of the file
 
 
 def _float(where: str, text: str, signed: bool = False) -> float:

@@ -1,8 +1,7 @@
-"""Reading the text files of others line by line, by bytes: what one reader takes for a line, every reader does.
+"""Reads text files of others line by line, by bytes, so that all readers agree on what a line is.
 
-A line ends at a line feed, with or without a carriage return before it; the last one may lack it. `str.splitlines` and text mode end lines
-at other characters too, and at different ones, so that two of them count the lines of one file differently: files that hold such
-characters are refused.
+A line ends at a line feed, with or without a carriage return before it; the last line may lack it. `str.splitlines` and text mode also end
+lines at other characters, each at its own, and so count the lines of one file differently: files with such characters are refused.
 """
 
 from __future__ import annotations
@@ -19,23 +18,23 @@ from typing import Any, NamedTuple, Protocol
 
 from ..errors import UserError
 
-LONGEST = 1 << 26  # bytes of a line: what expands without end is not a table
+LONGEST = 1 << 26  # bytes of a line; longer ones may expand without end
 MOST_JSON = 1 << 26  # bytes of a JSON file
-MOST_BLANK = 1000  # blank lines of a file of JSON lines
-PLAIN = bytes([9, *range(32, 127)])  # what needs no closer look
+MOST_BLANK = 1000  # most blank lines in a file of JSON lines
+PLAIN = bytes([9, *range(32, 127)])  # bytes that need no closer look
 CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]")
 DECIMAL = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
 class Digest(Protocol):
-    """What hashlib makes."""
+    """The interface of hashlib's digests."""
 
     def update(self, data: bytes, /) -> None:
-        """Take in some bytes."""
+        """Add bytes."""
 
 
 class Line(NamedTuple):
-    """A line: its number from 1, its first byte in the file, its bytes without the end; they are UTF-8."""
+    """A line: its number from 1, the position of its first byte, and its bytes without the line end, which are UTF-8."""
 
     number: int
     start: int
@@ -43,10 +42,10 @@ class Line(NamedTuple):
 
 
 def scan(file: Path, hint: str, digest: Digest | None = None) -> Iterator[Line]:
-    """The lines of a file. `digest` takes in all of its bytes; `hint`: what to do where it cannot be read.
+    """Read the lines of a file. `digest` gets all of its bytes; `hint` says what to do if the file cannot be read.
 
-    Raises `UserError`, naming the line: bytes that are not UTF-8, control characters other than the tab, characters that only some readers
-    end a line at.
+    Raises `UserError`, naming the line, for bytes that are not UTF-8, control characters other than the tab, and characters at which only
+    some readers end a line.
     """
     place = 0
     try:
@@ -69,12 +68,12 @@ def scan(file: Path, hint: str, digest: Digest | None = None) -> Iterator[Line]:
 
 
 def read_lines(file: Path, hint: str) -> Iterator[tuple[int, str]]:
-    """Number and text of each line of a file. Raises `UserError` as `scan`."""
+    """Read number and text of each line of a file. Raises `UserError` as `scan` does."""
     return ((line.number, line.raw.decode()) for line in scan(file, hint))
 
 
 def read_json_lines(file: Path) -> Iterator[tuple[str, Any]]:
-    """Where it stands, and what it says, of each line of a file of JSON lines, which may be compressed. Raises `UserError`."""
+    """Read place and content of each line of a file of JSON lines, which may be compressed. Raises `UserError` if it cannot."""
     number, blank = 0, 0
     try:
         with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as stream:
@@ -86,14 +85,14 @@ def read_json_lines(file: Path) -> Iterator[tuple[str, Any]]:
                     yield f"{file}, line {number}", json.loads(text)
                 else:
                     blank += 1
-    except (OSError, EOFError, zlib.error, RecursionError, ValueError) as error:  # also of digits without end
+    except (OSError, EOFError, zlib.error, RecursionError, ValueError) as error:  # endless digits too raise ValueError
         if isinstance(error, UserError):
             raise
         raise UserError(f"{file}, line {max(number, 1)}, cannot be read as JSON lines: {shown(str(error))}") from error
 
 
 def read_json(file: Path, hint: str) -> dict[str, Any]:
-    """The object in a JSON file. Raises `UserError` for what is none; `hint` says what to do then."""
+    """Read the object in a JSON file. Raises `UserError` for other content; `hint` says what to do then."""
     try:
         with file.open("rb") as stream:
             raw = stream.read(MOST_JSON + 1)
@@ -110,24 +109,24 @@ def read_json(file: Path, hint: str) -> dict[str, Any]:
 
 
 def decimal(text: str) -> float | None:
-    """The value of a decimal number in ASCII, below 10^9 in size; None for everything else that Python takes for one."""
+    """The value of a decimal number in ASCII, below 10^9 in size; None for other texts, even if Python reads them as numbers."""
     value = float(text) if len(text) < 40 and DECIMAL.fullmatch(text) else 1e9
     return value if abs(value) < 1e9 else None
 
 
 def shown(text: str, most: int = 60) -> str:
-    """The beginning of what a file says, on one line and without control characters."""
+    """The beginning of a text from a file, on one line and without control characters."""
     beginning = "".join(c if c.isprintable() else " " for c in text[:most])
     return " ".join(beginning.split())
 
 
 def value_shown(value: object) -> str:
-    """The beginning of a value of a JSON file; of what may be nested, only what it is."""
+    """The beginning of a value from a JSON file; only the type of one that may be nested."""
     return shown(repr(value), 40) if isinstance(value, str | float | int | None) else f"a {type(value).__name__}"
 
 
 def one_line(text: str) -> str:
-    """A text without control characters, and with one space wherever it has any blanks."""
+    """A text without control characters, with single spaces for blanks."""
     return " ".join(CONTROL.sub(" ", text).split())
 
 

@@ -1,17 +1,17 @@
-"""From a folder of recordings, or a lhotse or Kaldi manifest, to fairseq manifests of 16 kHz mono audio.
+"""Makes fairseq manifests of 16 kHz mono audio from a folder of recordings or from a lhotse or Kaldi manifest.
 
-A recording that is 16 kHz mono already (wav, flac or ogg) is used where it lies; every other one, and every segment of a longer one, is
+A recording that is 16 kHz mono already (wav, flac or ogg) is used in place. Every other recording, and every segment of a longer one, is
 converted once to FLAC in a cache, under a name that depends on its path, size and time of change, so that the next run finds it. It has
-16 bits, or 24 where 16 would lose what is quiet.
+16 bits, or 24 if 16 would lose quiet sounds.
 
     OUT/train.tsv, OUT/valid.tsv   (OUT/test.tsv with test speakers) root folder, then `path <tab> samples` per utterance
-    OUT/parts.tsv                  what each utterance is made of: utterance, start s, end s, source, transcript, and the second of its
-                                   source at which that part begins (with a header)
+    OUT/parts.tsv                  parts of each utterance: utterance, start s, end s, source, transcript, and the second of the source
+                                   at which the part begins (with a header)
     OUT/left_out.tsv               source, reason (with a header)
     OUT/manifest.json              options and counts
 
-The root folder is the closest folder that holds all utterances. A split is empty in fairseq's loader only at the price of a crash, so
-with one single utterance valid.tsv repeats it, and the summary says so.
+The root folder is the closest folder that holds all utterances. fairseq's loader crashes on an empty split, so valid.tsv repeats a single
+utterance, and the summary says so.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ from .convert import Utterance, convert
 from .lhotse_kaldi import read_import
 from .sources import Listing, list_folder
 
-MIN_FRAME_SECONDS = 0.025  # one label frame: the window of MFCC, and the receptive field of the extractor
-MIN_FOLDERS = 3  # from here on valid is whole folders
+MIN_FRAME_SECONDS = 0.025  # one label frame: the window of MFCC and the receptive field of the extractor
+MIN_FOLDERS = 3  # from this number on, valid consists of whole folders
 SPLITS = ("auto", "folder", "file")
 
 
 @dataclass(frozen=True)
 class Options:
-    """What `make_manifest` may be told.
+    """Options of `make_manifest`.
 
     Args:
         valid_percent: wanted share of the audio in valid; 0 writes no valid.tsv.
         split_by: "folder" (valid is whole folders: unseen speakers), "file", or "auto": folder from three folders on.
-        folder_level: which folder below DIR names the speaker; 1 is the first.
+        folder_level: level of the folder below DIR that names the speaker; 1 is the first.
         join: target length in seconds of utterances joined from the recordings of one folder; None leaves recordings alone.
         min_seconds, max_seconds: shorter or longer recordings are left out.
         seed: seed of the split and of the order in which recordings are joined.
-        workers: threads that decode and convert.
+        workers: number of threads that decode and convert.
         valid_speakers, test_speakers: speakers (folders, or speakers of a manifest) that make up the valid and the test split. Without
             valid speakers, valid is drawn from those that are left; without test speakers there is no test split.
     """
@@ -68,11 +68,11 @@ class Options:
 
     @property
     def named(self) -> tuple[str, ...]:
-        """All speakers that are named."""
+        """All named speakers."""
         return (*self.valid_speakers, *self.test_speakers)
 
     def validate(self) -> None:
-        """Raise `UserError` for a value out of range."""
+        """Raise `UserError` for an invalid value."""
         if not 0 <= self.valid_percent < 100:
             raise UserError(f"--valid-percent {self.valid_percent:g} must be at least 0 and below 100")
         if self.split_by not in SPLITS:
@@ -93,11 +93,11 @@ class Options:
 
 
 def make_manifest(source: str | Path, out: str | Path, cache: str | Path | None = None, options: Options | None = None) -> dict[str, Any]:
-    """Check every recording of `source`, convert what needs it, and write the manifests to `out`.
+    """Check every recording of `source`, convert those that need it, and write the manifests to `out`.
 
     Args:
-        source: folder of recordings, searched with its sub-folders, hidden files and folders passed over; or a lhotse manifest, a folder
-            of such, or a Kaldi data folder.
+        source: folder of recordings, searched with its sub-folders except hidden ones; or a lhotse manifest, a folder of these, or a
+            Kaldi data folder.
         out: folder for the manifests.
         cache: folder for converted and joined audio (default: `out`/audio).
         options: see `Options`.
@@ -106,8 +106,8 @@ def make_manifest(source: str | Path, out: str | Path, cache: str | Path | None 
         The summary, which is also the content of manifest.json.
 
     Raises:
-        UserError: no usable recording, bad options, a manifest that is malformed or asks for what is not supported, a source that
-            cannot be split as asked. Nothing is written to `out` then.
+        UserError: no recording is usable, options are invalid, a manifest is malformed or asks for something unsupported, or the source
+            cannot be split as asked. Nothing is then written to `out`.
     """
     options = options or Options()
     options.validate()
@@ -145,7 +145,7 @@ def make_manifest(source: str | Path, out: str | Path, cache: str | Path | None 
 
     repeated = options.valid_percent > 0 and not valid
     splits = {"train": train, "valid": train if repeated else valid, "test": test}
-    above = len(os.path.join(top, ""))  # of a path, what the root says
+    above = len(os.path.join(top, ""))  # length of the root in a path
     target.mkdir(parents=True, exist_ok=True)
     rows = [r for u in utterances for r in _part_rows(u, above, listing)]
     for name, lines in splits.items():
@@ -181,7 +181,7 @@ def make_manifest(source: str | Path, out: str | Path, cache: str | Path | None 
 
 def _alone(recordings: list[Recording], root: Path, store: Path) -> list[Utterance]:
     utterances: list[Utterance] = []
-    taken: set[str] = set()  # a manifest may list a file twice, a TSV's lines are known by their paths
+    taken: set[str] = set()  # a manifest may list a file twice, but paths must be unique in a TSV
     for recording in recordings:
         path = os.path.join(root, recording.item.path)
         if recording.direct and path not in taken and plain(path):
@@ -194,7 +194,7 @@ def _alone(recordings: list[Recording], root: Path, store: Path) -> list[Utteran
 
 
 def _copy(store: Path, group: str, name: str, parts: tuple[Recording, ...]) -> Utterance:
-    """An utterance that is to be in the cache."""
+    """An utterance of the cache."""
     bits = max(p.checked.bits for p in parts)
     folder = "/".join(_safe(part, 200) for part in group.split("/") if part)
     if len(os.fsencode(folder)) > 1000:
@@ -203,9 +203,9 @@ def _copy(store: Path, group: str, name: str, parts: tuple[Recording, ...]) -> U
 
 
 def _join(recordings: list[Recording], store: Path, options: Options) -> list[Utterance]:
-    """Chains of shuffled recordings of one folder or speaker, each as close to the target length as the next recording allows.
+    """Join shuffled recordings of one folder or speaker, as close to the target length as the next recording allows.
 
-    What remains at the end of a folder goes to its last utterance if it is shorter than half the target.
+    A rest at the end of a folder joins its last utterance if it is shorter than half the target.
     """
     assert options.join is not None
     target = options.join * SAMPLE_RATE
@@ -245,7 +245,7 @@ def _check_speakers(listing: Listing, options: Options) -> None:
 
 
 def _take(utterances: list[Utterance], speakers: Iterable[str]) -> tuple[list[Utterance], list[Utterance], list[str]]:
-    """(those of others, those of these speakers, these speakers)."""
+    """Separate (utterances of others, utterances of these speakers, these speakers)."""
     names = set(speakers)
     others: list[Utterance] = []
     taken: list[Utterance] = []
@@ -255,7 +255,7 @@ def _take(utterances: list[Utterance], speakers: Iterable[str]) -> tuple[list[Ut
 
 
 def _speakers_needed(options: Options) -> int:
-    """Of how many speakers usable recordings must be for the split asked for."""
+    """The number of speakers with usable recordings that the requested split needs."""
     if options.named:
         return len(options.named) + 1
     return 2 if options.split_by == "folder" and options.valid_percent > 0 else 1
@@ -315,6 +315,6 @@ def _minutes(utterances: list[Utterance]) -> float:
 
 
 def _safe(name: str, most: int) -> str:
-    """Word characters, dots and dashes, at most so many bytes of them: a name that leads nowhere else."""
+    """A safe file name of at most so many bytes: word characters, dots and dashes."""
     text = re.sub(r"[^\w.-]|^\.\.?$", "_", name)
     return os.fsencode(text)[:most].decode("utf-8", "ignore")

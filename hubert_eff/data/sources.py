@@ -1,4 +1,4 @@
-"""What there is to use: the recordings of a folder, or the utterances that a lhotse or Kaldi manifest lists."""
+"""Sources of audio: the recordings of a folder, or the utterances that a lhotse or Kaldi manifest lists."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Item:
     """A recording, or a segment of one, before its audio has been looked at.
 
     Args:
-        name: what tables call it: its path in the folder, or the id of the utterance.
+        name: its name in tables: its path in the folder, or the id of the utterance.
         path: the file, relative to the root of the listing, or absolute.
-        speaker: whom a split by folder keeps together; "" where nobody is named.
-        group: what `--join` joins, and the folder in the cache.
-        start, end: seconds of the file; an `end` of None is that of the file.
-        seconds: length that a manifest claims for the whole file.
+        speaker: the speaker, whose items a split by folder keeps together; "" if unknown.
+        group: items that `--join` may join; also the folder in the cache.
+        start, end: seconds of the file; None as `end` is the end of the file.
+        seconds: length of the whole file according to a manifest.
         text: transcript of an imported utterance.
     """
 
@@ -39,7 +39,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Listing:
-    """All items of a source. `layout` says what it is, `transcript` finds the text of an item, `left_out` has (name, reason)."""
+    """All items of a source. `layout` describes it, `transcript` finds the text of an item, `left_out` has (name, reason)."""
 
     root: Path
     layout: str
@@ -49,10 +49,10 @@ class Listing:
 
 
 def list_folder(root: Path, skip: set[Path], level: int) -> Listing:
-    """The audio files of a folder, with its sub-folders but those of `skip`; links are followed, each folder is read once.
+    """List the audio files of a folder and its sub-folders except `skip`; links are followed, and each folder is read once.
 
-    The speaker is the folder at `level`, 1 for those right below `root`; recordings above it share the deepest folder they have.
-    Raises `UserError` where there is no audio.
+    The speaker is the folder at `level`, 1 being right below `root`; recordings above that level belong to their deepest folder.
+    Raises `UserError` if there is no audio.
     """
     names: list[str] = []
     left_out: list[tuple[str, str]] = []
@@ -70,9 +70,9 @@ def list_folder(root: Path, skip: set[Path], level: int) -> Listing:
 
 
 def _audio_below(root: Path, skip: set[Path]) -> Iterator[tuple[str, str]]:
-    """Relative path of each audio file, by its name, and why it cannot be one, or ""; also of each folder that cannot be read."""
-    seen = {_identity(path) for path in skip if path.exists()}  # by whatever link they are reached
-    folders = [""]  # those to be read; the next one is the last
+    """Yield the relative path of each file with an audio suffix and of each unreadable folder, with the fault, or "" if there is none."""
+    seen = {_identity(path) for path in skip if path.exists()}  # whichever link leads to them
+    folders = [""]  # a stack of folders to read
     while folders:
         inside = folders.pop()
         try:
@@ -114,5 +114,5 @@ def _identity(folder: Path) -> tuple[int, int]:
 
 def _of_folder(name: str, level: int) -> Item:
     folders = name.split("/")[:-1]
-    # interned: the names of a few folders, in hundreds of thousands of items
+    # interned, because hundreds of thousands of items share the names of a few folders
     return Item(name, name, sys.intern("/".join(folders[:level])), sys.intern("/".join(folders)))

@@ -1,4 +1,4 @@
-"""Transcripts that lie beside recordings, in the layouts that corpora use."""
+"""Transcripts beside recordings, in the layouts of common corpora."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _DIGITS = "zero one two three four five six seven eight nine".split()
 
 
 class Transcripts:
-    """Looks up the transcript of a recording of a folder.
+    """Finds the transcript of a recording in a folder.
 
-    In this order: DIR/transcripts.tsv (`relative path <tab> text`), a `.txt` or `.lab` file of the same name beside the audio,
+    It tries, in this order: DIR/transcripts.tsv (`relative path <tab> text`), a `.txt` or `.lab` file of the same name beside the audio,
     LibriSpeech's `*.trans.txt` (`name text`) in its folder, the digit in a name of the Free Spoken Digit Dataset
-    (`SPEAKER/DIGIT_SPEAKER_INDEX`). They are read as UTF-8: what is not, or cannot be read, is not a transcript, for part of one would be
-    another; and so are two different ones of a name in one table.
+    (`SPEAKER/DIGIT_SPEAKER_INDEX`). Files that cannot be read as UTF-8 do not count, since a part of a transcript would be wrong; nor do
+    names with two different transcripts in one table.
     """
 
     def __init__(self, root: Path) -> None:
@@ -28,7 +28,7 @@ class Transcripts:
         self._names = lru_cache(maxsize=64)(_names)
 
     def find(self, relative: str) -> str:
-        """The transcript of the recording at `relative`, on one line; empty where there is none."""
+        """The transcript of the recording at `relative`, on one line; empty if there is none."""
         if relative in self.table:
             return self.table[relative]
         path = self.root / relative
@@ -63,7 +63,7 @@ def _pairs(path: Path, separator: str) -> dict[str, str]:
 
 
 def _text(path: Path, errors: str = "strict") -> str:
-    """The content of a file, its lines ended by line feeds, whatever ends them there."""
+    """The content of a file, with line feeds for line ends of any kind."""
     try:
         return path.read_text(encoding="utf-8-sig", errors=errors)
     except (OSError, UnicodeDecodeError):

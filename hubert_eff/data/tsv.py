@@ -1,4 +1,4 @@
-"""The manifests of fairseq: SPLIT.tsv, and parts.tsv, which says of what each utterance is made."""
+"""Reads fairseq's manifests, SPLIT.tsv, and parts.tsv, which lists the parts of each utterance."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from .lines import read_lines, scan, shown
 
 SAMPLES = re.compile(r"0{,20}\d{1,10}", re.ASCII)  # below 10^10: a week of audio
 HINT = "make it with `hubert-eff manifest`"
-SAMPLED_FILES = 16  # recordings whose beginnings stand for the content of all
-SAMPLED_BYTES = 1 << 16  # of each of them
+SAMPLED_FILES = 16  # recordings whose beginnings represent the content of all
+SAMPLED_BYTES = 1 << 16  # bytes of each of them
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class Manifest:
         return sum(self.samples) / SAMPLE_RATE
 
     def content_digest(self) -> str:
-        """SHA-256 of the entries and of the beginnings of a few recordings: the same under another root, and in other line ends.
+        """SHA-256 of the entries and of the beginnings of a few recordings; another root or other line ends do not change it.
 
-        Raises `UserError` where one of these recordings cannot be read.
+        Raises `UserError` if one of these recordings cannot be read.
         """
         digest = hashlib.sha256("".join(f"{name}\t{samples}\n" for name, samples in self.entries).encode())
         for i in spread(len(self.entries), SAMPLED_FILES):
@@ -60,7 +60,7 @@ class Manifest:
 
 
 def read_manifest(file: Path) -> Manifest:
-    """Read a TSV. Raises `UserError` naming the line that is not `path <tab> samples`, or for a file that lists none."""
+    """Read a TSV. Raises `UserError` for a line that is not `path <tab> samples`, naming it, and for a file without lines."""
     if not file.is_file():
         raise UserError(f"no manifest {file}: {HINT}, and give the folder it is in")
     digest, root = hashlib.sha256(), ""
@@ -83,9 +83,9 @@ def read_manifest(file: Path) -> Manifest:
 
 
 def read_parts(file: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """Number and fields of the lines of parts.tsv after the first, which names the columns.
+    """Read number and fields of the lines of parts.tsv after the first, which names the columns.
 
-    Raises `UserError` where one of `columns` is not there, a line has more or fewer fields, or the lines of an utterance are not together.
+    Raises `UserError` if one of `columns` is missing, a line has more or fewer fields, or the lines of an utterance are not together.
     """
     names: list[str] = []
     done: set[str] = set()

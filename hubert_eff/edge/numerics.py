@@ -1,7 +1,7 @@
 """LayerNorm and softmax that stay finite in half precision (Xu et al. 2024, "Conformer-Based Speech Recognition on Extreme Edge-Computing
-Devices", section 4). Every element-wise value has the dtype of the input; sums are torch's, which adds halves up in float32.
+Devices", section 4). Every element-wise value has the dtype of the input; torch itself adds up half-precision values in float32.
 
-Bounds are those of float16 in every dtype, so that a float32 graph stays finite when a compiler runs it in half precision.
+Bounds are those of float16 for every dtype, so a float32 graph stays finite when a compiler runs it in half precision.
 """
 
 # B batch, T frames, C channels
@@ -25,26 +25,26 @@ SOFTMAX_LIMIT = 10.0
 
 
 def largest_deviation(channels: int) -> float:
-    """D, what `mad_normalize` lets the largest of C values become: with |z| <= D the squares sum up to at most 2 D^2, which is to fit.
+    """The bound D on the values of `mad_normalize`: with |z| <= D the squares of C values sum up to at most 2 D^2, which must fit.
 
-    Divided by its mean absolute value a centered vector has |z| <= C / 2 and squares that sum up to at most C^2 / 2 (two opposite values,
-    the others zero): in float16 that fits for C <= 361 only.
+    A centered vector divided by its mean absolute value has |z| <= C / 2, and its squares sum up to at most C^2 / 2 (two opposite values
+    and zeros); this fits into float16 only for C <= 361.
     """
-    return min(channels / 2, math.sqrt(LARGEST / 2) * (1 - 2**-6))  # the margin is for rounding
+    return min(channels / 2, math.sqrt(LARGEST / 2) * (1 - 2**-6))  # with a margin for rounding
 
 
 def mad_normalize(x: Tensor, deviation: float | None = None, dim: int = -1) -> tuple[Tensor, Tensor]:
-    """z = (x - mean) 2 D / (C mad) over a dimension of C, mad = mean |x - mean|, and the factor by which x grew.
+    """Compute z = (x - mean) 2 D / (C mad) over a dimension of C, where mad = mean |x - mean|, and the factor by which x grew.
 
-    No intermediate value exceeds the range of float16 if x does not. `deviation`: D; None: C / 2, plain MAD. A vector without deviations
-    comes out as zeros.
+    No intermediate value exceeds the range of float16 if x does not. `deviation` is D; None stands for C / 2, plain MAD. A constant vector
+    becomes zeros.
     """
     channels = int(x.size(dim))
     scale = 1.0 if deviation is None else 2.0 * deviation / channels
     y = x * 0.5  # the difference of two finite values may overflow; halves of them may not
     y = y - y.mean(dim, keepdim=True)
-    y = y - y.mean(dim, keepdim=True)  # the first mean was rounded, by more than the deviations if they are small beside it
-    # not below what the factor needs to keep sqrt(eps) * factor finite; a larger divisor only makes z smaller
+    y = y - y.mean(dim, keepdim=True)  # rounding of the first mean may exceed the deviations if these are small in comparison
+    # large enough to keep sqrt(eps) * factor finite; a larger divisor only makes z smaller
     mad = y.abs().mean(dim, keepdim=True).clamp(min=4.0 / LARGEST)
     return (y / mad) * scale, 0.5 * scale / mad
 
@@ -66,7 +66,7 @@ def mad_layer_norm(
 
 
 def naive_layer_norm(x: Tensor, eps: float = 1e-5) -> Tensor:
-    """LayerNorm as it is written, every value in the dtype of x (..., C): what overflows."""
+    """LayerNorm by its definition, with every value in the dtype of x (..., C): the form that overflows."""
     y = x - x.mean(-1, keepdim=True)
     return y / ((y * y).sum(-1, keepdim=True) / x.size(-1) + eps).sqrt()
 
@@ -75,7 +75,7 @@ class MadLayerNorm(nn.LayerNorm):
     """`nn.LayerNorm` through `mad_layer_norm`, with the same parameters."""
 
     def forward(self, input: Tensor, valid: Tensor | None = None) -> Tensor:
-        """(..., C) -> (..., C); `valid` as norms of a batch take it, of no meaning here."""
+        """(..., C) -> (..., C); `valid` is accepted as by norms of a batch, and ignored."""
         return mad_layer_norm(input, self.weight, self.bias, self.eps)
 
 
@@ -93,7 +93,7 @@ def conditional_softmax(scores: Tensor) -> Tensor:
 
     The limit is 10, or lower where exp(limit) times the number of keys would leave the range of float16: log(65504 / keys).
     """
-    if is_tracing():  # the number of keys is not known
+    if is_tracing():  # the number of keys is unknown
         keys = scores.new_ones(scores.shape[-1:], dtype=torch.float32).sum()
         limit: Tensor | float = (LARGEST / keys).log().clamp(max=SOFTMAX_LIMIT).to(scores.dtype)
     else:

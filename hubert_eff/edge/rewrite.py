@@ -1,4 +1,4 @@
-"""A trained encoder in the layout and the order of operations that accelerators like: (B, C, 1, T), head by head (layers/grid.py)."""
+"""Rewrites a trained encoder in the layout and order of operations that suit accelerators: (B, C, 1, T), head by head (layers/grid.py)."""
 
 # B batch, T frames, D model dim
 
@@ -23,7 +23,7 @@ from .numerics import MadLayerNorm, conditional_softmax, mad_layer_norm
 M = TypeVar("M", bound=nn.Module)
 
 PLAIN, STABLE, HALF = "plain", "stable", "half"
-FORMS = {  # of a rewritten model, as its file names them
+FORMS = {  # form of a rewritten model, by its name in files
     PLAIN: "channels first",
     STABLE: "channels first; LayerNorm and softmax that stay finite if a compiler runs them in float16",
     HALF: "channels first; the same, in float16",
@@ -49,17 +49,17 @@ class GridEncoder(nn.Module):
         self.layer_norm = grid_norm(source.layer_norm)
         self.layer_norm_first = source.layer_norm_first
         self.chunk_multiple, self.attention_block = source.chunk_multiple, source.attention_block
-        self.source = _hollow(source)  # which says what blocks need to know of a batch
+        self.source = _hollow(source)  # computes what blocks need to know of a batch
 
     def set_num_updates(self, num_updates: int) -> None:
-        """As of an `Encoder`; of no meaning here."""
+        """Do nothing; `Encoder` has this method for training."""
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None, layer: int | None = None, chunks: Chunks | None = None) -> Tensor:
-        """As `Encoder.forward`."""
+        """Compute what `Encoder.forward` does."""
         return self.hidden_states(x, padding_mask, chunks)[-1 if layer is None else layer]
 
     def hidden_states(self, x: Tensor, padding_mask: Tensor | None = None, chunks: Chunks | None = None) -> list[Tensor]:
-        """As `Encoder.hidden_states`."""
+        """Compute what `Encoder.hidden_states` does."""
         x = x.to(self.pos_conv.weight.dtype)
         valid = None if padding_mask is None else ~padding_mask
         frames = self.source.frames(x, valid, chunks)
@@ -79,20 +79,20 @@ class GridEncoder(nn.Module):
 
 
 def _hollow(source: Encoder) -> Encoder:
-    """The encoder without its modules: positions and masks need none."""
+    """A copy of the encoder without its modules, which positions and masks do not need."""
     hollow = copy.copy(source)
     hollow._modules = {}
     return hollow.eval()
 
 
 def rewrite(model: M, half: bool = False, stable: bool = False) -> M:
-    """A copy of a HuBERT (or of its encoder) for inference whose encoder runs channels first, head by head; fused, with equal outputs.
+    """Make a fused copy of a HuBERT (or of its encoder) for inference whose encoder runs channels first, head by head, with equal outputs.
 
     It takes padding and chunks as the source does, streams if the source does, and is exported and loaded with its form (`model.edge`).
-    stable: every LayerNorm with the MAD pre-normalizer, and conditional softmax (numerics.py): equal in float32, finite where a
-    compiler runs the graph in float16. half: in float16, the encoder and a log-mel front behind its spectrogram; stable, and equal within
-    its precision. Raises `UserError` for an encoder that has no such form (sparse attention, a frame
-    rate that changes), and for a binarized model.
+    stable: give every LayerNorm the MAD pre-normalizer, and use conditional softmax (numerics.py): equal in float32, and finite if a
+    compiler runs the graph in float16. half: compute the encoder, and a log-mel front behind its spectrogram, in float16; stable, and equal within
+    that precision. Raises `UserError` for an encoder without such a form (sparse attention, a changing frame rate), and for a binarized
+    model.
     """
     rewritten = fuse(model)
     encoder = rewritten if isinstance(rewritten, Encoder) else getattr(rewritten, "encoder", None)
@@ -119,7 +119,7 @@ def rewrite(model: M, half: bool = False, stable: bool = False) -> M:
 
 
 def _prepare_front(model: HubertModel, stable: bool, half: bool) -> None:
-    """What stands in front of the encoder, of a log-mel front in the numerics of the encoder; a waveform extractor stays as it is."""
+    """Give a log-mel front the numerics of the encoder; a waveform extractor stays as it is."""
     if model.config.conv_feature_layers not in MEL_FRONTS:
         return
     if stable and isinstance(model.layer_norm, nn.LayerNorm):
@@ -131,5 +131,5 @@ def _prepare_front(model: HubertModel, stable: bool, half: bool) -> None:
 
 
 def rewritten_as(model: HubertModel, form: str) -> HubertModel:
-    """A copy in a form of `FORMS`."""
+    """Make a copy in one of `FORMS`."""
     return rewrite(model, half=form == HALF, stable=form != PLAIN)

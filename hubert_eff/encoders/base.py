@@ -1,4 +1,4 @@
-"""`Encoder`: what all encoders share - positions, the stack of blocks, padding, hidden states.
+"""`Encoder`, the base of all encoders: positions, the stack of blocks, padding and hidden states.
 
 To add an encoder, write one module: a config dataclass, an `Encoder` with `build_block`, and `@register_encoder`.
 """
@@ -28,7 +28,7 @@ from ..layers.position import PositionalEmbedding
 from ..layers.tracing import is_exporting, is_symbolic
 
 # keys that presets of all encoders share
-HUBERT_BASE = {  # what HuBERT-base sets beside fairseq's defaults (Hsu et al. 2021, section IV-C)
+HUBERT_BASE = {  # keys of HuBERT-base that differ from fairseq's defaults (Hsu et al. 2021, section IV-C)
     "final_dim": 256,
     "untie_final_proj": True,
     "mask_prob": 0.8,
@@ -36,7 +36,7 @@ HUBERT_BASE = {  # what HuBERT-base sets beside fairseq's defaults (Hsu et al. 2
     "dropout_input": 0.1,
     "feature_grad_mult": 0.1,
 }
-DEEP_NARROW = {  # and SHALLOW_WIDE: Sparseformer-DN-S and -SW-S of Table 1 of "Attention or Convolution" (Jeon et al. 2023)
+DEEP_NARROW = {  # this and SHALLOW_WIDE are Sparseformer-DN-S and -SW-S of Table 1 of "Attention or Convolution" (Jeon et al. 2023)
     **HUBERT_BASE,
     "encoder_layers": 16,
     "encoder_embed_dim": 256,
@@ -50,10 +50,10 @@ SHALLOW_WIDE = {
     "encoder_ffn_embed_dim": 2048,
     "encoder_attention_heads": 4,
 }
-DEBUG = {  # small enough to learn something in a minute on two CPU cores
+DEBUG = {  # small enough to learn within a minute on two CPU cores
     "extractor_mode": "layer_norm",
     "conv_feature_layers": "[(32,10,5)] + [(32,3,2)] * 4 + [(32,2,2)] * 2",
-    "conv_bias": True,  # without it a LayerNorm right after the first convolution hides how loud the speech is
+    "conv_bias": True,  # without it, a LayerNorm right after the first convolution hides the loudness of the speech
     "encoder_layers": 2,
     "encoder_embed_dim": 64,
     "encoder_ffn_embed_dim": 128,
@@ -68,7 +68,7 @@ DEBUG = {  # small enough to learn something in a minute on two CPU cores
 
 
 def published_size(layers: int, dim: int, heads: int) -> dict[str, Any]:
-    """Keys of a Conformer-like preset: the sizes that its paper prints, a feed-forward module of 4 D, HuBERT-base's pre-training."""
+    """Keys of a Conformer-like preset: published sizes, a feed-forward module of 4 D, and HuBERT-base's pre-training."""
     return {
         **HUBERT_BASE,
         "encoder_layers": layers,
@@ -92,7 +92,7 @@ class Encoder(nn.Module):
     """
 
     chunk_multiple: int | None = None  # None: this encoder cannot run in chunks
-    attention_block: int | None = None  # frames of a block, where attention goes by blocks: at one bit a chunk is a part of one, or several
+    attention_block: int | None = None  # frames of an attention block; at one bit a chunk must be a part of one, or several
 
     def __init__(self, config: HubertConfig) -> None:
         super().__init__()
@@ -171,7 +171,7 @@ class Encoder(nn.Module):
         self.num_updates = num_updates
 
     def _kept(self, depth: int, layerdrop: float) -> list[bool]:
-        """Which blocks run. All data-parallel processes must skip the same ones, so the draws are LayerDrop's own."""
+        """Choose the blocks to run. All data-parallel processes must skip the same ones, so LayerDrop has its own generator."""
         if layerdrop == 0.0:
             return [True] * depth
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.num_updates)
@@ -226,9 +226,9 @@ class Encoder(nn.Module):
         if not self.layer_norm_first:
             x = self.layer_norm(x)
         whole = chunks is None or chunks.kept is None
-        pads = whole and not is_symbolic() and (self.training or x.device.type != "cpu")  # that changes nothing but speed, lost on a CPU
+        pads = whole and not is_symbolic() and (self.training or x.device.type != "cpu")  # padding changes only speed, and a CPU gains none
         excess = -length % self.multiple if pads else 0
-        if is_exporting():  # a graph is for two frames or more; at reduced rates, too, there are as many
+        if is_exporting():  # a graph is for two frames or more, at reduced rates too
             excess = max(self.block_rates) if max(self.block_rates) > 1 else 0
         if excess:
             x = F.pad(x, (0, 0, 0, excess))
@@ -304,14 +304,14 @@ class Encoder(nn.Module):
         attend = None
         if valid is not None:
             attend = valid.clone()
-            attend[:, 0] |= ~valid.any(1)  # a row without any valid frame sees its first one: no 0 / 0 in the softmax
+            attend[:, 0] |= ~valid.any(1)  # a row without any valid frame sees its first frame, which avoids 0 / 0 in the softmax
             attend = attend[:, None, None, :]
         if chunks is not None and chunks.kept is None:
             visible = chunks.visible(length, x.device)
-            # a padded frame may have nothing but padding in sight: it sees itself
+            # a padded frame may see only padding, so it also sees itself
             attend = visible if attend is None else visible & attend | torch.eye(length, dtype=torch.bool, device=x.device)
         if self.training and self.identity_updates and self.num_updates < self.identity_updates:
-            # the attention matrix is the identity, and W_o W_v x what comes out (Schmitt et al. 2024); queries and keys stay in
-            # the graph with gradients of zero, as data-parallel training needs it
+            # the attention matrix is the identity, and the output is W_o W_v x (Schmitt et al. 2024); queries and keys stay in
+            # the graph with gradients of zero, because data-parallel training needs them
             attend = torch.eye(length, dtype=torch.bool, device=x.device)[None, None]
         return Frames(valid, attend, positions, chunks)

@@ -36,12 +36,12 @@ class ConformerConfig(HubertConfig):
     depthwise_conv_kernel_size: int = option(31, "kernel of the depthwise convolution, in frames", bounds=ODD)
     pos_enc_type: str = option(
         "rel_pos",
-        "relative positions in the attention, or none beside the convolutional positional embedding",
+        "relative positions in the attention, or only the convolutional positional embedding",
         ("rel_pos", "abs"),
     )
-    conv_module_bias: bool = option(False, "biases in the convolution module (torchaudio's Conformer has them, fairseq's not)")
+    conv_module_bias: bool = option(False, "biases in the convolution module (torchaudio's Conformer has them, fairseq's does not)")
     block_norm: str = option(
-        "layer_norm", "norms of the blocks; with batch_norm and none the encoder has none outside its blocks either", NORMS
+        "layer_norm", "norms of the blocks; with batch_norm or none the encoder has no norms outside its blocks either", NORMS
     )
 
     def validate(self) -> None:
@@ -64,18 +64,18 @@ class ConvolutionModule(nn.Module):
         self.dropout = Dropout(dropout)
 
     def fold(self) -> ConvolutionModule:
-        """Fold the BatchNorm into the depthwise convolution, and that in LayerNorm's place into the layer behind it."""
+        """Fold the BatchNorm into the depthwise convolution, and a BatchNorm that replaces LayerNorm into the next layer."""
         self.layer_norm = fold_before(self.layer_norm, self.pointwise_conv1)
         self.batch_norm = fold_after(self.depthwise_conv, self.batch_norm)
         return self
 
     def channels_first(self) -> nn.Module:
-        """See `layers.grid`."""
+        """Build the channels-first twin (`layers.grid`)."""
         inner = pointwise(self.pointwise_conv1), Glu(), depthwise(self.depthwise_conv), nn.SiLU(), pointwise(self.pointwise_conv2)
         return GridBlock(grid_norm(self.layer_norm), *inner)
 
     def kinds(self) -> Mapping[str, Kind]:
-        """See `layers.kinds.Declared`."""
+        """Declare the kinds of the parts (`layers.kinds.Declared`)."""
         return {
             "pointwise_conv1": Kind(POINTWISE),
             "depthwise_conv": Kind(DEPTHWISE),
@@ -109,12 +109,12 @@ class ConformerBlock(nn.Module):
         self.dropout = Dropout(config.dropout)
 
     def fold(self) -> ConformerBlock:
-        """Fold a BatchNorm into the projections that read it. The one at the end stays: the next residual sum reads it too."""
+        """Fold a BatchNorm into the projections that read it. The last one stays, since the next residual sum also reads it."""
         self.self_attn_layer_norm = fold_before(self.self_attn_layer_norm, *self.self_attn.projections())
         return self
 
     def channels_first(self) -> GridBlock:
-        """See `layers.grid`."""
+        """Build the channels-first twin (`layers.grid`)."""
         return GridBlock(
             Residual(self.ffn1.channels_first(), factor=0.5),
             Residual(grid_norm(self.self_attn_layer_norm), self.self_attn.channels_first()),
@@ -147,16 +147,16 @@ TABLE1 = {**published_size(16, 144, 4), "pos_enc_type": "abs", "required_seq_len
         "conformer-s": published_size(16, 144, 4),
         "conformer-m": published_size(16, 256, 4),
         "conformer-l": published_size(17, 512, 8),
-        # what Table 1 of "Attention or Convolution" stores, fairseq's defaults around the sizes of Conformer (S), and what its FLOP fit
+        # the models of storage (fairseq's defaults around Conformer (S)) and of FLOP in Table 1 of "Attention or Convolution"
         "conformer-s-table1": {**TABLE1, "encoder_ffn_embed_dim": 3072},
         "conformer-s-ffn1024": {**TABLE1, "encoder_ffn_embed_dim": 1024},
-        # Conformer (S) for small devices (Xu et al. 2024): log-mel front, separable subsampling, streams; `edge.rewrite` does the rest
+        # Conformer (S) for small devices (Xu et al. 2024): log-mel front, separable subsampling, streaming; `edge.rewrite` does the rest
         "conformer-edge": {**published_size(16, 144, 4), "conv_feature_layers": "logmel-dws", "streaming": True},
         "conformer-debug": {**DEBUG, "depthwise_conv_kernel_size": 15},
     },
 )
 class ConformerEncoder(Encoder):
-    """Stack of `ConformerBlock`; with `rel_pos` all blocks share one table of sinusoids."""
+    """A stack of `ConformerBlock`; with `rel_pos` all blocks share one table of sinusoids."""
 
     chunk_multiple = 1
     relative: bool

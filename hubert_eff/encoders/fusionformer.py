@@ -1,4 +1,4 @@
-"""FusionFormer encoder (Song et al. 2022): a Conformer that holds no norm once it is fused for inference."""
+"""FusionFormer encoder (Song et al. 2022): a Conformer that has no norms once it is fused for inference."""
 
 # B batch, T frames, D model dim, H heads
 
@@ -29,16 +29,16 @@ from .registry import register_encoder
 
 @dataclass
 class FusionformerConfig(HubertConfig):
-    """A FusionFormer HuBERT. Where the paper leaves the convolution module open there is an option; the default is the cheapest reading."""
+    """A FusionFormer HuBERT. Options cover what the paper leaves open in the convolution module; defaults are the cheapest reading."""
 
     depthwise_conv_kernel_size: int = option(15, "kernel of the depthwise convolution, in frames", bounds=ODD)
     conv_module_expansion: int = option(
         1,
-        "channels inside the convolution module, in units of D: 1, or the 2 that a Conformer's first pointwise convolution has",
+        "channels inside the convolution module in units of D: 1, or 2 as in a Conformer's first pointwise convolution",
         bounds=Bounds(1, 2),
     )
     conv_module_relu: str = option(
-        "both", "layers of the convolution module that a ReLU follows: the first pointwise, the depthwise, or both",
+        "both", "layers of the convolution module before a ReLU: the first pointwise, the depthwise, or both",
         ("both", "pointwise", "depthwise"),
     )  # fmt: skip
 
@@ -48,7 +48,7 @@ class FusionformerConfig(HubertConfig):
             raise UserError("layer_norm_first=True: a FusionFormer has no LayerNorm; set it to false")
 
 
-# In every module a layer has no bias, and a BatchNorm follows at once, so that the two fold into one layer with a bias.
+# In every module a layer without bias is followed directly by a BatchNorm; the two fold into one layer with a bias.
 
 
 class FeedForward(nn.Module):
@@ -71,11 +71,11 @@ class FeedForward(nn.Module):
         return self
 
     def kinds(self) -> Mapping[str, Kind]:
-        """See `layers.kinds.Declared`."""
+        """Declare the kinds of the parts (`layers.kinds.Declared`)."""
         return {"w_1": Kind(FEED_FORWARD), "w_2": Kind(FEED_FORWARD, signed=False)}
 
     def channels_first(self) -> nn.Module:
-        """See `layers.grid`."""
+        """Build the channels-first twin (`layers.grid`)."""
         return nn.Sequential(pointwise(self.w_1), nn.ReLU(), pointwise(self.w_2))
 
     def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:  # (B, T, D)
@@ -84,7 +84,7 @@ class FeedForward(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention; a BatchNorm after the projections to queries, keys and values, which are one product, and after the last one."""
+    """Self-attention with a BatchNorm after the joint projection to queries, keys and values, and one after the last projection."""
 
     def __init__(self, config: FusionformerConfig) -> None:
         super().__init__()
@@ -94,28 +94,28 @@ class Attention(nn.Module):
         self.qkv_norm: nn.Module = MaskedBatchNorm(3 * dim)
         self.out_proj = Linear(dim, dim, bias=False)
         self.out_norm: nn.Module = MaskedBatchNorm(dim)
-        self.products: nn.Module | None = None  # in place of `attention`, once binarized
+        self.products: nn.Module | None = None  # replaces `attention` once binarized
         self.attention_dropout = config.attention_dropout
         self.dropout = Dropout(config.dropout)
 
     def fold(self) -> Attention:
-        """Fold the norms. The 1 / sqrt(d) stays in the attention kernel, where it costs nothing."""
+        """Fold the norms. The factor 1 / sqrt(d) stays in the attention kernel, where it costs nothing."""
         self.qkv_norm = fold_after(self.qkv_proj, self.qkv_norm)
         self.out_norm = fold_after(self.out_proj, self.out_norm)
         return self
 
     def kinds(self) -> Mapping[str, Kind]:
-        """See `layers.kinds.Declared`."""
+        """Declare the kinds of the parts (`layers.kinds.Declared`)."""
         shapes = head_shapes(self.heads, self.out_proj.in_features // self.heads, "query", "key", "value")
         products = Kind(PRODUCT, form="dense", shapes=shapes)
         return {"qkv_proj": Kind(PROJECTION), "products": products, "out_proj": Kind(PROJECTION)}
 
     def output_parts(self) -> Mapping[str, tuple[str, ...]]:
-        """See `analysis.layer_trends`: the paper's figures have rows of queries, keys and values."""
+        """Declare parts of outputs for `analysis.layer_trends`; the paper's figures have rows of queries, keys and values."""
         return {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
 
     def channels_first(self) -> GridAttention:
-        """See `layers.grid`."""
+        """Build the channels-first twin (`layers.grid`)."""
         return GridAttention(self.qkv_proj, self.out_proj, self.heads)
 
     def heads_of(self, x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -125,7 +125,7 @@ class Attention(nn.Module):
         return q, k, v
 
     def energies(self, x: Tensor, frames: Frames) -> Tensor:
-        """What the softmax is taken of, (B, H, T, T), for analysis."""
+        """The input of the softmax, (B, H, T, T), for analysis."""
         q, k, _ = self.heads_of(x, frames.valid)
         return torch.matmul(q * q.size(-1) ** -0.5, k.mT)
 
@@ -141,7 +141,7 @@ class Attention(nn.Module):
 
 
 class ConvolutionModule(nn.Module):
-    """Pointwise D -> E, depthwise, pointwise E -> D, each with its BatchNorm; ReLU in the places of GLU and SiLU."""
+    """Pointwise D -> E, depthwise, pointwise E -> D, each with its BatchNorm; ReLU replaces GLU and SiLU."""
 
     def __init__(self, config: FusionformerConfig) -> None:
         super().__init__()
@@ -158,14 +158,14 @@ class ConvolutionModule(nn.Module):
         self.dropout = Dropout(config.dropout)
 
     def fold(self) -> ConvolutionModule:
-        """Fold the norms: all stand behind their layer, so that the depthwise convolution's zero padding is no obstacle."""
+        """Fold the norms. All follow their layers, so the zero padding of the depthwise convolution does not matter."""
         self.norm_1 = fold_after(self.pointwise_conv1, self.norm_1)
         self.norm_2 = fold_after(self.depthwise_conv, self.norm_2)
         self.norm_3 = fold_after(self.pointwise_conv2, self.norm_3)
         return self
 
     def kinds(self) -> Mapping[str, Kind]:
-        """See `layers.kinds.Declared`."""
+        """Declare the kinds of the parts (`layers.kinds.Declared`)."""
         return {
             "pointwise_conv1": Kind(POINTWISE),
             "depthwise_conv": Kind(DEPTHWISE, signed=not self.relu_1),
@@ -173,7 +173,7 @@ class ConvolutionModule(nn.Module):
         }
 
     def channels_first(self) -> nn.Module:
-        """See `layers.grid`."""
+        """Build the channels-first twin (`layers.grid`)."""
         relus = [nn.ReLU() if relu else nn.Identity() for relu in (self.relu_1, self.relu_2)]
         return GridBlock(
             pointwise(self.pointwise_conv1), relus[0], depthwise(self.depthwise_conv), relus[1], pointwise(self.pointwise_conv2)
@@ -202,7 +202,7 @@ class FusionformerBlock(nn.Module):
         self.ffn2 = FeedForward(config)
 
     def channels_first(self) -> GridBlock:
-        """See `layers.grid`."""
+        """Build the channels-first twin (`layers.grid`)."""
         return GridBlock(
             Residual(self.ffn1.channels_first(), factor=0.5),
             Residual(self.self_attn.channels_first()),
@@ -218,7 +218,7 @@ class FusionformerBlock(nn.Module):
 
 
 def published(layers: int, dim: int, heads: int) -> dict[str, Any]:
-    """Keys of a preset of a size that the paper prints."""
+    """Keys of a preset with a published size."""
     return {**published_size(layers, dim, heads), "encoder_ffn_embed_dim": 2048}
 
 
@@ -227,14 +227,14 @@ def published(layers: int, dim: int, heads: int) -> dict[str, Any]:
     config=FusionformerConfig,
     presets={
         "fusionformer-s": published(12, 256, 4),
-        # the encoders of the paper's models of 48 and 98 million parameters, which have these only with twice D in the convolution module
+        # the encoders of the paper's models of 48 and 98 million parameters, which they reach only with 2 D in the convolution module
         "fusionformer-12x256": {**published(12, 256, 4), "conv_module_expansion": 2},
         "fusionformer-16x384": {**published(16, 384, 6), "conv_module_expansion": 2},
         "fusionformer-debug": DEBUG,
     },
 )
 class FusionformerEncoder(Encoder):
-    """Stack of `FusionformerBlock`; no norm before it or after it."""
+    """A stack of `FusionformerBlock`, without a norm before or after it."""
 
     chunk_multiple = 1
 

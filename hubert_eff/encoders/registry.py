@@ -19,7 +19,7 @@ E = TypeVar("E", bound="type[Encoder]")
 
 @dataclass(frozen=True)
 class EncoderEntry:
-    """What is registered under an encoder's name."""
+    """The registered parts of an encoder."""
 
     name: str
     module: type[Encoder]
@@ -76,23 +76,23 @@ def list_presets() -> list[str]:
 
 
 def get_encoder(name: str) -> EncoderEntry:
-    """The entry of an encoder; `UserError` with the nearest name if unknown."""
+    """The entry of an encoder. Raises `UserError` with the nearest name if it is unknown."""
     if name not in _encoders:
         raise unknown("encoder", name, _encoders)
     return _encoders[name]
 
 
 def encoder_of(config: HubertConfig) -> EncoderEntry:
-    """The encoder that a config belongs to: the one whose dataclass it is, or derives from."""
+    """The encoder of a config: the one whose dataclass the config is, or is derived from."""
     for cls in type(config).__mro__:
         for entry in _encoders.values():
             if entry.config is cls:
                 return entry
-    raise UserError(f"{type(config).__name__} is the config of no registered encoder. Known: {', '.join(_encoders)}")
+    raise UserError(f"{type(config).__name__} is not the config of a registered encoder. Known: {', '.join(_encoders)}")
 
 
 def preset_config(preset: str, **overrides: Any) -> HubertConfig:
-    """The config of a preset, with single keys replaced; `PRESET+w1a1`, `+w1a2`, `+w1a4` or `+w1a8` is its binarized form."""
+    """The config of a preset with some keys replaced; `PRESET+w1a1`, `+w1a2`, `+w1a4` or `+w1a8` is its binarized form."""
     name, plus, spec = preset.partition("+")
     for entry in _encoders.values():
         if name in entry.presets:
@@ -102,9 +102,9 @@ def preset_config(preset: str, **overrides: Any) -> HubertConfig:
 
 
 def stored_config(encoder: str, written: str | Mapping[str, Any]) -> HubertConfig:
-    """The configuration that comes with weights in a file, as JSON or as values. Raises `UserError` for one that cannot be.
+    """Read the configuration that comes with weights in a file, as JSON or as values. Raises `UserError` for an invalid one.
 
-    The file is not trusted: no other is opened for a policy that it names, and none of its texts is large.
+    The file is not trusted: a policy cannot name another file, and texts cannot be long.
     """
     if isinstance(written, str):
         if len(written) > LONGEST:
@@ -121,7 +121,7 @@ def stored_config(encoder: str, written: str | Mapping[str, Any]) -> HubertConfi
                 f"its configuration has {short(repr(key))} as a {type(value).__name__}, which is not a value of a configuration"
             )
     policy = written.get("quant_policy", "default")
-    if isinstance(policy, str) and policy.lstrip().startswith("{"):  # what was written is JSON: no YAML with aliases, no path
+    if isinstance(policy, str) and policy.lstrip().startswith("{"):  # files hold JSON: no YAML with aliases, no path
         try:
             json.loads(policy)
         except (ValueError, RecursionError) as error:
@@ -135,13 +135,13 @@ def stored_config(encoder: str, written: str | Mapping[str, Any]) -> HubertConfi
 
 
 def _is_plain(value: object) -> bool:
-    """Whether a value is short to write out: a scalar or a list of these."""
+    """Whether a value is a scalar or a list of scalars."""
     scalars = (str, int, float, NoneType)
     return isinstance(value, scalars) or (isinstance(value, (list, tuple)) and all(isinstance(part, scalars) for part in value))
 
 
 def written_config(written: Mapping[str, Any]) -> HubertConfig:
-    """The model of a fairseq configuration (YAML) of configs/, with what its sections `task` and `common` decide."""
+    """The model's config from a fairseq configuration (YAML) of configs/, including what its sections `task` and `common` decide."""
     task = written["task"]
     values = {**written["model"], "label_rate": task["label_rate"], "normalize": task["normalize"], "seed": written["common"]["seed"]}
     return get_encoder(str(values.pop("_name")).removeprefix("hubert_")).config.from_dict(values)

@@ -18,29 +18,29 @@ from .transformer import TransformerBlock
 
 @dataclass
 class SparseformerConfig(HubertConfig):
-    """A Sparseformer HuBERT; stride and expressivity are by default those of fairseq's sparse attention."""
+    """A Sparseformer HuBERT; by default, stride and expressivity are those of fairseq's sparse attention."""
 
     sparse_pattern: str = option(
         "fixed",
-        "the keys of a frame: its block of sparse_stride frames and the last sparse_expressivity frames of every block; the same as "
-        "fairseq shifts it, with one more; or the frames up to sparse_window away",
+        "the keys of a frame: its block of sparse_stride frames and the last sparse_expressivity frames of every block; the same with "
+        "fairseq's shift and one more frame; or the frames up to sparse_window away",
         ("fixed", "fairseq", "local"),
     )
     sparse_stride: int = option(
-        32, "length of a block, in frames; 0: round(sqrt(sparse_expressivity * sparse_max_frames)), the cheapest", bounds=NOT_NEGATIVE
+        32, "length of a block, in frames; 0 is the cheapest: round(sqrt(sparse_expressivity * sparse_max_frames))", bounds=NOT_NEGATIVE
     )
     sparse_expressivity: int = option(8, "frames at the end of each block that all frames see", bounds=COUNT)
-    sparse_max_frames: int = option(1500, "length of the input that sparse_stride=0 is the best for, in frames", bounds=COUNT)
-    sparse_window: int = option(64, "how far a frame sees to each side with sparse_pattern=local, in frames", bounds=COUNT)
-    flex_attention: bool = option(False, "FlexAttention on a GPU where no attention probabilities are dropped; compiles at first use")
+    sparse_max_frames: int = option(1500, "length of the input for which sparse_stride=0 finds the best stride, in frames", bounds=COUNT)
+    sparse_window: int = option(64, "frames that a frame sees on each side with sparse_pattern=local", bounds=COUNT)
+    flex_attention: bool = option(False, "use FlexAttention on a GPU if no attention probabilities are dropped; it compiles at first use")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.sparse_stride == 0:  # resolved here, so that it is saved with the model and never depends on a batch
+        if self.sparse_stride == 0:  # resolved here, so the value is saved with the model and never depends on a batch
             self.sparse_stride = self._automatic_stride()
 
     def _automatic_stride(self) -> int:
-        """The stride l that makes the keys per frame, l - c + c T / l, fewest at T = sparse_max_frames."""
+        """The stride l that minimizes the keys per frame, l - c + c T / l, for T = sparse_max_frames."""
         return round(math.sqrt(self.sparse_expressivity * self.sparse_max_frames))
 
     def validate(self) -> None:
@@ -53,7 +53,7 @@ class SparseformerConfig(HubertConfig):
         if 0 < self.sparse_stride <= self.sparse_expressivity:
             raise UserError(
                 f"sparse_stride={self.sparse_stride} must be more than sparse_expressivity={self.sparse_expressivity}: "
-                "a block has more frames than those of it that all see"
+                "a block needs more frames than all frames see of it"
             )
 
 
@@ -61,7 +61,7 @@ class SparseformerConfig(HubertConfig):
     "sparseformer",
     config=SparseformerConfig,
     presets={
-        # deep and narrow, shallow and wide: the two of the main paper's table 1
+        # deep and narrow, shallow and wide: both in the main paper's table 1
         "sparseformer-dn-s": DEEP_NARROW,
         "sparseformer-sw-s": SHALLOW_WIDE,
         "sparseformer-debug": {**DEBUG, "sparse_stride": 128},

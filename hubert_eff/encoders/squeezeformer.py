@@ -1,4 +1,4 @@
-"""Squeezeformer encoder (Kim et al. 2022): post-LN blocks, of which the middle ones run at half the frame rate (temporal U-Net)."""
+"""Squeezeformer encoder (Kim et al. 2022): post-LN blocks; those in the middle run at half the frame rate (temporal U-Net)."""
 
 # B batch, T frames, D model dim
 
@@ -30,7 +30,7 @@ from .conformer import ConformerBlock, ConformerConfig
 from .registry import register_encoder
 
 REDUCTION_KERNEL = 5
-BATCH_NORM_MOMENTUM = 0.015  # Keras' 0.985, as torch counts it
+BATCH_NORM_MOMENTUM = 0.015  # 0.985 in Keras' convention
 
 
 @dataclass
@@ -38,14 +38,16 @@ class SqueezeformerConfig(HubertConfig):
     """A Squeezeformer HuBERT. Blocks are counted from 0."""
 
     time_reduce_idx: int = option(5, "block before which the frame rate is halved (20 to 40 ms)", bounds=NOT_NEGATIVE)
-    time_recover_idx: int = option(11, "block before which it is restored; the blocks from time_reduce_idx on up to it run at 40 ms")
-    depthwise_conv_kernel_size: int = option(31, "kernel of the depthwise convolution, in frames of the block's own rate", bounds=ODD)
+    time_recover_idx: int = option(11, "block before which the frame rate is restored; blocks from time_reduce_idx on run at 40 ms")
+    depthwise_conv_kernel_size: int = option(31, "kernel of the depthwise convolution, in frames at the block's own rate", bounds=ODD)
     pos_enc_type: str = option(
         "rel_pos",
-        "relative positions in the attention, or none beside the convolutional positional embedding",
+        "relative positions in the attention, or only the convolutional positional embedding",
         ("rel_pos", "abs"),
     )
-    layer_type: str = option("squeezeformer", "the blocks: the paper's, or those of fairseq's Conformer", ("squeezeformer", "conformer"))
+    layer_type: str = option(
+        "squeezeformer", "type of the blocks: the paper's or fairseq's Conformer blocks", ("squeezeformer", "conformer")
+    )
 
     def validate(self) -> None:
         super().validate()
@@ -60,7 +62,7 @@ class SqueezeformerConfig(HubertConfig):
 
 
 class ScaleBias(nn.Module):
-    """weight * x + bias per channel, (..., D) -> (..., D): the adaptive scaling in front of each module (Squeezeformer, section 3.2)."""
+    """weight * x + bias per channel, (..., D) -> (..., D): the adaptive scaling before each module (Squeezeformer, section 3.2)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -72,7 +74,7 @@ class ScaleBias(nn.Module):
 
 
 def _fold_scale(scale: nn.Module, *layers: nn.Linear) -> nn.Module:
-    """Fold a `ScaleBias` into the linear layers that read it; returns what stands in its place."""
+    """Fold a `ScaleBias` into the linear layers that read it; returns its replacement."""
     if not isinstance(scale, ScaleBias):
         return scale  # folded already
     for layer in layers:
@@ -86,14 +88,14 @@ class ConvolutionModule(nn.Module):
     def __init__(self, dim: int, kernel: int, dropout: float, causal: bool = False) -> None:
         super().__init__()
         self.pointwise_conv1 = Linear(dim, 2 * dim)
-        self.depthwise_conv = DepthwiseConv(2 * dim, kernel, causal=causal)  # its bias is the BatchNorm's
+        self.depthwise_conv = DepthwiseConv(2 * dim, kernel, causal=causal)  # the BatchNorm provides the bias
         self.batch_norm: nn.Module = MaskedBatchNorm(2 * dim, momentum=BATCH_NORM_MOMENTUM)
         self.pointwise_conv2 = Linear(2 * dim, dim)
         self.activation_1 = self.activation_2 = silu
         self.dropout = Dropout(dropout)
 
     def kinds(self) -> Mapping[str, Kind]:
-        """See `layers.kinds.Declared`."""
+        """Declare the kinds of the parts (`layers.kinds.Declared`)."""
         return {
             "pointwise_conv1": Kind(POINTWISE),
             "depthwise_conv": Kind(DEPTHWISE, signed=False, activation="activation_1"),
@@ -146,7 +148,7 @@ class SqueezeformerBlock(nn.Module):
         return self.ffn2_layer_norm(x + self.ffn2(self.ffn2_scale(x)))  # type: ignore[no-any-return]
 
     def fold(self) -> SqueezeformerBlock:
-        """Fold the scales and biases into the linear layers behind them."""
+        """Fold the scales and biases into the linear layers after them."""
         self.self_attn_scale = _fold_scale(self.self_attn_scale, *self.self_attn.projections())
         self.ffn1_scale = _fold_scale(self.ffn1_scale, self.ffn1.w_1)
         self.conv_scale = _fold_scale(self.conv_scale, self.conv_module.pointwise_conv1)
@@ -163,7 +165,7 @@ class TimeReduction(nn.Module):
         self.pointwise_conv = Linear(dim, dim, bias=False)
 
     def forward(self, x: Tensor, valid: Tensor | None, chunks: Chunks | None = None) -> Tensor:
-        if valid is not None:  # the kernel sees up to four frames beyond the last valid one
+        if valid is not None:  # the kernel sees up to four frames after the last valid one
             x = x.masked_fill(~valid.unsqueeze(-1), 0.0)
         return self.pointwise_conv(self.depthwise_conv(x, chunks))  # type: ignore[no-any-return]
 
@@ -183,7 +185,7 @@ def _preset(layers: int, dim: int, heads: int, reduce: int, recover: int, **keys
         "squeezeformer-m": _preset(20, 324, 4, 9, 19, conv_pos_groups=18),
         "squeezeformer-ml": _preset(18, 512, 8, 8, 17),
         "squeezeformer-l": _preset(22, 640, 8, 10, 21),
-        # what Table 1 of the main paper counts: the same U-Net around fairseq's Conformer blocks at its defaults
+        # the model that Table 1 of the main paper counts: the same U-Net around fairseq's Conformer blocks at their defaults
         "squeezeformer-xs-table1": _preset(
             16, 144, 4, 7, 15, encoder_ffn_embed_dim=3072, pos_enc_type="abs", layer_type="conformer", required_seq_len_multiple=2
         ),
@@ -197,12 +199,12 @@ def _preset(layers: int, dim: int, heads: int, reduce: int, recover: int, **keys
     },
 )
 class SqueezeformerEncoder(Encoder):
-    """Blocks at 20 ms, at 40 ms between `time_reduce_idx` and `time_recover_idx`, and at 20 ms again.
+    """Runs blocks at 20 ms, at 40 ms between `time_reduce_idx` and `time_recover_idx`, and at 20 ms again.
 
     The input to the first block is LayerNorm(sqrt(D) (x + positional convolution of x)).
     """
 
-    chunk_multiple = 2  # the frames of a block at half rate
+    chunk_multiple = 2  # frames of 20 ms per frame at half rate
     relative: bool
 
     def __init__(self, config: HubertConfig) -> None:
@@ -221,11 +223,11 @@ class SqueezeformerEncoder(Encoder):
         return ConformerBlock(ConformerConfig(**{key: getattr(config, key) for key in shared}))
 
     def build_norm(self, config: HubertConfig) -> nn.Module:
-        """LayerNorm of sqrt(D) x: the factor leaves nothing but a smaller eps."""
+        """LayerNorm of sqrt(D) x; the factor only makes eps smaller."""
         return nn.LayerNorm(config.encoder_embed_dim, eps=1e-5 / config.encoder_embed_dim)
 
     def init_weights(self) -> None:
-        """Weights and biases stay as `nn.Linear` and `DepthwiseConv` make them: uniform in +-fan_in^-1/2, as the authors'."""
+        """Leave weights and biases as `nn.Linear` and `DepthwiseConv` draw them: uniform in +-fan_in^-1/2, as the authors do."""
 
     def kinds(self) -> Mapping[str, Kind]:
         return {**super().kinds(), "time_reduction": Kind(RATE_CHANGE), "time_recovery": Kind(RATE_CHANGE)}

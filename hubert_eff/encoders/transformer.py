@@ -1,4 +1,4 @@
-"""Transformer encoder of HuBERT (post-LN by default); parameter names and numbers are fairseq's."""
+"""Transformer encoder of HuBERT (post-LN by default); names of parameters and results are fairseq's."""
 
 # B batch, T frames, D model dim
 
@@ -42,11 +42,11 @@ class TransformerBlock(nn.Module):
         self.activation_dropout = Dropout(config.activation_dropout)
 
     def kinds(self) -> Mapping[str, Kind]:
-        """See `layers.kinds.Declared`."""
+        """Declare the kinds of the parts (`layers.kinds.Declared`)."""
         return {"fc1": Kind(FEED_FORWARD), "fc2": Kind(FEED_FORWARD, signed=False, activation="activation")}
 
     def channels_first(self) -> GridBlock:
-        """See `layers.grid`."""
+        """Build the channels-first twin (`layers.grid`)."""
         norms = grid_norm(self.self_attn_layer_norm), grid_norm(self.final_layer_norm)
         attention, forward = [self.self_attn.channels_first()], [pointwise(self.fc1), nn.GELU(), pointwise(self.fc2)]
         if self.pre_norm:
@@ -70,14 +70,14 @@ class TransformerBlock(nn.Module):
     config=TransformerConfig,
     presets={
         "transformer-base": HUBERT_BASE,  # with the FastConv extractor
-        # the sizes of sparseformer-dn-s and -sw-s with dense attention, which Table 1 of "Attention or Convolution" counts for them
+        # the sizes of sparseformer-dn-s and -sw-s with the dense attention that Table 1 of "Attention or Convolution" counts for them
         "transformer-dn-s": DEEP_NARROW,
         "transformer-sw-s": SHALLOW_WIDE,
         "transformer-debug": DEBUG,
     },
 )
 class TransformerEncoder(Encoder):
-    """Stack of `TransformerBlock`."""
+    """A stack of `TransformerBlock`."""
 
     chunk_multiple = 1
 

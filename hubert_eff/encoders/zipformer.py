@@ -40,7 +40,7 @@ from .registry import register_encoder
 
 
 class Stack(NamedTuple):
-    """What is configured per stack."""
+    """The configuration of one stack."""
 
     layers: int
     dim: int
@@ -50,7 +50,7 @@ class Stack(NamedTuple):
     rate: int
 
 
-STACK_KEYS = {  # key -> (field of `Stack`, fairseq's key that must agree with it, and how)
+STACK_KEYS = {  # key -> (field of `Stack`, fairseq's key that must agree with it, how they must agree)
     "zipformer_layers": ("layers", "encoder_layers", "sum"),
     "zipformer_dims": ("dim", "encoder_embed_dim", "maximum"),
     "zipformer_ffn_dims": ("ffn_dim", "encoder_ffn_embed_dim", "maximum"),
@@ -62,37 +62,39 @@ STACK_KEYS = {  # key -> (field of `Stack`, fairseq's key that must agree with i
 
 @dataclass
 class ZipformerConfig(HubertConfig):
-    """A Zipformer HuBERT; the defaults are the sizes of Zipformer-S. Keys of several numbers have one per stack."""
+    """A Zipformer HuBERT; the defaults are the sizes of Zipformer-S. Keys with several numbers have one per stack."""
 
-    encoder_layers: int = option(12, "number of blocks: the sum of zipformer_layers", bounds=Bounds(1, MOST_LAYERS))
-    encoder_embed_dim: int = option(256, "model dimension D: the maximum of zipformer_dims", bounds=COUNT)
-    encoder_ffn_embed_dim: int = option(768, "the maximum of zipformer_ffn_dims", bounds=COUNT)
-    encoder_attention_heads: int = option(8, "the maximum of zipformer_heads", bounds=COUNT)
-    zipformer_layers: str = option("2,2,2,2,2,2", "blocks of each stack")
+    encoder_layers: int = option(12, "number of blocks, the sum of zipformer_layers", bounds=Bounds(1, MOST_LAYERS))
+    encoder_embed_dim: int = option(256, "model dimension D, the maximum of zipformer_dims", bounds=COUNT)
+    encoder_ffn_embed_dim: int = option(768, "inner dimension of the feed-forward modules, the maximum of zipformer_ffn_dims", bounds=COUNT)
+    encoder_attention_heads: int = option(8, "number of attention heads, the maximum of zipformer_heads", bounds=COUNT)
+    zipformer_layers: str = option("2,2,2,2,2,2", "number of blocks of each stack")
     zipformer_dims: str = option("192,256,256,256,256,256", "model dimension of each stack; multiples of 4")
     zipformer_ffn_dims: str = option(
-        "512,768,768,768,768,768", "inner dimension of the second of three feed-forward modules; the others have 3/4 and 5/4 of it"
+        "512,768,768,768,768,768", "inner dimension of the second of three feed-forward modules; the first has 3/4 and the third 5/4 of it"
     )
     zipformer_heads: str = option("4,4,4,8,4,4", "attention heads of each stack")
-    zipformer_kernels: str = option("31,31,15,15,15,31", "kernel of the depthwise convolutions of each stack, in its frames; odd")
+    zipformer_kernels: str = option("31,31,15,15,15,31", "kernel of the depthwise convolutions of each stack, in frames of that stack; odd")
     zipformer_rates: str = option("1,2,4,8,4,2", "frames of 20 ms per frame of each stack")
     zipformer_query_dim: int = option(32, "dimension of a head's queries and keys", bounds=COUNT)
     zipformer_value_dim: int = option(12, "dimension of a head's values", bounds=COUNT)
     zipformer_position_dim: int = option(4, "dimension of a head's positional queries", bounds=COUNT)
     zipformer_table_dim: int = option(48, "dimension of the table of relative positions; even", bounds=COUNT)
 
-    # what the paper takes away or exchanges (its tables 5 and 6)
-    zipformer_block: str = option("zipformer", "blocks: Zipformer's, or two Conformer blocks for each", ("zipformer", "conformer"))
-    zipformer_nonlinear_attention: bool = option(True, "nonlinear attention in every block")
-    zipformer_share_weights: bool = option(True, "attention weights of a block computed once; false: anew for the second self-attention")
-    zipformer_bypass: bool = option(True, "bypass in the middle and at the end of every block; those of whole stacks always stay")
-    zipformer_norm: str = option("bias_norm", "norm of every block, and in front of the first", ("bias_norm", "layer_norm"))
+    # parts that the paper's ablations remove or replace (its tables 5 and 6)
+    zipformer_block: str = option(
+        "zipformer", "type of the blocks: the paper's, or two Conformer blocks for each", ("zipformer", "conformer")
+    )
+    zipformer_nonlinear_attention: bool = option(True, "use nonlinear attention in every block")
+    zipformer_share_weights: bool = option(True, "compute attention weights once per block; false: again for the second self-attention")
+    zipformer_bypass: bool = option(True, "use a bypass in the middle and at the end of every block; bypasses of whole stacks always stay")
+    zipformer_norm: str = option("bias_norm", "norm of every block and before the first block", ("bias_norm", "layer_norm"))
     zipformer_activation: str = option(
         "swoosh", "SwooshL in feed-forward and SwooshR in convolution modules, or one function in both", ("swoosh", "swoosh_r", "swish")
     )
-    zipformer_module_norm: bool = option(False, "norm in front of every module of a block, for optimizers that do not learn sizes (Adam)")
-    zipformer_balancer: bool = option(True, "Balancers, which keep activations in range by their gradients in training")
-    zipformer_whitener: bool = option(True, "Whiteners, which keep activations decorrelated by their gradients in training")
+    zipformer_module_norm: bool = option(False, "add a norm before every module of a block, for optimizers that do not learn scales (Adam)")
+    zipformer_balancer: bool = option(True, "use Balancers, which keep activations in range through gradients in training")
+    zipformer_whitener: bool = option(True, "use Whiteners, which keep activations decorrelated through gradients in training")
 
     @property
     def stacks(self) -> tuple[Stack, ...]:
@@ -112,8 +114,8 @@ class ZipformerConfig(HubertConfig):
     def validate(self) -> None:
         if self.compile_blocks:
             raise UserError(
-                "compile_blocks=true: a Zipformer's blocks draw anew in every batch what acts on their gradients, which tears compiled "
-                "code into pieces; set it to false"
+                "compile_blocks=true: a Zipformer's blocks draw in every batch what acts on their gradients, which breaks compiled code "
+                "into pieces; set it to false"
             )
         stacks = self.stacks
         for key, (name, common, how) in STACK_KEYS.items():
@@ -158,13 +160,13 @@ def _integers(key: str, text: str) -> tuple[int, ...]:
         raise UserError(f"{key}={short(repr(text))} must be whole numbers joined by commas, one per stack, such as '2,2,2'") from error
 
 
-# shares of the sequences that do without a module
+# shares of the sequences that skip a module
 ATTENTION_SKIP = CONVOLUTION_SKIP = Schedule(((0, 0.2), (4_000, 0.05), (16_000, 0.0)))
 FEED_FORWARD_SKIP = Schedule(((0, 0.1), (4_000, 0.01), (50_000, 0.0)))
 
 
 def attention_weights(config: ZipformerConfig, stack: Stack) -> AttentionWeights:
-    """Attention weights of a block's own."""
+    """Build the attention weights of a block."""
     return AttentionWeights(
         stack.dim, stack.heads, config.zipformer_query_dim, config.zipformer_position_dim, config.zipformer_table_dim,
         config.attention_dropout,
@@ -172,17 +174,17 @@ def attention_weights(config: ZipformerConfig, stack: Stack) -> AttentionWeights
 
 
 def feed_forward(config: ZipformerConfig, stack: Stack, quarters: int) -> FeedForward:
-    """A feed-forward module of so many quarters of the stack's inner dimension."""
+    """Build a feed-forward module of so many quarters of the stack's inner dimension."""
     return FeedForward(stack.dim, quarters * stack.ffn_dim // 4, config.dropout, config.activation_dropout)
 
 
 def block_norm(config: ZipformerConfig, dim: int) -> nn.Module:
-    """The norm that `zipformer_norm` names."""
+    """Build the norm that `zipformer_norm` names."""
     return BiasNorm(dim) if config.zipformer_norm == "bias_norm" else norm_of("layer_norm", dim)
 
 
 def ablate(block: nn.Module, config: ZipformerConfig, modules: tuple[str, ...], dim: int) -> None:
-    """Exchange or leave out what the config says of all modules of a block; `modules`: those that read the residual sum."""
+    """Replace or remove parts of all modules of a block as the config says; `modules`: those that read the residual sum."""
     if not config.zipformer_balancer:
         leave_out(block, Balancer)
     if not config.zipformer_whitener:
@@ -198,7 +200,7 @@ def ablate(block: nn.Module, config: ZipformerConfig, modules: tuple[str, ...], 
 
 
 def keys_seen(x: Tensor, frames: Frames) -> Tensor | None:
-    """The keys that may be seen: (B, 1, T), or (B, T, T) in chunks; None = all."""
+    """The visible keys: (B, 1, T), or (B, T, T) in chunks; None = all."""
     seen = None if frames.attend is None else frames.attend[:, 0]
     if seen is not None and seen.size(1) > 1:
         seen = seen.expand(len(x), -1, -1) if frames.valid is None else seen & frames.valid.unsqueeze(2)
@@ -206,7 +208,7 @@ def keys_seen(x: Tensor, frames: Frames) -> Tensor | None:
 
 
 class ZipformerBlock(Scheduled):
-    """One block (figure 2, left); what is skipped or made uniform early in training is drawn anew for every batch.
+    """One block (figure 2, left); the parts that are skipped or made uniform early in training are drawn for every batch.
 
     x0 -> attention weights; x0 + FF1 + NLA + SA1 + Conv1 + FF2, bypass, + SA2 + Conv2 + FF3, BiasNorm, bypass from x0.
     """
@@ -215,7 +217,7 @@ class ZipformerBlock(Scheduled):
         "self_attn_weights", "self_attn_weights2", "self_attn1", "self_attn2", "feed_forward1", "feed_forward2", "feed_forward3",
         "nonlin_attention", "conv_module1", "conv_module2",
     )  # fmt: skip
-    # share of the batches in which the non-linear attention weighs all frames alike
+    # share of the batches in which the nonlinear attention weights all frames equally
     UNIFORM = Schedule(((0, 0.25), (4_000, 0.025)), unset=0.0)
 
     def __init__(self, config: ZipformerConfig, stack: Stack, skip: Schedule) -> None:
@@ -247,7 +249,7 @@ class ZipformerBlock(Scheduled):
         convolution = self.now(CONVOLUTION_SKIP) if self.training else 0.0
         feed_forward = self.now(FEED_FORWARD_SKIP) if self.training else 0.0
         uniform = self.training and self.nonlin_attention is not None and chance(self.now(self.UNIFORM))
-        # a sequence does without all three users of the attention weights, or without none
+        # a sequence skips all three users of the attention weights, or none
         attended = skipped(x.new_ones(x.size(0), 1, 1), self.now(ATTENTION_SKIP)) if self.training else None
 
         assert frames.positions is not None
@@ -270,8 +272,8 @@ class ZipformerBlock(Scheduled):
 
 
 class ConformerStyleBlock(Scheduled):
-    """A Conformer block (Gulati et al. 2020, equation 1) of Zipformer's modules: half a feed-forward module, self-attention with weights of
-    its own, convolution, half a feed-forward module, norm, bypass."""
+    """A Conformer block (Gulati et al. 2020, equation 1) of Zipformer's modules: half a feed-forward module, self-attention with its own
+    weights, convolution, half a feed-forward module, norm, bypass."""
 
     MODULES = ("self_attn_weights", "self_attn", "feed_forward1", "feed_forward2", "conv_module")
 
@@ -304,7 +306,7 @@ class ConformerStyleBlock(Scheduled):
 
 
 class ConformerPair(nn.Module):
-    """Two `ConformerStyleBlock`s in the place of one `ZipformerBlock`, which has about as many modules as two Conformer blocks."""
+    """Two `ConformerStyleBlock`s instead of one `ZipformerBlock`, which has about as many modules as two Conformer blocks."""
 
     def __init__(self, config: ZipformerConfig, stack: Stack, skip: Schedule) -> None:
         super().__init__()
@@ -322,7 +324,7 @@ def _added(x: Tensor, y: Tensor, factor: Tensor | None) -> Tensor:
 
 
 def block_skip(config: ZipformerConfig, index: int) -> Schedule:
-    """Share of sequences that do without block `index`: falls from 0.5 over its part of the first 4,000 updates, the first blocks first."""
+    """Share of sequences that skip block `index`: it falls from 0.5 over its part of the first 4,000 updates, first in the first blocks."""
     stacks = config.stacks
     place, within, stack = [(i, j, stack) for i, stack in enumerate(stacks) for j in range(stack.layers)][index]
     share = 4_000 / (len(stacks) + 1)
@@ -393,15 +395,15 @@ ZIPFORMER = {
     },
 )
 class ZipformerEncoder(Encoder):
-    """Stacks of `ZipformerBlock` at their own rates and widths.
+    """Runs stacks of `ZipformerBlock` at their own rates and widths.
 
-    x + positional convolution, BiasNorm (in the place of LayerNorm), stacks. Between stacks channels are cut or added as zeros. States and
-    output are D wide: channels that a stack lacks are those of the most recent wider one, zero where there is none. The state of
-    a block at a reduced rate repeats its frames; the last one of a stack is the stack's output, after its bypass.
+    It computes x + positional convolution, BiasNorm (instead of LayerNorm), and the stacks. Between stacks, channels are cut or padded with
+    zeros. States and output are D wide: channels that a stack lacks come from the most recent wider stack, or are zero if there is none.
+    The state of a block at a reduced rate repeats its frames; the last state of a stack is the stack's output, after its bypass.
 
-    Early in training modules and blocks are skipped at rates that fall with the number of updates (`set_num_updates`; an encoder
-    that was never told one is trained as at the end of these schedules). All draws are torch's, and whatever is skipped leaves its
-    parameters a gradient of zeros, so data-parallel processes need not draw the same.
+    Early in training, modules and blocks are skipped at rates that fall with the number of updates (`set_num_updates`; without it an
+    encoder is trained as at the end of these schedules). All draws use torch's generator, and the parameters of a skipped part get
+    gradients of zero, so data-parallel processes may draw differently.
     """
 
     def __init__(self, config: ZipformerConfig) -> None:
@@ -426,7 +428,7 @@ class ZipformerEncoder(Encoder):
         return [stack.rate for stack in self.shapes for _ in range(stack.layers)]
 
     def init_weights(self) -> None:
-        """Blocks are initialized as they are built: ScaledAdam relies on their scales, BERT's would undo them."""
+        """Do nothing: blocks are initialized when they are built, and ScaledAdam relies on their scales."""
 
     def set_num_updates(self, num_updates: int) -> None:
         super().set_num_updates(num_updates)
@@ -435,14 +437,14 @@ class ZipformerEncoder(Encoder):
                 module.update = num_updates
 
     def _run(self, x: Tensor, padding_mask: Tensor | None, depth: int, layerdrop: float, chunks: Chunks | None = None) -> list[Tensor]:
-        # features of D channels are accepted as well, and cut as between stacks
+        # features of D channels are accepted too, and cut as between stacks
         return super()._run(x[..., : self.shapes[0].dim], padding_mask, depth, layerdrop, chunks)
 
     def positions(self, x: Tensor, keys: int) -> Tensor | None:
         return compact_positions(keys, self.table_dim, x)
 
     def run_blocks(self, x: Tensor, frames: Frames, kept: list[bool]) -> list[Tensor]:
-        """States 0 ... len(kept), each (B, T, D) at 20 ms; x (B, T, input_dim)."""
+        """Run the blocks on x (B, T, input_dim); returns states 0 ... len(kept), each (B, T, D) at 20 ms."""
         states = [fitted(x, self.dim)]
         by_rate: dict[int, Frames] = {1: frames}
         for shape, change in zip(self.shapes, self.rate_changes, strict=True):

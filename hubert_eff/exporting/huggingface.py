@@ -1,4 +1,4 @@
-"""Writing a model as a folder of Hugging Face, without importing transformers.
+"""Writes a model as a folder of Hugging Face, without importing transformers.
 
 A Transformer becomes a `HubertModel` (with its CTC layer a `HubertForCTC`) that knows nothing of this package. Other encoders and one-bit
 models keep the file of `hubert_eff.export`, which the classes of `hubert_eff.hf` read.
@@ -29,7 +29,7 @@ from ..recognition.alphabet import BLANK, BOUNDARY
 from ..utils.files import replacing, writable, write_json, write_text
 from .safetensors import export, require_no_heads
 
-PAD, UNKNOWN = "<pad>", "<unk>"  # of the tokenizer; the former is CTC's blank
+PAD, UNKNOWN = "<pad>", "<unk>"  # tokens of the tokenizer; the first is CTC's blank
 VOCABULARY, TOKENIZER, CODE = "vocab.json", "tokenizer_config.json", "modeling_hubert_eff.py"
 REMOTE = '''"""What `trust_remote_code=True` reads: the classes are those of the package hubert-eff, which must be installed."""
 
@@ -37,7 +37,7 @@ from hubert_eff.hf import HubertEffConfig, HubertEffModel
 
 __all__ = ["HubertEffConfig", "HubertEffModel"]
 '''
-LEFT_OUT = ("final_proj.", "target_glu.")  # of pre-training; label embeddings too
+LEFT_OUT = ("final_proj.", "target_glu.")  # parts for pre-training, left out like the label embeddings
 TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -52,10 +52,10 @@ def export_folder(
     model: HubertModel | Recognizer, folder: str | os.PathLike[str], *, dtype: str = "fp32", packed: bool = True,
     encoder_only: bool = False, source: str | os.PathLike[str] = "", notes: Mapping[str, str] | None = None,
 ) -> dict[str, str]:  # fmt: skip
-    """Write a model to a folder: config.json, model.safetensors, preprocessor_config.json, of a recognizer the tokenizer's files too.
+    """Write a model to a folder: config.json, model.safetensors, preprocessor_config.json and, for a recognizer, the tokenizer's files.
 
-    Arguments as of `hubert_eff.export`. Returns what the model card says of it, by name. Raises `UserError` as `export` does, for an
-    attention decoder, and for a recognizer that transformers has no class for, without `encoder_only`.
+    Arguments are those of `hubert_eff.export`. Returns entries of the model card by name. Raises `UserError` as `export` does, and, without
+    `encoder_only`, for an attention decoder and for a recognizer that transformers has no class for.
     """
     hubert = model.hubert if isinstance(model, Recognizer) else model
     if not isinstance(hubert, HubertModel):
@@ -85,15 +85,15 @@ def export_folder(
         files[VOCABULARY] = {PAD: BLANK, **{letter: number for number, letter in enumerate(recognizer.alphabet.symbols, start=1)}}
         files[TOKENIZER] = _tokenizer(files[VOCABULARY])
     else:
-        files[TOKENIZER] = {"tokenizer_class": "Wav2Vec2FeatureExtractor"}  # what pipeline("feature-extraction") gives its input to
+        files[TOKENIZER] = {"tokenizer_class": "Wav2Vec2FeatureExtractor"}  # the class that pipeline("feature-extraction") calls
     for name, content in files.items():
         write_json(target / name, content)
     if not is_native(hubert):
         write_text(target / CODE, REMOTE)
     for name, written in ((VOCABULARY, recognizer is not None), (CODE, not is_native(hubert))):
-        if not written:  # of another model that was here
+        if not written:  # may remain from another model
             (target / name).unlink(missing_ok=True)
-    write_json(target / CONFIG, values)  # the last: a folder without it is none
+    write_json(target / CONFIG, values)  # written last: without it the folder does not count
     return said
 
 
@@ -167,7 +167,7 @@ def _own_config(config: HubertConfig) -> dict[str, Any]:
 
 
 def _preprocessor(config: HubertConfig, recognizer: Recognizer | None, native: bool) -> dict[str, Any]:
-    """Their feature extractor; models of our own classes normalize audio themselves."""
+    """The configuration of transformers' feature extractor; models of our own classes normalize audio themselves."""
     processor = {} if recognizer is None else {"processor_class": "Wav2Vec2Processor"}
     return {
         "feature_extractor_type": "Wav2Vec2FeatureExtractor", "feature_size": 1, "sampling_rate": SAMPLE_RATE, "padding_side": "right",

@@ -1,6 +1,6 @@
-"""ONNX: all hidden states of a batch of equally long waveforms, in float32, of dynamic batch and length; checked by onnxruntime as written.
+"""Writes ONNX: all hidden states of a batch of equally long waveforms, in float32, with dynamic batch and length, checked in onnxruntime.
 
-Through torch's TorchScript exporter: a trace, in which modules take forms without loops over the length (layers/tracing.py).
+torch's TorchScript exporter traces the model; modules then take forms without loops over the length (layers/tracing.py).
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from ..utils.files import replacing
 OPSET = 17
 INPUT, OUTPUT = "wav", "hidden_states"
 TRACED = (2, 16_000)  # shape of the audio that is traced
-ATTEMPTS = 6  # of a one-bit model, recordings of one shape, of which one is to agree: in others a bit may be set the other way at a tie
-TIE = 0.1  # relative difference (L2) of the first state that such a bit changes; more where it changed others within its block
-AGREES = 1e-3  # largest difference of a hidden state, all of which are of order 1, from torch's; usually 1e-5
-HALF_AGREES = 0.05  # in float16, where one rounding of a number of order 1 is 5e-4: runtimes round at other places than torch
+ATTEMPTS = 6  # recordings of one shape, of which one must agree for a one-bit model; in others a tie may flip a bit
+TIE = 0.1  # largest relative difference (L2) of the first state that such a bit changes; it may have changed others in its block
+AGREES = 1e-3  # largest difference from torch of hidden states, which are of order 1; usually 1e-5
+HALF_AGREES = 0.05  # in float16, where rounding a number of order 1 costs 5e-4 and runtimes round at other places than torch
 FLOAT_FORM, SIGN_FORM = "float weights", "one-bit model in its form of +-1 in floats"
 HALF_FORM = "float16 weights"
 
@@ -54,7 +54,7 @@ class _States(nn.Module):
 
 
 def require_onnx() -> tuple[Any, Any]:
-    """The modules onnx and onnxruntime. Raises `UserError` where one is not installed."""
+    """Import onnx and onnxruntime. Raises `UserError` if one is not installed."""
     try:
         import onnx
         import onnxruntime
@@ -64,7 +64,7 @@ def require_onnx() -> tuple[Any, Any]:
 
 
 def require_onnx_form(model: HubertModel) -> None:
-    """Raises `UserError` for a packed model, one with activations of more than one bit, and for a w1a1 one whose scales never saw data."""
+    """Raise `UserError` for a packed model, for activations of 2 to 8 bits, and for a w1a1 model whose scales never saw data."""
     from ..quant.modules import unstarted
     from ..quant.quantization import is_int8
     from ..quant.storage import is_packed
@@ -82,13 +82,15 @@ def require_onnx_form(model: HubertModel) -> None:
 def export_onnx(model: HubertModel, path: str | os.PathLike[str]) -> dict[str, Any]:
     """Write `path` (.onnx): input `wav` (batch, samples) at 16 kHz, output `hidden_states` (L + 1, batch, frames, D).
 
-    A float model is fused first; one that `edge.rewrite` made keeps its layout and, if it is half, float16: then `hidden_states` are
-    float16 too. A w1a1 model is written as it is simulated, +-1 in
-    float32: of its speed and size on bits nothing is left, of its outputs all but what bits of attention probabilities at their threshold
-    change: the graph keeps softmax, as in training (quant/integer_softmax.py). There is no padding mask. Returns bytes, form, opset and
-    the largest difference between onnxruntime's and torch's output with softmax over four shapes, one frame, two, and a batch among them,
-    and the share of elements that differ by more than `AGREES` (in float16 `HALF_AGREES`): none in a float model, and in a one-bit one
-    none but, in a long input, those behind a bit that was set the other way at a tie.
+    A float model is fused first. A model from `edge.rewrite` keeps its layout and, if it is half, float16, also for `hidden_states`. A w1a1
+    model is written in its simulated form, +-1 in float32: it loses the speed and size of bits, and keeps its outputs except for what bits
+    of attention probabilities at their threshold change, since the graph keeps softmax, as in training (quant/integer_softmax.py). There is
+    no padding mask.
+
+    Returns bytes, form, opset, the largest difference between onnxruntime and torch with softmax over four shapes (among them one frame,
+    two frames and a batch), and the share of elements that differ by more than `AGREES` (in float16 `HALF_AGREES`). That share is zero for a
+    float model; in a one-bit model only elements behind a bit that a tie flipped, in a long input, may differ.
+
     Raises `UserError` for a packed model, activations of more than one bit, scales that never saw data, another suffix, and a graph that
     does not compute the same.
     """
@@ -136,7 +138,7 @@ def _trace(traced: nn.Module, path: Path) -> None:
     axes = {INPUT: {0: "batch", 1: "samples"}, OUTPUT: {1: "batch", 2: "frames"}}
     printed = contextlib.redirect_stdout(io.StringIO())  # on failure the exporter prints the whole graph
     with torch.no_grad(), printed, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of every shape that a trace takes for a constant; the check covers what matters
+        warnings.simplefilter("ignore")  # every shape that a trace makes constant raises one; the check covers what matters
         try:
             torch.onnx.export(
                 traced, (_noise(TRACED),), os.fspath(path), input_names=[INPUT], output_names=[OUTPUT], dynamic_axes=axes,
@@ -156,7 +158,7 @@ def _compare(traced: _States, path: Path, runtime: Any) -> tuple[float, float]:
 
     Raises `UserError` for a graph that does not run, or does not compute the same.
     """
-    traced.eval()  # the exporter leaves modules as it found their parent
+    traced.eval()  # the exporter sets all modules to their parent's mode
     config = traced.model.config
     one = receptive_field(config.conv_layers)
     try:
@@ -177,7 +179,7 @@ def _tolerance(model: HubertModel) -> float:
 def _onnxruntime() -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # its own have no other class in common
+    except Exception as error:  # its own errors have no other common class
         raise UserError(f"does not run in onnxruntime ({' '.join(str(error).split())[:200]})") from error
 
 
@@ -203,5 +205,5 @@ def _agreement(traced: _States, session: Any, shape: tuple[int, int]) -> Tensor:
         if binary and first > 0 and relative <= TIE:
             kept = difference
     if kept is not None and traced.model.num_frames(shape[1]) > 2:
-        return kept  # there are so many bits that a deep model may have one at a tie in every recording
+        return kept  # a deep model has so many bits that every recording may have one at a tie
     raise UserError(f"differs from torch by {worst:.2g} for audio {shape}")

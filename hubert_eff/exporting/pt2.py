@@ -1,4 +1,4 @@
-"""torch.export programs (.pt2): hidden states, or letters of a fine-tuned model, of dynamic batch and length; torch alone runs them.
+"""Writes torch.export programs (.pt2), with dynamic batch and length, for hidden states or a fine-tuned model's letters; torch runs them.
 
 Modules take forms without loops over the length (layers/tracing.py), and attention is computed in one piece.
 """
@@ -29,8 +29,8 @@ from ..quant.quantization import is_int8
 from ..recognition import Recognizer
 from ..utils.files import replacing
 
-DESCRIPTION = "hubert_eff.json"  # the extra file of a program that says what it is
-TRACED = (3, 16_321)  # shape of the audio that is followed; sizes that are nothing special
+DESCRIPTION = "hubert_eff.json"  # the extra file that describes a program
+TRACED = (3, 16_321)  # shape of the traced audio; arbitrary sizes
 MOST_UTTERANCES, LONGEST = 1024, 3600 * SAMPLE_RATE
 AGREES = 1e-4  # largest difference from torch; usually 1e-6
 
@@ -59,8 +59,9 @@ class _Letters(nn.Module):
 
 
 def require_program(model: HubertModel | Recognizer) -> None:
-    """Raises `UserError` for a model without a program: one-bit, rewritten for accelerators, or with a CTC layer that has learned nothing;
-    and for a torch that is too old."""
+    """Raise `UserError` for a model without a program (one-bit, rewritten for accelerators, or with an untrained CTC layer) and for an old
+    torch.
+    """
     hubert = model.hubert if isinstance(model, Recognizer) else model
     if not _has_bounds():
         raise UserError(f"--pt2 needs torch 2.7 or newer, this is {torch.__version__}: its torch.export knows no bounds of dynamic sizes")
@@ -82,8 +83,8 @@ def export_pt2(model: HubertModel | Recognizer, path: str | os.PathLike[str]) ->
 
     The program is called as program(wav (B, S) at 16 kHz, padding_mask (B, S) bool, True = padding) and returns what
     `HubertModel.hidden_states` does, (L + 1 tensors (B, T, D), padding (B, T)); of a recognizer (log-probabilities (B, T, V), padding).
-    Audio has two frames (720 samples) to an hour, a batch up to 1024 utterances. The model is fused first. An attention decoder is left
-    out. The extra file `DESCRIPTION` says as JSON what the program is, of a recognizer the letters too.
+    Audio may have two frames (720 samples) to an hour, a batch up to 1024 utterances. The model is fused first. An attention decoder is
+    left out. The extra file `DESCRIPTION` describes the program as JSON, including a recognizer's letters.
 
     Returns bytes and the largest difference between the program as it is read back and the model, over four shapes.
     Raises `UserError` as `require_program` does, for another suffix, and for a program that does not compute the same.
@@ -97,7 +98,7 @@ def export_pt2(model: HubertModel | Recognizer, path: str | os.PathLike[str]) ->
     with replacing(path) as temporary:
         program = _program(wrapper)
         with temporary.open("wb") as stream, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of weights that are views, as fused ones are
+            warnings.simplefilter("ignore")  # fused weights are views, of which it warns
             torch.export.save(program, stream, extra_files={DESCRIPTION: json.dumps(description, indent=2, sort_keys=True)})
         difference = _difference(model, temporary)
     return {"file": os.fspath(path), "bytes": Path(path).stat().st_size, "difference": difference, **description}
@@ -131,12 +132,12 @@ def _program(wrapper: nn.Module) -> torch.export.ExportedProgram:
         warnings.simplefilter("ignore")
         try:
             program = torch.export.export(wrapper, (wav, padding), dynamic_shapes={"wav": sizes, "padding_mask": dict(sizes)}, strict=False)
-        except Exception as error:  # of torch's own classes, which differ between versions
+        except Exception as error:  # torch's own classes differ between versions
             raise UserError(f"torch.export cannot follow this model: {short(error)}") from error
     for module in program.graph_module.modules():
         if isinstance(module, torch.fx.GraphModule):
             for node in module.graph.nodes:
-                node.meta.pop("stack_trace", None)  # paths of this machine
+                node.meta.pop("stack_trace", None)  # holds paths of this machine
     return program
 
 
@@ -145,7 +146,7 @@ def _hubert(wrapper: nn.Module) -> HubertModel:
 
 
 def _audio(shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Noise (B, S) and padding that leaves three quarters of its last row."""
+    """Noise (B, S), and padding of the last quarter of its last row."""
     wav = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     padding = torch.zeros(shape, dtype=torch.bool)
     if shape[0] > 1:

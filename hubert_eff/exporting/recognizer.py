@@ -1,4 +1,4 @@
-"""Writing a fine-tuned model as one safetensors file: its encoder as `export` writes it, and its heads and alphabet beside it."""
+"""Writes a fine-tuned model as one safetensors file: its encoder as `export` writes it, with its heads and alphabet."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from .safetensors import export, sort_metadata
 def export_recognizer(model: Recognizer, path: str | os.PathLike[str], *, notes: Mapping[str, str] | None = None, **how: Any) -> None:
     """Write a recognizer to `path` (.safetensors), which `load_recognizer` reads back; `hubert_eff.load` reads its encoder.
 
-    The encoder is written as `export` does, packed where it is w1a1; CTC layer, decoder and downsampling stand beside it in the dtype of
-    the rest, the alphabet in the metadata.
+    The encoder is written as by `export`, packed if it is w1a1; CTC layer, decoder and downsampling follow in the dtype of the rest, and
+    the alphabet is in the metadata.
 
     Args:
         model: a fine-tuned model.
         path: the file to write.
-        notes: more to say, as text by name.
+        notes: further metadata, as text by name.
         how: `dtype`, `packed`, `fuse` and `source` of `export`.
 
     Raises:
-        UserError: what `export` refuses of the encoder, and heads whose weights are not finite.
+        UserError: `export` would refuse the encoder, or weights of the heads are not finite.
     """
     target = Path(path)
     if target.suffix != ".safetensors":

@@ -1,4 +1,4 @@
-"""Writing a model as one safetensors file: weights, and its configuration and origin as metadata.
+"""Writes a model as one safetensors file: weights, with configuration and origin as metadata.
 
 A one-bit model (w1a1) is written packed, one bit per weight, and read back as a model that runs from bits. docs/export.md describes the
 format; `hubert_eff.checkpoints.safetensors` reads it.
@@ -58,7 +58,7 @@ def export(
             too large for fp16; the path has another suffix; or a note is not text or has the name of other metadata.
     """
     if not isinstance(model, HubertModel):
-        raise UserError(f"cannot export a {type(model).__name__}: expected a HubertModel, as is the `hubert` of a recognizer")
+        raise UserError(f"cannot export a {type(model).__name__}: expected a HubertModel, such as the `hubert` of a recognizer")
     if not encoder_only:
         require_no_heads(model)
     if Path(path).suffix != ".safetensors":
@@ -105,8 +105,7 @@ def export(
         _compare_modules(model, rebuilt)
     except UserError as error:
         raise UserError(
-            f"cannot export this model, which could not be read back ({error}): export the one that it was made from, by a "
-            "change of its modules"
+            f"cannot export this model, which could not be read back ({error}): export the model that it was made from by changing modules"
         ) from error
     with replacing(path) as temporary:
         save_file(weights, temporary, metadata)
@@ -114,7 +113,7 @@ def export(
 
 
 def _compare_modules(model: HubertModel, rebuilt: HubertModel) -> None:
-    """Raise `UserError` where a module of the model, or a function that it holds, such as an activation, is not what `load` would build."""
+    """Raise `UserError` if a module of the model, or a function in it such as an activation, differs from what `load` would build."""
     ours, theirs = _computing(model), _computing(rebuilt)
     for name in ours.keys() | theirs.keys():
         if ours.get(name) != theirs.get(name):
@@ -122,7 +121,7 @@ def _compare_modules(model: HubertModel, rebuilt: HubertModel) -> None:
 
 
 def _computing(model: HubertModel) -> dict[str, str]:
-    """What computes in a model, by its place: classes of modules, and functions that are their attributes."""
+    """What computes in a model, by path: classes of modules, and functions among their attributes."""
     found = {}
     for path, module in model.named_modules():
         found[path] = f"{type(module).__module__}.{type(module).__qualname__}"
@@ -132,23 +131,23 @@ def _computing(model: HubertModel) -> dict[str, str]:
 
 
 def require_no_heads(model: HubertModel) -> None:
-    """Raises `UserError` for the encoder of a fine-tuned model, whose heads a file has no place for."""
+    """Raise `UserError` for the encoder of a fine-tuned model, because the file has no place for its heads."""
     if model.heads:
         raise UserError(
-            f"this model is fine-tuned, and what is written here has no place for its {model.heads}: keep the checkpoint for `hubert-eff "
-            "transcribe`, or write all of it by --out or export_recognizer; to export the encoder alone, say so by --encoder-only "
+            f"this model is fine-tuned, and this form has no place for its {model.heads}: keep the checkpoint for `hubert-eff "
+            "transcribe`, or write all of it by --out or export_recognizer; to export the encoder alone, use --encoder-only "
             "(encoder_only=True)"
         )
 
 
 def sort_metadata(file: Path) -> None:
-    """Put the metadata in the header of a safetensors file, which come in another order in each process, in that of their names."""
+    """Sort the metadata in the header of a safetensors file by name; their order differs from process to process."""
     with file.open("r+b") as stream:
         size = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(size))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-        assert len(text) <= size  # the same characters, and spaces behind them
+        assert len(text) <= size  # the same characters, padded with spaces
         stream.seek(8)
         stream.write(text.ljust(size))
 

@@ -1,4 +1,4 @@
-"""Hidden states of audio files, written to one file: batches of unequal lengths, long recordings in windows."""
+"""Writes hidden states of audio files to one file: in batches of unequal lengths, and long recordings in windows."""
 
 # T frames of 20 ms, L blocks, D model dim
 
@@ -35,15 +35,15 @@ Array = npt.NDArray[np.float32]
 
 SUFFIXES = (".npz", ".pt")
 WINDOW = 60.0  # seconds
-CONTEXT = 5.0  # seconds on both sides of a window that are computed and dropped
+CONTEXT = 5.0  # seconds on both sides of a window that are computed and discarded
 SHORTEST = 4 * CONTEXT  # window
-TOGETHER = 120.0  # seconds of audio in a batch at most, padding included
+TOGETHER = 120.0  # most seconds of audio in a batch, including padding
 FRAMES = SAMPLE_RATE // FRAME_STRIDE  # per second
 
 
 @dataclass
 class Recording:
-    """What was made of one file: `key` in the output, length, windows that it was cut into (1: in one piece)."""
+    """The result for one file: its `key` in the output, its length, and the number of windows (1: in one piece)."""
 
     file: str
     key: str
@@ -127,7 +127,7 @@ def extract(
 
 
 def summary(recordings: Sequence[Recording], out: Path) -> dict[str, Any]:
-    """What was written, as plain values."""
+    """A summary of what was written, as plain values."""
     return {"out": str(out), "bytes": out.stat().st_size, "recordings": [asdict(recording) for recording in recordings]}
 
 
@@ -140,12 +140,12 @@ def _check_options(target: Path, files: Sequence[str | os.PathLike[str]], batch:
     if batch < 1:
         raise UserError(f"batch={batch} must be at least 1")
     if not (window == 0 or SHORTEST <= window <= 3600):
-        raise UserError(f"window={window:g} must be {SHORTEST:g} to 3600 seconds, or 0: in one piece, however long")
+        raise UserError(f"window={window:g} must be {SHORTEST:g} to 3600 seconds, or 0 for one piece of any length")
     writable(target.parent)
 
 
 def _usable(given: Sequence[tuple[Path, str]], model: HubertModel, left_out: Callable[[str], object] | None) -> list[_Item]:
-    """The files that can be used. The others are reported to `left_out`; raises `UserError` for the first without it, or if no file can."""
+    """The usable files. Others are reported to `left_out`. Raises `UserError` for the first of them without it, or if no file is usable."""
     items, faults = [], []
     with progress("checking", len(given)) as advance:
         for path, key in given:
@@ -173,7 +173,7 @@ def _item(path: Path, key: str, model: HubertModel) -> _Item:
         if path.suffix.lower() in FOREIGN_SUFFIXES:
             raise UnusableFile(f"{path}: {path.suffix} is not decoded here; convert it to wav, flac, ogg or mp3")
         checked = check(path, silent=True)
-    except (Unusable, OSError) as error:  # the latter: a name that is too long, a folder that may not be entered
+    except (Unusable, OSError) as error:  # the latter for a name that is too long or a folder that may not be entered
         raise UnusableFile(f"{path}: {error}") from error
     if checked.rate != SAMPLE_RATE and importlib.util.find_spec("soxr") is None:
         raise missing_extra("soxr", "data", f"{path} has {checked.rate} Hz: resampling")
@@ -184,7 +184,7 @@ def _item(path: Path, key: str, model: HubertModel) -> _Item:
 
 
 def _check_space(target: Path, sizes: Sequence[int]) -> None:
-    """Raise `UserError` where arrays of these sizes, and the largest once more, which may be computed in windows, do not fit."""
+    """Raise `UserError` if the disk has no room for these arrays and a second copy of the largest, which may be computed in windows."""
     needed, free = sum(sizes) + max(sizes), shutil.disk_usage(target.parent).free
     if needed > free:
         raise UserError(
@@ -194,7 +194,7 @@ def _check_space(target: Path, sizes: Sequence[int]) -> None:
 
 @contextmanager
 def _leaving_out(left_out: Callable[[str], object] | None) -> Iterator[None]:
-    """Pass over a file that was sound when it was checked, and cannot be read any more."""
+    """Skip a file that was valid when it was checked and can no longer be read."""
     try:
         yield
     except UnusableFile as fault:
@@ -204,7 +204,7 @@ def _leaving_out(left_out: Callable[[str], object] | None) -> Iterator[None]:
 
 
 def _batches(items: list[_Item], model: HubertModel, most: int, window: float) -> Iterator[list[_Item]]:
-    """The longest first; a recording that is cut into windows alone."""
+    """Batches, the longest files first; a recording that is cut into windows is alone."""
     pads = model.config.extractor_mode == "layer_norm" and model.config.valid_frames == "receptive_field"
     batch: list[_Item] = []
     for item in sorted(items, key=lambda item: -item.checked.samples):
@@ -223,7 +223,7 @@ def _batches(items: list[_Item], model: HubertModel, most: int, window: float) -
 
 
 def _blocks(item: _Item) -> Iterator[Array]:
-    """The samples of a file. Raises `UnusableFile` where it has changed since it was checked."""
+    """The samples of a file. Raises `UnusableFile` if it has changed since it was checked."""
     try:
         yield from read_mono(item.path, item.checked)
     except OSError as error:
@@ -235,7 +235,7 @@ def _recording(item: _Item, windows: int) -> Recording:
 
 
 def _states(model: HubertModel, audio: Sequence[Array], layer: int | None) -> Iterator[Array]:
-    """For each recording its states (L + 1, T, D), or one of them (T, D), T that of the longest one."""
+    """Yield for each recording its states (L + 1, T, D), or one of them (T, D); T is that of the longest recording."""
     device = next(model.parameters()).device
     length = max(map(len, audio))
     wav, padding = torch.zeros(len(audio), length), torch.zeros(len(audio), length, dtype=torch.bool)
@@ -256,12 +256,12 @@ def _in_windows(
     model: HubertModel, item: _Item, layer: int | None, window: float, write: Callable[[str, Array], None], target: Path,
     tell: Callable[[int], None],
 ) -> Recording:  # fmt: skip
-    """A long recording, window by window into a file without a name, so that memory does not grow with its length, and nothing is left of
-    it however this process ends; `tell` is told of samples done.
+    """Compute a long recording window by window into an unnamed file, so that memory does not grow with its length and nothing remains on
+    disk however this process ends; `tell` is called with the number of samples done.
 
-    What a model takes over a whole recording is taken over it: mean and variance of the samples (`normalize`), those of the first
-    convolution's channels (the default extractor). So the extractor's output is that of the whole pass, and so is state 0, whose
-    positional convolution sees less far than the context; blocks see a window with its context.
+    Statistics over a whole recording are computed over all of it: mean and variance of the samples (`normalize`), and of the first
+    convolution's channels (the default extractor). So the extractor's output equals that of a whole pass, and so does state 0, whose
+    positional convolution sees less than the context; blocks see a window with its context.
     """
     reach = receptive_field(model.config.conv_layers)
     core, context = int((window - 2 * CONTEXT) * FRAMES), int(CONTEXT * FRAMES)
@@ -280,7 +280,7 @@ def _in_windows(
                     shape = (*states.shape[:-2], item.frames, states.shape[-1])
                     for number, state in enumerate(states[..., a - first : b - first, :].reshape(-1, b - a, shape[-1])):
                         file.seek((number * item.frames + a) * shape[-1] * state.itemsize)
-                        file.write(state.tobytes())  # not by a memory map: on a full disk that ends the process
+                        file.write(state.tobytes())  # a memory map would end the process on a full disk
                     tell((item.checked.samples if b == item.frames else b * FRAME_STRIDE) - a * FRAME_STRIDE)
         finally:
             model.config = config
@@ -302,7 +302,7 @@ def _normalized(item: _Item, eps: float) -> Wave:
 
 
 def _pieces(item: _Item, wave: Wave | None, spans: Sequence[tuple[int, int]]) -> Iterator[Array]:
-    """The samples of each span; spans are in order, and only what the next ones need is kept."""
+    """Yield the samples of each span; spans are in order, and only the samples that later spans need are kept."""
     blocks, held, place = _blocks(item), np.zeros(0, np.float32), 0
     for start, end in spans:
         if start > place:
@@ -318,14 +318,14 @@ def _pieces(item: _Item, wave: Wave | None, spans: Sequence[tuple[int, int]]) ->
 
 
 def _tiles(model: HubertModel, samples: int) -> list[tuple[int, int]]:
-    """Spans whose frames of the first convolution follow each other, without a gap and each one once."""
+    """Spans that give every frame of the first convolution exactly once, in order."""
     _, kernel, stride = model.config.conv_layers[0]
     frames, step = (samples - kernel) // stride + 1, 1 << 17
     return [(a * stride, (min(a + step, frames) - 1) * stride + kernel) for a in range(0, frames, step)]
 
 
 class _Affine(nn.Module):
-    """Stands in for `TimeNorm` where the statistics are known."""
+    """Replaces `TimeNorm` with known statistics."""
 
     def __init__(self, norm: TimeNorm, mean: Tensor, variance: Tensor) -> None:
         super().__init__()
@@ -337,7 +337,7 @@ class _Affine(nn.Module):
 
 
 def _over_recording(model: HubertModel, pieces: Callable[[], Iterator[Array]]) -> Any:
-    """A context in which the default extractor's GroupNorm over time has the statistics of the recording of these pieces."""
+    """A context in which the default extractor's GroupNorm over time uses the statistics of the whole recording."""
     if not any(isinstance(module, TimeNorm) for module in model.feature_extractor.modules()):
         return nullcontext()
     layers = model.feature_extractor.conv_layers
@@ -372,7 +372,7 @@ def _replaced(block: ConvBlock, norm: nn.Module, fixed: nn.Module) -> Iterator[N
 
 @contextmanager
 def _writer(target: Path) -> Iterator[Callable[[str, Array], None]]:
-    """Yield write(key, array); the file appears when all is written."""
+    """Yield write(key, array); the file appears when everything is written."""
     with replacing(target) as temporary:
         if target.suffix == ".npz":
             with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:

@@ -56,7 +56,7 @@ def _samples(audio: str | os.PathLike[str] | npt.NDArray[np.floating] | Tensor, 
     """16 kHz mono samples (S,)."""
     if isinstance(audio, (str, os.PathLike)):
         if rate is not None:
-            raise UserError(f"rate={rate} is for samples: the file {os.fspath(audio)} says its own")
+            raise UserError(f"rate={rate} is for samples, but the file {os.fspath(audio)} states its own rate: leave it out")
         path = Path(audio)
         try:
             return np.concatenate(list(read_mono(path, check(path))))

@@ -1,1 +1,1 @@
-"""The C++ kernels of one-bit layers: found, compiled once, cached, and chosen for this processor."""
+"""Finds, compiles, caches and chooses the C++ kernels of one-bit layers for this processor."""

@@ -1,4 +1,4 @@
-"""This machine's processor: who made it, and which of its instruction sets decide how fast products are."""
+"""This machine's processor: its vendor, and the instruction sets that matter for the speed of products."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 INTEL, AMD, ARM = "Intel", "AMD", "Arm"
 UNKNOWN = "unknown"
-SETS = (  # as Linux writes them
+SETS = (  # in Linux's spelling
     "avx2", "avx512bw", "avx512_vnni", "avx512_vpopcntdq", "avx512_bf16", "avx_vnni", "amx_int8", "amx_bf16", "asimd", "sve", "bf16",
 )  # fmt: skip
 _MARKS = {"GenuineIntel": INTEL, "AuthenticAMD": AMD, "CPU implementer": ARM}
@@ -20,7 +20,7 @@ _FACTS = Path("/proc/cpuinfo")
 
 @dataclass(frozen=True)
 class Cpu:
-    """A processor: its vendor, its model's name, and which of `SETS` it has."""
+    """A processor: vendor, model name, and the members of `SETS` that it has."""
 
     vendor: str
     name: str
@@ -28,7 +28,7 @@ class Cpu:
 
 
 def _described(text: str, otherwise: str) -> Cpu:
-    """The processor that /proc/cpuinfo describes; `otherwise`: what the system says of it where that has no vendor."""
+    """The processor that /proc/cpuinfo describes; `otherwise` is the system's own description, used if there is no vendor."""
     fields: dict[str, str] = {}
     for key, colon, value in (line.partition(":") for line in text.splitlines()):
         if colon:
@@ -48,9 +48,9 @@ def _of(flags: Iterable[str]) -> tuple[str, ...]:
 
 @functools.cache
 def cpu() -> Cpu:
-    """The processor of this process. Where the system does not describe it (not Linux): no sets, and a vendor by its name."""
+    """The processor of this process. On other systems than Linux, sets are unknown and the vendor follows from the name."""
     try:
-        with _FACTS.open(encoding="utf-8", errors="replace") as lines:  # of the first core: a large machine takes long to tell of all
+        with _FACTS.open(encoding="utf-8", errors="replace") as lines:  # the first core only, since all cores of a large machine take long
             text = "".join(itertools.takewhile(str.strip, lines))
     except OSError:
         text = ""

@@ -1,8 +1,8 @@
-"""Compile the kernels once per machine, load it, and choose the fastest kernel that this processor can run.
+"""Compiles the kernels once per machine, loads them, and chooses the fastest kernel that this processor can run.
 
 The library goes into `$XDG_CACHE_HOME/hubert-eff` (default ~/.cache), named after its sources, its compiler, the processor's family and
-its own content; it holds the kernels of all instruction sets of that family. What another user can have written is not loaded.
-The compiler is `$CXX`, or g++, clang++ or c++, whichever there is. `$HUBERT_EFF_KERNEL` forces a kernel: one of `KERNELS`.
+its own content; it holds the kernels of all instruction sets of that family. A library that another user may have written is not loaded.
+The compiler is `$CXX`, or the first of g++, clang++ and c++ that is installed. `$HUBERT_EFF_KERNEL` forces a kernel: one of `KERNELS`.
 """
 
 from __future__ import annotations
@@ -30,18 +30,25 @@ from ..utils.files import replacing
 VARIABLE = "HUBERT_EFF_KERNEL"
 TORCH = "torch"
 AMX, POPCOUNT = "amx", "avx512vpopcntdq"
-KERNELS = (AMX, POPCOUNT, "avx512bw", "avx2", "neon", TORCH)  # the fastest first; the last one always runs, and defines the others
+KERNELS = (
+    AMX,
+    POPCOUNT,
+    "avx512bw",
+    "avx2",
+    "neon",
+    TORCH,
+)  # the fastest first; the last always runs and defines the results of all
 TILED_ROWS, TILED_INPUTS = (
     16,
     128,
-)  # products with fewer are as fast by popcounts: a tile has 16 rows, and its sums cost as much as 64 inputs
+)  # smaller products are as fast with popcounts: a tile has 16 rows, and its sums cost as much as 64 inputs
 SOURCE = Path(__file__).with_name("kernels.cpp")
 SOURCES = (SOURCE, *sorted(SOURCE.parent.glob("*.h")))
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-pthread")  # no fused multiply-add: torch rounds twice
 WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 DIMS = 3
 LONG, POINTER = ctypes.c_int64, ctypes.c_void_p
-_lock = threading.Lock()  # threads of one process would write the same temporary file
+_lock = threading.Lock()  # otherwise threads of one process would write the same temporary file
 
 
 def _structure(name: str, pointers: str, sizes: str, strides: str = "", last: str = "", end: str = "") -> type[ctypes.Structure]:
@@ -53,7 +60,7 @@ def _structure(name: str, pointers: str, sizes: str, strides: str = "", last: st
     return type(name, (ctypes.Structure,), {"_fields_": fields})
 
 
-# as in pack.h, product.h, depthwise.h, columns.h and attention.h
+# layouts as in pack.h, product.h, depthwise.h, columns.h and attention.h
 Pack = _structure("Pack", "x move factor limit", "columns", "size x_stride move_stride factor_stride", "out", "half before words")
 Product = _structure("Product", "a b scale size bias limit out", "batch m n k words sizes is_signed half")
 Depthwise = _structure(
@@ -84,8 +91,7 @@ def _compiler() -> list[str] | None:
 
 
 def _folders() -> list[Path]:
-    """Where the library may be kept: among the user's caches, and among temporary files. No folder that another user can write to or put
-    another in the place of."""
+    """Folders for the library: the user's cache, and temporary files. A folder that another user can write to or replace is left out."""
     places = [Path(tempfile.gettempdir()) / f"hubert-eff-{os.geteuid()}"]
     with suppress(RuntimeError):  # no such user
         places.insert(0, Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hubert-eff")
@@ -95,7 +101,7 @@ def _folders() -> list[Path]:
             place.parent.mkdir(parents=True, exist_ok=True)
             place.mkdir(mode=0o700, exist_ok=True)
             folder = place.resolve()
-            if folder.stat().st_uid == os.geteuid() and folder.stat().st_mode & WRITABLE_BY_OTHERS:  # of an earlier version
+            if folder.stat().st_uid == os.geteuid() and folder.stat().st_mode & WRITABLE_BY_OTHERS:  # made by an earlier version
                 folder.chmod(0o700)
             shared = [stat.S_IWOTH & mode and not stat.S_ISVTX & mode for mode in (parent.stat().st_mode for parent in folder.parents)]
             if _is_trusted(folder.stat()) and os.access(folder, os.R_OK | os.X_OK) and not any(shared):
@@ -104,13 +110,13 @@ def _folders() -> list[Path]:
 
 
 def _is_trusted(found: os.stat_result) -> bool:
-    """Whether nobody but this user, and root, can have written a file or folder."""
+    """Whether only this user and root can have written a file or folder."""
     return found.st_uid in (os.geteuid(), 0) and not found.st_mode & WRITABLE_BY_OTHERS
 
 
 def _is_whole(library: Path) -> bool:
-    """Whether a library found in the cache was written by this user, or root, and holds what its name says: half of one, as a full disk or
-    a crash of the machine may leave it, ends the process where it is loaded."""
+    """Whether a cached library was written by this user or root and matches the digest in its name. Loading half a library, as a full disk
+    or a crash of the machine may leave it, would end the process."""
     try:
         with library.open("rb") as stream:
             content = stream.read() if _is_trusted(os.fstat(stream.fileno())) else b""
@@ -120,7 +126,7 @@ def _is_whole(library: Path) -> bool:
 
 
 def compile_library() -> Path:
-    """The compiled library, from the cache if it is there. Raises `RuntimeError`, one line, if it cannot be made."""
+    """The compiled library, from the cache if possible. Raises `RuntimeError` with one line if it cannot be compiled."""
     compiler = _compiler()
     if compiler is None:
         raise RuntimeError("no C++ compiler was found (install g++ or clang++, or set CXX)")
@@ -142,7 +148,7 @@ def compile_library() -> Path:
             if not _is_whole(found):
                 found.unlink(missing_ok=True)
         target = folder / f"{stem}-{hashlib.sha256(content).hexdigest()}.so"
-        with replacing(target) as temporary:  # two processes may do this at a time: each renames a complete file
+        with replacing(target) as temporary:  # two processes may do this at once; each renames a complete file
             temporary.write_bytes(content)
         target.chmod(0o700)  # whatever the umask is
         return target
@@ -156,7 +162,7 @@ def compile_library() -> Path:
 
 @functools.cache
 def _library() -> ctypes.CDLL | str:
-    """The library, or why there is none."""
+    """The library, or the reason why there is none."""
     with _lock:
         try:
             library = ctypes.CDLL(str(compile_library()))
@@ -175,7 +181,7 @@ def _library() -> ctypes.CDLL | str:
 
 @functools.cache
 def _load(name: str) -> Kernel | str:
-    """A kernel by name, or why it does not run here."""
+    """A kernel by name, or the reason why it does not run here."""
     library = _library()
     if isinstance(library, str):
         return library
@@ -193,7 +199,7 @@ def _best() -> Kernel | None:
 
 
 def absence() -> str | None:
-    """Why no kernel runs here; None where one does."""
+    """The reason why no kernel runs here; None if one does."""
     library = _library()
     if isinstance(library, str):
         return library
@@ -202,7 +208,7 @@ def absence() -> str | None:
 
 
 def current() -> Kernel | None:
-    """The kernel to use; None: plain torch. Raises `UserError` for a forced kernel that is unknown, or that does not run here."""
+    """The kernel to use; None for plain torch. Raises `UserError` for a forced kernel that is unknown or does not run here."""
     name = os.environ.get(VARIABLE, "")
     if not name:
         return _best()
@@ -212,26 +218,26 @@ def current() -> Kernel | None:
         return None
     kernel = _load(name)
     if isinstance(kernel, str):
-        raise UserError(f"{VARIABLE}={name}: {kernel}; unset it to run on what there is")
+        raise UserError(f"{VARIABLE}={name}: {kernel}; unset it to let the fastest one run")
     return kernel
 
 
 def for_product(kernel: Kernel, rows: int, inputs: int) -> Kernel:
-    """Of a processor with AMX, what computes a product of so many rows and inputs, unless AMX is forced; of others, its kernel."""
+    """The kernel for a product of so many rows and inputs: with AMX it depends on the size, unless AMX is forced."""
     if kernel.name != AMX or os.environ.get(VARIABLE) == AMX or (rows >= TILED_ROWS and inputs >= TILED_INPUTS):
         return kernel
-    popcount = _load(POPCOUNT)  # all processors with AMX run it; its functions are those of AMX but for products
+    popcount = _load(POPCOUNT)  # all processors with AMX run it; only its products differ from AMX
     return popcount if isinstance(popcount, Kernel) else kernel
 
 
 def kernel_in_use() -> str:
-    """The name of the kernel that one-bit layers run on: one of `KERNELS`."""
+    """The name of the kernel that one-bit layers use, one of `KERNELS`."""
     kernel = current()
     return TORCH if kernel is None else kernel.name
 
 
 def described() -> dict[str, str]:
-    """What one-bit layers run on, by operation. Raises `UserError` as `current`."""
+    """The kernel of each operation of one-bit layers. Raises `UserError` as `current` does."""
     kernel = current()
     if kernel is None or kernel.name != AMX:
         return {"all operations": kernel_in_use()}

@@ -1,4 +1,4 @@
-"""The files of labels: SPLIT.km, a line of classes per utterance, and dict.km.txt, which lists the classes."""
+"""Reads files of labels: SPLIT.km, with a line of classes per utterance, and dict.km.txt, which lists the classes."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ COUNT = re.compile(r"\d{1,18}", re.ASCII)
 
 @dataclass(frozen=True)
 class Labels:
-    """A file of labels that has been checked: where each line lies in it, in bytes, and what was read there.
+    """A checked file of labels: the position of each line in bytes, and a summary of its content.
 
-    `counts` (N,) are labels per line, `digest` is the SHA-256 of the file. Lines stay in the file: those of 60,000 hours take gigabytes.
+    `counts` (N,) are labels per line; `digest` is the SHA-256 of the file. Lines stay in the file, because 60,000 hours take gigabytes.
     """
 
     file: Path
@@ -33,11 +33,11 @@ class Labels:
     digest: str
 
     def __len__(self) -> int:
-        """Lines."""
+        """The number of lines."""
         return len(self.starts)
 
     def line(self, index: int) -> str:
-        """A line, read again. Raises `UserError` if it is not the one that was checked."""
+        """Read a line again. Raises `UserError` if it has changed since it was checked."""
         length = int(self.lengths[index])
         try:
             with self.file.open("rb") as stream:
@@ -46,14 +46,14 @@ class Labels:
         except OSError as error:
             raise UserError(f"{self.file} cannot be read any more ({error.strerror})") from error
         if len(raw) != length or zlib.crc32(raw) != self.sums[index]:
-            raise UserError(f"{self.file} has changed since it was checked: line {index + 1} is another")
+            raise UserError(f"{self.file} has changed since it was checked: line {index + 1} differs")
         return raw.decode()
 
 
 def read_labels(file: Path, classes: Collection[str], classes_from: str) -> Labels:
-    """Check a file of labels. `classes_from`: where the `classes` are listed.
+    """Check a file of labels. `classes_from` says where the `classes` are listed.
 
-    Raises `UserError`: no such file, a line without labels, a label that is not among `classes`; see also `lines.scan`.
+    Raises `UserError` for a missing file, a line without labels, or a label that is not among `classes`; see also `lines.scan`.
     """
     if not file.is_file():
         raise UserError(f"no labels {file}: make them with `hubert-eff labels`, and point task.label_dir to their directory")
@@ -61,7 +61,7 @@ def read_labels(file: Path, classes: Collection[str], classes_from: str) -> Labe
     digest = hashlib.sha256()
     found: list[tuple[int, int, int, int]] = []
     for line in scan(file, "make the labels again", digest):
-        # blanks outside ASCII are blanks to fairseq too
+        # fairseq also splits at blanks outside ASCII
         labels = line.raw.split() if line.raw.isascii() else [label.encode() for label in line.raw.decode().split()]
         foreign = set(labels) - known
         if foreign:
@@ -77,7 +77,7 @@ def read_labels(file: Path, classes: Collection[str], classes_from: str) -> Labe
 
 
 def read_dictionary(file: Path) -> list[tuple[str, int]]:
-    """The classes of a fairseq dictionary, in order, and how often each occurs. Raises `UserError` naming the line that is malformed."""
+    """Read the classes of a fairseq dictionary, in order, with their counts. Raises `UserError` that names a malformed line."""
     if not file.is_file():
         raise UserError(f"no dictionary {file}: make it with `hubert-eff labels`, and point task.label_dir to its directory")
     classes: dict[str, int] = {}
@@ -94,7 +94,7 @@ def read_dictionary(file: Path) -> list[tuple[str, int]]:
 
 
 def file_digest(file: Path) -> str | None:
-    """SHA-256 of a file; None where it cannot be read."""
+    """SHA-256 of a file; None if it cannot be read."""
     digest = hashlib.sha256()
     try:
         with file.open("rb") as stream:

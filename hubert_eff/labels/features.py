@@ -1,12 +1,12 @@
-"""Features to cluster: MFCC with deltas (100 Hz), or hidden states of a trained encoder (50 Hz).
+"""Computes features to cluster: MFCC with deltas (100 Hz), or hidden states of a trained encoder (50 Hz).
 
 An utterance of S samples at 16 kHz has
 
     1 + (S - 400) // 160   MFCC frames          (a frame is a window of 25 ms that lies inside the audio)
     1 + (S - 400) // 320   frames of an encoder (a frame is a receptive field of 25 ms, likewise)
 
-so the labels end at most 15 ms, or 20 ms, before the audio does. Frame i is centered at i / rate + 12.5 ms in both. What encoders there
-are, and how those of other rates come to 50 Hz: `labels.teachers`.
+so the labels end at most 15 ms, or 20 ms, before the audio. Frame i is centered at i / rate + 12.5 ms in both. `labels.teachers` lists the
+encoders and says how those of other rates come to 50 Hz.
 """
 
 from __future__ import annotations
@@ -31,30 +31,30 @@ MFCC_RATE = 100.0
 MFCC_STRIDE = SAMPLE_RATE // 100
 WINDOW = 400  # samples: 25 ms
 CENTER = WINDOW / 2 / SAMPLE_RATE  # seconds from the start of a frame to its middle
-MFCC_CHUNK = 30_000  # frames computed at a time (5 min): bounds the memory for long recordings
+MFCC_CHUNK = 30_000  # frames computed at a time (5 min), which bounds the memory for long recordings
 
 Array = npt.NDArray[np.float32]
 
 
 class Extractor(Protocol):
-    """Computes the features of utterances. `rate` is in frames per second; `heavy`: worth several threads."""
+    """Computes the features of utterances. `rate` is in frames per second; `heavy` says that several threads help."""
 
     rate: float
     heavy: bool
 
     def identity(self) -> dict[str, Any]:
-        """What decides the features, for labels.json and for telling runs apart."""
+        """The settings that decide the features, for labels.json and for telling runs apart."""
 
     def frames(self, samples: int) -> int:
         """Number of frames of an utterance of `samples` samples; 0 if it is too short."""
 
     def extract(self, audio: list[Array]) -> Iterator[tuple[int, Array]]:
-        """(index, features (frames, dim)) of each utterance, in any order."""
+        """Yield (index, features (frames, dim)) of each utterance, in any order."""
 
 
 @dataclass(frozen=True)
 class FeatureSource:
-    """What to extract; small enough to be sent to other processes.
+    """A description of the features that can be sent to other processes.
 
     Args:
         checkpoint: a trained encoder, see `labels.teachers`; None is MFCC.
@@ -69,7 +69,7 @@ class FeatureSource:
     batch_seconds: float = 60.0
 
     def open(self) -> Extractor:
-        """Load what is needed. Raises `UserError` for an encoder that cannot be read, a layer that is not there, a wrong device."""
+        """Load the extractor. Raises `UserError` for an encoder that cannot be read, a missing layer or an invalid device."""
         if self.checkpoint is None:
             return Mfcc()
         if self.layer is None:
@@ -78,7 +78,7 @@ class FeatureSource:
 
 
 class Mfcc:
-    """13 MFCC, their deltas and delta-deltas: 39 dimensions; Kaldi's windows, as HuBERT's first iteration uses them."""
+    """13 MFCC with deltas and delta-deltas, 39 dimensions, with Kaldi's windows, as in HuBERT's first iteration."""
 
     rate = MFCC_RATE
     heavy = False
@@ -118,7 +118,7 @@ class Mfcc:
 
 
 class HiddenLayer:
-    """A hidden state of an encoder, or several of one pass, at 50 Hz; valid frames only.
+    """A hidden state of an encoder, or several from one pass, at 50 Hz; valid frames only.
 
     Utterances of different lengths share a batch only where padding changes nothing (`Teacher.pads`): of this package's models with the
     layer_norm extractor and its own rule of valid frames. Otherwise (GroupNorm over time, stock checkpoints) only utterances of equal
@@ -144,7 +144,7 @@ class HiddenLayer:
         self.batch_samples = int(batch_seconds * SAMPLE_RATE)
 
     def identity(self) -> dict[str, Any]:
-        """Of an encoder at another rate also that rate, and what was done to its frames."""
+        """The settings, for an encoder at another rate including that rate and what was done to its frames."""
         from ..checkpoints.open import digest_of
         from .teachers import RATES, weights_digest
 
@@ -167,12 +167,12 @@ class HiddenLayer:
             yield index, states[0]
 
     def extract_all(self, audio: list[Array]) -> Iterator[tuple[int, list[Array]]]:
-        """(index, (frames, dim) of each layer) of each utterance, in any order."""
+        """Yield (index, (frames, dim) of each layer) of each utterance, in any order."""
         import torch
 
         if self.teacher.eps is not None:
             audio = [self.teacher.normalized(torch.from_numpy(wav)[None])[0].numpy() for wav in audio]
-        pieces: dict[int, list[list[Array]]] = {}  # of long recordings that are not complete yet
+        pieces: dict[int, list[list[Array]]] = {}  # pieces of long recordings that are not complete yet
         for batch in self._batches(audio):
             length = max(end - start for _, start, end in batch)
             wav = torch.zeros(len(batch), length)

@@ -1,4 +1,4 @@
-"""Encoders in folders of Hugging Face that transformers runs: WavLM, Whisper's, and others that take samples. Nothing is fetched."""
+"""Encoders in folders of Hugging Face that transformers runs: WavLM, Whisper's, and others that take samples. Nothing is downloaded."""
 
 # B batch, S samples, T frames, D channels of a state
 
@@ -17,7 +17,7 @@ from ..config import SAMPLE_RATE
 from ..errors import UserError, require, short
 from .teachers import RATE, Teacher, measured
 
-PADDED = ("hubert", "wav2vec2", "wavlm")  # with norms over channels, these let no padded frame reach a valid one
+PADDED = ("hubert", "wav2vec2", "wavlm")  # with norms over channels, no padded frame of these reaches a valid one
 UNUSED = ("masked_spec_embed",)  # weights that only pre-training uses
 
 
@@ -35,7 +35,7 @@ class Waveform(Teacher):
     def of_audio(self, wav: Tensor, padding: Tensor | None) -> Sequence[Tensor]:
         more = {} if padding is None else {"attention_mask": (~padding).long()}
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Support for mismatched key_padding_mask")  # of WavLM: it changes nothing
+            warnings.filterwarnings("ignore", "Support for mismatched key_padding_mask")  # raised by WavLM, without effect
             states: Sequence[Tensor] = self.model(wav, output_hidden_states=True, **more).hidden_states
         return states
 
@@ -43,11 +43,11 @@ class Waveform(Teacher):
 class Whisper(Teacher):
     """Whisper's encoder (Radford et al., 2022): log-mel spectrograms of windows of a fixed length, 30 s in the published models.
 
-    A shorter utterance is extended by silence to a window, as the model was trained, and its own frames are taken. Its frame i is centered
-    at 20 i ms, 12.5 ms before that of a HuBERT.
+    A shorter utterance is extended to a window by silence, as in the model's training, and only its own frames are taken. Frame i is
+    centered at 20 i ms, 12.5 ms earlier than in a HuBERT.
     """
 
-    pads = True  # whatever an utterance shares a batch with, it is in a window of its own
+    pads = True  # every utterance of a batch has a window of its own
 
     def __init__(self, name: str, model: Any, features: Any) -> None:
         super().__init__(name)
@@ -70,8 +70,8 @@ class Whisper(Teacher):
 def open_folder(folder: Path, values: Mapping[str, Any]) -> Teacher:
     """The encoder of a folder whose config.json holds `values`.
 
-    Raises `UserError`, without the folder's name, for weights that are missing, quantized or of another model, a model that takes no audio,
-    and where transformers is missing.
+    Raises `UserError`, without the folder's name, for weights that are missing, quantized or of another model, for a model that does not
+    take audio, and if transformers is missing.
     """
     if values.get("quantization_config") is not None:
         raise UserError("its weights are quantized (quantization_config), which is not read: give the float model that it was made from")
@@ -108,7 +108,7 @@ def open_folder(folder: Path, values: Mapping[str, Any]) -> Teacher:
 
 @contextmanager
 def _one_line() -> Iterator[None]:
-    """What transformers raises becomes one line, and it prints nothing of its own."""
+    """Turn errors of transformers into one line, and silence its own messages."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()

@@ -1,11 +1,11 @@
 """k-means on more frames than fit in memory: mini-batches streamed from files.
 
-The settings are HuBERT's: 20 k-means++ starts (fewer where one takes long), each scored on a random sample of `INIT_FRAMES` frames, the
-best one goes on; batches of `BATCH` frames, in an order shuffled in every pass, for at most `MAX_PASSES`; no reassignment of small
-clusters. It stops when `PATIENCE` batches together lower the (smoothed) error by less than `TOLERANCE`; in HuBERT this is 0, which only
-costs time.
+The settings are HuBERT's: 20 k-means++ starts (fewer if one takes long), each scored on a random sample of `INIT_FRAMES` frames, of which
+the best is continued; batches of `BATCH` frames, in an order shuffled in every pass, for at most `MAX_PASSES`; no reassignment of small
+clusters. It stops when `PATIENCE` batches together lower the (smoothed) error by less than `TOLERANCE`; HuBERT's value of 0 only costs
+time.
 
-The alternative is faiss, where it is installed: Lloyd's iterations over all frames, which it holds in memory.
+The alternative is faiss, if it is installed: Lloyd's iterations over all frames, held in memory.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ BATCH = 10_000
 PATIENCE = 100
 TOLERANCE = 1e-3
 STARTS = 20
-SMALL = 5e8  # multiplications per batch below which a second thread costs more than it brings
-START_BUDGET = 2e10  # frames x clusters x dimensions of all starts together: a minute or so
+SMALL = 5e8  # multiplications per batch below which a second thread costs more than it gains
+START_BUDGET = 2e10  # frames x clusters x dimensions of all starts together: about a minute
 INIT_FRAMES = 3 * BATCH
 MAX_PASSES = 100
 POOL_BYTES = 1 << 28  # features held in memory to shuffle
@@ -42,7 +42,7 @@ Labels = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class KMeans:
-    """Centroids (clusters, dim) and where they came from (plain strings)."""
+    """Centroids (clusters, dim) and their origin (plain strings)."""
 
     centroids: Array
     metadata: dict[str, str]
@@ -67,7 +67,7 @@ class KMeans:
 
     @classmethod
     def read(cls, path: Path) -> KMeans:
-        """Read what `save` wrote; `UserError` if the file is something else."""
+        """Read what `save` wrote. Raises `UserError` for other files."""
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -81,7 +81,7 @@ class KMeans:
 
 
 def require(kind: str) -> None:
-    """Raise `UserError` if a package that fits this kind is not installed."""
+    """Raise `UserError` if no package for this kind of k-means is installed."""
     needed = {"sklearn.cluster": ("scikit-learn", "data")} | ({"faiss": ("faiss-cpu", "faiss")} if kind == "faiss" else {})
     for module, (package, extra) in needed.items():
         try:
@@ -91,7 +91,7 @@ def require(kind: str) -> None:
 
 
 def fit_faiss(files: Sequence[Path], clusters: int, seed: int) -> Array:
-    """What `fit` does, by faiss, from the same start: all frames are held in memory."""
+    """Do what `fit` does with faiss, from the same start; all frames are held in memory."""
     import faiss
 
     start = _start(files, clusters, seed, sum(np.load(f, mmap_mode="r").shape[0] for f in files))
@@ -109,12 +109,12 @@ def fit_faiss(files: Sequence[Path], clusters: int, seed: int) -> Array:
 
 
 def fit(files: Sequence[Path], clusters: int, seed: int) -> Array:
-    """Centroids (clusters, dim) of the frames in `files`, .npy arrays of float32 (frames, dim).
+    """Fit centroids (clusters, dim) to the frames in `files`, .npy arrays of float32 (frames, dim).
 
     Memory is bounded by `POOL_BYTES` and the largest file. The same files in the same order and the same seed give the same result.
 
     Raises:
-        UserError: fewer frames than clusters, NaN or infinity in the features, missing package.
+        UserError: there are fewer frames than clusters, the features are not finite, or a package is missing.
     """
     require("minibatch")
     from sklearn.cluster import MiniBatchKMeans
@@ -186,7 +186,7 @@ def _batches(files: Sequence[Path], batch: int, seed: int) -> Iterator[Array]:
     """One pass in random order: files are pooled up to `POOL_BYTES` (or one file), the pool is shuffled and cut into batches."""
     rng = np.random.default_rng(seed)
     pool: list[Array] = []  # mapped files
-    rest: Array | None = None  # rows that made no whole batch
+    rest: Array | None = None  # rows too few for a batch
     order = rng.permutation(len(files))
     for position, index in enumerate(order):
         pool.append(np.load(files[index], mmap_mode="r"))
@@ -200,11 +200,11 @@ def _batches(files: Sequence[Path], batch: int, seed: int) -> Iterator[Array]:
         for start in range(0, whole, batch):
             yield rows[places[start : start + batch]]
         rest = rows[places[whole:]]
-        del rows  # before the next ones are made
+        del rows  # freed before the next ones are made
 
 
 def _gathered(parts: list[Array]) -> Array:
-    """Concatenation of `parts`, which is emptied on the way: what has been copied of mapped files need not stay in memory."""
+    """Concatenate `parts` and empty the list on the way, so that copied parts of mapped files can leave memory."""
     rows = np.empty((sum(len(p) for p in parts), parts[0].shape[1]), parts[0].dtype)
     end = len(rows)
     while parts:

@@ -1,4 +1,4 @@
-"""How well each hidden state of an encoder would do as labels: k-means and its agreement with phones, layer by layer, of one pass."""
+"""Compares the hidden states of an encoder as labels: k-means of each and its agreement with phones, from one pass."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .workers import Entries, Pool, Task
 
 CLUSTERS = 500
 HELD_OUT, FITTED = "valid", "train"
-DISK_SHARE = 0.9  # of what is free, that features may take
+DISK_SHARE = 0.9  # share of the free disk space that features may take
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class LayerChoice:
     Args:
         checkpoint: the encoder, see `labels.teachers` (default: that of the labels in the folder).
         layers: numbers of hidden states; empty: all.
-        clusters: of each k-means (default: those of the labels in the folder, or 500).
+        clusters: number of clusters (default: that of the labels in the folder, or 500).
         fit_split: split that k-means is fitted on.
-        splits: those that are measured (default: valid, or the one that is fitted on where there is none).
-        hours: at most so much of each of them, utterances drawn at random.
-        seed: of that draw and of k-means.
+        splits: splits that are measured (default: valid, or else the one that k-means is fitted on).
+        hours: maximum hours of each split; utterances are drawn at random.
+        seed: seed of that draw and of k-means.
     """
 
     checkpoint: str | None = None
@@ -63,22 +63,22 @@ def layer_quality(
 ) -> dict[str, Any]:
     """Fit k-means on each hidden state of an encoder, and measure how well its labels agree with phones.
 
-    The encoder hears the audio once; its states, 4 bytes per channel and frame, stand on the disk meanwhile, in `folder`/.layers-DIGEST.
-    A run that was killed goes on there.
+    The encoder runs once over the audio; its states, 4 bytes per channel and frame, are kept in `folder`/.layers-DIGEST meanwhile. A run
+    that was killed resumes there.
 
     Args:
-        folder: of labels, or of manifests.
+        folder: a folder of labels, or of manifests.
         alignments: see `label_quality`.
         choice: what to compare.
         manifest: folder of the manifests (default: `folder`, or the one that its labels.json names).
         workers, device, batch_seconds: see `make_labels` and `FeatureSource`.
 
     Returns:
-        `checkpoint`, `k`, `fit_frames`, and under `layers` for each: its number, rate, channels, used clusters, and the measures of
-        `label_quality` of each split and of all; `best`: the layer with the highest PNMI.
+        `checkpoint`, `k`, `fit_frames`; under `layers`, for each layer, its number, rate, channels, used clusters, and the measures of
+        `label_quality` for each split and for all; `best`, the layer with the highest PNMI.
 
     Raises:
-        UserError: as `label_quality` and `make_labels` do; no encoder is named, or the disk is too small.
+        UserError: `label_quality` or `make_labels` would fail, no encoder is named, or the disk is too small.
     """
     choice = choice or LayerChoice()
     if choice.hours <= 0 or workers < 1 or batch_seconds <= 0:
@@ -131,7 +131,7 @@ def layer_quality(
             measured = _measured(model, {split: of_layer(tasks[split]) for split in splits}, wanted, len(phones.inventory))
             write_json(file, {"layer": layer, "rate": extractor.teacher.rates[layer], "channels": widths[place], **measured})
         found.append(read_json(file, "run the same command again"))
-    for left in folder.glob(".layers-*"):  # also of comparisons that were given up
+    for left in folder.glob(".layers-*"):  # also those of abandoned comparisons
         shutil.rmtree(left, ignore_errors=True)
     best = max(found, key=lambda row: float(row["all"]["pnmi"]))["layer"]
     return {

@@ -1,13 +1,13 @@
-"""Labels of every split of a manifest: features, one k-means model for all, nearest centroids.
+"""Makes labels of every split of a manifest: features, one k-means model for all, nearest centroids.
 
     LABELDIR/SPLIT.km            one line of space-separated cluster indices per line of SPLIT.tsv
     LABELDIR/dict.km.txt         `<index> <count>` for each cluster, in numeric order: a fairseq dictionary
     LABELDIR/kmeans.safetensors  the centroids
     LABELDIR/labels.json         source, layer, k, rate, seed, and figures of each split; written last
 
-The work is cut into shards of about two minutes of audio, spread over processes, and over machines that share the folder. Each finished
-shard is a file in a folder that is named after a digest of all settings, so an interrupted run goes on where it stopped and runs with
-other settings never mix.
+The work is cut into shards of about two minutes of audio, for several processes and for machines that share the folder. Each finished shard
+is a file in a folder named after a digest of all settings, so an interrupted run resumes where it stopped, and runs with other settings
+never mix.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from .workers import Entries, Pool, Task
 
 MODEL = "kmeans.safetensors"
 SHARD_SECONDS = 120
-WAIT_SECONDS = 5.0  # between two looks for the k-means model of another job
-VERSION = 1  # of what the digest of the settings stands for
+WAIT_SECONDS = 5.0  # time between two checks for the k-means model of another job
+VERSION = 1  # of the settings in the digest
 
 
 def make_labels(
@@ -61,25 +61,25 @@ def make_labels(
     Args:
         manifest: folder of TSVs.
         out: folder for the labels; it may be the same.
-        source: the features (default: MFCC); of a trained encoder at 25 or 100 Hz labels.json also holds `teacher_rate` and
+        source: the features (default: MFCC); for a trained encoder at 25 or 100 Hz, labels.json also holds `teacher_rate` and
             `teacher_frames`.
         clusters: number of labels, k.
         splits: names of TSVs (default: all in `manifest`).
         fit_split: split that k-means is fitted on.
-        fit_hours: at most this much of it, utterances drawn at random; their features are kept on disk while k-means runs.
+        fit_hours: maximum hours of it; utterances are drawn at random, and their features are kept on disk while k-means runs.
         seed: seed of that draw and of k-means.
         workers: processes.
-        share: (I, N) labels only every N-th shard from the I-th, counted from 0, for a call without `share` to collect. Share 0 also fits
-            k-means; the others wait for it.
-        kmeans: "minibatch", or "faiss" where it is installed (holds all frames of `fit_hours` in memory).
+        share: (I, N) labels only every N-th shard from the I-th, counted from 0; a call without `share` then collects them. Share 0 also
+            fits k-means, and the others wait for it.
+        kmeans: "minibatch", or "faiss" if it is installed (it holds all frames of `fit_hours` in memory).
 
     Returns:
-        The content of labels.json, with `reused`: whether all of it was there already. With `share`: `rank`, `nshard`, the number of
-        `shards`, and how many of them are `finished`; or as without where all was there already.
+        The content of labels.json, with `reused`: whether everything existed already. With `share`, unless everything existed: `rank`,
+        `nshard`, the number of `shards`, and how many of them are `finished`.
 
     Raises:
-        UserError: no manifest, an utterance shorter than one frame, audio that differs from its manifest, more clusters than
-            frames, a checkpoint or layer that cannot be read, labels of another run that would be mixed with these.
+        UserError: there is no manifest, an utterance is shorter than one frame, audio differs from its manifest, there are more clusters
+            than frames, a checkpoint or layer cannot be read, or labels of another run would be mixed with these.
     """
     source = source or FeatureSource()
     if clusters < 2 or workers < 1 or fit_hours <= 0 or source.batch_seconds <= 0:
@@ -110,7 +110,7 @@ def make_labels(
         **extractor.identity(), "k": clusters, "rate": extractor.rate, "seed": seed, "fit_split": fit_split,
         "fit_hours": fit_hours, **({"kmeans": kmeans} if kmeans != "minibatch" else {}),
     }  # fmt: skip
-    # the path of a checkpoint does not matter, its content does
+    # the content of a checkpoint matters, not its path
     identity = {k: v for k, v in settings.items() if k != "checkpoint"} | {"fit_tsv": fitted.digest, "version": VERSION}
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     work = target / f".labels-{key}"
@@ -135,7 +135,7 @@ def make_labels(
         finished = sum(task[0].exists() for task in tasks)
         return {"rank": share[0], "nshard": share[1], "shards": len(tasks), "finished": finished, "reused": False}
 
-    # everything is put together inside `work`, then moved: a killed run leaves nothing half-done elsewhere
+    # everything is assembled inside `work` and then moved, so a killed run leaves nothing half-done elsewhere
     counts = {n: _collect(work / f"{n}.km", shards[n], clusters) for n in todo}
     made = [MODEL, *(f"{n}.km" for n in todo)]
     if fit_split in counts or not (target / "dict.km.txt").exists() or not earlier:
@@ -151,20 +151,20 @@ def make_labels(
         "splits": {**earlier, **figures},
     }
     write_json(work / RECORD, summary)
-    (target / RECORD).unlink(missing_ok=True)  # from here to its return the folder is incomplete
+    (target / RECORD).unlink(missing_ok=True)  # until it is back, the folder is incomplete
     for name in (*made, RECORD):
-        if (work / name).exists():  # the model may be in its place already
+        if (work / name).exists():  # the model may have been moved already
             os.replace(work / name, target / name)
     sync_folder(target)
     shutil.rmtree(work)
-    if not any(target.glob(".hubert-eff-rank-*.lock")):  # other machines may be at work
-        for left in target.glob(".labels-*"):  # begun with other settings, and given up: the folder is of these now
+    if not any(target.glob(".hubert-eff-rank-*.lock")):  # other machines may be working
+        for left in target.glob(".labels-*"):  # abandoned runs with other settings
             shutil.rmtree(left, ignore_errors=True)
     return {**summary, "reused": False}
 
 
 def _is_manifest(file: Path) -> bool:
-    """Its first line is a folder; other tables (parts.tsv, transcripts.tsv) start with several columns."""
+    """Whether the first line is a folder; other tables (parts.tsv, transcripts.tsv) start with several columns."""
     if not file.is_file():
         return False
     with file.open("rb") as lines:
@@ -195,7 +195,7 @@ def drawn(table: Manifest, hours: float, seed: int) -> Entries:
 
 
 def cut(entries: Iterable[tuple[str, int]]) -> list[Entries]:
-    """Runs of utterances of `SHARD_SECONDS`, or up to one utterance more."""
+    """Cut utterances into shards of `SHARD_SECONDS`, or up to one utterance more."""
     shards: list[Entries] = [[]]
     held = 0
     for entry in entries:
@@ -213,7 +213,7 @@ def shards_of(table: Manifest, work: Path, name: str) -> list[Task]:
 
 
 def _earlier(target: Path, key: str, names: list[str]) -> dict[str, Any]:
-    """Figures of the splits in `target` that were made with the same settings and are what was made."""
+    """Figures of the splits in `target` that were made with the same settings and have not changed."""
     try:
         found = read_json(target / RECORD, HINT)
     except UserError:
@@ -232,12 +232,12 @@ def _earlier(target: Path, key: str, names: list[str]) -> dict[str, Any]:
 
 
 def _is_whole(labels: Path, figures: Any) -> bool:
-    """Whether labels are those that were made: older records do not say."""
+    """Whether labels are unchanged since they were made; older records do not say."""
     return isinstance(figures, dict) and figures.get("km_sha256") in (None, file_digest(labels))
 
 
 def _has_dictionary(target: Path, clusters: object) -> bool:
-    """Whether the dictionary and the model of labels that were made before are there."""
+    """Whether the dictionary and the model of existing labels exist."""
     try:
         return len(read_dictionary(target / "dict.km.txt")) == clusters and (target / MODEL).is_file()
     except UserError:
@@ -255,7 +255,7 @@ def _features(task: Task, extractor: Extractor) -> list[Array]:
 
 
 def read_audio(path: Path, samples: int) -> Array:
-    """An utterance as its manifest says it is. Raises `UserError` where it is another."""
+    """Read an utterance. Raises `UserError` if it differs from its manifest."""
     import soundfile
 
     try:
@@ -268,7 +268,7 @@ def read_audio(path: Path, samples: int) -> Array:
             "in mono: make the manifest again"
         )
     if not max(audio.max(initial=0.0), -audio.min(initial=0.0)) <= LOUDEST:  # also of NaN
-        raise UserError(f"{path} holds samples that are not finite, or no audio: make the manifest again")
+        raise UserError(f"{path} holds samples that are not finite or not audio: make the manifest again")
     return np.asarray(audio, dtype=np.float32)
 
 
@@ -285,7 +285,7 @@ def _label_shard(task: Task, extractor: Extractor, model: KMeans) -> int:
 
 
 def _found(work: Path, target: Path, key: str) -> KMeans | None:
-    """The k-means model of these settings, of an earlier run."""
+    """The k-means model of an earlier run with these settings."""
     for place in (work, target):
         file = place / MODEL
         if file.is_file():
@@ -296,7 +296,7 @@ def _found(work: Path, target: Path, key: str) -> KMeans | None:
 
 
 def _awaited(work: Path, target: Path, key: str) -> KMeans:
-    """The k-means model that another job fits."""
+    """Wait for the k-means model that another job fits."""
     model = _found(work, target, key)
     if model is None:
         print(f"waiting for the k-means model of --rank 0, {work / 'kmeans.safetensors'}", file=sys.stderr, flush=True)
@@ -321,7 +321,7 @@ def _fitted(work: Path, key: str, sample: Entries, root: Path, clusters: int, se
 
 
 def _collect(target: Path, shards: list[Task], clusters: int) -> Any:
-    """Put the shards together; returns the number of frames of each cluster."""
+    """Join the shards; returns the number of frames of each cluster."""
     counts = np.zeros(clusters, dtype=np.int64)
     with replacing(target) as temporary, temporary.open("wb") as out:
         for file, _, entries in shards:
@@ -330,7 +330,7 @@ def _collect(target: Path, shards: list[Task], clusters: int) -> Any:
             labels = np.fromstring(b"" if odd else raw, dtype=np.int64, sep=" ")
             if not labels.size or labels.max() >= clusters:
                 file.unlink()
-                raise UserError(f"{file} is damaged and was removed: run the same `hubert-eff labels` again, which makes it anew")
+                raise UserError(f"{file} is damaged and was removed: run the same `hubert-eff labels` again to make it")
             out.write(raw)
             counts += np.bincount(labels, minlength=clusters)
     return counts

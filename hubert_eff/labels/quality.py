@@ -1,4 +1,4 @@
-"""How well labels agree with phones: the measures of HuBERT (Hsu et al., 2021, section IV-C).
+"""Measures how well labels agree with phones, as HuBERT does (Hsu et al., 2021, section IV-C).
 
 From the joint distribution p(y, z) of phone y and cluster z over frames:
 
@@ -6,7 +6,7 @@ From the joint distribution p(y, z) of phone y and cluster z over frames:
     cluster purity   sum_y p(y) max_z p(z | y)    its counterpart; falls as clusters grow in number
     PNMI             I(y; z) / H(y)               share of the uncertainty about the phone that the cluster removes
 
-A frame belongs to the phone at its center; frames in no phone interval are left out.
+A frame belongs to the phone at its center; frames outside all phone intervals are left out.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from .features import CENTER
 from .record import HINT, read_record
 
 Intervals = list[tuple[float, float, str]]  # start s, end s, label; in order of time
-Parts = list[tuple[float, float, str, float]]  # start s, end s, real path of the recording, second of it that is heard at the start
+Parts = list[tuple[float, float, str, float]]  # start s, end s, real path of the recording, the second of it at the start
 
-MOST_CELLS = 20_000_000  # of the table of phones and clusters
+MOST_CELLS = 20_000_000  # cells in the table of phones and clusters
 
 
 @dataclass(frozen=True)
 class Phones:
-    """Phone intervals of recordings, and of which recordings the utterances of a manifest are made."""
+    """Phone intervals of recordings, and the recordings in each utterance of a manifest."""
 
     intervals: dict[str, Intervals]  # by real path
     sources: dict[str, Parts]
@@ -42,17 +42,17 @@ class Phones:
 
     @classmethod
     def read(cls, alignments: Path, tables: Path, clusters: int) -> Phones:
-        """See `label_quality`. Raises `UserError` for files that are missing or malformed, or a table too large for `clusters`."""
+        """Read what `label_quality` needs. Raises `UserError` for missing or malformed files, or a table too large for `clusters`."""
         intervals = _read_alignments(alignments)
         inventory = {label: i for i, label in enumerate(sorted({s[2] for spans in intervals.values() for s in spans}))}
         if len(inventory) * clusters > MOST_CELLS:
             raise UserError(
-                f"{alignments} has {len(inventory)} different phones, too many for {clusters} clusters: is the last column one?"
+                f"{alignments} has {len(inventory)} different phones, too many for {clusters} clusters: does the last column hold phones?"
             )
         return cls(intervals, _sources(tables), inventory)
 
     def of(self, root: Path, path: str, samples: int, frames: int, rate: float) -> npt.NDArray[np.int64]:
-        """The phone at the center of each frame of an utterance, (frames,); -1 where there is none."""
+        """The phone at the center of each frame of an utterance, (frames,); -1 for none."""
         whole: Parts = [(0.0, samples, os.path.realpath(root / path), 0.0)]
         spans = [
             (begin + max(start - first, 0.0), min(begin + end - first, finish), self.inventory[label])
@@ -69,7 +69,7 @@ class Phones:
 
 
 def purities(joint: npt.NDArray[np.floating[Any] | np.integer[Any]]) -> dict[str, float]:
-    """Measures of a table of frame counts (phones, clusters)."""
+    """The measures of a table of frame counts (phones, clusters)."""
     p = joint / joint.sum()
     phones, clusters = p.sum(1), p.sum(0)
     entropy = -float((phones[phones > 0] * np.log(phones[phones > 0])).sum())
@@ -87,15 +87,15 @@ def label_quality(labels: str | Path, alignments: str | Path, manifest: str | Pa
 
     Args:
         labels: folder made by `hubert-eff labels`.
-        alignments: `path <tab> tier <tab> start s <tab> end s <tab> label` lines, the phones in tier "phone"; paths are relative to
-            the file's folder and name the recordings, also where the manifest's utterances were converted or joined from them.
+        alignments: lines of `path <tab> tier <tab> start s <tab> end s <tab> label`, with phones in the tier "phone"; paths are relative to
+            the file's folder and name the recordings, even if the manifest's utterances were converted or joined from them.
         manifest: folder of the manifests (default: the one that labels.json names).
 
     Returns:
-        Per split and for "all": the three measures, frames, frames with a phone, phones, share of the most frequent phone.
+        For each split and for "all": the three measures, frames, frames with a phone, phones, and the share of the most frequent phone.
 
     Raises:
-        UserError: a file that is missing or malformed, labels that do not belong to the manifest, no recording with phones.
+        UserError: a file is missing or malformed, labels do not belong to the manifest, or no recording has phones.
     """
     folder = Path(labels)
     record = read_record(folder)
@@ -120,12 +120,12 @@ def label_quality(labels: str | Path, alignments: str | Path, manifest: str | Pa
 
 
 def foreign_alignments(alignments: str | Path, tables: Path) -> UserError:
-    """What to raise where no utterance has a phone."""
+    """The error to raise if no utterance has a phone."""
     return UserError(f"{alignments} has phones of none of the recordings of {tables}: its paths are relative to its own folder")
 
 
 def report(joint: npt.NDArray[np.int64], frames: int) -> dict[str, Any]:
-    """What is printed of a table of frame counts (phones, clusters), of so many frames in all."""
+    """The figures to print for a table of frame counts (phones, clusters) and a total number of frames."""
     measures = {name: round(value, 4) for name, value in purities(joint).items()}
     aligned = int(joint.sum())
     return {
@@ -147,7 +147,7 @@ def _read_alignments(file: Path) -> dict[str, Intervals]:
         fields = line.split("\t")
         start, end = (decimal(field.strip()) for field in fields[2:4]) if len(fields) == 5 else (None, None)
         if start is None or end is None:
-            if number == 1 and len(fields) == 5 and start is end is None:  # names of the columns
+            if number == 1 and len(fields) == 5 and start is end is None:  # the line of column names
                 continue
             raise UserError(f"{file}, line {number}: expected path, tier, start, end, label, found {shown(line, 80)!r}")
         path, tier, _, _, label = fields
@@ -161,7 +161,7 @@ def _read_alignments(file: Path) -> dict[str, Intervals]:
 
 
 def _sources(tables: Path) -> dict[str, Parts]:
-    """What each utterance is made of, from parts.tsv; empty where there is none."""
+    """The parts of each utterance, from parts.tsv; empty if there is none."""
     file, summary = tables / "parts.tsv", tables / "manifest.json"
     if not (file.is_file() and summary.is_file()):
         return {}
@@ -178,7 +178,7 @@ def _sources(tables: Path) -> dict[str, Parts]:
 
 
 def _count(file: Path, table: Manifest, phones: Phones, rate: float, clusters: int) -> tuple[npt.NDArray[np.int64], int]:
-    """(frames of each phone and cluster, frames in all)."""
+    """Count (frames of each phone and cluster, all frames)."""
     joint = np.zeros((len(phones.inventory), clusters), dtype=np.int64)
     if not file.is_file():
         raise UserError(f"{file} cannot be read, labels.json beside it lists that split: make the labels again")
@@ -194,7 +194,7 @@ def _count(file: Path, table: Manifest, phones: Phones, rate: float, clusters: i
 
 
 def count_frames(joint: npt.NDArray[np.int64], phones: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]) -> None:
-    """Add the frames of an utterance, phones (T,), -1 where there is none, and labels (T,), to a table (phones, clusters)."""
+    """Add the frames of an utterance, with phones (T,), -1 for none, and labels (T,), to a table (phones, clusters)."""
     known = phones >= 0
     np.add.at(joint, (phones[known], labels[known]), 1)
 

@@ -162,7 +162,7 @@ class SelfAttention(nn.Module):
         self.products: nn.Module | None = None  # in place of `attention`, once binarized
 
     def kinds(self) -> Mapping[str, Kind]:
-        """See `layers.kinds.Declared`."""
+        """Declare the kinds of the parts (`layers.kinds.Declared`)."""
         shapes = head_shapes(self.heads, self.out_proj.in_features // self.heads, "query", "key", "value")
         return {
             **dict.fromkeys(("q_proj", "k_proj", "v_proj"), Kind(PROJECTION, shared="qkv_input")),
@@ -186,7 +186,7 @@ class SelfAttention(nn.Module):
         return self
 
     def channels_first(self) -> GridAttention:
-        """See `layers.grid`."""
+        """Build the channels-first twin (`layers.grid`)."""
         assert self.qkv_proj is not None
         return GridAttention(self.qkv_proj, self.out_proj, self.heads)
 

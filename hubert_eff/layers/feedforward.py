@@ -33,11 +33,11 @@ class ConformerFeedForward(nn.Module):
         return self
 
     def channels_first(self) -> nn.Module:
-        """See `layers.grid`."""
+        """Build the channels-first twin (`layers.grid`)."""
         return nn.Sequential(grid_norm(self.layer_norm), pointwise(self.w_1), nn.SiLU(), pointwise(self.w_2))
 
     def kinds(self) -> Mapping[str, Kind]:
-        """See `layers.kinds.Declared`."""
+        """Declare the kinds of the parts (`layers.kinds.Declared`)."""
         return {"w_1": Kind(FEED_FORWARD), "w_2": Kind(FEED_FORWARD, signed=False, activation="activation")}
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:

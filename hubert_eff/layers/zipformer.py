@@ -79,7 +79,7 @@ class AttentionWeights(Scheduled):
         self.products: nn.Module | None = None  # in place of `RelativeWeights`, once binarized
 
     def kinds(self) -> Mapping[str, Kind]:
-        """See `layers.kinds.Declared`."""
+        """Declare the kinds of the parts (`layers.kinds.Declared`)."""
         position = self.in_proj.out_features // self.heads - 2 * self.query_dim
         shapes = {**head_shapes(self.heads, self.query_dim, "query", "key"), **head_shapes(self.heads, position, "position")}
         queries = self.heads * self.query_dim
@@ -126,7 +126,7 @@ class SelfAttention(nn.Module):
         self.mixer: nn.Module | None = None  # in place of `weights.mix`, once binarized
 
     def kinds(self) -> Mapping[str, Kind]:
-        """See `layers.kinds.Declared`."""
+        """Declare the kinds of the parts (`layers.kinds.Declared`)."""
         shapes = head_shapes(self.heads, self.in_proj.out_features // self.heads, "value")
         mixer = Kind(PRODUCT, form="mix", shapes=shapes, sources={"value": ("in_proj", 0)})
         return {"in_proj": Kind(PROJECTION), "mixer": mixer, "out_proj": Kind(PROJECTION)}
@@ -154,7 +154,7 @@ class NonlinearAttention(nn.Module):
         self.mixer: nn.Module | None = None  # in place of `weights.mix`, once binarized
 
     def kinds(self) -> Mapping[str, Kind]:
-        """See `layers.kinds.Declared`."""
+        """Declare the kinds of the parts (`layers.kinds.Declared`)."""
         mixer = Kind(PRODUCT, form="mix", shapes=head_shapes(1, self.out_proj.in_features, "value"))
         return {"in_proj": Kind(PROJECTION), "mixer": mixer, "out_proj": Kind(PROJECTION)}
 
@@ -194,7 +194,7 @@ class FeedForward(Scheduled):
         self.activation = swoosh_l
 
     def kinds(self) -> Mapping[str, Kind]:
-        """See `layers.kinds.Declared`."""
+        """Declare the kinds of the parts (`layers.kinds.Declared`)."""
         return {"in_proj": Kind(FEED_FORWARD), "out_proj": Kind(FEED_FORWARD, signed=False, activation="activation")}
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:  # (B, T, C)
@@ -218,7 +218,7 @@ class ConvolutionModule(nn.Module):
         self.activation = swoosh_r
 
     def kinds(self) -> Mapping[str, Kind]:
-        """See `layers.kinds.Declared`."""
+        """Declare the kinds of the parts (`layers.kinds.Declared`)."""
         return {
             "in_proj": Kind(POINTWISE),
             "depthwise_conv": Kind(DEPTHWISE),

@@ -77,7 +77,7 @@ def register_formula(op: torch._ops.OpOverloadPacket, kind: str = MATRIX) -> Cal
     if not isinstance(op, torch._ops.OpOverloadPacket):
         raise UserError(f"register_formula takes an operation such as torch.ops.mylib.product, not {op!r}")
     if kind not in KINDS:
-        raise UserError(f"kind={kind!r} of the operation {op} is none of {', '.join(KINDS)}")
+        raise UserError(f"kind={kind!r} of the operation {op} is not one of {', '.join(KINDS)}")
     name = str(op)
     if name in _MACS or op in flop_registry:
         raise UserError(f"the operation {name} has a MAC formula already")

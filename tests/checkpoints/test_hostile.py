@@ -133,7 +133,7 @@ HOSTILE: dict[str, tuple[Edit, str]] = {
     "offsets past the end": (shaped(BITS, data_offsets=[0, 2**50]), "truncated or damaged"),
     "offsets backwards": (shaped(BITS, data_offsets=[64, 0]), "truncated or damaged"),
     "a tensor less": (without(BITS), f"it lacks {BITS}"),
-    "a tensor more": (with_more, "it has more than its configuration describes, more"),
+    "a tensor more": (with_more, "it has superfluous tensors, more"),
 }  # fmt: skip
 
 

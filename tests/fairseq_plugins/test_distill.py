@@ -284,7 +284,7 @@ def test_binarize_recipe_stops_on_sigterm_and_goes_on(data: Path, tmp_path: Path
             break
     rest, _ = process.communicate(timeout=200)
     assert process.returncode == 143, seen + rest
-    assert "the step 'w1a2' ended with exit code 143; its messages are above, and the same command goes on there" in rest
+    assert "the step 'w1a2' ended with exit code 143; its messages are above; the same command resumes there" in rest
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "== float (done before)" in done.stderr and "Loaded checkpoint" in done.stderr

@@ -61,7 +61,7 @@ def doubled(model: HubertModel) -> HubertModel:
     [
         (doubled, "Doubled, where the configuration has hubert_eff.layers.linear.Linear"),
         (pruned, PRUNED),
-        (with_more, "has more than its configuration describes, encoder.layers.0.adapter.bias and 1 others"),
+        (with_more, "has superfluous tensors, encoder.layers.0.adapter.bias and 1 others"),
         (widened, "post_extract_proj.weight is "),
         (reparametrized, "lacks encoder.layers.0.fc1.weight"),
     ],

@@ -31,7 +31,7 @@ def spoilt(value: float, dtype: str = "float64") -> np.ndarray:
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        (1e38, "no audio: samples of up to 1e+38, which must be within -1 and 1"), (-1e10, "no audio: samples of up to 1e+10"),
+        (1e38, "not audio: samples of up to 1e+38, which must be within -1 and 1"), (-1e10, "not audio: samples of up to 1e+10"),
         (np.nan, "NaN or infinite samples"), (-np.inf, "NaN or infinite samples"), (1e300, "NaN or infinite samples"),
     ],
 )  # fmt: skip
@@ -56,7 +56,7 @@ def test_floats_beyond_full_scale_are_scaled_where_they_would_be_used_as_they_li
 @pytest.mark.parametrize("value", [1e38, np.nan])
 def test_later_readers_name_the_file(value: float, tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a.wav", spoilt(value), 16_000, subtype="FLOAT")
-    with pytest.raises(UserError, match=r"a.wav holds samples that are not finite, or no audio: make the manifest again"):
+    with pytest.raises(UserError, match=r"a.wav holds samples that are not finite or not audio: make the manifest again"):
         targets.read_audio(tmp_path / "a.wav", 8000)  # `labels`, for manifests that other programs write
     with pytest.raises(UserError, match=r"a.wav: it has changed since it was checked"):
         list(read_mono(tmp_path / "a.wav", Checked(16_000, 1, 9000, 0.5, 0.01)))

@@ -131,7 +131,7 @@ def _remove(folder: Path) -> None:
         (lambda root, test: next(root.glob("go/*.wav")).write_bytes(b""), "holds no audio"),
         (lambda root, test: [f.unlink() for f in root.glob("*/*.wav") if split_of(f.name) == "valid"], "falls into valid"),
         (lambda root, test: _remove(test / "_unknown_"), "no recordings in _unknown_"),
-        (lambda root, test: (test / "bed").mkdir(), "holds bed, which is none of the twelve classes"),
+        (lambda root, test: (test / "bed").mkdir(), "holds bed, which is not one of the twelve classes"),
     ],
 )
 def test_another_layout_is_refused(copy, damage, message):

@@ -1,1 +1,1 @@
-"""Speech corpora made on this machine: a synthesizer (espeak-ng) with phone and word timings, and the demo corpus."""
+"""Synthetic speech corpora: a synthesizer (espeak-ng) with phone and word timings, and the demo corpus."""

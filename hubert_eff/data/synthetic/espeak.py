@@ -1,4 +1,4 @@
-"""Text to speech with phone and word timings, by libespeak-ng of the package `espeakng-loader`, called through ctypes.
+"""Text to speech with phone and word timings by libespeak-ng of the package `espeakng-loader`, called through ctypes.
 
 `speak` is a pure function: the same text, voice and seed give the same samples, in any order of calls. The library alone is not:
 its synthesizer keeps counters and noise states in static variables that its own re-initialization does not reset. Each call therefore
@@ -6,8 +6,8 @@ loads a fresh image of the shared library and unloads it afterwards (about 3 ms)
 
 - threads of one process take turns (one lock);
 - processes are independent of each other, also after a fork, since no state outlives a call;
-- a process that keeps libespeak-ng loaded through another package shares its image with it: then the samples may vary from call to
-  call, and the other package has to initialize the library again.
+- if a process also loads libespeak-ng through another package, both share one image: samples may then vary from call to call, and the
+  other package has to initialize the library again.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Voice:
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of audio with its label; times in seconds."""
+    """An interval of audio with its label; times in seconds."""
 
     start: float
     end: float
@@ -105,7 +105,7 @@ class Speech:
 
 
 def version() -> str:
-    """Version of libespeak-ng, e.g. "1.52.0"; `UserError` where the package is missing."""
+    """Version of libespeak-ng, e.g. "1.52.0". Raises `UserError` if the package is missing."""
     library_path, _ = _paths()
     with _lock:
         library = ctypes.CDLL(library_path)
@@ -121,7 +121,7 @@ def speak(text: str, voice: Voice | None = None, seed: int = 1) -> Speech:
     """Synthesize `text` with `voice` (default: US English).
 
     Args:
-        text: what to say; words are separated by spaces. Digits are read out, their word label is the digits as written.
+        text: the text to speak, words separated by spaces. Digits are read out; their word label is the digits as written.
         voice: the speaker.
         seed: seed of the synthesizer's noise sources; the same seed gives the same samples.
 
@@ -129,7 +129,7 @@ def speak(text: str, voice: Voice | None = None, seed: int = 1) -> Speech:
         The audio at 16 kHz with its phone tier, which covers the whole audio, and its word tier, which leaves the pauses out.
 
     Raises:
-        UserError: text without a word, unknown voice or variant, missing package.
+        UserError: the text has no word, the voice or variant is unknown, or the package is missing.
     """
     voice = voice or Voice()
     if not re.search(r"\w", text):
@@ -149,7 +149,7 @@ def speak(text: str, voice: Voice | None = None, seed: int = 1) -> Speech:
 
 
 def pronounce(words: Sequence[str], language: str = "en-us") -> list[str]:
-    """How each word is said on its own: IPA with the stress marks before the stressed vowels, e.g. "lˈæɾɚ".
+    """Pronounce each word on its own: IPA with stress marks before the stressed vowels, e.g. "lˈæɾɚ".
 
     Raises `UserError` for a word without a letter or digit, an unknown language and a missing package.
     """
@@ -164,7 +164,7 @@ def pronounce(words: Sequence[str], language: str = "en-us") -> list[str]:
             buffer = ctypes.create_string_buffer(word.encode("utf-8"))
             rest = ctypes.c_void_p(ctypes.addressof(buffer))
             clauses = []
-            while rest.value:  # a clause at a time; null at the end of the text
+            while rest.value:  # one clause at a time; null at the end of the text
                 clauses.append(library.espeak_TextToPhonemes(ctypes.byref(rest), _UTF8, _IPA_TEXT).decode("utf-8"))
             said.append("".join(clauses).replace(" ", ""))
     return said
@@ -232,7 +232,7 @@ def _synthesize(text: str, voice: Voice, seed: int) -> tuple[npt.NDArray[np.int1
 
 
 def _set_voice(library: ctypes.CDLL, voice: Voice, data_path: str) -> None:
-    if voice.variant:  # an unknown variant would be ignored without a word
+    if voice.variant:  # an unknown variant would be ignored silently
         variants = {p.name for p in (Path(data_path) / "voices" / "!v").iterdir()}
         if voice.variant not in variants:
             raise unknown("voice variant", voice.variant, variants)
@@ -252,7 +252,7 @@ def _segments(
     starts: list[tuple[float, str, int]] = []  # start, phone, index of its token
     token = 0
     for kind, sample, position, phoneme in events:
-        if kind == _EVENT_WORD:  # numbers give several events within, or just after, one token: never go back
+        if kind == _EVENT_WORD:  # numbers give several events in or just after one token: never go back
             token = max(token, next((i for i, t in enumerate(tokens) if t[0] <= position <= t[1]), token))
         elif kind == _EVENT_PHONEME:
             label = re.sub(r"[ˈˌ]", "", phoneme).strip()

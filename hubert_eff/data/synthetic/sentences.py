@@ -1,4 +1,4 @@
-"""A small English corpus from a synthesizer: transcripts, phone and word timings; made offline and the same for the same seed.
+"""Makes a small English corpus with a synthesizer: transcripts, phone and word timings; offline, and the same for the same seed.
 
 Layout:
 
@@ -29,11 +29,11 @@ from ...utils.files import replacing, sync_to_disk, temporary_folder, write_json
 from .espeak import Segment, Speech, Voice, speak, version
 
 MIN_SECONDS, MAX_SECONDS = 2.0, 6.0
-NOISE_LEVEL = 1e-3  # standard deviation of the white noise added, as a recording has it; -60 dB re full scale
+NOISE_LEVEL = 1e-3  # standard deviation of the added white noise, that of a recording: -60 dB re full scale
 MAX_SPEAKERS = 32
-MOST_UTTERANCES = 200_000  # what the longest corpus has, and more
+MOST_UTTERANCES = 200_000  # more than the longest corpus has
 
-# English accents and voice variants that sound like people, female and male in turn
+# English accents, and voice variants that sound like people, female and male in turn
 _LANGUAGES = ("en-us", "en", "en-gb-scotland", "en-gb-x-rp", "en-029", "en-us-nyc", "en-gb-x-gbclan", "en-gb-x-gbcwmd")
 _VARIANTS = ("f2", "m3", "f5", "m7", "linda", "m1", "f4", "Andy", "steph", "m8", "belinda", "john", "f1", "Lee", "Annie", "m4")
 
@@ -144,13 +144,13 @@ def make_demo(out: str | Path, minutes: float = 20.0, speaker_count: int = 10, s
     """Write the corpus to `out` and return its summary (the content of corpus.json).
 
     Args:
-        out: folder; an earlier demo corpus in it is replaced, anything else refused. It appears as a whole, at the end.
-        minutes: speech in all; every speaker gets the same share, and at least one utterance.
+        out: folder, which appears when it is complete; an earlier demo corpus in it is replaced, anything else is refused.
+        minutes: total length of the speech; every speaker gets an equal share, at least one utterance.
         speaker_count: number of voices, each a folder.
         seed: the same seed, numbers and library versions give the same bytes.
 
     Raises:
-        UserError: bad numbers, an output folder with other content, missing package.
+        UserError: a number is invalid, the output folder has other content, or a package is missing.
     """
     if not 0 < minutes <= 6000:
         raise UserError(f"--minutes {minutes:g} must be above 0 and at most 6000")
@@ -180,7 +180,7 @@ def _write(root: Path, library: str, minutes: float, speaker_count: int, seed: i
                 continue
             count += 1
             path = _wav(name, count)
-            with replacing(root / path, sync=False) as file:  # says so where the disk is full
+            with replacing(root / path, sync=False) as file:  # reports a full disk
                 soundfile.write(file, speech.audio, SAMPLE_RATE, subtype="PCM_16")
             transcripts.append(f"{path}\t{text}\n")
             for tier, segments in (("phone", speech.phones), ("word", speech.words)):
@@ -208,7 +208,7 @@ def _write(root: Path, library: str, minutes: float, speaker_count: int, seed: i
 
 
 def record(text: str, voice: Voice, seed: int, levels: tuple[float, float] = (0.3, 0.8)) -> Speech:
-    """Speech between two stretches of silence, at a random peak level of this range, with the faint noise of a recording."""
+    """Make speech between two silences, at a random peak level in this range, with the faint noise of a recording."""
     speech = speak(text, voice, seed)
     rng = np.random.default_rng(seed)
     before, after = (int(s * SAMPLE_RATE) for s in rng.uniform(0.05, 0.3, 2))
@@ -222,7 +222,7 @@ def record(text: str, voice: Voice, seed: int, levels: tuple[float, float] = (0.
 
     phones = moved(speech.phones)
     for edge, silence in ((0, Segment(0.0, shift, "sil")), (-1, Segment(end - after / SAMPLE_RATE, end, "sil"))):
-        if phones[edge].label == "sil":  # one pause, not two
+        if phones[edge].label == "sil":  # merges two pauses into one
             neighbor = phones[edge]
             phones[edge] = Segment(min(neighbor.start, silence.start), max(neighbor.end, silence.end), "sil")
         else:
@@ -231,7 +231,7 @@ def record(text: str, voice: Voice, seed: int, levels: tuple[float, float] = (0.
 
 
 def _content(target: Path) -> set[str]:
-    """Relative paths of all that an earlier run wrote to `target`, by its corpus.json. Raises `UserError` without such a file."""
+    """Relative paths of the files that an earlier run wrote to `target`, by its corpus.json. Raises `UserError` without such a file."""
     record = target / "corpus.json"
     try:
         if not record.is_file() or record.stat().st_size > 1 << 20:
@@ -252,7 +252,7 @@ def _wav(speaker: str, number: int) -> str:
 
 @contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
-    """Yield an empty folder whose content is moved to `out` on success and vanishes on error. An earlier demo corpus is replaced."""
+    """Yield an empty folder; its content moves to `out` on success and is deleted on error. An earlier demo corpus is replaced."""
     target = Path(os.path.realpath(out))
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise UserError(f"{out} is a file: name a folder for the corpus")
@@ -267,7 +267,7 @@ def _new_folder(out: Path) -> Iterator[Path]:
         if not target.is_dir():
             temporary.replace(target)
             return
-        for path in target.iterdir():  # the folder itself stays: it may be the current one, or another disk
+        for path in target.iterdir():  # the folder itself stays, since it may be the current folder or a mount point
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         for path in sorted(temporary.iterdir(), key=lambda p: p.name == "corpus.json"):
             shutil.move(path, target / path.name)

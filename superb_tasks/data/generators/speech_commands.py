@@ -84,7 +84,7 @@ def check_keywords(root: Path, test_root: Path) -> None:
         raise UserError(f"{test_root} is not a Speech Commands test folder: no recordings in {', '.join(missing)} {hint}")
     more = {folder.name for folder in test_root.iterdir() if folder.is_dir()} - {*KEYWORDS, UNKNOWN, SILENCE}
     if more:
-        raise UserError(f"{test_root} holds {', '.join(sorted(more))}, which is none of the twelve classes: is it the training folder?")
+        raise UserError(f"{test_root} holds {', '.join(sorted(more))}, which is not one of the twelve classes: is it the training folder?")
 
 
 def _recordings(folder: Path) -> list[Path]:
