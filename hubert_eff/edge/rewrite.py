@@ -90,9 +90,9 @@ def rewrite(model: M, half: bool = False, stable: bool = False) -> M:
 
     It takes padding and chunks as the source does, streams if the source does, and is exported and loaded with its form (`model.edge`).
     stable: give every LayerNorm the MAD pre-normalizer, and use conditional softmax (numerics.py): equal in float32, and finite if a
-    compiler runs the graph in float16. half: compute the encoder, and a log-mel front behind its spectrogram, in float16; stable, and equal within
-    that precision. Raises `UserError` for an encoder without such a form (sparse attention, a changing frame rate), and for a binarized
-    model.
+    compiler runs the graph in float16. half: compute the encoder, and a log-mel front behind its spectrogram, in float16; stable, and
+    equal within that precision. Raises `UserError` for an encoder without such a form (sparse attention, a changing frame rate), and for a
+    binarized model.
     """
     rewritten = fuse(model)
     encoder = rewritten if isinstance(rewritten, Encoder) else getattr(rewritten, "encoder", None)

@@ -88,8 +88,8 @@ def export_onnx(model: HubertModel, path: str | os.PathLike[str]) -> dict[str, A
     no padding mask.
 
     Returns bytes, form, opset, the largest difference between onnxruntime and torch with softmax over four shapes (among them one frame,
-    two frames and a batch), and the share of elements that differ by more than `AGREES` (in float16 `HALF_AGREES`). That share is zero for a
-    float model; in a one-bit model only elements behind a bit that a tie flipped, in a long input, may differ.
+    two frames and a batch), and the share of elements that differ by more than `AGREES` (in float16 `HALF_AGREES`). That share is zero for
+    a float model; in a one-bit model only elements behind a bit that a tie flipped, in a long input, may differ.
 
     Raises `UserError` for a packed model, activations of more than one bit, scales that never saw data, another suffix, and a graph that
     does not compute the same.

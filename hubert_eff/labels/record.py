@@ -1,4 +1,4 @@
-"""labels.json: how the labels of a folder were made, and of what; labels are used with what they were made of, or not at all."""
+"""Reads labels.json, which says how the labels of a folder were made and from what; labels must be used with that, or not at all."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MOST_CLUSTERS = 1_000_000
 
 @dataclass(frozen=True)
 class Record:
-    """What labels.json says, as far as it says it: labels per second, clusters, source, folder of the manifests, figures of each split."""
+    """The content of labels.json, where present: labels per second, clusters, source, folder of the manifests, figures of each split."""
 
     file: Path
     rate: float | None
@@ -28,11 +28,11 @@ class Record:
     splits: dict[str, dict[str, Any]]
 
     def check_manifest(self, table: Manifest) -> None:
-        """Raise `UserError` if the labels of a split are of another manifest, or of recordings that have changed since."""
+        """Raise `UserError` if the labels of a split belong to another manifest, or to recordings that have changed since."""
         figures = self.splits.get(table.path.stem, {})
         if figures.get("tsv_sha256", table.digest) == table.digest:
             return
-        # another root, as of a corpus that was moved, or other line ends
+        # the root may differ, if the corpus was moved, and so may line ends
         if "content_sha256" not in figures or figures["content_sha256"] != table.content_digest():
             raise UserError(
                 f"the labels of {table.path.stem} in {self.file.parent} are not of {table.path}: {self.file.name} holds the digest of "
@@ -41,22 +41,22 @@ class Record:
             )
 
     def check_labels(self, split: str, labels: Labels, classes: int) -> None:
-        """Raise `UserError` if a file of labels, or a dictionary of so many classes, is not the one that was made."""
+        """Raise `UserError` if a file of labels has changed since it was made, or the dictionary has another number of classes."""
         if self.splits.get(split, {}).get("km_sha256", labels.digest) != labels.digest:
-            raise UserError(f"{labels.file} is not what {self.file} is about: {HINT}; if you changed it yourself, remove {self.file}")
+            raise UserError(f"{labels.file} is not the file of {self.file}: {HINT}; if you changed it yourself, remove {self.file}")
         if self.clusters not in (None, classes):
-            raise UserError(f"{self.file} is of {self.clusters} clusters, the dictionary beside it has {classes} classes: {HINT}")
+            raise UserError(f"{self.file} has {self.clusters} clusters, but the dictionary beside it has {classes} classes: {HINT}")
 
 
 def read_record(folder: Path) -> Record | None:
-    """The record of a folder of labels; None where there is none, as of labels that another program made.
+    """Read the record of a folder of labels; None if there is none, as for labels that another program made.
 
-    Raises `UserError` for what is no such record, and for labels whose making was interrupted as they were put in place.
+    Raises `UserError` for an invalid record, and for labels that were interrupted while they were put in place.
     """
     file = folder / RECORD
     if not file.exists():
         if next(folder.glob(f".labels-*/{RECORD}"), None):
-            raise UserError(f"the making of the labels in {folder} was interrupted at its very end: run the same `hubert-eff labels` again")
+            raise UserError(f"making the labels in {folder} was interrupted at its very end: run the same `hubert-eff labels` again")
         return None
     content = read_json(file, HINT)
     rate, clusters, source, manifest, splits = (content.get(key) for key in ("rate", "k", "source", "manifest", "splits"))

@@ -1,15 +1,14 @@
-"""Trained encoders whose hidden states become labels, or teach a student: one grammar for all of them.
+"""Opens trained encoders whose hidden states become labels or teach a student, by one grammar:
 
-    FILE                  what `hubert_eff.load` reads; a file or folder wins over all that follows
+    FILE                  what `hubert_eff.load` reads; a file or folder wins over everything below
     PRESET[+wNaM][@SEED]  a model with random weights
-    FOLDER                of Hugging Face: this package reads what its Transformer can hold, transformers the rest (`labels.huggingface`)
+    FOLDER                a folder of Hugging Face; this package reads what its Transformer can hold, and transformers reads the rest
     KIND:NAME             an encoder of another package, such as s3prl:wavlm_base, by the entry point KIND of the group
                           `hubert_eff.teachers`: a function of NAME that returns a module in eval mode, which takes 16 kHz audio (B, S)
                           and returns its hidden states, a sequence of (B, T, D)
 
-Every state is brought to frames of 20 ms, 1 + (S - 400) // 320 of S samples: of one at 25 Hz each frame stands twice, of one at 100 Hz
-every second frame is taken. State 0 is what enters the first block, state L what leaves block L; a state is what the encoder's own library
-gives under that number.
+Every state is brought to frames of 20 ms, 1 + (S - 400) // 320 for S samples: at 25 Hz each frame is repeated, at 100 Hz every second frame
+is taken. State 0 enters the first block, and state L leaves block L; states are those of the encoder's own library.
 """
 
 # B batch, S samples, T frames, D channels of a state
@@ -36,24 +35,24 @@ from ..models.hubert import HubertModel, normalize_waveform
 from .features import chunks
 
 GROUP = "hubert_eff.teachers"
-RATE = SAMPLE_RATE / FRAME_STRIDE  # of labels, in Hz
-RATES = {25.0: "each twice", RATE: "all", 100.0: "every second"}  # of states -> the frames that are taken
-PIECE = 3_000  # frames computed at a time (1 min): attention takes memory quadratic in it
-SLACK = 3  # frames that a state may lack, or have too many, at its end
-PROBES = (1, 5)  # seconds of noise from which rates are measured
+RATE = SAMPLE_RATE / FRAME_STRIDE  # labels per second
+RATES = {25.0: "each twice", RATE: "all", 100.0: "every second"}  # rate of a state -> the frames that are taken
+PIECE = 3_000  # frames computed at a time (1 min); the memory of attention grows with their square
+SLACK = 3  # number of frames that a state may lack or exceed at its end
+PROBES = (1, 5)  # seconds of noise with which rates are measured
 
 
 class Teacher(nn.Module):
     """An encoder with random or trained weights, in eval mode.
 
     Attributes:
-        name: what was asked for.
+        name: the name by which the encoder was opened.
         rates: frames per second of each hidden state.
-        pads: utterances of different lengths may share a batch: padding changes nothing.
-        eps: audio is normalized over whole recordings, with this added to their variance; None: it goes in as it is.
-        piece: frames of 20 ms in one pass; longer recordings are cut.
-        window: samples that one frame hears.
-        least: samples that an utterance costs, however short it is.
+        pads: whether utterances of different lengths may share a batch, because padding changes nothing.
+        eps: added to the variance in the normalization of whole recordings; None if audio is not normalized.
+        piece: maximum frames of 20 ms in one pass; longer recordings are cut.
+        window: number of samples that one frame depends on.
+        least: number of samples that even the shortest utterance costs.
     """
 
     rates: tuple[float, ...] = ()
@@ -81,7 +80,7 @@ class Teacher(nn.Module):
         raise NotImplementedError
 
     def check_layers(self, layers: Sequence[int], option: str = "--layer") -> None:
-        """Raise `UserError` for a state that is not there, or whose frames cannot be brought to 20 ms."""
+        """Raise `UserError` for a missing state, and for one whose frames cannot be brought to 20 ms."""
         for layer in layers:
             if not 0 <= layer <= self.depth:
                 raise UserError(f"{option} {layer} is not in {self.name}: it has hidden states 0 to {self.depth}")
@@ -92,7 +91,7 @@ class Teacher(nn.Module):
                 )
 
     def states(self, wav: Tensor, padding: Tensor | None, layers: Sequence[int]) -> list[Tensor]:
-        """The chosen states of a piece of normalized audio (B, S), each (B, T, D) at 20 ms; T is of the longest utterance."""
+        """The chosen states of a piece of normalized audio (B, S), each (B, T, D) at 20 ms; T is that of the longest utterance."""
         found, length = self.of_audio(wav, padding), self.frames(wav.size(1))
         return [self._at_20_ms(found[layer], self.rates[layer], length) for layer in layers]
 
@@ -107,11 +106,11 @@ class Teacher(nn.Module):
         return state[:, :length]
 
     def normalized(self, wav: Tensor, padding: Tensor | None = None) -> Tensor:
-        """Whole recordings (B, S) as the encoder takes them."""
+        """Normalize whole recordings (B, S) as the encoder expects."""
         return wav if self.eps is None else normalize_waveform(wav, padding, self.eps)
 
     def of_batch(self, wav: Tensor, padding: Tensor | None, layers: Sequence[int]) -> list[Tensor]:
-        """The chosen states (B, T, D) at 20 ms of whole utterances (B, S) as they were recorded, zero behind an utterance's own frames."""
+        """The chosen states (B, T, D) at 20 ms of whole utterances (B, S) as recorded, zero after the frames of each utterance."""
         wav = self.normalized(wav, padding)
         lengths = [wav.size(1)] * len(wav) if padding is None else (~padding).sum(1).tolist()
         groups: dict[int, list[int]] = {}  # rows that share a batch
@@ -141,7 +140,7 @@ class Teacher(nn.Module):
 
 
 class OwnModel(Teacher):
-    """A model of this package. Long recordings are normalized here, over the whole of them."""
+    """A model of this package. Long recordings are normalized here as a whole."""
 
     def __init__(self, name: str, model: HubertModel) -> None:
         super().__init__(name)
@@ -174,7 +173,7 @@ class Foreign(Teacher):
 
 
 def measured(teacher: Teacher) -> tuple[float, ...]:
-    """Frames per second of each hidden state, from two lengths of noise. Raises `UserError` where it gives no such states."""
+    """Measure the frames per second of each hidden state with noise of two lengths. Raises `UserError` if there are no such states."""
     generator = torch.Generator().manual_seed(0)
     counts = []
     for seconds in PROBES:
@@ -184,13 +183,13 @@ def measured(teacher: Teacher) -> tuple[float, ...]:
                 states = list(teacher.of_audio(teacher.normalized(noise), None) or ())
         except UserError:
             raise
-        except Exception as error:  # whatever another library raises
+        except Exception as error:  # other libraries may raise anything
             raise UserError(f"{teacher.name} does not run on audio: {type(error).__name__}: {short(error)}") from error
         if not states or any(not isinstance(state, Tensor) or state.dim() != 3 or len(state) != 1 for state in states):
             raise UserError(f"{teacher.name} gives no hidden states of shape (utterances, frames, channels)")
         counts.append([state.size(1) for state in states])
     if len(counts[0]) != len(counts[1]):
-        raise UserError(f"{teacher.name} gives {len(counts[0])} hidden states at one time and {len(counts[1])} at another")
+        raise UserError(f"{teacher.name} gives {len(counts[0])} hidden states for one input and {len(counts[1])} for another")
     seconds = PROBES[1] - PROBES[0]
     return tuple(_rounded((many - few) / seconds, 1 / seconds) for few, many in zip(*counts, strict=True))
 
@@ -200,10 +199,10 @@ def _rounded(rate: float, error: float) -> float:
 
 
 def open_teacher(name: str) -> Teacher:
-    """The encoder that a name stands for, in eval mode on the CPU; see the module's text.
+    """Open the encoder that a name stands for, in eval mode on the CPU; the module's docstring has the grammar.
 
-    Raises `UserError` for a name that is none of them, a folder without configuration or weights, quantized weights, a package that is
-    missing, and as `open_model` does.
+    Raises `UserError` for any other name, a folder without configuration or weights, quantized weights, a missing package, and as
+    `open_model` does.
     """
     if not is_foreign(name):
         return OwnModel(name, open_model(name))
@@ -217,7 +216,7 @@ def open_teacher(name: str) -> Teacher:
 
 
 def is_foreign(name: str) -> bool:
-    """Whether a name stands for an encoder that another package runs."""
+    """Whether another package runs the encoder that a name stands for."""
     path = Path(name)
     if not path.exists():
         kind, colon, _ = name.partition(":")
@@ -238,13 +237,13 @@ def _from_entry_point(kind: str, name: str) -> Any:
         model = known[kind].load()(name)
     except UserError:
         raise
-    except Exception as error:  # whatever another package raises
+    except Exception as error:  # other packages may raise anything
         raise UserError(f"{kind}:{name} cannot be opened: {type(error).__name__}: {short(error)}") from error
     return model.eval() if isinstance(model, nn.Module) else model
 
 
 def weights_digest(name: str, model: nn.Module) -> str:
-    """SHA-256 of a name and of all weights: what tells an encoder that no file holds from others."""
+    """SHA-256 of a name and of all weights, which identifies an encoder without a file."""
     digest = hashlib.sha256(name.encode())
     for key, tensor in sorted(model.state_dict().items()):
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())

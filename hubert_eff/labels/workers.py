@@ -1,4 +1,4 @@
-"""The processes that extract features and write labels: one file per task, and files that are there are kept."""
+"""Processes that extract features and write labels, one file per task; existing files are kept."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ R = TypeVar("R")
 
 
 class Pool:
-    """Runs tasks that write one file each; files that are there are kept."""
+    """Runs tasks that write one file each; existing files are kept."""
 
     def __init__(self, source: FeatureSource, workers: int, extractor: Extractor) -> None:
         self.source, self.workers, self.extractor = source, workers, extractor
 
     def run(self, function: Callable[..., int], tasks: list[Task], what: str) -> None:
-        """Call `function(task, extractor=...)`, which returns the number of utterances, for each task whose file is missing.
+        """Call `function(task, extractor=...)`, which returns its number of utterances, for each task without a file.
 
-        Raises `UserError` where a process dies.
+        Raises `UserError` if a process dies.
         """
         missing = [t for t in tasks if not t[0].exists()]
         with progress(what, sum(len(t[2]) for t in tasks)) as advance:
@@ -51,9 +51,9 @@ class Pool:
                     advance(size)
             except BrokenProcessPool as error:
                 raise UserError(
-                    f"a process died while {what}, perhaps for want of memory: finished shards are kept, run again with fewer --workers"
+                    f"a process died while {what}, perhaps for lack of memory: finished shards are kept, run again with fewer --workers"
                 ) from error
-            except KeyboardInterrupt:  # shards that are not finished are made again
+            except KeyboardInterrupt:  # unfinished shards are made again
                 for process in active_children():
                     process.terminate()
                 raise
@@ -61,7 +61,7 @@ class Pool:
                 pool.shutdown(cancel_futures=True)
 
 
-_opened: Extractor | None = None  # of a worker process
+_opened: Extractor | None = None  # the extractor of a worker process
 _processes = 1
 
 
@@ -72,7 +72,7 @@ def _initialize(source: FeatureSource, processes: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """A process whose parent was killed would wait for work for ever."""
+    """End this process with its parent; otherwise it would wait for work forever if the parent is killed."""
     parent = parent_process()
     if parent is not None:
         parent.join()
@@ -87,7 +87,7 @@ def _in_process(function: Callable[..., int], task: Task) -> int:
 
 @contextmanager
 def _threads(extractor: Extractor, processes: int) -> Iterator[None]:
-    """A fair share of torch's threads; one for features so small that threads only wait for each other."""
+    """Use a fair share of torch's threads, or one for features so small that threads only wait for each other."""
     import torch
 
     before = torch.get_num_threads()

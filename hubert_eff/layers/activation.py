@@ -1,4 +1,4 @@
-"""Activations that torch does not have, or has slower."""
+"""Activations that torch lacks or computes more slowly."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch.nn import functional as F
 
 
 def silu(x: Tensor) -> Tensor:
-    """x sigmoid(x), of a tensor that nobody else reads: without gradient it is overwritten, which saves the pages of a second one."""
+    """x sigmoid(x). Nobody else may read x: without gradient it is overwritten, which saves the memory of a second tensor."""
     return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
 def relu(x: Tensor) -> Tensor:
-    """max(x, 0), likewise: what stands in front of a layer whose input is binarized."""
+    """max(x, 0), overwriting x likewise: the activation before a layer with a binarized input."""
     return F.relu(x, inplace=not torch.is_grad_enabled())
 
 
 def gelu(x: Tensor) -> Tensor:
-    """x times the normal distribution function of x, likewise."""
+    """x times the normal distribution function of x, overwriting x likewise."""
     return F.gelu(x) if torch.is_grad_enabled() else torch.ops.aten.gelu_(x)
 
 
-SLOPE = 0.08  # both Swoosh functions fall with this slope on the far left
+SLOPE = 0.08  # magnitude of the slope of both Swoosh functions on the far left
 
 
 def _swoosh(x: Tensor, shift: float, offset: float) -> Tensor:
@@ -34,7 +34,7 @@ def _swoosh(x: Tensor, shift: float, offset: float) -> Tensor:
 
 
 class _Swoosh(torch.autograd.Function):
-    """Keeps its input only; the derivative is sigmoid(x - shift) - 0.08."""
+    """Keeps only its input; the derivative is sigmoid(x - shift) - 0.08."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, shift: float, offset: float) -> Tensor:

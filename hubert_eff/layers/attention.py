@@ -1,4 +1,4 @@
-"""Multi-head self-attention through `F.scaled_dot_product_attention`, or, with dropout on a CPU, through our own of the same form."""
+"""Multi-head self-attention by `F.scaled_dot_product_attention` or, with dropout on a CPU, by our own function of the same form."""
 
 # B batch, T frames, D model dim, H heads, d = D / H
 
@@ -27,8 +27,8 @@ from .tracing import follows_shapes, is_symbolic
 class _DropoutAttention(torch.autograd.Function):
     """softmax(q k' / sqrt(d) + bias), dropout, times v.
 
-    With dropout torch's attention on a CPU runs unfused, through slower products and one random draw per element. Here one head follows
-    the other, so that its (T, T) scores stay in cache.
+    With dropout, torch's attention on a CPU runs unfused, through slower products and with one random draw per element. Here heads are
+    computed one after the other, so that the (T, T) scores of a head stay in cache.
     """
 
     @staticmethod
@@ -63,7 +63,7 @@ class _DropoutAttention(torch.autograd.Function):
         for head in range(rows.size(0)):
             kept, probs = saved[head].relu(), saved[head].abs()
             scaled = grads[head] * ctx.scale
-            # products are ordered so that oneDNN is handed the large matrices as they lie, and the small ones transposed
+            # products are ordered so that oneDNN gets the large matrices as they are and the small ones transposed
             grad_values[head] = product(scaled.t(), kept.t()).t()
             scores = product(scaled, values[head]).mul_(kept).sub_(probs.mul_(sums[head]))
             if grad_bias is not None:
@@ -77,13 +77,15 @@ class _DropoutAttention(torch.autograd.Function):
 
 
 Bias = Callable[[int, int, int, Tensor], object]
-BLOCK = 384  # queries whose scores of one head stay in cache, per thread
+BLOCK = 384  # number of queries whose scores of one head stay in cache, per thread
 
 
 def _blockwise(q: Tensor, k: Tensor, v: Tensor, add_bias: Bias | None, block: int | None = None) -> Tensor:
-    """Attention without gradient on a CPU, head by head and a block of queries at a time, through oneDNN's products: for processors on
-    which torch's fused kernel, which goes through MKL, is slower. `add_bias(row, start, stop, scores)` adds to the scores of queries
-    start ... stop - 1 of row b H + h in place."""
+    """Compute attention without gradient on a CPU, head by head and by blocks of queries, through oneDNN's products.
+
+    It is for processors on which torch's fused kernel, which uses MKL, is slower. `add_bias(row, start, stop, scores)` adds in place to the
+    scores of queries start ... stop - 1 of row b H + h.
+    """
     rows = (q * q.size(-1) ** -0.5).flatten(0, 1).contiguous()  # (B H, T, d)
     keys, values = k.flatten(0, 1).contiguous(), v.flatten(0, 1)
     mixed = torch.empty_like(rows)
@@ -100,7 +102,7 @@ def _blockwise(q: Tensor, k: Tensor, v: Tensor, add_bias: Bias | None, block: in
 
 
 def _takes_blocks(q: Tensor, k: Tensor, *others: Tensor | None, relative: bool = False) -> bool:
-    """Whether `_blockwise` applies, and is faster on this processor."""
+    """Whether `_blockwise` applies and is faster on this processor."""
     needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, *others))
     return not needs_gradient and takes_onednn(q, k) and takes_blocks(q.size(2), k.size(2), relative)
 
@@ -110,11 +112,11 @@ def _unseen(attend: Tensor, like: Tensor) -> Tensor:
     return torch.zeros(attend.shape, dtype=like.dtype, device=like.device).masked_fill_(~attend, float("-inf"))
 
 
-FUSED_WIDTH = 8  # a GPU's fused kernel takes biases with heads of a multiple of so many channels
+FUSED_WIDTH = 8  # with biases, a GPU's fused kernel needs heads of a multiple of so many channels
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: float) -> Tensor:
-    """torch's attention with heads widened by zeros, which change no product: 36 channels would run unfused, in float32."""
+    """torch's attention with heads padded by zeros, which change no product: heads of 36 channels would run unfused, in float32."""
     width = q.size(-1)
     q, k, v = (F.pad(x, (0, -width % FUSED_WIDTH)) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=width**-0.5)[..., :width]
@@ -122,7 +124,7 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: float) -> Ten
 
 @counted_as("attention", lambda q, k, v, bias, *_: attention_cost(q, k, v, bias is not None))
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
-    """`F.scaled_dot_product_attention` of q (B, H, T, d), k and v (B, H, T', d); bias: bool (False = never seen) or float, or None."""
+    """`F.scaled_dot_product_attention` of q (B, H, T, d), k and v (B, H, T', d); bias is bool (False = not visible), float or None."""
     blockwise = dropout == 0.0 and _takes_blocks(q, k, v, bias)
     if not blockwise and (dropout == 0.0 or not takes_onednn(q, k)):
         if bias is not None and q.is_cuda and q.size(-1) % FUSED_WIDTH:
@@ -142,12 +144,12 @@ QKV_SOURCES = {"query": ("q_proj", 0), "key": ("k_proj", 0), "value": ("v_proj",
 
 
 def _heads(y: Any, heads: int) -> Any:
-    """(B, T, H d) -> (B, H, T, d), of a tensor or of codes."""
+    """(B, T, H d) -> (B, H, T, d), for a tensor or codes."""
     return y.view(*y.shape[:2], heads, -1).transpose(1, 2) if isinstance(y, Tensor) else y.heads(heads)
 
 
 class SelfAttention(nn.Module):
-    """Dense self-attention, (B, T, D) -> (B, T, D). Projections are stored apart, as in fairseq, and applied as one product."""
+    """Dense self-attention, (B, T, D) -> (B, T, D). Projections are stored separately, as in fairseq, and applied as one product."""
 
     def __init__(self, dim: int, heads: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -156,10 +158,10 @@ class SelfAttention(nn.Module):
         self.k_proj: Linear | None = Linear(dim, dim)
         self.v_proj: Linear | None = Linear(dim, dim)
         self.q_proj: Linear | None = Linear(dim, dim)
-        self.qkv_proj: Linear | None = None  # in place of the three, once fused
+        self.qkv_proj: Linear | None = None  # replaces the three once fused
         self.out_proj = Linear(dim, dim)
-        self.qkv_input: nn.Module | None = None  # quantizer of what the projections read, once binarized
-        self.products: nn.Module | None = None  # in place of `attention`, once binarized
+        self.qkv_input: nn.Module | None = None  # quantizer of the projections' input once binarized
+        self.products: nn.Module | None = None  # replaces `attention` once binarized
 
     def kinds(self) -> Mapping[str, Kind]:
         """Declare the kinds of the parts (`layers.kinds.Declared`)."""
@@ -171,7 +173,7 @@ class SelfAttention(nn.Module):
         }
 
     def projections(self) -> tuple[Linear, ...]:
-        """The layers that read the input: to queries, keys and values, or to all of them."""
+        """The layers that read the input: the projections to queries, keys and values, or the fused one."""
         return tuple(p for p in (self.q_proj, self.k_proj, self.v_proj, self.qkv_proj) if p is not None)
 
     def fold(self) -> SelfAttention:
@@ -191,7 +193,7 @@ class SelfAttention(nn.Module):
         return GridAttention(self.qkv_proj, self.out_proj, self.heads)
 
     def heads_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each (B, H, T, d). Packed projections may hand over codes of queries and keys, for `products` alone."""
+        """Queries, keys and values, each (B, H, T, d); packed projections may return codes of queries and keys for `products`."""
         if self.qkv_input is not None:
             codes = self.qkv_input(x)
             q, k, v = (_heads(p(codes), self.heads) for p in self.projections())
@@ -205,7 +207,7 @@ class SelfAttention(nn.Module):
         return q, k, v
 
     def forward(self, x: Tensor, attend: Tensor | None = None, chunks: Chunks | None = None) -> Tensor:
-        """`attend`: bool, broadcastable to (B, H, T, T), False = never seen; `chunks`: those of a stream."""
+        """Attend. `attend`: bool, broadcastable to (B, H, T, T), False = not visible; `chunks`: those of a stream."""
         q, k, v = self.heads_of(x)
         dropout = self.dropout if self.training else 0.0
         if self.products is not None:
@@ -216,7 +218,7 @@ class SelfAttention(nn.Module):
         return self.out_proj(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
     def energies(self, x: Tensor, *_: Any) -> Tensor:
-        """What the softmax is taken of, (B, H, T, T), for analysis; called with the arguments of `forward`, but blind to its masks."""
+        """The input of the softmax, (B, H, T, T), for analysis. It takes the arguments of `forward` and ignores masks."""
         q, k, _v = self.heads_of(x)
         return torch.matmul(q * q.size(-1) ** -0.5, k.mT)
 
@@ -230,8 +232,8 @@ def _relative_cost(_: nn.Module, content: Tensor, position: Tensor, k: Tensor, v
 class RelativeSelfAttention(SelfAttention):
     """Self-attention with relative positions (Transformer-XL, section 3.3; Conformer, section 2.1).
 
-    score[i, j] = ((q_i + u) k_j + (q_i + v) p_{i-j}) / sqrt(d), p = linear_pos(positions). Queries are taken in chunks, and the shift from
-    offsets to keys is a strided view of each chunk's product, so that no (T, 2T - 1) tensor is copied.
+    score[i, j] = ((q_i + u) k_j + (q_i + v) p_{i-j}) / sqrt(d), where p = linear_pos(positions). Queries are taken in chunks, and the shift
+    from offsets to keys is a strided view of each chunk's product, so no (T, 2T - 1) tensor is copied.
     """
 
     def __init__(self, dim: int, heads: int, dropout: float = 0.0) -> None:
@@ -243,7 +245,9 @@ class RelativeSelfAttention(SelfAttention):
         nn.init.xavier_uniform_(self.pos_bias_v)
 
     def kinds(self) -> Mapping[str, Kind]:
-        shapes = head_shapes(self.heads, self.out_proj.in_features // self.heads, "key", "value")  # u and v are the queries' moves
+        shapes = head_shapes(
+            self.heads, self.out_proj.in_features // self.heads, "key", "value"
+        )  # u and v are the learnable biases of queries
         products = Kind(PRODUCT, form="relative", shapes=shapes, sources={name: QKV_SOURCES[name] for name in shapes})
         return {**super().kinds(), "products": products, "linear_pos": Kind(POSITION_PROJECTION)}
 
@@ -284,7 +288,7 @@ class RelativeSelfAttention(SelfAttention):
     def _chunked(self, content: Tensor, position: Tensor, k: Tensor, v: Tensor, p: Tensor, attend: Tensor | None, dropout: float) -> Tensor:
         queries, frames = content.size(2), k.size(2)  # the last query is at the last key
         mixed = []
-        whole = is_symbolic() or follows_shapes(k)  # one chunk, whatever the length
+        whole = is_symbolic() or follows_shapes(k)  # one chunk for any length
         for start in [0] if whole else range(0, queries, CHUNK):
             stop = queries if whole else min(start + CHUNK, queries)
             n = stop - start
@@ -292,7 +296,7 @@ class RelativeSelfAttention(SelfAttention):
             by_offset = position[:, :, start:stop] @ p[:, queries - stop : queries - stop + span].transpose(-1, -2)  # (B, H, n, span)
             bias = by_key(by_offset)
             if bias.is_cuda and attend is None:
-                bias = bias.contiguous()  # a view that starts off its alignment is refused by the memory-efficient kernel
+                bias = bias.contiguous()  # the memory-efficient kernel refuses a view with a misaligned start
             if attend is not None:
                 seen = attend if attend.size(2) == 1 else attend[:, :, start:stop]
                 bias = bias.masked_fill(~seen, float("-inf"))
@@ -312,4 +316,4 @@ class RelativeSelfAttention(SelfAttention):
             if unseen is not None:
                 scores += unseen[row] if unseen.size(1) == 1 else unseen[row, start:stop]
 
-        return _blockwise(content, k, v, add_bias, 2 * CHUNK)  # longer blocks compute more offsets that no query sees
+        return _blockwise(content, k, v, add_bias, 2 * CHUNK)  # longer blocks would compute more offsets that no query sees

@@ -1,19 +1,19 @@
-"""What layers tell the profiler: how wide the numbers are that they multiply or keep, and which operations are one attention.
+"""What layers tell the profiler: the bit widths that they multiply or store, and which operations form one attention.
 
-Two attributes, each about the module itself and not about its submodules. A module without them works in the dtypes of its tensors.
+Two attributes describe a module itself, without its submodules. A module without them works in the dtypes of its tensors.
 
     operand_bits = (1, 1)                          (weight, activation) bits of every product that the module runs directly: matrix
                                                    products, convolutions, attention
     stored_bits = {"weight": (elements, bits)}     its own parameters or buffers that are kept in fewer bits than their dtype has; what
                                                    comes with them, such as one scale per channel, adds its share
 
-A module that computes with +-1 in floats and one that computes the same from packed bits declare the same, and so have the same MACs,
-bit operations and storage in a profile; element operations are those of the form that runs. A module whose products differ in width
+A module that computes with +-1 in floats and one that computes the same from packed bits declare the same widths, and so have the same
+MACs, bit operations and storage in a profile; element operations are those of the form that runs. A module whose products differ in width
 runs each kind in a submodule of its own.
 
-`@counted_as("attention")` on a function makes what it runs count like one call of `F.scaled_dot_product_attention`. With a `cost`, a
-formula of the function's arguments, the formula alone is counted: a function that takes another form by dtype, device, number of
-threads or length of its input, cuts its work into blocks, or computes some of it anew to save memory, costs the same in all of them.
+`@counted_as("attention")` makes a function count like one call of `F.scaled_dot_product_attention`. With a `cost`, a formula of the
+function's arguments, only the formula is counted, so a function costs the same in all of its forms, which may depend on dtype, device,
+number of threads or length, cut the work into blocks, or recompute some of it to save memory.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Cost(NamedTuple):
-    """What one call of a function costs, whatever form it takes."""
+    """The cost of one call of a function in any form."""
 
     macs: int
     element_ops: int
 
 
 class Scope(NamedTuple):
-    """A function that is running: the kind that it counts as, and whether its cost has been counted already."""
+    """A running function: the kind that it counts as, and whether its cost has been counted already."""
 
     kind: str
     costed: bool
@@ -50,19 +50,19 @@ class Scope(NamedTuple):
 Book = Callable[[str, str, Cost, Any], None]  # name of the function, kind, cost, arguments
 
 _scopes: list[Scope] = []
-_books: list[Book] = []  # of the counters that are running
+_books: list[Book] = []  # the books of all running counters
 
 
 def counted_as(kind: str, cost: Callable[..., Cost] | None = None) -> Callable[[F], F]:
-    """Decorator: count every operation that the function runs as of this kind (profiling/formulas.py), or `cost(*its arguments)` in their
-    place, where it is called from no function with a cost."""
+    """Decorate a function so that its operations count as this kind (profiling/formulas.py), or that `cost(*its arguments)` counts instead,
+    unless a function with a cost calls it."""
 
     def decorate(function: F) -> F:
         name = "hubert_eff." + function.__qualname__.removesuffix(".__init__")
 
         @functools.wraps(function)
         def run(*args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling():  # nothing is counted there
+            if torch.compiler.is_compiling():  # a compiler counts nothing
                 return function(*args, **kwargs)
             outer = running_scope()
             if outer is not None and outer.costed:
@@ -81,13 +81,13 @@ def counted_as(kind: str, cost: Callable[..., Cost] | None = None) -> Callable[[
 
 
 def running_scope() -> Scope | None:
-    """The innermost `counted_as` that is running."""
+    """The innermost running `counted_as`."""
     return _scopes[-1] if _scopes else None
 
 
 @contextmanager
 def booking(book: Book) -> Iterator[None]:
-    """Have `book` called with the costs that functions declare, as they are called."""
+    """Call `book` with the declared cost of each function that is called inside."""
     _books.append(book)
     try:
         yield
@@ -96,19 +96,19 @@ def booking(book: Book) -> Iterator[None]:
 
 
 def attention_cost(q: Tensor, k: Tensor, v: Tensor, masked: bool) -> Cost:
-    """Of softmax(q k' + mask) v, q (..., T, d), k (..., T', d), v (..., T', d'): two products; scaling of q and k, mask, softmax."""
+    """Cost of softmax(q k' + mask) v, q (..., T, d), k (..., T', d), v (..., T', d'): two products, scaling of q and k, mask, softmax."""
     pairs = q.shape[:-1].numel() * k.size(-2)
     return Cost(pairs * (q.size(-1) + v.size(-1)), q.numel() + k.numel() + pairs * (2 if masked else 1))
 
 
 def offsets_seen(queries: int, keys: int, block: int) -> int:
-    """Products of one head's queries with relative positions: a block of n queries shares those of the keys + n - 1 offsets it sees."""
+    """Number of products of one head's queries with relative positions; a block of n queries shares the keys + n - 1 offsets it sees."""
     whole, rest = divmod(queries, block)
     return whole * block * (keys + block - 1) + rest * (keys + rest - 1)
 
 
 def operand_bits(module: nn.Module) -> Bits | None:
-    """The declared widths of the products that `module` runs itself; None: those of the dtypes."""
+    """The declared widths of the products that `module` runs itself; None for those of the dtypes."""
     bits = getattr(module, "operand_bits", None)
     if bits is None:
         return None
@@ -118,7 +118,7 @@ def operand_bits(module: nn.Module) -> Bits | None:
 
 
 def stored_bits(module: nn.Module) -> Mapping[str, tuple[int, float]]:
-    """(elements, bits per element) by name of those of `module`'s own parameters and buffers that are narrower than their dtype."""
+    """(elements, bits per element) of `module`'s own parameters and buffers that are narrower than their dtype, by name."""
     stored: Mapping[str, tuple[int, float]] = getattr(module, "stored_bits", {})
     missing = sorted(set(stored) - {*module._parameters, *module._buffers})
     if missing:

@@ -1,11 +1,11 @@
-"""Which form of a float layer runs on a CPU: torch's own, or ours through oneDNN, the same numbers up to rounding.
+"""Chooses the form of a float layer on a CPU: torch's own, or ours through oneDNN, with the same results up to rounding.
 
-Which one is faster depends on the processor's maker, its instruction sets and the shapes, and `RULES` says it for all of these: fixed, so
-that a training that is resumed or distributed computes to the last bit what it would have computed. A form is taken only where it was
-measured to be no slower than torch's; where nothing was measured torch's own runs. `benchmarks/speed/float_layers.py` measures.
+Which one is faster depends on the processor's vendor, its instruction sets and the shapes. `RULES` fixes the choice for all of these, so
+that a resumed or distributed training is equal to the last bit. Our form runs only where it was measured to be no slower than torch's;
+elsewhere torch's own runs. `benchmarks/speed/float_layers.py` measures.
 
-`hubert-eff doctor --tune` measures this machine and keeps a choice of its own in `$XDG_CACHE_HOME/hubert-eff` (default ~/.cache), for this
-processor, version of torch and number of threads. It holds within `torch.inference_mode()` alone, where nothing trains.
+`hubert-eff doctor --tune` measures this machine and keeps its own choice in `$XDG_CACHE_HOME/hubert-eff` (default ~/.cache), for this
+processor, version of torch and number of threads. It holds only within `torch.inference_mode()`, where nothing trains.
 """
 
 # M rows, K inputs, N outputs, T frames
@@ -36,12 +36,12 @@ NEVER = math.inf
 
 @dataclass(frozen=True)
 class Choice:
-    """From which sizes on ours runs.
+    """The sizes from which our form runs.
 
-    `linear`, `folded`: pairs (rows, weights) in the order of falling rows: at M rows the first pair with at most so many rows decides, and
-    oneDNN's product runs if K N is at least its weights; `folded` is for weights that lie input by input, as `Linear.fold` leaves them.
-    `attention`, `relative`: frames of queries from which attention runs by blocks, dense or with relative positions. `least`: linear layers
-    with fewer weights take torch's product without being looked at further: with few rows that would take a tenth of their time.
+    `linear`, `folded`: pairs (rows, weights) in order of falling rows. At M rows the first pair with at most M rows decides, and oneDNN's
+    product runs if K N is at least its weights; `folded` is for weights stored input by input, as `Linear.fold` leaves them.
+    `attention`, `relative`: number of queries from which attention runs by blocks, dense or with relative positions. `least`: linear layers
+    with fewer weights take torch's product without further checks, which with few rows would take a tenth of their time.
     """
 
     linear: tuple[tuple[int, float], ...] = ()
@@ -51,7 +51,7 @@ class Choice:
     least: float = NEVER
 
     def described(self) -> dict[str, str]:
-        """In words, by kind of layer."""
+        """The choice in words, by kind of layer."""
 
         def product(steps: tuple[tuple[int, float], ...]) -> str:
             return ", ".join(f"oneDNN from {rows} rows and {int(weights):,} weights on" for rows, weights in reversed(steps)) or "torch"
@@ -68,15 +68,15 @@ class Choice:
 
 
 STOCK = Choice()
-# Zen 5 computes 512 bits at a time, of which MKL, the library behind torch's products, uses half on processors that are not Intel's
+# Zen 5 computes 512 bits at a time; MKL, the library behind torch's products, uses half of them on processors that are not Intel's
 FULL_WIDTH = Choice(((64, 2**14), (32, 2**16), (16, 2**21)), ((64, 2**14), (16, 2**16)), attention=192, relative=192, least=2**14)
-# Zen 4 and before, 256 bits at a time: MKL is near the processor's peak, and only its handling of wide weights is behind oneDNN's
+# Zen 4 and older compute 256 bits at a time: MKL is near the peak, and is slower than oneDNN only with wide weights
 HALF_WIDTH = Choice(((1536, 2**14), (384, 2**18)), ((128, 5 * 2**14), (16, 3 * 2**16)), relative=768, least=5 * 2**14)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A processor of this vendor with all of these instruction sets takes this choice."""
+    """The choice for processors of this vendor with all of these instruction sets."""
 
     name: str
     vendor: str
@@ -84,7 +84,7 @@ class Rule:
     choice: Choice
 
 
-RULES = (  # the first that fits
+RULES = (  # the first match counts
     Rule("Intel", INTEL, (), STOCK),  # at par or below with and without AMX: attention 0.5 - 0.7x, linear layers 0.7 - 1.06x
     Rule("AMD, AVX-512 and AVX-VNNI (Zen 5)", AMD, ("avx512bw", "avx_vnni"), FULL_WIDTH),
     Rule("AMD", AMD, (), HALF_WIDTH),
@@ -99,7 +99,7 @@ def rule_for(processor: Cpu) -> Rule:
 
 
 def takes_product(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN's product is the one for x (..., K) and weight (N, K)."""
+    """Whether oneDNN's product is chosen for x (..., K) and weight (N, K)."""
     choice = chosen()
     steps = choice.linear if weight.is_contiguous() else choice.folded
     rows = x.numel() // x.size(-1)
@@ -113,11 +113,11 @@ def takes_blocks(queries: int, keys: int, relative: bool) -> bool:
 
 
 def takes_spectrum(x: Tensor, shape: tuple[int, int, int]) -> bool:
-    """Whether a grouped convolution over time of x (B, T, D), with weights (D, C, k), goes through their spectra in inference.
+    """Whether a grouped convolution over time of x (B, T, D), with weights (D, C, k), is computed from spectra in inference.
 
-    At 499 frames, kernel 128, 16 groups and 144 - 768 channels that takes a quarter of the direct convolution's time. Its length does
-    not matter: an utterance has the same bits alone and among longer ones. bfloat16 is transformed in float32, but for few channels per
-    group where AMX multiplies it.
+    At 499 frames, kernel 128, 16 groups and 144 - 768 channels that takes a quarter of the direct convolution's time. It does not depend on
+    the length, so an utterance gives the same bits alone and among longer ones. bfloat16 is transformed in float32, except for few channels
+    per group where AMX multiplies it.
     """
     _, width, kernel = shape
     if x.device.type != "cpu" or not torch._C.has_spectral or kernel < 64 or width > 64 or x.numel() == 0:
@@ -133,8 +133,8 @@ FIXED = rule_for(cpu()).choice
 
 
 def chosen() -> Choice:
-    """What holds here: the rule, or in inference mode what was tuned."""
-    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():  # a compiler cannot follow the second
+    """The choice to use here: the rule, or in inference mode the tuned choice."""
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():  # a compiler cannot follow the second condition
         return tuned(torch.get_num_threads()) or FIXED
     return FIXED
 
@@ -147,13 +147,13 @@ def _key(threads: int) -> dict[str, Any]:
 
 
 def tuned_file(threads: int) -> Path:
-    """Where a choice for this machine is kept. Raises `RuntimeError` for a user without a home."""
+    """The file of the choice for this machine. Raises `RuntimeError` for a user without a home."""
     name = hashlib.sha256(json.dumps(_key(threads), sort_keys=True).encode()).hexdigest()[:20]
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hubert-eff" / f"float-layers-{name}.json"
 
 
 def keep(choice: Choice, threads: int) -> Path:
-    """Write a choice to its file. Raises `UserError` where that cannot be, `WriteError` on a full disk."""
+    """Write a choice to its file. Raises `UserError` if it cannot be written, `WriteError` on a full disk."""
     path = tuned_file(threads)
     numbers = {name: None if value == NEVER else value for name, value in dataclasses.asdict(choice).items()}
     write_json(path, _key(threads) | {"choice": numbers})
@@ -162,10 +162,10 @@ def keep(choice: Choice, threads: int) -> Path:
 
 
 def _checked(text: str, threads: int) -> Choice:
-    """A choice as `keep` wrote it. Raises `ValueError`, and others for what is not of this form."""
+    """Parse a choice that `keep` wrote. Raises `ValueError` and other errors for other content."""
     found = json.loads(text)
     if {name: found[name] for name in _key(threads)} != _key(threads):
-        raise ValueError("it is of another machine")
+        raise ValueError("it belongs to another machine")
     values = found["choice"]
 
     def number(value: Any) -> float:
@@ -185,14 +185,14 @@ def _checked(text: str, threads: int) -> Choice:
 
 @functools.cache
 def tuned(threads: int) -> Choice | None:
-    """What was tuned for this machine; None where nothing was, or where the file is damaged, which is said once."""
+    """The tuned choice for this machine; None if there is none, or if the file is damaged, of which it warns once."""
     try:
         path = tuned_file(threads)
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return None
     except (OSError, RuntimeError, ValueError) as error:
-        warnings.warn(f"what was tuned for this machine cannot be read ({short(error)}): the fixed rule holds", stacklevel=2)
+        warnings.warn(f"the tuned choice for this machine cannot be read ({short(error)}): the fixed rule holds", stacklevel=2)
         return None
     try:
         return _checked(text, threads)

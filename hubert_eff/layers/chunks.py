@@ -1,4 +1,4 @@
-"""Time in chunks: what a frame may see of an utterance that comes piece by piece, and what a stream keeps from one piece to the next."""
+"""Running in chunks: what a frame may see of an utterance that comes in pieces, and what a stream keeps between pieces."""
 
 # B batch, T frames, C channels, H heads, d head dim, n chunks
 
@@ -17,21 +17,22 @@ Table = TypeVar("Table", Tensor, "Tensor | None")
 
 @dataclass(frozen=True)
 class Chunks:
-    """How a model runs chunk by chunk. A frame attends to its own chunk and to `left` chunks before it; no convolution sees beyond the
-    end of its frame's chunk.
+    """How a model runs chunk by chunk.
 
-    Without `kept` an utterance is computed at once, under masks (training, and the reference of streaming). With it one chunk is, and
-    what later ones need of it is kept there: of attention the keys and values, of convolutions the last input frames.
+    A frame attends to its own chunk and to `left` chunks before it; no convolution sees beyond the end of its frame's chunk.
+
+    Without `kept` an utterance is computed at once, under masks (in training, and as the reference of streaming). With `kept` one chunk is
+    computed, and `kept` holds what later chunks need: keys and values of attention, and the last input frames of convolutions.
     """
 
     size: int  # frames of a chunk
     left: int  # chunks; -1: all
     kept: dict[nn.Module, tuple[Tensor, ...]] | None = None
-    tables: dict[Hashable, tuple[int, Tensor | None]] = field(default_factory=dict)  # of a stream: positions, alike for chunk after chunk
-    start: int = 0  # of a stream: frames before this chunk
+    tables: dict[Hashable, tuple[int, Tensor | None]] = field(default_factory=dict)  # in a stream: positions, which chunks share
+    start: int = 0  # in a stream: number of frames before this chunk
 
     def at_rate(self, rate: int) -> Chunks:
-        """The same for modules of which each frame stands for `rate` of these; `size` and `start` are multiples of it."""
+        """The same at a lower rate: one frame stands for `rate` of these; `size` and `start` are multiples of it."""
         return replace(self, size=self.size // rate, start=self.start // rate)
 
     # -- attention ---------------------------------------------------------------------------------------------------
@@ -46,22 +47,22 @@ class Chunks:
         return seen[None, None]
 
     def keys(self, queries: int) -> int:
-        """Keys of a chunk of so many queries: what is kept, and its own."""
+        """Number of keys of a chunk with so many queries: those that are kept, and its own."""
         if self.kept is None:
             return queries
         return queries + (self.start if self.left < 0 else min(self.start, self.left * self.size))
 
     def surplus(self, keys: int) -> int:
-        """How many of the first of so many keys of a stream no later chunk sees."""
+        """How many keys at the start of a stream's keys no later chunk sees."""
         return 0 if self.left < 0 else max(0, keys - self.left * self.size)
 
     @property
     def keys_before(self) -> int:
-        """Of a stream: keys of the chunk before this one."""
+        """In a stream: number of keys of the previous chunk."""
         return replace(self, start=self.start - self.size).keys(self.size) if self.start else 0
 
     def with_kept(self, module: nn.Module, *parts: Tensor) -> tuple[Tensor, ...]:
-        """Keys, values (B, H, T, d) of `module` with those that it has kept in front."""
+        """Put the keys and values that `module` has kept in front of these, (B, H, T, d)."""
         if self.kept is None:
             return parts
         if module in self.kept:
@@ -71,7 +72,7 @@ class Chunks:
         return parts
 
     def table(self, owner: Hashable, keys: int, make: Callable[[], Table]) -> Table:
-        """`make()`, a table for so many keys; a stream makes it anew only when their number changes."""
+        """`make()`, a table for so many keys; a stream makes it again only when their number changes."""
         if self.kept is None:
             return make()
         known = self.tables.get(owner)
@@ -82,9 +83,9 @@ class Chunks:
     # -- convolution -------------------------------------------------------------------------------------------------
 
     def windows(self, module: nn.Module, x: Tensor, before: int, after: int) -> Tensor:
-        """x (B, T, C) of `module` cut into what its convolution sees: each chunk, `before` frames before it, and `after` zeros behind it.
+        """Cut x (B, T, C) into what the convolution of `module` sees: each chunk, `before` frames before it, and `after` zeros after it.
 
-        (B n, before + size + after, C); one window for all of x where nothing is behind or x is a chunk of a stream.
+        Returns (B n, before + size + after, C), or one window for all of x if `after` is 0 or x is a chunk of a stream.
         """
         if self.kept is not None:
             (context,) = self.kept.get(module, (x.new_zeros(x.size(0), before, x.size(2)),))
@@ -98,20 +99,21 @@ class Chunks:
         return F.pad(cut.flatten(0, 1), (0, 0, 0, after))
 
     def convolved(self, module: nn.Module, x: Tensor, before: int, after: int, convolve: Callable[[Tensor], Tensor]) -> Tensor:
-        """What `convolve` makes of the windows of x (B, T, C), joined: (B, T', C').
+        """Apply `convolve` to the windows of x (B, T, C) and join the results: (B, T', C').
 
-        Without gradient chunk by chunk, as a stream does: in other shapes torch may sum in another order, and the last place decides bits.
+        Without gradient it goes chunk by chunk, as a stream does: in other shapes torch may sum in another order, and the last digit
+        decides bits.
         """
         if self.kept is None and not torch.is_grad_enabled():
             x = F.pad(x, (0, 0, before, 0))
             cut = [x[:, start : start + before + self.size] for start in range(0, x.size(1) - before, self.size)]
             return torch.cat([convolve(F.pad(window, (0, 0, 0, after)) if after else window) for window in cut], 1)
         y = convolve(self.windows(module, x, before, after))
-        return self.joined(y, x.size(0), y.size(0) * y.size(1) // x.size(0)).contiguous()  # what follows sees one layout
+        return self.joined(y, x.size(0), y.size(0) * y.size(1) // x.size(0)).contiguous()  # gives later modules one layout
 
     @staticmethod
     def joined(y: Tensor, batch: int, frames: int) -> Tensor:
-        """What a convolution made of `windows`, (B n, T', C'), as (B, frames, C')."""
+        """Reshape the output of a convolution of `windows`, (B n, T', C'), to (B, frames, C')."""
         return y.reshape(batch, -1, y.size(2))[:, :frames]
 
 

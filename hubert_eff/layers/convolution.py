@@ -1,4 +1,4 @@
-"""Convolution over time in the (B, T, C) layout: as a 2-D convolution on a channels-last view, nothing is transposed in memory."""
+"""Convolution over time in the (B, T, C) layout: a 2-D convolution on a channels-last view, without transposing memory."""
 
 # B batch, T frames, C input and N output channels, k kernel
 
@@ -15,11 +15,11 @@ from .chunks import Chunks
 from .linear import linear, product, takes_onednn
 from .tracing import is_exporting
 
-NARROW, KERNELS = range(2, 16, 2), 32  # channels per group, and of what the kernel is a multiple, where bfloat16 needs a zero tap
+NARROW, KERNELS = range(2, 16, 2), 32  # channels per group, and divisor of the kernel, for which bfloat16 needs a zero tap
 
 
 def _computes_in(x: Tensor) -> torch.dtype:
-    """The dtype that a convolution of x runs in, autocast or not."""
+    """The dtype in which a convolution of x runs, with or without autocast."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
@@ -27,11 +27,11 @@ def _computes_in(x: Tensor) -> torch.dtype:
 
 
 def with_zero_tap(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """x (B, C, ..., T) and weight (N, C / groups, ..., k) of a convolution over time, both one zero longer where only then it is right.
+    """Extend x (B, C, ..., T) and weight (N, C / groups, ..., k) of a convolution over time by a zero if only then the result is right.
 
-    On CPUs with AMX oneDNN (3.7, as in torch 2.8) returns noise for bfloat16, an even number of channels per group below 16 and a kernel
-    that is a multiple of 32. A zero tap changes no result. Shape and dtype decide, not the machine, so that all compute alike; in
-    other dtypes, on other devices and for other shapes nothing changes. Every grouped convolution of this package passes through here.
+    On CPUs with AMX, oneDNN (3.7, as in torch 2.8) returns noise for bfloat16, an even number of channels per group below 16 and a kernel
+    that is a multiple of 32. A zero tap does not change the result. Shape and dtype decide, not the machine, so that all machines compute
+    the same; nothing changes for other dtypes, devices and shapes. Every grouped convolution of this package passes through here.
     """
     if x.device.type != "cpu" or _computes_in(x) != torch.bfloat16 or weight.size(1) not in NARROW or weight.size(-1) % KERNELS:
         return x, weight
@@ -39,7 +39,7 @@ def with_zero_tap(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class GroupedConv2d(nn.Conv2d):
-    """`nn.Conv2d` that is right in bfloat16, too."""
+    """`nn.Conv2d` that is also right in bfloat16."""
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, F, T) -> (B, N, F', T')."""
@@ -56,7 +56,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, paddin
 
 
 class _StridedConv(torch.autograd.Function):
-    """Forward as `convolve`; backward as matrix products of windows, several times faster than the convolution's own on long input."""
+    """Runs `convolve` forward, and backward matrix products of windows, several times as fast on long input as the convolution's own."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int) -> Tensor:
@@ -75,7 +75,7 @@ class _StridedConv(torch.autograd.Function):
             by_tap = weight.transpose(1, 2).reshape(out, kernel * channels)
             taps = product(grad.contiguous(), by_tap.t()).view(batch, frames, kernel, channels)
             grad_x = x.new_zeros(x.shape)
-            apart = min(kernel, stride)  # so many taps of neighboring frames do not overlap
+            apart = min(kernel, stride)  # the number of taps of neighboring frames that do not overlap
             place = (length * channels, stride * channels, channels, 1)
             grad_x.as_strided((batch, frames, apart, channels), place).copy_(taps[:, :, :apart])
             for tap in range(apart, kernel):
@@ -97,9 +97,9 @@ def strided_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) ->
 
 
 def reach(kernel: int, stride: int, causal: bool, frames: int) -> tuple[int, int]:
-    """How many frames before and behind an input of so many a `DepthwiseConv` sees."""
+    """How many frames before and after its input a `DepthwiseConv` sees."""
     if stride > 1 and is_exporting():
-        return 0, kernel - 1  # up to stride - 1 more, whatever the length: there are as many outputs
+        return 0, kernel - 1  # for any length; up to stride - 1 more frames give as many outputs
     if stride > 1:
         return 0, max(0, kernel - stride + -frames % stride)
     return (kernel - 1, 0) if causal else (kernel // 2, kernel // 2)
@@ -108,8 +108,8 @@ def reach(kernel: int, stride: int, causal: bool, frames: int) -> tuple[int, int
 class DepthwiseConv(nn.Module):
     """Depthwise convolution with zero padding, (B, T, C) -> (B, ceil(T / stride), C).
 
-    At stride 1 the kernel is centered, or ends at its frame if `causal`; above it begins there: output t sees inputs t * stride ...
-    t * stride + k - 1.
+    At stride 1 the kernel is centered, or ends at its frame if `causal`. At larger strides it begins there: output t sees inputs
+    t * stride ... t * stride + k - 1.
     """
 
     def __init__(self, channels: int, kernel: int, bias: bool = False, stride: int = 1, causal: bool = False) -> None:
@@ -120,7 +120,7 @@ class DepthwiseConv(nn.Module):
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
 
     def forward(self, x: Tensor, chunks: Chunks | None = None) -> Tensor:
-        """`chunks`: zeros in the place of what lies behind the chunk of a frame."""
+        """Convolve; with `chunks`, a frame sees zeros beyond the end of its chunk."""
         channels, _, kernel = self.weight.shape
         before, after = reach(kernel, self.stride, self.causal, x.size(1))
         if chunks is not None:

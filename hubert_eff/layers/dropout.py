@@ -1,4 +1,4 @@
-"""Dropout that draws from 16-bit slices of random words: on a CPU several times faster than one Bernoulli draw per element."""
+"""Dropout that draws from 16-bit slices of random words, on a CPU several times as fast as one Bernoulli draw per element."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LEVELS = 1 << 16
 
 
 def keep_signs(shape: torch.Size, p: float) -> tuple[Tensor, float]:
-    """A CPU float tensor, negative with probability q and else positive, and 1 / (1 - q); q is `p` rounded to 1 / 65536, below 1."""
+    """A CPU float tensor that is negative with probability q and otherwise positive, and 1 / (1 - q); q is `p` rounded to 1 / 65536."""
     count = math.prod(shape)
     dropped = min(round(p * LEVELS), LEVELS - 1)
     words = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(1 << 63), None)
@@ -43,7 +43,7 @@ class Dropout(nn.Dropout):
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
-            return input  # which may be packed bits
+            return input  # the input may be packed bits
         if self.p > 0.0 and takes_onednn(input, input):
             return _Dropout.apply(input, self.p)  # type: ignore[no-any-return,no-untyped-call]
         return super().forward(input)

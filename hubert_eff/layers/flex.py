@@ -1,4 +1,4 @@
-"""Sparse attention by torch's FlexAttention, which skips the tiles of keys that no query of a tile sees."""
+"""Sparse attention by torch's FlexAttention, which skips tiles of keys that no query of a tile sees."""
 
 # B batch, T frames, H heads, d head dim
 
@@ -24,10 +24,10 @@ TILE = 128  # queries and keys of a block in FlexAttention's block mask
 
 @lru_cache(maxsize=16)
 def tiles(pattern: SparsePattern, frames: int, device: torch.device) -> tuple[Tensor, BlockMask]:
-    """The order of the keys for FlexAttention (T,), and the mask of `frames` frames padded to whole tiles.
+    """Make the order of the keys for FlexAttention (T,), and the mask of `frames` frames padded to whole tiles.
 
-    Summaries come first: in the order of time there is one in nearly every tile, and none could be left out. A key is seen if it is a
-    summary or not further than `reach` from the query, in block numbers, or in frames with the local pattern.
+    Summaries come first: in order of time nearly every tile would hold one, and no tile could be skipped. A key is visible if it is a
+    summary or within `reach` of the query, counted in blocks, or in frames with the local pattern.
     """
     size = -(-frames // TILE) * TILE
     place = torch.arange(frames, device=device)
@@ -38,11 +38,11 @@ def tiles(pattern: SparsePattern, frames: int, device: torch.device) -> tuple[Te
         first = [gather_summaries(grid, segments).flatten()]
         order = torch.cat(first + [s.blocks(grid)[:, :, :, : s.own].flatten() for s in segments])
         starts = torch.tensor([s.start + n * s.length for s in segments for n in range(s.count)], device=device)
-        query_at = torch.searchsorted(starts, place, right=True)  # number of the block
+        query_at = torch.searchsorted(starts, place, right=True)  # index of the block
         key_at, summaries, reach = query_at[order], first[0].numel(), 0
     shared = torch.arange(size, device=device) < summaries
     query_at = F.pad(query_at, (0, size - frames), value=int(query_at[-1]))
-    nowhere = -2 * size  # further than any reach
+    nowhere = -2 * size  # farther than any reach
     key_at = F.pad(key_at, (0, size - frames), value=nowhere).masked_fill(shared, nowhere)
 
     def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -76,9 +76,9 @@ def sparse_flex(q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None, pattern:
 
 @lru_cache(maxsize=1)
 def compiled_flex() -> Callable[..., Tensor] | None:
-    """`sparse_flex` around the compiled kernel. A compiled block calls it as it is, so that its mask is kept from call to call.
+    """`sparse_flex` around the compiled kernel. A compiled block calls it uncompiled, so that its mask is kept between calls.
 
-    None where torch has no FlexAttention.
+    None if torch has no FlexAttention.
     """
     if flex_attention is None:
         return None
@@ -91,6 +91,6 @@ def compiled_flex() -> Callable[..., Tensor] | None:
 
 
 def takes_flex(q: Tensor) -> bool:
-    """Whether it takes queries like these: on a GPU, of a width that is a power of two, at least 16."""
+    """Whether FlexAttention takes such queries: on a GPU, with a width that is a power of two, at least 16."""
     width = q.size(-1)
     return q.is_cuda and q.numel() > 0 and width >= 16 and width & (width - 1) == 0

@@ -1,4 +1,4 @@
-"""Folding for inference: what a norm or an affine map does to its neighbor's input or output, done to its weights once."""
+"""Folding for inference: norms and affine maps are applied once to the weights of the layers beside them."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from .norm import NoNorm
 
 @runtime_checkable
 class Foldable(Protocol):
-    """A module of which something folds. `hubert_eff.fuse` asks all of them, children before the modules that hold them."""
+    """A module with parts that fold. `hubert_eff.fuse` calls all of them, children before the modules that hold them."""
 
     def fold(self) -> nn.Module:
-        """The module to stand in its place, which computes the same in eval mode from the same arguments: itself, changed, or another.
+        """Return the replacement, which computes the same in eval mode from the same arguments: the module itself, changed, or another.
 
-        Called in eval mode, without gradients, on a copy of the model; a second call must change nothing.
+        It is called in eval mode, without gradients, on a copy of the model; a second call must change nothing.
         """
 
 
 def fold_after(layer: nn.Linear | DepthwiseConv, norm: nn.Module) -> nn.Module:
     """Fold a BatchNorm into the layer before it: W' = s W, b' = s (b - mean) + beta, s = gamma / sqrt(var + eps).
 
-    Returns what stands in the norm's place: `NoNorm`, or the norm itself if it is not a BatchNorm.
+    Returns the norm's replacement: `NoNorm`, or the norm itself if it is not a BatchNorm.
     """
     if not isinstance(norm, nn.BatchNorm1d):
         return norm
@@ -38,7 +38,7 @@ def fold_after(layer: nn.Linear | DepthwiseConv, norm: nn.Module) -> nn.Module:
 
 
 def fold_before(norm: nn.Module, *layers: nn.Linear) -> nn.Module:
-    """Fold a BatchNorm into the linear layers that read it; returns what stands in its place, as `fold_after` does."""
+    """Fold a BatchNorm into the linear layers that read it; returns its replacement, as `fold_after` does."""
     if not isinstance(norm, nn.BatchNorm1d):
         return norm
     assert norm.running_mean is not None and norm.running_var is not None
@@ -49,7 +49,7 @@ def fold_before(norm: nn.Module, *layers: nn.Linear) -> nn.Module:
 
 
 def fold_affine(layer: nn.Linear, scale: Tensor, shift: Tensor) -> None:
-    """Make `layer(x)` what `layer(scale * x + shift)` was; scale and shift are (in_features,)."""
+    """Make `layer(x)` equal to the former `layer(scale * x + shift)`; scale and shift are (in_features,)."""
     bias = layer.weight @ shift
     layer.bias = nn.Parameter(bias if layer.bias is None else layer.bias + bias)
     layer.weight = nn.Parameter(layer.weight * scale)

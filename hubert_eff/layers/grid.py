@@ -1,8 +1,8 @@
 """Layers in the layout of accelerators, (B, C, 1, T): channels first, time last (Xu et al. 2024, section 3; Apple's "Deploying Transformers
-on the Neural Engine", 2022). Linear layers are 1 x 1 convolutions, heads are split apart, and attention is one einsum per head, without a
+on the Neural Engine", 2022). Linear layers are 1 x 1 convolutions, heads are separate, and attention is one einsum per head, without a
 transposed copy.
 
-A block that can be laid out so has `channels_first()`, which makes its twin of the modules here; `hubert_eff.edge.rewrite` asks for it.
+A block with such a layout has `channels_first()`, which builds its twin from the modules here; `hubert_eff.edge.rewrite` calls it.
 """
 
 # B batch, T frames, C channels, d head dim
@@ -25,14 +25,14 @@ from .precision import wide
 
 @runtime_checkable
 class ChannelsFirst(Protocol):
-    """A module with a twin in the layout (B, C, 1, T), which is called as twin(x, frames); both share no parameters."""
+    """A module with a twin in the layout (B, C, 1, T), which is called as twin(x, frames); they share no parameters."""
 
     def channels_first(self) -> nn.Module:
-        """The twin, of a fused module in eval mode."""
+        """Build the twin of this module, which is fused and in eval mode."""
 
 
 def pointwise(layer: nn.Linear) -> nn.Conv2d:
-    """A linear layer as a 1 x 1 convolution."""
+    """Turn a linear layer into a 1 x 1 convolution."""
     conv = nn.Conv2d(layer.in_features, layer.out_features, 1, bias=layer.bias is not None, device="meta")
     conv.weight = nn.Parameter(layer.weight.detach()[:, :, None, None].contiguous())
     conv.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone())
@@ -40,16 +40,16 @@ def pointwise(layer: nn.Linear) -> nn.Conv2d:
 
 
 def depthwise(layer: DepthwiseConv) -> GridDepthwise:
-    """A depthwise convolution over time, stride 1."""
+    """Build the twin of a depthwise convolution over time with stride 1."""
     return GridDepthwise(layer)
 
 
 class Framed(nn.Module):
-    """A module of the grid that is called with the frames of its input, (B, C, 1, T) and `Frames`, as blocks are."""
+    """A module of the grid that is called with its input (B, C, 1, T) and `Frames`, as blocks are."""
 
 
 class GridConv(GroupedConv2d):
-    """A grouped convolution over time in (B, C, 1, T), centered or causal; (N, C / groups, k) is the weight that it takes over."""
+    """A grouped convolution over time in (B, C, 1, T), centered or causal, with a given weight (N, C / groups, k)."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, groups: int, causal: bool) -> None:
         channels, _, kernel = weight.shape
@@ -59,7 +59,7 @@ class GridConv(GroupedConv2d):
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
 
     def over_time(self, x: Tensor, chunks: Chunks | None) -> Tensor:
-        """(B, C, 1, T) -> (B, C, 1, T); `chunks`: zeros in the place of what lies behind the chunk of a frame."""
+        """(B, C, 1, T) -> (B, C, 1, T); with `chunks`, a frame sees zeros beyond the end of its chunk."""
         if chunks is None:
             return self(F.pad(x, self.reach))  # type: ignore[no-any-return]
         y = chunks.convolved(self, x.squeeze(2).mT, *self.reach, lambda w: self(w.mT.unsqueeze(2)).squeeze(2).mT)
@@ -89,7 +89,7 @@ class GridNorm(nn.Module):
         self.weight = nn.Parameter(source.weight.detach().clone())
         self.bias = nn.Parameter(source.bias.detach().clone())
         self.eps = source.eps
-        self.norm: Callable[..., Tensor] | None = None  # in its place: (x, weight, bias, eps, dim=)
+        self.norm: Callable[..., Tensor] | None = None  # replaces it: (x, weight, bias, eps, dim=)
 
     @counted_as("norm", lambda _, x: Cost(0, x.numel()))
     def forward(self, x: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ class GridNorm(nn.Module):
 
 
 def grid_norm(norm: nn.Module) -> nn.Module:
-    """The twin of a LayerNorm or a BatchNorm; of what folding has left in the place of one, nothing."""
+    """Build the twin of a LayerNorm or a BatchNorm, or an identity for a norm that has been folded."""
     if isinstance(norm, nn.BatchNorm1d):
         twin = nn.BatchNorm2d(norm.num_features, norm.eps)
         twin.load_state_dict(norm.state_dict())
@@ -134,13 +134,13 @@ class GridAttention(Framed):
         width = qkv.in_features // heads
         for name, move in zip(("u", "v"), moves):  # of queries, per head (d, 1, 1)
             self.register_buffer(name, move.detach().view(heads, width, 1, 1).clone())
-        self.softmax: Callable[[Tensor], Tensor] | None = None  # in the place of torch's, over the last dimension
+        self.softmax: Callable[[Tensor], Tensor] | None = None  # replaces torch's, over the last dimension
 
     def forward(self, x: Tensor, frames: Frames) -> Tensor:
         """(B, C, 1, T) -> (B, C, 1, T)."""
         q, k, v = self.qkv(x).chunk(3, 1)
         chunks = frames.chunks
-        if chunks is not None and chunks.kept is not None:  # along time, which is where they are joined
+        if chunks is not None and chunks.kept is not None:  # along time, the dimension in which they are joined
             k, v = (part.permute(0, 3, 1, 2) for part in chunks.with_kept(self, k.permute(0, 2, 3, 1), v.permute(0, 2, 3, 1)))
         return self.out(self._mixed(q, k, v, self._offsets(frames), frames.attend))  # type: ignore[no-any-return]
 
@@ -179,7 +179,7 @@ class Glu(nn.Module):
 
 
 class GridBlock(Framed):
-    """Modules one after the other."""
+    """Runs modules one after the other."""
 
     def __init__(self, *parts: nn.Module) -> None:
         super().__init__()
@@ -192,7 +192,7 @@ class GridBlock(Framed):
 
 
 class Residual(GridBlock):
-    """x + factor * what the modules make of it."""
+    """x + factor * the output of the modules for x."""
 
     def __init__(self, *parts: nn.Module, factor: float = 1.0) -> None:
         super().__init__(*parts)

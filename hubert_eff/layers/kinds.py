@@ -1,7 +1,7 @@
-"""What layers tell the binarizer: of which kind each of their parts is, and which values its input takes.
+"""What layers tell the binarizer: the kind of each of their parts, and the values that its input takes.
 
-A module with `kinds()` declares parts by the name of the attribute that holds them. What is not declared stays float. `hubert_eff.quant`
-decides by kind alone (quant/policy.py) and names no encoder.
+A module with `kinds()` declares parts by the names of their attributes. Other parts stay float. `hubert_eff.quant` decides by kind alone
+(quant/policy.py) and does not name encoders.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Protocol, runtime_checkable
 
 PROJECTION, PRODUCT, FEED_FORWARD = "attention_projection", "attention_product", "feed_forward"
 POINTWISE, DEPTHWISE = "pointwise_conv", "depthwise_conv"
-BINARY_KINDS = {  # kind -> what it is; a policy decides which of these are binarized
-    PROJECTION: "linear layers to queries, keys and values, and out of the attention",
+BINARY_KINDS = {  # kind -> its description; a policy decides which of these are binarized
+    PROJECTION: "linear layers to queries, keys and values, and the output projection of the attention",
     PRODUCT: "queries times keys, probabilities times values",
     FEED_FORWARD: "linear layers of feed-forward modules",
     POINTWISE: "convolutions over one frame: linear layers of convolution modules",
@@ -25,8 +25,8 @@ FLOAT_KINDS = {  # kind -> why it is never binarized
     EXTRACTOR: "reads the waveform itself, where single bits lose the signal",
     INPUT_PROJECTION: "one layer that all others depend on",
     POSITIONAL_CONV: "one layer at the entrance, before the first norm",
-    POSITION_PROJECTION: "its output, not its input, is what the attention binarizes",
-    RATE_CHANGE: "part of the path between frame rates that passes by the blocks",
+    POSITION_PROJECTION: "the attention binarizes its output, not its input",
+    RATE_CHANGE: "part of the path between frame rates that bypasses the blocks",
     CODEBOOK_HEAD: "used in pre-training only",
 }
 
@@ -35,12 +35,13 @@ FLOAT_KINDS = {  # kind -> why it is never binarized
 class Kind:
     """The kind of one part of a module.
 
-    signed: whether the layer's input takes both signs; else it is non-negative, once `activation` is a ReLU.
-    activation: attribute of the module with the activation function right in front of the layer.
-    shared: attribute of the module where the quantizer of an input stands that several layers share.
-    form: which attention product stands in for a part that is None in the float model (quant/attention.py), and `shapes`: those of its
-    operands that carry a learnable bias, as they broadcast to (B, H, T, d). `sources`: those of its operands that are in inference, but
-    for their shape, a linear layer's output: operand -> (attribute that holds the layer, its first channel).
+    signed: whether the layer's input takes both signs; otherwise it is non-negative, once `activation` is a ReLU.
+    activation: attribute of the module with the activation function right before the layer.
+    shared: attribute of the module for the quantizer of an input that several layers share.
+    form: the attention product that fills a part that is None in the float model (quant/attention.py).
+    shapes: its operands with a learnable bias, with shapes that broadcast to (B, H, T, d).
+    sources: its operands that in inference are, except for their shape, the output of a linear layer: operand -> (attribute of the layer,
+    first channel).
     """
 
     name: str
@@ -57,7 +58,7 @@ class Declared(Protocol):
     """A module that declares the kinds of its parts."""
 
     def kinds(self) -> Mapping[str, Kind]:
-        """Attribute -> its kind."""
+        """The kind of each part by the name of its attribute."""
 
 
 def head_shapes(heads: int, dim: int, *names: str) -> dict[str, tuple[int, ...]]:

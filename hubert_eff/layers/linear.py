@@ -1,7 +1,7 @@
-"""Linear layers that take oneDNN's float32 product on a CPU where it is faster, forward and backward.
+"""Linear layers that use oneDNN's float32 product on a CPU where it is faster, forward and backward.
 
 PyTorch's float32 linear on a CPU calls MKL, which leaves up to half of the speed unused on processors that are not Intel's; oneDNN, which
-PyTorch ships for convolutions, does not. `layers.choice` says which of the two runs. Same precision, same parameters as `nn.Linear`.
+PyTorch ships for convolutions, does not. `layers.choice` decides between them. Precision and parameters are those of `nn.Linear`.
 """
 
 # M rows, K inputs, N outputs
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from . import choice
 
-_PRODUCT = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # absent where torch is built without oneDNN
+_PRODUCT = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # absent if torch is built without oneDNN
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -73,7 +73,7 @@ class Linear(nn.Linear):
     """`nn.Linear` through `linear`."""
 
     def fold(self) -> Linear:
-        """Lay the weight out input by input, the order in which oneDNN reads it: without a copy per call few rows take half the time."""
+        """Store the weight input by input, the order in which oneDNN reads it; without a copy per call few rows take half the time."""
         self.weight = nn.Parameter(self.weight.t().contiguous().t())
         return self
 

@@ -1,4 +1,4 @@
-"""Normalization that knows of padding."""
+"""Normalization that respects padding."""
 
 # B batch, T frames, C channels
 
@@ -23,20 +23,20 @@ def _untracked(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         for buffer, value in before:
-            buffer.data.copy_(value)  # unseen by autograd: a norm in training keeps them for its backward pass, but does not read them
+            buffer.data.copy_(value)  # hidden from autograd: a norm in training saves them for its backward pass, but does not read them
 
 
 def once_tracked(module: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Contexts of `torch.utils.checkpoint`: running statistics are updated in the forward pass, not again when it is recomputed.
 
-    They are put back rather than left alone, so that a compiled block is recomputed by the very code of its forward pass.
+    They are restored rather than left alone, so that a compiled block is recomputed by the same code as in its forward pass.
     """
     return nullcontext(), _untracked(module)
 
 
 @contextmanager
 def left_out() -> Iterator[None]:
-    """Within it a batch counts for nothing in the statistics, of this process and of the others: it stands in for one that is not there."""
+    """Exclude batches inside from the statistics of this and all other processes: they stand in for batches that do not exist."""
     global _counted
     _counted = False
     try:
@@ -46,15 +46,15 @@ def left_out() -> Iterator[None]:
 
 
 class NoNorm(nn.Module):
-    """Stands where a norm could."""
+    """Replaces a norm."""
 
     def forward(self, input: Tensor, valid: Tensor | None = None) -> Tensor:
-        """`input`, as it is."""
+        """Return `input` unchanged."""
         return input
 
 
 class FrameNorm(nn.LayerNorm):
-    """LayerNorm of each frame, called like the norms that need to know which frames are valid."""
+    """LayerNorm of each frame, called like norms that need to know which frames are valid."""
 
     def forward(self, input: Tensor, valid: Tensor | None = None) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
@@ -62,14 +62,14 @@ class FrameNorm(nn.LayerNorm):
 
 
 class MaskedBatchNorm(nn.BatchNorm1d):
-    """BatchNorm over the valid frames of (B, T, C), statistics joined over all data-parallel processes.
+    """BatchNorm over the valid frames of (B, T, C), with statistics shared by all data-parallel processes.
 
     In training it equals `nn.BatchNorm1d` on the packed valid frames of the joint batch. Batch statistics are float32 at
     least; running ones have the dtype of the module.
     """
 
     def forward(self, input: Tensor, valid: Tensor | None = None) -> Tensor:
-        """`valid`: (B, T) bool, None = all. What comes out on padding means nothing."""
+        """Normalize. `valid`: (B, T) bool, None = all. The output on padding is undefined."""
         x = input
         rows = x.reshape(-1, x.size(-1))
         if not self.training:
@@ -79,7 +79,7 @@ class MaskedBatchNorm(nn.BatchNorm1d):
         if alone and valid is None and len(rows) > 1:
             return super().forward(rows).view_as(x)
         if alone and valid is not None and x.device.type == "cpu" and not torch.compiler.is_compiling():
-            index = valid.reshape(-1).nonzero().squeeze(1)  # on a GPU this would wait for all that is queued
+            index = valid.reshape(-1).nonzero().squeeze(1)  # on a GPU this would wait for all queued work
             if len(index) > 1:
                 packed = super().forward(rows.index_select(0, index))
                 return packed.new_zeros(rows.shape).index_copy(0, index, packed).view_as(x)
@@ -93,7 +93,7 @@ class MaskedBatchNorm(nn.BatchNorm1d):
         mean = total[:-1] / count
         square = ((values - mean).square() * weight).sum((0, 1))
         variance = (_sum_over_processes(square) if joint else square) / count
-        if joint and not _counted:  # all processes may leave out theirs: then the running statistics serve, and stay
+        if joint and not _counted:  # if all processes exclude theirs, the running statistics are used and stay
             assert self.running_mean is not None and self.running_var is not None
             seen = total[-1] > 0
             mean = torch.where(seen, mean, self.running_mean.to(mean.dtype))

@@ -18,7 +18,7 @@ from .convolution import with_zero_tap
 from .spectral import convolve_blocks, spectrum
 from .tracing import is_exporting, is_symbolic
 
-CHUNK = 128  # queries whose products with relative positions are computed at a time: they stay in cache
+CHUNK = 128  # queries whose products with relative positions are computed together and stay in cache
 
 
 def _cost(_: nn.Module, x: Tensor, weight: Tensor) -> Cost:  # without the zero tap that bfloat16 may take
@@ -35,9 +35,9 @@ _spectra: WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], Tensor]] = Weak
 class PositionalConv1d(nn.Module):
     """Grouped convolution over time with weight normalization per tap (wav2vec 2.0, section 2); (B, T, D) -> (B, T, D).
 
-    The kernel is centered (an even one sees one frame more before than after), or ends at its frame if `causal`.
-    Parameters carry fairseq's names: the weight is `weight_g * weight_v / |weight_v|`, the norm over all but the tap dimension. Once fused
-    there is one parameter `weight` in place of the two.
+    The kernel is centered (an even one sees one more frame before than after), or ends at its frame if `causal`.
+    Parameters have fairseq's names: the weight is `weight_g * weight_v / |weight_v|`, with the norm over all but the tap dimension. Fusing
+    replaces both by one parameter `weight`.
     """
 
     weight_v: nn.Parameter | None
@@ -54,7 +54,7 @@ class PositionalConv1d(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim))
         nn.init.normal_(self.weight_v, std=math.sqrt(4.0 / (kernel * dim)))
         with torch.no_grad():
-            if not self.weight_g.is_meta:  # where only shapes are wanted: torch would import for seconds
+            if not self.weight_g.is_meta:  # if only shapes are wanted: torch would import for seconds
                 self.weight_g.copy_(torch.linalg.vector_norm(self.weight_v, dim=(0, 1), keepdim=True))
 
     def plain_weight(self) -> Tensor:
@@ -67,7 +67,7 @@ class PositionalConv1d(nn.Module):
 
     def fold(self) -> PositionalConv1d:
         """Fold the weight normalization into the weight."""
-        if self.weight_v is not None and self.weight_v.is_meta:  # the shape alone: torch would import for seconds to work out a norm's
+        if self.weight_v is not None and self.weight_v.is_meta:  # only the shape: torch would import for seconds to infer that of a norm
             self.weight = nn.Parameter(self.weight_v.detach())
         else:
             self.weight = nn.Parameter(self.plain_weight())
@@ -75,12 +75,12 @@ class PositionalConv1d(nn.Module):
         return self
 
     def train(self, mode: bool = True) -> PositionalConv1d:
-        """As any module's; optimizers may change weights in ways that leave no trace."""
+        """Set the mode and forget the spectrum, because optimizers may change weights without a trace."""
         _spectra.pop(self, None)
         return super().train(mode)
 
     def forward(self, x: Tensor, chunks: Chunks | None = None) -> Tensor:
-        """`chunks`: zeros in the place of what lies behind the chunk of a frame."""
+        """Convolve; with `chunks`, a frame sees zeros beyond the end of its chunk."""
         kernel = self.shape[2]
         before, after = (kernel - 1, 0) if self.causal else (kernel // 2, (kernel - 1) // 2)
         if chunks is None and not self.training and takes_spectrum(x, self.shape):
@@ -122,10 +122,10 @@ class PositionalEmbedding(nn.Sequential):
 
 
 def by_key(by_offset: Tensor) -> Tensor:
-    """(B, H, n, T + n - 1), of which row i holds n - 1 - i columns before those of keys 0 ... T - 1: a view (B, H, n, T) of these."""
+    """View (B, H, n, T) of (B, H, n, T + n - 1), whose row i has n - 1 - i columns before those of keys 0 ... T - 1."""
     batch, heads, n, span = by_offset.shape
     frames = span - n + 1
-    if is_symbolic():  # no strides there: the same as slices and reshapes, of rows one longer, so that a single frame leaves none empty
+    if is_symbolic():  # graphs have no strides: slices and reshapes, of rows one longer, so that none is empty for one frame
         flat = F.pad(by_offset, (0, 1)).flatten(2)[:, :, n - 1 : n - 1 + n * span]
         return flat.view(batch, heads, n, span)[..., :frames]
     return by_offset.contiguous().as_strided((batch, heads, n, frames), (heads * n * span, n * span, span - 1, 1), n - 1)
@@ -140,9 +140,9 @@ def relative_sinusoids(frames: int, dim: int, like: Tensor) -> Tensor:
 
 
 def repeated(x: Tensor, rate: int, frames: int) -> Tensor:
-    """Each frame of x (B, T, C) `rate` times, cut to `frames`."""
+    """Repeat each frame of x (B, T, C) `rate` times, and cut to `frames`."""
     if rate == 1:
         return x
-    if is_exporting():  # a cut would have to be proven to be one
+    if is_exporting():  # torch.export would need a proof that this cuts
         return x.index_select(1, torch.arange(frames, device=x.device) // rate)
     return x.unsqueeze(2).expand(-1, -1, rate, -1).flatten(1, 2)[:, :frames]

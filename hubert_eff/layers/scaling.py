@@ -1,8 +1,8 @@
-"""What keeps activations and parameters of a Zipformer in range: BiasNorm, and modules that change nothing but gradients.
+"""Keeps activations and parameters of a Zipformer in range: BiasNorm, and modules that change only gradients.
 
 The gradient modifiers do nothing in eval mode. In training each works on a random share of the batches; the draws come from torch's
-generators, so that they repeat under `torch.manual_seed` and in activation checkpointing. They only scale or add to gradients that are
-there, so data-parallel processes may draw differently.
+generators, so they repeat under `torch.manual_seed` and in activation checkpointing. They only scale or add to existing gradients, so
+data-parallel processes may draw differently.
 """
 
 # B batch, T frames, C channels, M = B T rows
@@ -24,9 +24,9 @@ TINY = 1e-20
 
 @dataclass(frozen=True)
 class Schedule:
-    """A value that is linear between (update, value) points and constant outside of them.
+    """A value that is linear between (update, value) points and constant outside them.
 
-    `unset` is the value of a module that was never told the update: default the last point's, training as it ends.
+    `unset` is the value of a module that was never told the update; by default that of the last point, as at the end of training.
     """
 
     points: tuple[tuple[float, float], ...]
@@ -46,7 +46,7 @@ class Schedule:
 
 
 class Scheduled(nn.Module):
-    """A module with values that depend on the number of updates made: whoever trains it sets `update`."""
+    """A module with values that depend on the number of updates; the trainer sets `update`."""
 
     update: int | None = None
 
@@ -56,7 +56,7 @@ class Scheduled(nn.Module):
 
 
 def chance(rate: float) -> bool:
-    """True with probability `rate`; drawn on the CPU, so that no accelerator is waited for."""
+    """True with probability `rate`; drawn on the CPU, so nothing waits for an accelerator."""
     return rate > 0.0 and float(torch.rand((), device="cpu")) < rate
 
 
@@ -80,11 +80,11 @@ class _LimitParameter(torch.autograd.Function):
 
 
 def limit_parameter(x: Tensor, low: float, high: float) -> Tensor:
-    """x; where it is outside of [low, high], a gradient whose descent would lead further out has its sign changed."""
+    """Return x; outside [low, high], a gradient whose descent would lead farther out changes its sign."""
     return _LimitParameter.apply(x, low, high)  # type: ignore[no-any-return,no-untyped-call]
 
 
-LIMIT_RATE = 0.6  # share of the batches in which a parameter's limits act
+LIMIT_RATE = 0.6  # share of the batches in which limits of parameters act
 
 
 # -- BiasNorm -----------------------------------------------------------------------------------------------------------------
@@ -93,12 +93,12 @@ LIMIT_RATE = 0.6  # share of the batches in which a parameter's limits act
 def _bias_norm(x: Tensor, bias: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
     """The normalized x, and 1 / RMS(x - b) of each frame."""
     values = wide(x)
-    rate = (values - bias).square_().mean(-1, keepdim=True).clamp_min_(1e-30).rsqrt_()  # a frame equal to the bias stays finite
+    rate = (values - bias).square_().mean(-1, keepdim=True).clamp_min_(1e-30).rsqrt_()  # keeps a frame that equals the bias finite
     return (values * (rate * log_scale.to(values.dtype).exp())).to(x.dtype), rate
 
 
 class _BiasNorm(torch.autograd.Function):
-    """Keeps its input and one number per frame."""
+    """Saves its input and one number per frame."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor, log_scale: Tensor) -> Tensor:
@@ -142,7 +142,7 @@ class BiasNorm(nn.Module):
 
 
 def _rows(x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    """x (..., C) as wide rows (M, C), zero on padding, and what each row weighs in a mean, (M,)."""
+    """x (..., C) as wide rows (M, C), zero on padding, and the weight of each row in a mean, (M,)."""
     rows = wide(x.reshape(-1, x.size(-1)))
     if valid is None:
         return rows, rows.new_full((rows.size(0),), 1.0 / max(rows.size(0), 1))
@@ -169,7 +169,7 @@ class _Balance(torch.autograd.Function):
         spread = variance > TINY
         square, std = square.clamp(min=TINY), variance.clamp(min=TINY).sqrt()
         ratio, rms = mean / std, square.sqrt()
-        # which bounds are broken, and to which side
+        # which bounds are violated, and on which side
         ratio_sign = (ratio - ratio.clamp(*means)).sign()
         rms_sign = (rms - rms.clamp(*rmss)).sign()
         # the derivative of |ratio - bound| + |log(rms / bound)| by x is (level + slope (x - mean) / std) / (std M)
@@ -186,10 +186,10 @@ BALANCER_RATE = Schedule(((0, 0.5), (8_000, 0.125)))
 
 
 class Balancer(Scheduled):
-    """Adds |gradient| times a push of each channel of (B, T, C) into bounds (Zipformer, appendix A.3.1).
+    """Pushes each channel of (B, T, C) into bounds, in units of |gradient| (Zipformer, appendix A.3.1).
 
-    Bounds: on the share of positive values, through mean / standard deviation, and on the mean absolute value, through the rms, both
-    as if values were normal. Padding is not counted.
+    The bounds are on the share of positive values, by mean / standard deviation, and on the mean absolute value, by the rms, both as if
+    values were normal. Padding is not counted.
     """
 
     SCALE = 0.04  # rms over the frames of the push, relative to |gradient|
@@ -217,7 +217,7 @@ class Balancer(Scheduled):
 
 
 def _mean_of_share(share: float, eps: float = 1e-10) -> float:
-    """mean / deviation of values of which `share` are positive: about sqrt(2) times the inverse error function of 2 share - 1."""
+    """mean / deviation of values with a `share` of positive ones: about sqrt(2) times the inverse error function of 2 share - 1."""
     return 0.8139535143 * math.atanh(min(max(2 * share - 1, eps - 1), 1 - eps))
 
 
@@ -264,7 +264,7 @@ class _Whiten(torch.autograd.Function):
             ctx.whitener.rate = ctx.whitener.RATES[0]
             return grad, None, None
         ctx.whitener.rate = ctx.whitener.RATES[1]
-        # direction of the metric's derivative: its length is given by the gradient's
+        # direction of the metric's derivative; its length follows from that of the gradient
         with torch.autocast(x.device.type, enabled=False):
             push = (centered @ covariance).sub_(centered * (square / mean.clamp(min=TINY)))
         flat = wide(grad)
@@ -273,13 +273,13 @@ class _Whiten(torch.autograd.Function):
 
 
 class Whitener(Scheduled):
-    """Adds to the gradient a push of x (B, T, C) toward white, while `whitening_metric` is above a limit (Zipformer, appendix A.3.2).
+    """Pushes x (B, T, C) toward white by the gradient while `whitening_metric` is above a limit (Zipformer, appendix A.3.2).
 
-    Padding is not counted. After a batch below the limit it works on fewer batches; as in the authors' code that is not part of the state,
-    so a run that goes on from a checkpoint starts with the higher share.
+    Padding is not counted. After a batch below the limit it works on fewer batches. As in the authors' code, that is not part of the state,
+    so a run that resumes from a checkpoint starts with the higher share.
     """
 
-    RATES = 0.025, 0.25  # shares of the batches while below and above the limit
+    RATES = 0.025, 0.25  # shares of the batches below and above the limit
 
     def __init__(self, limit: Schedule | float, scale: float, groups: int = 1) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Self-attention in which a frame sees some of the others (`sparse_pattern`), exact, and never through a (T, T) tensor."""
+"""Self-attention in which a frame sees only some frames (`sparse_pattern`), computed exactly and without a (T, T) tensor."""
 
 # B batch, T frames, D model dim, H heads, d = D / H, l stride, c expressivity, n blocks, L frames of a block, G summaries, W window
 
@@ -27,7 +27,7 @@ from .tracing import follows_shapes, is_symbolic
 
 SPAN = 128  # queries that share one window of keys in `_windowed`
 
-_FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)  # private: torch may change them
+_FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)  # private, and torch may change them
 _FLASH_BACKWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
 
 
@@ -46,10 +46,10 @@ def _row(bias: Tensor | None) -> Tensor | None:
 
 
 class _Flash(torch.autograd.Function):
-    """Both parts of the keys through torch's fused kernel, joined by their log-sum-exp.
+    """Runs both parts of the keys through torch's fused kernel and joins them by their log-sum-exp.
 
-    With s the log-sum-exp of all scores of a query, its probabilities are exp(score - s) in either part, so that the kernel's own
-    backward pass, given the joint output and s, returns each part's share of the gradient.
+    If s is the log-sum-exp of all scores of a query, its probabilities are exp(score - s) in either part. So the kernel's own backward
+    pass, given the joint output and s, returns each part's share of the gradient.
     """
 
     @staticmethod
@@ -116,7 +116,7 @@ def _rows(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, keys: Tensor, values: Tensor, kept: Tensor | None,
     count: int, own: int, dropout: Callable[[Tensor], Tensor],
 ) -> Tensor:  # fmt: skip
-    """Attention of `count` whole blocks q, k, v (B, H, n L, d) to their own keys and to the summaries (B, H, G, d)."""
+    """Attention of `count` full blocks q, k, v (B, H, n L, d) to their own keys and to the summaries (B, H, G, d)."""
     q = q * q.size(-1) ** -0.5
     near = split_blocks(q, count) @ split_blocks(k, count)[:, :, :, :own].transpose(-1, -2)  # (B, H, n, L, own)
     far = q @ keys.transpose(-1, -2)  # (B, H, n L, G)
@@ -132,7 +132,7 @@ def _rows(
 def _plain(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, segments: list[Segment], dropout: Callable[[Tensor], Tensor]
 ) -> Iterator[tuple[slice, Tensor]]:
-    """The same from ordinary operations: chunk after chunk its place in time and its output (B, H, rows, d)."""
+    """The same by ordinary operations: yields the place in time and the output (B, H, rows, d) of one chunk after the other."""
     keys, values = gather_summaries(k, segments), gather_summaries(v, segments)
     kept = None if bias is None else gather_summaries(bias, segments)
     for s in segments if follows_shapes(q) else chunks(segments):
@@ -142,16 +142,16 @@ def _plain(
 
 
 class _Recomputed(torch.autograd.Function):
-    """`_plain`, whose backward pass computes the scores of each chunk again, with the same draws, instead of keeping them.
+    """`_plain` with a backward pass that recomputes the scores of each chunk, with the same draws, instead of saving them.
 
-    torch's own checkpoint of each chunk would do, but leaves holes in glibc's heap that grow with T squared.
+    torch's own checkpoint of each chunk would also work, but leaves holes in glibc's heap that grow with T squared.
     """
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, segments: list[Segment], dropout: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        kind = "cpu" if q.is_meta else q.device.type  # meta tensors know no autocast
+        kind = "cpu" if q.is_meta else q.device.type  # autocast does not know meta tensors
         ctx.random = torch.get_rng_state(), *get_device_states(q)
         ctx.precision = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
         out = torch.empty_like(q)
@@ -222,7 +222,7 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None, window: in
 
 
 def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where `seen`, else so low that it is never chosen; finite, so that a query that sees nothing makes no 0 / 0."""
+    """0 where `seen`, otherwise so low that a key is never chosen; finite, which avoids 0 / 0 for a query that sees nothing."""
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min / 2)
 
 
@@ -246,8 +246,8 @@ def sparse_attention(
 ) -> Tensor:  # fmt: skip
     """softmax(q k' / sqrt(d)) v of q, k, v (B, H, T, d) over the keys that `pattern` and `attend` (B, 1, 1, T) bool let through.
 
-    Equal to dense attention under the pattern's mask; a query that sees no key has some finite output. `dropout` falls on the
-    probabilities. `flex`: FlexAttention, taken on a GPU where nothing is dropped. No tensor has T squared elements.
+    It equals dense attention under the pattern's mask; a query that sees no key has some finite output. `dropout` applies to probabilities.
+    `flex`: FlexAttention, used on a GPU if nothing is dropped. No tensor has T squared elements.
     """
     drops = dropout is not None and dropout.training and dropout.p > 0
     if flex is not None and not drops and takes_flex(q):
@@ -265,7 +265,7 @@ def sparse_attention(
     drop: Callable[[Tensor], Tensor] = dropout if dropout is not None else torch.nn.Identity()
     if _is_eager():
         return _Recomputed.apply(q, k, v, bias, segments, drop)  # type: ignore[no-any-return,no-untyped-call]
-    return torch.cat([mixed for _, mixed in _plain(q, k, v, bias, segments, drop)], 2)  # a compiler decides what to keep
+    return torch.cat([mixed for _, mixed in _plain(q, k, v, bias, segments, drop)], 2)  # a compiler decides what to save
 
 
 class SparseSelfAttention(SelfAttention):
@@ -282,14 +282,14 @@ class SparseSelfAttention(SelfAttention):
         return {**dense, "products": replace(dense["products"], form="sparse")}
 
     def channels_first(self) -> GridAttention:
-        """Raises `UserError`: the twin of dense attention would see every key."""
-        raise UserError("sparse attention cannot be rewritten: it has no form that is channels first")
+        """Raise `UserError`, because the twin of dense attention would see every key."""
+        raise UserError("sparse attention cannot be rewritten: it has no channels-first form")
 
     def forward(self, x: Tensor, attend: Tensor | None = None, chunks: Chunks | None = None) -> Tensor:
-        """`attend`: (B, 1, 1, T) bool, False = never seen, or (B, 1, T, T), with `chunks` or without."""
+        """Attend. `attend`: (B, 1, 1, T) bool, False = not visible, or (B, 1, T, T), with `chunks` or without."""
         q, k, v = self.heads_of(x)
         if chunks is None and attend is not None and attend.size(2) > 1:
-            chunks = Chunks(attend.size(2), -1)  # one for all: the mask alone says what is seen
+            chunks = Chunks(attend.size(2), -1)  # a single chunk: only the mask says what is visible
         dropout = self.dropout if self.training else 0.0
         if chunks is not None:
             attend = self._seen_in_chunks(x, attend, chunks)
@@ -303,7 +303,7 @@ class SparseSelfAttention(SelfAttention):
         return self.out_proj(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
     def _seen_in_chunks(self, x: Tensor, attend: Tensor | None, chunks: Chunks) -> Tensor:
-        """The joint mask of pattern and chunks, under which attention is dense: of the few keys that a chunk sees most are seen anyhow."""
+        """Attend densely under the joint mask of pattern and chunks, since a frame sees most of the few keys in its chunks anyway."""
         queries, keys = x.size(1), chunks.keys(x.size(1))
         end = chunks.start + queries
 
@@ -317,5 +317,5 @@ class SparseSelfAttention(SelfAttention):
 
 
 def _one_row(seen: Tensor) -> Tensor:
-    """A mask (1, 1, queries, keys) with one row where all queries see the same keys."""
+    """Reduce a mask (1, 1, queries, keys) to one row if all queries see the same keys."""
     return seen[:, :, :1] if bool((seen == seen[:, :, :1]).all()) else seen

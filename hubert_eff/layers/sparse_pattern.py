@@ -1,7 +1,7 @@
-"""Which frames a frame sees in sparse attention, and how they lie in blocks.
+"""Patterns of sparse attention: which frames a frame sees, and their blocks.
 
 fixed (Child et al. 2019, section 4.2, without its causal mask): frame i sees its own block of l frames, and the last c frames of every
-block. The keys fall into two parts that no query has in common: what is seen within one block only, and the summaries that all see.
+block. The keys form two disjoint parts: those that only one block sees, and the summaries that all frames see.
 """
 
 # B batch, T frames, H heads, d head dim, l stride, c expressivity, n blocks, L frames of a block, G summaries, W window
@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-ROWS = 512  # queries of a piece: so many rows of scores exist at a time
+ROWS = 512  # queries of a piece, and so the number of rows of scores in memory
 
 
 @dataclass(frozen=True)
 class Segment:
-    """`count` blocks of `length` frames, one after the other from frame `start`; all but the first `own` frames of each are summaries."""
+    """`count` consecutive blocks of `length` frames from frame `start` on; all but the first `own` frames of each are summaries."""
 
     start: int
     count: int
@@ -37,10 +37,10 @@ class Segment:
 
 @dataclass(frozen=True)
 class SparsePattern:
-    """Which keys a query sees, in frames.
+    """The keys that a query sees, in frames.
 
-    fixed: {j: j // l = i // l} and {j: j mod l >= l - c}. fairseq: what fairseq's SparseMultiheadAttention describes, that is `fixed`
-    with c + 1 summaries on the frames 1, 2, ..., and frame 0 in front of their first block. local: {j: |i - j| <= W}.
+    fixed: {j: j // l = i // l} and {j: j mod l >= l - c}. fairseq: as fairseq's SparseMultiheadAttention describes it, that is, `fixed`
+    with c + 1 summaries on the frames 1, 2, ..., and frame 0 before their first block. local: {j: |i - j| <= W}.
     """
 
     kind: str
@@ -49,7 +49,7 @@ class SparsePattern:
     window: int
 
     def segments(self, frames: int) -> list[Segment]:
-        """The blocks of `frames` frames; the last one may be cut short."""
+        """The blocks of `frames` frames; the last one may be shorter."""
         length, summaries, start, segments = self.stride, self.expressivity, 0, []
         if self.kind == "fairseq":
             start, own = min(length + 1, frames), min(length - summaries, frames)
@@ -75,7 +75,7 @@ class SparsePattern:
         return shared | (torch.div(i, self.stride, rounding_mode="floor") == block)
 
     def visible(self, frames: Tensor) -> Tensor:
-        """About how many keys a query sees in inputs of `frames` frames: all but cut-off blocks and the ends counted."""
+        """The approximate number of keys that a query sees in inputs of `frames` frames, ignoring shorter blocks and the ends."""
         if self.kind == "local":
             return frames.clamp(max=2 * self.window + 1)
         return self.stride + self.expressivity * (frames / self.stride - 1).clamp(min=0.0)
@@ -87,12 +87,12 @@ def split_blocks(x: Tensor, count: int) -> Tensor:
 
 
 def gather_summaries(x: Tensor, segments: list[Segment]) -> Tensor:
-    """The summaries among the frames of x, (B, H, G, d)."""
+    """Gather the summaries among the frames of x, (B, H, G, d)."""
     return torch.cat([s.blocks(x)[:, :, :, s.own :].flatten(2, 3) for s in segments], 2)
 
 
 def put_summaries(whole: Tensor, summaries: Tensor, segments: list[Segment]) -> None:
-    """The inverse of `gather_summaries`, into `whole` (B, H, T, d)."""
+    """Do the inverse of `gather_summaries`, into `whole` (B, H, T, d)."""
     begin = 0
     for s in segments:
         end = begin + s.count * (s.length - s.own)

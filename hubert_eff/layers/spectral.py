@@ -1,7 +1,7 @@
-"""Grouped convolution over time with long kernels, through the discrete Fourier transform: overlap-save by blocks of a fixed length.
+"""Grouped convolution over time with long kernels by the discrete Fourier transform: overlap-save with blocks of a fixed length.
 
-A product of spectra costs C multiplications per output where the convolution costs C k. A frame is computed from its own block alone, and
-every product has the same number of rows, so that no bit of it depends on the length of the input or on what else is in the batch.
+A product of spectra costs C multiplications per output instead of C k for the convolution. A frame is computed from its own block alone,
+and every product has the same number of rows, so no bit depends on the length of the input or on the rest of the batch.
 """
 
 # B batch, T frames, D channels, G groups, C = D / G, k kernel, N = 2 k samples of a block, S = N - k + 1 frames of a block, F = N / 2 + 1
@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-ROWS = 4  # blocks of a product: more would be idle for inputs of a few seconds, fewer would read the weight's spectrum more often
+ROWS = 4  # blocks of a product; more would be idle for inputs of a few seconds, and fewer would read the weight's spectrum more often
 
 
 def spectrum(weight: Tensor, groups: int) -> Tensor:
-    """Weight (D, C, k), float32 -> (F G, C, C) complex: of each frequency and group the matrix from inputs to outputs."""
+    """Weight (D, C, k), float32 -> (F G, C, C) complex: the matrix from inputs to outputs for each frequency and group."""
     outputs, _, kernel = weight.shape
-    mirrored: Tensor = torch.fft.rfft(weight, n=2 * kernel).conj().resolve_conj()  # what a layer calls a convolution is a correlation
+    mirrored: Tensor = torch.fft.rfft(weight, n=2 * kernel).conj().resolve_conj()  # a layer's convolution is a correlation
     return mirrored.view(groups, outputs // groups, weight.size(1), -1).permute(3, 0, 2, 1).flatten(0, 1).contiguous()
 
 
 def convolve_blocks(x: Tensor, by_frequency: Tensor, kernel: int, before: int) -> Tensor:
-    """x (B, T, D) float32 with `before` zeros in front of it and kernel - 1 - before behind -> (B, T, D); `by_frequency`: `spectrum`."""
+    """Convolve x (B, T, D) float32, with `before` zeros before it and kernel - 1 - before after it, by a `spectrum`: (B, T, D)."""
     batch, frames, dim = x.shape
     block, step = 2 * kernel, kernel + 1
     count = -(-frames // step)

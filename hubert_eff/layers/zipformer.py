@@ -26,7 +26,7 @@ from .zipformer_attention import RelativeWeights
 
 
 def scaled_linear(inputs: int, outputs: int, scale: float, bias: bool = True) -> Linear:
-    """A linear layer whose weight starts at torch's default times `scale`, its bias uniform within 0.1 `scale`."""
+    """A linear layer whose weight starts at torch's default times `scale`, and whose bias is uniform within 0.1 `scale`."""
     layer = Linear(inputs, outputs, bias=bias)
     with torch.no_grad():
         layer.weight *= scale
@@ -43,9 +43,9 @@ def whitener(limit: float, scale: float = 0.01, growth: float = 2.0, groups: int
 def compact_positions(frames: int, dim: int, like: Tensor) -> Tensor:
     """Positional table of the offsets -(T-1) .. T-1, (2T - 1, dim), in the dtype and on the device of `like`.
 
-    Offsets are compressed to a logarithm beyond sqrt(dim) frames, and by an arc tangent to a circle; its cosines and sines fill the
-    channels in turn, the last one is 1: finer near 0 than sinusoids of the offset. The paper does not describe this table; it is that of
-    the authors' code.
+    Offsets beyond sqrt(dim) frames are compressed to a logarithm, and an arc tangent maps them to a circle. Cosines and sines fill the
+    channels in turn; the last channel is 1. This is finer near 0 than sinusoids of the offset. The paper does not describe this table; it
+    is that of the authors' code.
     """
     x = torch.arange(1 - frames, frames, device=like.device, dtype=torch.float32)
     start = math.sqrt(dim)
@@ -56,14 +56,14 @@ def compact_positions(frames: int, dim: int, like: Tensor) -> Tensor:
 
 
 class Weights(Protocol):
-    """Attention weights for several users: `RelativeWeights`, or their binarized form, whose values are quantized first."""
+    """Attention weights for several modules: `RelativeWeights`, or their binarized form, which quantizes values first."""
 
     def mix(self, values: Any) -> Tensor:
-        """Values summed over time with the weights."""
+        """Sum values over time with the weights."""
 
 
 class AttentionWeights(Scheduled):
-    """Queries, keys and position queries from one projection -> weights, for all users in a block."""
+    """Computes weights for all modules of a block from queries, keys and position queries of one projection."""
 
     POSITION_SKIP = Schedule(((0, 0.5), (4_000, 0.0)))  # share of the batches without positions in the scores
     PENALTY_RATE = 0.1  # share of the batches in which scores beyond the limit are penalized
@@ -76,7 +76,7 @@ class AttentionWeights(Scheduled):
         self.balance_keys = Balancer((0.4, 0.6), (0.0, 100.0), rate=0.025)
         self.whiten_keys = whitener(3.0, scale=0.025, groups=heads)
         self.dropout = Dropout(dropout)
-        self.products: nn.Module | None = None  # in place of `RelativeWeights`, once binarized
+        self.products: nn.Module | None = None  # replaces `RelativeWeights` once binarized
 
     def kinds(self) -> Mapping[str, Kind]:
         """Declare the kinds of the parts (`layers.kinds.Declared`)."""
@@ -93,8 +93,10 @@ class AttentionWeights(Scheduled):
     def forward(
         self, x: Tensor, positions: Tensor, valid: Tensor | None = None, seen: Tensor | None = None, chunks: Chunks | None = None
     ) -> Weights:
-        """x (B, T, C); positions (2T - 1, table_dim), T the number of keys; valid (B, T) bool: frames that are not padding; seen (B, 1, T)
-        bool, or (B, T, T) in chunks: keys that may be seen."""
+        """Compute weights from x (B, T, C) and positions (2T - 1, table_dim), T the number of keys.
+
+        valid (B, T) bool: frames that are not padding; seen (B, 1, T) bool, or (B, T, T) in chunks: visible keys.
+        """
         queries = self.heads * self.query_dim
         q, k, p = self.in_proj(x).split((queries, queries, self.heads * self.position_dim), dim=-1)
         k = self.whiten_keys(self.balance_keys(k, valid), valid)
@@ -102,7 +104,7 @@ class AttentionWeights(Scheduled):
         keys = (positions.size(0) + 1) // 2
         offsets = self._offsets(positions) if chunks is None else chunks.table(self, keys, lambda: self._offsets(positions))
         if self.training and chance(self.now(self.POSITION_SKIP)):
-            offsets = offsets * 0.0  # parameters keep a gradient, as data-parallel training needs
+            offsets = offsets * 0.0  # keeps a gradient of the parameters, which data-parallel training needs
         if self.products is not None:
             dropout = self.dropout.p if self.training else 0.0
             return self.products(q, k, p, offsets, seen, dropout, chunks)  # type: ignore[no-any-return]
@@ -115,7 +117,7 @@ class AttentionWeights(Scheduled):
 
 
 class SelfAttention(nn.Module):
-    """Values mixed by weights that are given; (B, T, C) -> (B, T, C)."""
+    """Mixes values by given weights; (B, T, C) -> (B, T, C)."""
 
     def __init__(self, dim: int, heads: int, value_dim: int) -> None:
         super().__init__()
@@ -162,7 +164,7 @@ class NonlinearAttention(nn.Module):
         self, x: Tensor, weights: Weights, valid: Tensor | None = None, seen: Tensor | None = None, uniform: bool = False,
         chunks: Chunks | None = None,
     ) -> Tensor:  # fmt: skip
-        """`uniform`: weigh all keys that may be seen alike, in place of `weights`; a binarized form knows no such weights."""
+        """Attend. `uniform`: weight all visible keys equally instead of by `weights`; a binarized form does not have this."""
         s, v, y = self.in_proj(x).chunk(3, dim=-1)
         v = self.whiten1(v, valid) * torch.tanh(self.balancer(s, valid))
         if chunks is not None and self.mixer is None:
@@ -181,7 +183,7 @@ class NonlinearAttention(nn.Module):
 
 
 class FeedForward(Scheduled):
-    """Linear, SwooshL, dropout, Linear. One dropout mask serves all frames; its rate falls from 3 times `dropout` (at most 0.9)."""
+    """Linear, SwooshL, dropout, Linear. All frames share a dropout mask; its rate falls from 3 times `dropout` (at most 0.9)."""
 
     def __init__(self, dim: int, inner: int, dropout: float, activation_dropout: float) -> None:
         super().__init__()
@@ -235,7 +237,7 @@ class ConvolutionModule(nn.Module):
 
 
 class Bypass(Scheduled):
-    """x0 + (x - x0) c, c one learned scale per channel (section 3.2).
+    """x0 + (x - x0) c, where c is a learned scale per channel (section 3.2).
 
     In training c's gradient keeps it between a minimum that falls from 0.9 to 0.2 and 1, so that all modules learn early, and
     `skip` is the share of sequences for which c is 0.
@@ -258,26 +260,26 @@ class Bypass(Scheduled):
 
 
 class NoBypass(nn.Module):
-    """Stands where a bypass could: the modules' output as it is."""
+    """Replaces a bypass: returns the modules' output unchanged."""
 
     def forward(self, before: Tensor, after: Tensor) -> Tensor:
         return after
 
 
 class NormFirst(nn.Module):
-    """A module of the residual sum with a norm in front of it."""
+    """A module of the residual sum with a norm before it."""
 
     def __init__(self, norm: nn.Module, module: nn.Module) -> None:
         super().__init__()
         self.norm, self.module = norm, module
 
     def forward(self, x: Tensor, *args: Any) -> Any:
-        """x (B, T, C), and what else the module takes."""
+        """Run the module on x (B, T, C) and its other arguments."""
         return self.module(self.norm(x), *args)
 
 
 def leave_out(block: nn.Module, kind: type[nn.Module]) -> None:
-    """Take the modules of a kind, which pass their input on, out of a block: draws that they would make are not made either."""
+    """Remove the modules of a kind, which pass on their input, from a block, including their random draws."""
     for module in list(block.modules()):
         for name, part in list(module.named_children()):
             if isinstance(part, kind):
@@ -285,14 +287,14 @@ def leave_out(block: nn.Module, kind: type[nn.Module]) -> None:
 
 
 def skipped(x: Tensor, rate: float) -> Tensor:
-    """x (B, ...), zero for a random share `rate` of its sequences."""
+    """x (B, ...) with zeros for a random share `rate` of its sequences."""
     if rate == 0.0:
         return x
     return x * x.new_empty(x.size(0), *(1,) * (x.dim() - 1)).bernoulli_(1.0 - rate)
 
 
 class Downsample(nn.Module):
-    """1 / rate of the frames, by a learned average of `rate` frames. At rate 1 nothing is done, and there are no parameters."""
+    """Reduces frames to 1 / rate by a learned average of `rate` frames. At rate 1 it does nothing and has no parameters."""
 
     def __init__(self, rate: int) -> None:
         super().__init__()
@@ -300,7 +302,7 @@ class Downsample(nn.Module):
         self.log_shares = nn.Parameter(torch.zeros(rate)) if rate > 1 else None
 
     def down(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
-        """(B, T, C) -> (B, ceil(T / rate), C). Past the last valid frame (or T) that frame is repeated, so that padding has no share."""
+        """(B, T, C) -> (B, ceil(T / rate), C). The last valid frame (or frame T) is repeated after its end, so padding has no share."""
         if self.log_shares is None:
             return x
         if valid is not None:
@@ -318,7 +320,7 @@ class Downsample(nn.Module):
 
 
 class RateChange(Downsample):
-    """Into a stack of 1 / rate of the frames, and back, by repetition and a bypass."""
+    """Leads into a stack at 1 / rate of the frames and back, by repetition and a bypass."""
 
     def __init__(self, dim: int, rate: int) -> None:
         super().__init__(rate)

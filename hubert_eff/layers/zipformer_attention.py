@@ -1,4 +1,4 @@
-"""Attention weights that several modules share: computed once, applied to the values of each."""
+"""Attention weights that several modules share; they are computed once and applied to the values of each."""
 
 # B batch, T frames, H heads, N = H B rows (head by head), d query and key dim, e position dim, n queries of a block
 
@@ -17,14 +17,14 @@ from .linear import product, takes_onednn
 from .position import by_key
 from .tracing import follows_shapes, is_symbolic
 
-BLOCK = 256  # queries per block: the scores of one row's block stay in cache
-KEPT = 1 << 26  # without gradient, weights of more elements than this are computed anew for each use, block by block
-UNSEEN = -1000.0  # the score of a key that may not be seen
-LIMIT, PENALTY = 25.0, 1e-4  # in training, gradient added to scores beyond the limit
+BLOCK = 256  # queries per block; the scores of one row's block stay in cache
+KEPT = 1 << 26  # without gradient, weights with more elements are recomputed for each use, block by block
+UNSEEN = -1000.0  # the score of an invisible key
+LIMIT, PENALTY = 25.0, 1e-4  # in training, this gradient is added to scores beyond the limit
 
 
 def _times(x: Tensor, y: Tensor) -> Tensor:
-    """x (N, M, K) times the transpose of each y (N, L, K), (N, M, L): through oneDNN where it is faster."""
+    """x (N, M, K) times the transpose of each y (N, L, K), (N, M, L), by oneDNN where it is faster."""
     if not takes_onednn(x, y):
         return x @ y.mT
     if x.size(0) == 1:
@@ -33,7 +33,7 @@ def _times(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _blocks(q: Tensor) -> Iterator[tuple[slice, int, int]]:
-    """Rows and queries [start, stop) of q (N, T, d) that are worked on at a time: on a CPU one row after the other."""
+    """Yield rows and queries [start, stop) of q (N, T, d) to compute together; on a CPU, one row after the other."""
     group = 1 if takes_onednn(q, q) else q.size(0)
     for row in range(0, q.size(0), group):
         step = q.size(1) if follows_shapes(q) else BLOCK
@@ -48,7 +48,7 @@ def _at_keys(by_offset: Tensor, frames: int) -> Tensor:
 
 
 def _scores(q: Tensor, k: Tensor, p: Tensor, offsets: Tensor, start: int) -> Tensor:
-    """q_i k_j + p_i offset_{j-i}, (N, n, T), for the queries from `start` on.
+    """Compute q_i k_j + p_i offset_{j-i}, (N, n, T), for the queries from `start` on.
 
     q (N, n, d), k (N, T, d), p (N, n, e), offsets (N, 2T - 1, e).
     """
@@ -59,19 +59,19 @@ def _scores(q: Tensor, k: Tensor, p: Tensor, offsets: Tensor, start: int) -> Ten
 
 
 def _rows_of(seen: Tensor | None, rows: slice, start: int, stop: int) -> Tensor | None:
-    """Of seen (N, 1, T) or (N, T, T): what the queries start ... stop - 1 of `rows` see, (N', 1 or n, T)."""
+    """The part of seen (N, 1, T) or (N, T, T) for the queries start ... stop - 1 of `rows`, (N', 1 or n, T)."""
     return None if seen is None else seen[rows] if seen.size(1) == 1 else seen[rows, start:stop]
 
 
 def _softmax(scores: Tensor, seen: Tensor | None) -> Tensor:
-    """In place; seen: (N, 1 or n, T) bool."""
+    """Softmax in place; seen: (N, 1 or n, T) bool."""
     if seen is not None:
         scores.masked_fill_(~seen, UNSEEN)
     return torch.softmax(scores, -1, out=scores) if not torch.compiler.is_compiling() else torch.softmax(scores, -1)
 
 
 def _weights(q: Tensor, k: Tensor, p: Tensor, offsets: Tensor, seen: Tensor | None, penalize: bool) -> tuple[Tensor, list[Tensor]]:
-    """Weights (N, queries, keys) and, to penalize them, the signs of the scores that are beyond the limit, block by block."""
+    """Yield, block by block, weights (N, queries, keys) and, for the penalty, the signs of scores beyond the limit."""
     weights = q.new_empty(*q.shape[:2], k.size(1))
     beyond = []
     behind = k.size(1) - q.size(1)  # keys of a stream before its queries
@@ -80,7 +80,7 @@ def _weights(q: Tensor, k: Tensor, p: Tensor, offsets: Tensor, seen: Tensor | No
         keys = _rows_of(seen, rows, start, stop)
         if penalize:
             over = torch.where(scores.abs() > LIMIT, scores.sign(), 0.0).to(torch.int8)
-            if seen is not None and keys is not None:  # what is padding gets no gradient
+            if seen is not None and keys is not None:  # padding gets no gradient
                 over *= keys if seen.size(1) > 1 else keys & keys[:, 0, start:stop, None]
             beyond.append(over)
         weights[rows, start:stop] = _softmax(scores, keys)
@@ -88,7 +88,7 @@ def _weights(q: Tensor, k: Tensor, p: Tensor, offsets: Tensor, seen: Tensor | No
 
 
 class _Weights(torch.autograd.Function):
-    """Keeps nothing of the size of the scores but the result (and where they are penalized)."""
+    """Saves nothing of the size of the scores except the result (and where they are penalized)."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, p: Tensor, offsets: Tensor, seen: Tensor | None, penalize: bool) -> Tensor:
@@ -113,7 +113,7 @@ class _Weights(torch.autograd.Function):
             span = slice(first, first + frames + n - 1)
             by_offset = scores.new_zeros(scores.size(0), n, frames + n - 1)
             _at_keys(by_offset, frames).copy_(scores)
-            # oneDNN is handed the large matrices as they lie, and the small ones transposed
+            # oneDNN gets the large matrices as they are and the small ones transposed
             grad_q[rows, start:stop] = _times(scores, k[rows].mT)
             grad_k[rows] += _times(q[rows, start:stop].mT, scores.mT).mT
             grad_p[rows, start:stop] = _times(by_offset, offsets[rows, span].mT)
@@ -149,11 +149,11 @@ def _mix_cost(weights: RelativeWeights, values: Tensor) -> Cost:
 class RelativeWeights:
     """Weights softmax_j(q_i k_j + p_i offset_{j-i}) of all heads, without the usual 1 / sqrt(d) (Zipformer, section 3.2).
 
-    q, k: (B, H, T, d); p: (B, H, T, e); offsets: (H, 2T - 1, e), those of -(T-1) .. T-1; seen: (B, 1, T) bool, the keys that may be
-    seen, or (B, T, T) of each query, none if it is padding; None = all. In a stream the queries are those of the last keys. What
-    `dropout` drops is the same for all users of the weights; `penalize` adds a small gradient against scores beyond +-25.
+    q, k: (B, H, T, d); p: (B, H, T, e); offsets: (H, 2T - 1, e), those of -(T-1) .. T-1; seen: (B, 1, T) bool, the visible keys, or
+    (B, T, T) for each query, none for padding; None = all. In a stream the queries belong to the last keys. `dropout` drops the same
+    weights for all modules; `penalize` adds a small gradient against scores beyond +-25.
 
-    Where gradients are needed the weights are kept, (H, B, T, T) per layer; without, only up to `KEPT` elements.
+    With gradients the weights are saved, (H, B, T, T) per layer; without, only up to `KEPT` elements.
     """
 
     @counted_as("attention", _weights_cost)
@@ -179,12 +179,12 @@ class RelativeWeights:
         else:
             return
         weights = dropout(weights)
-        # the first head has a user of its own: apart, it gets that gradient without a tensor of zeros for the others
+        # one module uses only the first head; stored separately, that head gets its gradient without zeros for the others
         self.parts = torch.split(weights, [self.batch, q.size(0) - self.batch]) if self.heads > 1 else (weights,)
 
     @counted_as("attention", _mix_cost)
     def mix(self, values: Tensor) -> Tensor:
-        """Values (B, H, T, c) of all heads, or (B, 1, T, c) of the first one, each summed over time with its head's weights."""
+        """Sum values (B, H, T, c) of all heads, or (B, 1, T, c) of the first head, over time with the weights of each head."""
         if self.traced is not None:
             return self.traced[:, : int(values.size(1))] @ values
         heads = values.size(1)

@@ -1,1 +1,1 @@
-"""HuBERT: waveform extractors, masking, the model around any encoder, and its form folded for inference."""
+"""HuBERT: extractors, masking, the model around any encoder, and its folded form for inference."""

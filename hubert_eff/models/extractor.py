@@ -21,18 +21,18 @@ from ..layers.linear import takes_onednn
 from ..layers.tracing import is_exporting, is_tracing
 from .logmel import LogMelExtractor
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # dtypes of audio; a model computes in that of its weights
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # dtypes of audio; a model computes in the dtype of its weights
 
 
 class ChannelNorm(nn.Sequential):
-    """LayerNorm over the channels of (B, T, C). The affine parameters sit at `1.`, as in fairseq's state names."""
+    """LayerNorm over the channels of (B, T, C). The affine parameters are named `1.`, as in fairseq."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(nn.Identity(), nn.LayerNorm(channels))
 
 
 class _TimeNorm(torch.autograd.Function):
-    """GroupNorm over time in the (B, T, C) layout, where torch's own is slow, or inexact as a BatchNorm."""
+    """GroupNorm over time in the (B, T, C) layout, in which torch's own is slow, and inexact as a BatchNorm."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -55,7 +55,7 @@ class _TimeNorm(torch.autograd.Function):
 class TimeNorm(nn.GroupNorm):
     """GroupNorm with one group per channel: each channel of (B, T, C) is normalized over time.
 
-    Without gradient the input, which nobody else reads, is overwritten: pages of a second tensor cost more than the arithmetic.
+    Without gradient the input, which nobody else may read, is overwritten, since memory for a second tensor costs more than the arithmetic.
     """
 
     def __init__(self, channels: int) -> None:
@@ -73,7 +73,7 @@ class TimeNorm(nn.GroupNorm):
 
 
 class ConvBlock(nn.Sequential):
-    """Convolution, norm, GELU. Children keep fairseq's numbers: 0 convolution, 2 norm."""
+    """Convolution, norm, GELU. Children have fairseq's numbers: 0 for the convolution, 2 for the norm."""
 
     def __init__(self, channels: int, out: int, kernel: int, stride: int, bias: bool, norm: nn.Module) -> None:
         conv = nn.Conv1d(channels, out, kernel, stride, bias=bias)
@@ -106,15 +106,15 @@ class ConvFeatureExtractor(nn.Module):
             channels = out
         self.conv_layers = nn.ModuleList(blocks)
 
-    reach = (0, 0)  # samples that a frame hears before and behind its own
+    reach = (0, 0)  # samples that a frame reads before and after its own
 
     def forward(self, source: Tensor) -> Tensor:
         return self.of_padded(source)
 
     def of_padded(self, source: Tensor) -> Tensor:
-        """Of samples with their neighbors, `reach` many on either side, there already."""
+        """Compute features of samples that already include `reach` neighbors on either side."""
         first = self.conv_layers[0][0]  # type: ignore[index]
-        x = source.to(first.weight.dtype).unsqueeze(-1)  # audio is float32 whatever the model computes in
+        x = source.to(first.weight.dtype).unsqueeze(-1)  # audio is float32 for models of every dtype
         for block in self.conv_layers:
             x = block(x)
         return x
@@ -155,9 +155,9 @@ def check_audio(wav: Tensor, padding_mask: Tensor | None = None) -> None:
 
 
 def check_samples(wav: Tensor, padding_mask: Tensor | None = None, where: str = "row {row}") -> None:
-    """Raise `UserError` for samples (B, S) outside the padding that are not finite, or beyond `LOUDEST`; for padding before a sample.
+    """Raise `UserError` for samples (B, S) that are not finite or beyond `LOUDEST`, except in padding, and for padding before a sample.
 
-    Nothing is looked at where there are no values yet: while a graph is traced or compiled, and on the meta device.
+    Nothing is checked if there are no values yet: while a graph is traced or compiled, and on the meta device.
     """
     if type(wav) is not Tensor or wav.is_meta or is_tracing() or torch.compiler.is_compiling() or _is_capturing(wav):
         return
@@ -166,7 +166,7 @@ def check_samples(wav: Tensor, padding_mask: Tensor | None = None, where: str = 
     if mask is not None and bool((mask[:, :-1] > mask[:, 1:]).any()):
         row = int((mask[:, :-1] > mask[:, 1:]).any(1).argmax())
         raise UserError(f"padding must stand at the end of a row, but row {row} has samples behind it: move them to its start")
-    if values.size and max(float(values.max()), -float(values.min())) <= LOUDEST:  # not so for NaN
+    if values.size and max(float(values.max()), -float(values.min())) <= LOUDEST:  # false for NaN
         return
     for wrong, bad in (("not finite", ~np.isfinite(values)), ("not audio", np.abs(values) > LOUDEST)):
         bad = bad if mask is None else bad & ~mask
@@ -181,9 +181,9 @@ def _is_capturing(wav: Tensor) -> bool:
 
 
 def frame_padding_mask(padding_mask: Tensor, frames: int, rule: str, conv_layers: Sequence[tuple[int, int, int]]) -> Tensor:
-    """Padding of samples (B, S) -> padding of frames (B, T); True = padding, which must stand at the end. `rule`: `valid_frames`."""
-    if rule == "fairseq":  # a frame is padding when every sample of its equal share is
-        if is_exporting():  # the same of padding at the end, without a view whose share would have to be proven whole
+    """Padding of samples (B, S) -> padding of frames (B, T); True = padding, which must be at the end. `rule`: `valid_frames`."""
+    if rule == "fairseq":  # a frame is padding if every sample of its equal share is
+        if is_exporting():  # equal for padding at the end, without a view that would need a proof of an integer share
             starts = torch.arange(frames, device=padding_mask.device) * (padding_mask.size(1) // frames)
             return starts >= (~padding_mask).sum(1, keepdim=True)
         cut = padding_mask[:, : padding_mask.size(1) // frames * frames]

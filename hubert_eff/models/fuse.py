@@ -1,4 +1,4 @@
-"""`fuse`: a model for inference, without the operations that fold into weights."""
+"""`fuse` makes a model for inference, without the operations that fold into weights."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from .extractor import check_audio, check_samples, extractor_of, frame_padding_m
 from .masking import batch_mask
 from .output import HubertOutput, Masks
 
-HEADS = ("CTC layer", "CTC layer and attention decoder")  # of a fine-tuned model, without and with a decoder
+HEADS = ("CTC layer", "CTC layer and attention decoder")  # heads of a fine-tuned model, without and with a decoder
 LABEL_EMBEDDINGS = "label_embs_concat"
 
 M = TypeVar("M", bound="HubertModel")
@@ -61,15 +61,15 @@ class HubertModel(nn.Module):
 
     fused = False  # whether this is a copy for inference that `hubert_eff.fuse` made
     edge = ""  # the form of a copy that `edge.rewrite` made (edge.FORMS)
-    heads = ""  # of the encoder of a fine-tuned model: what is not part of it
-    stored_dtype: torch.dtype | None = None  # of a model read from an export: what its float tensors are kept in there
+    heads = ""  # of the encoder of a fine-tuned model: the heads that were left out
+    stored_dtype: torch.dtype | None = None  # of a model read from an export: the dtype of its float tensors in the file
 
     def __init__(self, config: HubertConfig, num_classes: Sequence[int] = ()) -> None:
         super().__init__()
         self.config = config
         self.num_classes = tuple(num_classes)
         self.num_updates = 0
-        self.conv_layers = config.conv_layers  # read once: what follows a forward pass cannot follow a parser
+        self.conv_layers = config.conv_layers  # parsed once, because tracers cannot follow the parser
         channels, dim, code = self.conv_layers[-1][0], config.input_dim, config.codebook_dim
         self.feature_extractor = extractor_of(config)
         self.layer_norm = nn.LayerNorm(channels) if config.feature_norm else nn.Identity()
@@ -79,7 +79,7 @@ class HubertModel(nn.Module):
         self.encoder = encoder_of(config).module(config)
         copies = len(self.num_classes) if config.untie_final_proj and self.num_classes else 1
         for size in read_numbers("chunk_sizes", config.chunk_sizes):
-            self.chunks(size or None)  # refused now rather than in the batch that draws it
+            self.chunks(size or None)  # refuses an invalid size now rather than in the batch that draws it
         self.final_proj = Linear(config.encoder_embed_dim, code * copies)
         self.target_glu = nn.Sequential(Linear(code, 2 * code), nn.GLU()) if config.target_glu else None
         if self.num_classes:
@@ -151,7 +151,7 @@ class HubertModel(nn.Module):
     def _extract(self, source: Tensor, padding_mask: Tensor | None, spectrum: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Waveform (B, S) -> extractor output (B, T, C) and padding of frames (B, T); spectrum: what a log-mel front masks."""
         check_audio(source, padding_mask)
-        if not is_symbolic():  # else the number of frames would be a constant
+        if not is_symbolic():  # otherwise the number of frames would become a constant
             self._frames_of(source)
         if padding_mask is not None:
             source = source.masked_fill(padding_mask, 0.0)
@@ -167,8 +167,8 @@ class HubertModel(nn.Module):
         return features, frames
 
     def _in_chunks(self, wav: Tensor, padding_mask: Tensor | None, chunks: Chunks) -> tuple[Tensor, Tensor | None]:
-        """Encoder input (B, T, D) and padding of frames of audio (B, S), chunk by chunk as a stream computes it: in other shapes torch may
-        sum in another order, and the last place decides bits."""
+        """Compute encoder input (B, T, D) and padding of frames of audio (B, S), chunk by chunk as a stream does: in other shapes torch
+        may sum in another order, and the last digit decides bits."""
         length = self._frames_of(wav)
         before, behind = self.feature_extractor.reach
         source = wav if padding_mask is None else wav.masked_fill(padding_mask, 0.0)
@@ -186,7 +186,7 @@ class HubertModel(nn.Module):
         return frame_padding_mask(padding_mask, frames, self.config.valid_frames, self.conv_layers)
 
     def _frames_of(self, source: Tensor) -> int:
-        """Frames of audio (B, S); raises `UserError` where there are none."""
+        """Number of frames of audio (B, S). Raises `UserError` if there are none."""
         length = self.num_frames(source.size(-1)) if source.size(-1) else 0
         if length < 1:
             raise UserError(f"{source.size(-1)} samples are too few: one frame needs {receptive_field(self.conv_layers)}")
@@ -233,7 +233,9 @@ class HubertModel(nn.Module):
         if multiple is None:
             raise UserError(f"this model cannot stream: a {type(self.encoder).__name__} does not run in chunks")
         if chunk_size % multiple:
-            raise UserError(f"chunk_size={chunk_size} must be a multiple of {multiple}, the frames that this encoder takes together")
+            raise UserError(
+                f"chunk_size={chunk_size} must be a multiple of {multiple}, the number of frames that this encoder takes together"
+            )
         block = self.encoder.attention_block
         if self.config.quant != "none" and block and chunk_size % block and block % chunk_size:
             raise UserError(
@@ -397,13 +399,13 @@ class HubertModel(nn.Module):
         for part, codewords in zip(parts, torch.split(self.label_embs_concat, list(self.num_classes)), strict=True):
             if self.target_glu is not None:
                 codewords = self.target_glu(codewords)
-            with torch.autocast(part.device.type, enabled=False):  # which would multiply in half precision
+            with torch.autocast(part.device.type, enabled=False):  # autocast would multiply in half precision
                 cosine = linear(F.normalize(part.float(), dim=-1), F.normalize(codewords.float(), dim=-1))
             logits.append(cosine / self.config.logit_temp)
         return logits
 
     def _align(self, features: Tensor, frames: Tensor | None, targets: Sequence[Tensor]) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-        """Cut features (B, T, C) and labels to the time both have; pick the label of each frame, (B, T)."""
+        """Cut features (B, T, C) and labels to their common length; pick the label of each frame, (B, T)."""
         ratio = int(self.config.label_rate * FRAME_STRIDE) // SAMPLE_RATE
         length = min(features.size(1), *(-(-t.size(1) // ratio) for t in targets))
         cut = [t[:, : length * ratio : ratio] for t in targets]
@@ -414,7 +416,7 @@ class HubertModel(nn.Module):
         config, (batch, length, dim) = self.config, x.shape
         lengths = [length] * batch if frames is None else (~frames).sum(1).tolist()
         ids = range(batch) if sample_ids is None else sample_ids.tolist()
-        update = self.num_updates + 1 if self.training else 0  # in evaluation the masks are always the same
+        update = self.num_updates + 1 if self.training else 0  # evaluation always uses the same masks
         masked = channels = None
         if config.mask_prob > 0:
             seeds = [(config.seed, update, i, 0) for i in ids]
@@ -431,15 +433,15 @@ class HubertModel(nn.Module):
 
 
 def normalize_waveform(wav: Tensor, padding_mask: Tensor | None = None, eps: float = 1e-5) -> Tensor:
-    """Zero mean and unit variance, to which `eps` is added, of each row (B, S) over its valid samples; padding becomes 0."""
-    if padding_mask is None and is_symbolic():  # where a length is not a constant
+    """Normalize each row (B, S) to zero mean and unit variance (plus `eps`) over its valid samples; padding becomes 0."""
+    if padding_mask is None and is_symbolic():  # lengths are not constants there
         padding_mask = torch.zeros_like(wav, dtype=torch.bool)
     if padding_mask is None:
         return F.layer_norm(wav, wav.shape[-1:], eps=eps)
     samples = wide(wav)
     valid = (~padding_mask).to(samples.dtype)
     count = valid.sum(1, keepdim=True).clamp(min=1)
-    samples = samples.masked_fill(padding_mask, 0.0)  # whatever stands there, even NaN
+    samples = samples.masked_fill(padding_mask, 0.0)  # removes any values there, even NaN
     mean = samples.sum(1, keepdim=True) / count
     centered = (samples - mean) * valid
     variance = centered.square().sum(1, keepdim=True) / count

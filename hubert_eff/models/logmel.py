@@ -1,7 +1,7 @@
-"""Fronts on a log-mel spectrogram that the model computes itself from the waveform, with two-dimensional convolutions down to 20 ms.
+"""Fronts with two-dimensional convolutions, down to 20 ms, on a log-mel spectrogram that the model computes from the waveform.
 
-They stand where HuBERT's waveform extractor does: same frames, same rule of which are valid. A frame's kernels reach beyond its 400
-samples; what lies before the first and behind the last sample is silence, as padding is, so that padding changes nothing.
+They replace HuBERT's waveform extractor, with the same frames and the same rule of valid frames. A frame's kernels reach beyond its 400
+samples; before the first and after the last sample they see silence, and so they do on padding, which thus changes nothing.
 """
 
 # B batch, S samples, M mel frames of 10 ms, T frames, C channels, F mel bins
@@ -25,11 +25,11 @@ from ..layers.scaling import BiasNorm
 from ..layers.tracing import is_tracing
 
 BINS, WINDOW, HOP, FFT = 80, 400, 160, 512
-FLOOR = 1e-10  # of the power in a bin; silence, too
+FLOOR = 1e-10  # lower bound of the power in a bin, for silence
 
 
 def mel_filters(bins: int = BINS, points: int = FFT, rate: int = SAMPLE_RATE) -> Tensor:
-    """Triangles of equal width on the HTK mel scale from 0 Hz to half the rate, (points / 2 + 1, bins)."""
+    """Make triangles of equal width on the HTK mel scale from 0 Hz to half the rate, (points / 2 + 1, bins)."""
 
     def mel(hertz: float) -> float:
         return 2595.0 * math.log10(1.0 + hertz / 700.0)
@@ -41,7 +41,7 @@ def mel_filters(bins: int = BINS, points: int = FFT, rate: int = SAMPLE_RATE) ->
 
 
 class LogMel(nn.Module):
-    """Waveform (B, S) -> log-mel spectrogram (B, M, 80): 25 ms Hann windows every 10 ms, log10 of the power, moved to about [-1, 2], in
+    """Waveform (B, S) -> log-mel spectrogram (B, M, 80): 25 ms Hann windows every 10 ms, log10 of the power, shifted to about [-1, 2], in
     float32."""
 
     window: Tensor
@@ -62,7 +62,7 @@ class LogMel(nn.Module):
         return spectrum.square().sum(-1)
 
     def _traced_powers(self, source: Tensor) -> Tensor:
-        """The same as a strided convolution: a trace has no sliding windows of dynamic length, few runtimes a Fourier transform."""
+        """The same as a strided convolution, since a trace has no sliding windows of dynamic length and few runtimes have a Fourier transform."""
         waves = F.conv1d(source.unsqueeze(1), torch.from_numpy(windowed_waves()).unsqueeze(1), stride=HOP).square()  # (B, 514, M)
         cosines, sines = waves.chunk(2, 1)
         return (cosines + sines).transpose(1, 2)
@@ -70,10 +70,10 @@ class LogMel(nn.Module):
 
 @functools.cache
 def windowed_waves() -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Cosines, then sines, of the 257 frequencies under the window, (514, 400)."""
+    """Cosines and then sines of the 257 frequencies times the window, (514, 400)."""
     time = np.arange(WINDOW)
     window = 0.5 - 0.5 * np.cos(2 * np.pi * time / WINDOW)
-    turns = np.outer(np.arange(FFT // 2 + 1), time) % FFT  # whole: the angles stay exact
+    turns = np.outer(np.arange(FFT // 2 + 1), time) % FFT  # integers keep the angles exact
     angles = 2 * np.pi * turns / FFT
     waves: np.ndarray[Any, np.dtype[np.float32]] = (window * np.concatenate([np.cos(angles), np.sin(angles)])).astype(np.float32)
     return waves
@@ -82,7 +82,7 @@ def windowed_waves() -> np.ndarray[Any, np.dtype[np.float32]]:
 class Subsampling(nn.Module):
     """Two 3 x 3 convolutions with ReLU and a linear layer: (B, M, 80) -> (B, T, D).
 
-    The second convolution is full, as in the Conformer, or, `separable`, depthwise and then pointwise: (9 + C) / (9 C) of its MACs
+    The second convolution is full, as in the Conformer, or, if `separable`, depthwise and then pointwise, with (9 + C) / (9 C) of the MACs
     (Xu et al. 2024, section 3). `rates`: strides in time; (2, 2) is the Conformer's 40 ms, (2, 1) HuBERT's 20 ms.
     """
 
@@ -105,9 +105,9 @@ class Subsampling(nn.Module):
 class ConvEmbed(nn.Module):
     """Zipformer's front (section 3.1): three convolutions to 8, 32, 128 channels, ConvNeXt layer, linear layer; (B, M, 80) -> (B, T, D).
 
-    Their time x frequency strides are 1x2, 2x2, 1x2, so that 10 of 80 bins are left; its BiasNorm is left to HuBERT's LayerNorm behind the
-    extractor. In the authors' code (`authors`; the sizes and FLOP that the paper prints are its) the first stride is 1x1, the others see no
-    zeros beyond the bins, 19 are left, and the BiasNorm is there.
+    Their strides in time x frequency are 1x2, 2x2, 1x2, which leaves 10 of 80 bins; HuBERT's LayerNorm after the extractor replaces the
+    BiasNorm. In the authors' code (`authors`), which has the paper's sizes and FLOP, the first stride is 1x1, the others see no zeros
+    beyond the bins, 19 bins are left, and the BiasNorm is present.
     """
 
     def __init__(self, dim: int, authors: bool = False) -> None:
@@ -132,12 +132,12 @@ class ConvEmbed(nn.Module):
         return y if self.norm is None else self.norm(y)
 
 
-# mel frames that a frame sees, by front: 1 + what each kernel adds
+# mel frames that a frame sees, by front: 1 plus the extent of each kernel
 MEL_FRAMES = {"logmel-conv": 1 + 2 + 4, "logmel-dws": 1 + 2 + 4, "conv-embed": 1 + 2 + 2 + 4 + 12}
 
 
 class LogMelExtractor(nn.Module):
-    """Waveform (B, S) -> features (B, T, D), T that of HuBERT's extractor; frame t is centered where its frame is, sample 320 t + 200."""
+    """Waveform (B, S) -> features (B, T, D), T that of HuBERT's extractor; frame t is centered at the same sample, 320 t + 200."""
 
     def __init__(self, config: HubertConfig) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ class LogMelExtractor(nn.Module):
         self.front = ConvEmbed(dim, authors) if embeds else Subsampling(dim, separable=front == "logmel-dws")
 
     def forward(self, source: Tensor, masked: Tensor | None = None) -> Tensor:
-        """Waveform (B, S) -> (B, T, D); masked (B, M, 80) bool: what of the spectrogram is 0, its middle, M = `mel_frames(S)`."""
+        """Waveform (B, S) -> (B, T, D); masked (B, M, 80) bool: the bins of the spectrogram to set to 0, its mean; M = `mel_frames(S)`."""
         return self.of_padded(F.pad(source, self.reach), masked)
 
     def of_padded(self, source: Tensor, masked: Tensor | None = None) -> Tensor:
@@ -161,5 +161,5 @@ class LogMelExtractor(nn.Module):
         return self.front(mel.to(self.front.linear.weight.dtype))  # type: ignore[no-any-return]
 
     def mel_frames(self, samples: int) -> int:
-        """Frames of 10 ms of the spectrogram of so many samples."""
+        """Number of spectrogram frames of 10 ms for so many samples."""
         return (samples + sum(self.reach) - WINDOW) // HOP + 1

@@ -20,10 +20,10 @@ def span_mask(
     other: float = 0.0,
     min_spans: int = 0,
 ) -> np.ndarray:
-    """Mask (length,) bool: about `prob * length / span` spans at distinct starts; spans may overlap.
+    """Draw a mask (length,) bool of about `prob * length / span` spans at distinct starts; spans may overlap.
 
-    The number is rounded up or down at random so that its mean is exact. `selection` draws span lengths: all `span` (static), uniform in
-    [other, 2 * span], normal with deviation `other`, or Poisson, both with mean `span`.
+    The number is rounded up or down at random so that its mean is exact. `selection` is the distribution of span lengths: `span` (static),
+    uniform in [other, 2 * span], or with mean `span` normal with deviation `other` or Poisson.
     """
     mask = np.zeros(length, dtype=bool)
     if length == 0 or prob <= 0:
@@ -56,7 +56,7 @@ def batch_mask(
     other: float,
     min_spans: int = 0,
 ) -> Tensor:
-    """Mask (B, size) bool, row i over its first `lengths[i]` places by a generator seeded with `seeds[i]`."""
+    """Draw a mask (B, size) bool: row i covers its first `lengths[i]` places, by a generator seeded with `seeds[i]`."""
     mask = np.zeros((len(lengths), size), dtype=bool)
     for row, (length, seed) in enumerate(zip(lengths, seeds, strict=True)):
         mask[row, :length] = span_mask(length, prob, span, np.random.default_rng(seed), selection, other, min_spans)
@@ -64,8 +64,8 @@ def batch_mask(
 
 
 def uniform_mask(size: int, count: int, widest: int, rng: np.random.Generator) -> np.ndarray:
-    """Mask (size,) bool of `count` spans, each of a width drawn from 0 to `widest` at a place drawn from those it fits (Park et al. 2019,
-    section 2: f from [0, F], f0 from [0, v - f))."""
+    """Draw a mask (size,) bool of `count` spans with widths from 0 to `widest` at places where they fit (Park et al. 2019, section 2: f from
+    [0, F], f0 from [0, v - f))."""
     mask = np.zeros(size, dtype=bool)
     for _ in range(count):
         width = min(int(rng.integers(widest + 1)), size)

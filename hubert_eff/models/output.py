@@ -1,4 +1,4 @@
-"""What `forward` returns: typed fields, which are also the keys of a read-only mapping, as fairseq's criteria read a model's output.
+"""Results of `forward`: typed fields that are also the keys of a read-only mapping, as fairseq's criteria expect.
 
 The classes are pytrees, so that DistributedDataParallel, torch.export and torch.compile find the tensors in them.
 """
@@ -19,7 +19,7 @@ Cls = TypeVar("Cls", bound=type)
 
 
 class Output(Mapping[str, Any]):
-    """The dict view of a dataclass: a field with a default is a key only if it was computed. `output["states"]` is None if it was not."""
+    """The dict view of a dataclass. A field with a default is a key only if it was computed; `output["states"]` is None otherwise."""
 
     def __getitem__(self, key: str) -> Any:
         if key not in (field.name for field in fields(self)):  # type: ignore[arg-type]
@@ -38,12 +38,12 @@ class Output(Mapping[str, Any]):
         return any(key == name for name in self)
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value of a key; the default for a field that was not computed, as for an unknown key."""
+        """The value of a key; the default for unknown keys and for fields that were not computed."""
         return self[key] if key in self else default
 
 
 def pytree(cls: Cls) -> Cls:
-    """Class decorator: let torch find the tensors in the fields of a dataclass. The name it is saved by is that of the class."""
+    """Register a dataclass, as a class decorator, so that torch finds the tensors in its fields; it is saved under the class's name."""
     torch.export.register_dataclass(cls, serialized_type_name=f"{cls.__module__}.{cls.__qualname__}")
     return cls
 
@@ -51,17 +51,17 @@ def pytree(cls: Cls) -> Cls:
 @pytree
 @dataclass(eq=False)
 class HubertOutput(Output):
-    """What `HubertModel.forward` returns. Logits and targets, one per codebook, come with targets; None where the config skips them.
+    """The result of `HubertModel.forward`. With targets it has logits and labels per codebook, unless the config skips them (None).
 
     Attributes:
         x: (B, T, D), the output of the encoder, or of the block that was asked for.
         padding_mask: (B, T) bool, True = padding; None: there is none.
         mask_indices: (B, T) bool, the masked frames; None: nothing is masked.
-        masks: over time, the same, and over channels (B, D); another model that is given them sees the same frames.
-        chunks: (chunk_size, left_chunks), in which the encoder ran; another model may be given them, too.
-        features: (B, T, D), what enters the encoder, before the masks.
+        masks: the masks over time and over channels (B, D); another model that gets them sees the same frames.
+        chunks: the (chunk_size, left_chunks) of the encoder; another model may get them too.
+        features: (B, T, D), the input of the encoder before masking.
         features_pen: (), the mean square of the extractor's output.
-        features_square: (B, T), the same of each frame; in evaluation.
+        features_square: (B, T), the same for each frame; in evaluation.
         states: the hidden states 0 ... L, each (B, T, D); with `return_states`.
         logits_m: of the masked frames (N, C).
         logits_u: of the unmasked frames (N, C).
@@ -87,18 +87,18 @@ class HubertOutput(Output):
 @pytree
 @dataclass(eq=False)
 class RecognizerOutput(Output):
-    """What `Recognizer.forward` returns: losses in nats, summed over letters.
+    """The result of `Recognizer.forward`; losses are in nats, summed over letters.
 
     Attributes:
-        loss: (), the weighted sum of both, or the one there is.
+        loss: (), the weighted sum of both losses, or the only one.
         loss_ctc: (), detached; if the CTC layer learns.
         log_probs: (B, T, V), detached; if the CTC layer learns.
         lengths: (B,), frames of each utterance; if the CTC layer learns.
         loss_attention: (), detached; with a decoder.
-        correct: (), letters that the decoder has right; with a decoder.
-        count: (), letters that the decoder has to say; with a decoder.
+        correct: (), number of letters that the decoder gets right; with a decoder.
+        count: (), number of letters that the decoder must predict; with a decoder.
         encoded: (B, T, D), detached, the output of the encoder; in evaluation, if the CTC layer does not learn.
-        frames: (B,), valid frames of it.
+        frames: (B,), number of its valid frames.
     """
 
     loss: Tensor

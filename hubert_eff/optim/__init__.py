@@ -1,4 +1,4 @@
-"""Optimizers and learning rate schedules that the encoders are trained with."""
+"""Optimizers and learning rate schedules for training the encoders."""
 
 from .fused_adam import FusedAdam
 from .scaled_adam import ScaledAdam

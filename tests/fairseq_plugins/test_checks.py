@@ -56,7 +56,7 @@ BAD_DATA = {
     ),
     "recorded clusters": (
         lambda d: (d / "labels.json").write_text('{"rate": 100, "k": 7, "source": "mfcc"}'),
-        "labels.json is of 7 clusters, the dictionary beside it has 5 classes",
+        "labels.json has 7 clusters, but the dictionary beside it has 5 classes",
     ),
 }
 
