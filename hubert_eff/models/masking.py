@@ -64,8 +64,8 @@ def batch_mask(
 
 
 def uniform_mask(size: int, count: int, widest: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw a mask (size,) bool of `count` spans with widths from 0 to `widest` at places where they fit (Park et al. 2019, section 2: f from
-    [0, F], f0 from [0, v - f))."""
+    """Draw a mask (size,) bool of `count` spans with widths from 0 to `widest` at places where they fit (Park et al. 2019, section 2: f
+    from [0, F], f0 from [0, v - f))."""
     mask = np.zeros(size, dtype=bool)
     for _ in range(count):
         width = min(int(rng.integers(widest + 1)), size)

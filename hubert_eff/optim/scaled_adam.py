@@ -81,20 +81,20 @@ class ScaledAdam(torch.optim.Optimizer):
     - theta <- theta - lr r' m / (sqrt(v) + eps) - lr scalar_lr_scale theta n / (sqrt(w) + eps), times sqrt(1 - beta2^t) / (1 - beta1^t),
       t = 1, 2, ..., m and v the averages of g and g^2, n and w those of h and h^2, h = sum(g theta) / r', r' = max(r, param_min_rms).
 
-    The algorithm does not say what becomes of a tensor that is zero, nor of scalars, nor does it clip. Here `param_min_rms` bounds r, which
-    grows slowly from there; scalars and clipping are the authors' (clipping_scale=None for none).
+    The algorithm does not cover tensors of zeros or scalars, and does not clip. Here `param_min_rms` bounds r, which grows slowly from
+    there; scalars and clipping are treated as by the authors (clipping_scale=None for no clipping).
 
-    Parameters are updated in batches of one shape, so that many small tensors cost few operations. A parameter without gradient is left
-    as it is, its state included. State is kept in float32 for parameters of half precision.
+    Parameters are updated in batches of one shape, so that many small tensors cost few operations. Parameters without gradient and their
+    state are left unchanged. State is float32 for parameters of half precision.
 
-    A step whose gradient is not finite is left out: parameters and state stay as they were. `FloatingPointError` after ten in a row.
+    A step with a gradient that is not finite is skipped: parameters and state do not change. Ten in a row raise `FloatingPointError`.
 
     Because the step is relative, `lr` is larger than Adam's (0.045 in the paper), and neither weight decay nor another clipping is needed.
     Raises `UserError` for a value out of range.
     """
 
     supports_memory_efficient_fp16 = True  # for fairseq: half precision parameters can be updated in place
-    supports_flat_params = False  # for fairseq: the rms of all parameters joined would say nothing
+    supports_flat_params = False  # for fairseq: the rms of all parameters together would be meaningless
 
     def __init__(
         self,
@@ -139,14 +139,16 @@ class ScaledAdam(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
-            group.setdefault("form", FORMS[0])  # of a state that was saved before there were two
-        self._stacked = {}  # made again from the state at the next step
+            group.setdefault("form", FORMS[0])  # states saved before there were two forms
+        self._stacked = {}  # rebuilt from the state at the next step
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave; training goes on exactly. Raises `UserError` for a state of the other form."""
+        """Load what `state_dict` gave, so that training resumes exactly. Raises `UserError` for a state of the other form."""
         for own, saved in zip(self.param_groups, state_dict["param_groups"]):
             if own["form"] != saved.get("form", FORMS[0]):
-                raise UserError(f"this is a state of ScaledAdam's form={saved.get('form', FORMS[0])}: go on with it, not {own['form']}")
+                raise UserError(
+                    f"this is a state of ScaledAdam's form={saved.get('form', FORMS[0])}: resume with that form, not {own['form']}"
+                )
         super().load_state_dict(state_dict)
         # the base class casts to the type of the parameters, which may be half precision
         indices = [i for group in state_dict["param_groups"] for i in group["params"]]
@@ -158,7 +160,7 @@ class ScaledAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; returns what `closure` returns."""
+        """Make one step; returns what `closure` returns."""
         loss = None
         if closure is not None:
             with torch.enable_grad():  # type: ignore[no-untyped-call]
@@ -196,7 +198,7 @@ class ScaledAdam(torch.optim.Optimizer):
         return {"step": 0, "delta": zeros, "exp_avg_sq": zeros, "size_grads": zeros.new_zeros(group["size_update_period"]), **size}
 
     def _stack(self, params: list[Tensor]) -> _Batch:
-        """Join the states of `params`, which from now on are rows of the joint one."""
+        """Join the states of `params`, which become rows of the joint state."""
         states = [self.state[p] for p in params]
         joint = {name: torch.stack([s[name] for s in states]) for name in states[0] if name != "step"}
         for i, state in enumerate(states):
@@ -226,7 +228,7 @@ class ScaledAdam(torch.optim.Optimizer):
         """The factor on all gradients; None if they are not finite."""
         if not grads:
             return 1.0
-        weighted = [  # a tensor's gradient counts by how far a relative step of it moves the tensor
+        weighted = [  # a tensor's gradient is weighted by how far a relative step moves the tensor
             torch.linalg.vector_norm(_norm(grad) * batch.state.get("rms", group["scalar_lr_scale"])).to(grads[0])
             for batch, grad in zip(batches, grads)
         ]

@@ -16,8 +16,8 @@ def eden(
 
         lr ((b^2 + B^2) / B^2)^-1/4 ((e^2 + E^2) / E^2)^-1/4 warmup(b)
 
-    `batch` b and `epoch` e count what is done: both are 0 in the first update. B = `lr_batches` and E = `lr_epochs` are where the two
-    factors begin to fall (from there on about as b^-1/2 and e^-1/2). The warm-up rises from `warmup_start` to 1 in `warmup_batches`.
+    `batch` b and `epoch` e count finished ones, so both are 0 in the first update. The two factors begin to fall at B = `lr_batches` and
+    E = `lr_epochs` (from there on about as b^-1/2 and e^-1/2). The warm-up rises from `warmup_start` to 1 in `warmup_batches`.
     The defaults are those of self-supervised training, whose `lr` is 0.045.
     """
     warmup = 1.0 if batch >= warmup_batches else warmup_start + (1.0 - warmup_start) * batch / warmup_batches
@@ -25,7 +25,7 @@ def eden(
 
 
 def noam(update: int, lr: float, warmup_updates: int) -> float:
-    """Learning rate of the Transformer's schedule (Vaswani et al. 2017, section 5.3), with its peak as a parameter of its own.
+    """Learning rate of the Transformer's schedule (Vaswani et al. 2017, section 5.3), with the peak as a separate parameter.
 
         lr T0^1/2 min(t^-1/2, t T0^-3/2)
 

@@ -1,7 +1,7 @@
-"""What a model costs: parameters, storage, and the operations of one forward pass, by module; the time that a device needs at least.
+"""The cost of a model: parameters, storage, operations of one forward pass by module, and the minimum time on a device.
 
-Counted is inference from a waveform to the last hidden state (`model.hidden_states`), one utterance, no padding mask. The
-pre-training head (`final_proj`, label embeddings) is applied to frames in training only: it has parameters and no operations.
+It counts inference from a waveform to the last hidden state (`model.hidden_states`) for one utterance without a padding mask. The
+pre-training head (`final_proj`, label embeddings) is used in training only: it has parameters and no operations.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MIN_SAMPLES = 400  # the receptive field of one frame: 25 ms
 MAX_SECONDS = 3600.0
 MAX_RUN_SECONDS = 60.0
 MASK_EMBEDDING = "mask_emb"
-FLOAT_BITS = 16  # a product with an operand below is a quantized one
+FLOAT_BITS = 16  # a product with a narrower operand is a quantized one
 
 # bit operations of one MAC: the paper counts the width once (32 for float32, 1 for W1A1), Bayesian Bits the product of both widths
 BOPS: dict[str, Callable[[Bits], int]] = {"paper": max, "product": math.prod}
@@ -106,7 +106,7 @@ class Profile:
     kinds: dict[str, Tally]
     operations: dict[str, Tally]
     modules: ModuleCost
-    quantized: list[dict[str, Any]]  # of a binarized model: what became of each of its parts, and why
+    quantized: list[dict[str, Any]]  # for a binarized model: what became of each part, and why
 
     def to_dict(self, depth: int | None = None) -> dict[str, Any]:
         """Convert the profile to plain values for JSON.
@@ -179,9 +179,9 @@ def profile(
     rates = read_device(device)
     if bops not in BOPS:
         raise unknown("BOP convention", bops, BOPS)
-    model, name = model_of(model_or_preset, structure=not torch.is_autocast_enabled("cpu"))  # which does not reach the meta device
+    model, name = model_of(model_or_preset, structure=not torch.is_autocast_enabled("cpu"))  # autocast does not reach the meta device
     if model is not model_or_preset and model.config.quant == "w1a1" and not is_packed(model):
-        model = packed_copy(model)  # what its export holds and runs
+        model = packed_copy(model)  # as in its export
         fold_moves(model)
     samples = round(seconds * SAMPLE_RATE)
     counts, frames = _count(model, samples)
@@ -218,14 +218,14 @@ def profile(
 
 
 def _count(model: HubertModel, samples: int) -> tuple[Counts, int]:
-    """What `hidden_states` of one utterance of so many samples runs, and its frames."""
+    """Count what `hidden_states` runs for one utterance of so many samples; returns counts and frames."""
     parameter = next(model.parameters())
     if parameter.is_meta or not torch.is_autocast_enabled(parameter.device.type):
         try:
             with evaluating(model), _without_values(model), count_operations(model) as counts:
                 states, _ = model.hidden_states(torch.empty(1, samples, dtype=parameter.dtype, device="meta"))
             return counts, states[-1].size(1)
-        except (RuntimeError, TypeError, AttributeError) as error:  # no form for meta tensors; what else is wrong, is so below
+        except (RuntimeError, TypeError, AttributeError) as error:  # no form for meta tensors; other faults appear again below
             if parameter.is_meta:
                 raise
             reason = " ".join(str(error).split())[:160]
@@ -243,10 +243,10 @@ def _count(model: HubertModel, samples: int) -> tuple[Counts, int]:
 
 @contextmanager
 def _without_values(model: nn.Module) -> Iterator[None]:
-    """Meta tensors in the place of parameters and buffers; the model's own are put back."""
+    """Replace parameters and buffers by meta tensors inside, and restore them."""
     holders: list[dict[str, Any]] = [holder for module in model.modules() for holder in (module._parameters, module._buffers)]
     own = [dict(holder) for holder in holders]
-    empty: dict[int, Tensor] = {}  # one for each, so that what is shared stays so
+    empty: dict[int, Tensor] = {}  # one for each tensor, so shared tensors stay shared
     try:
         with torch.device("meta"):
             for holder in holders:
@@ -260,7 +260,7 @@ def _without_values(model: nn.Module) -> Iterator[None]:
 
 
 def model_of(model_or_name: HubertModel | str | os.PathLike[str], structure: bool = False) -> tuple[HubertModel, str]:
-    """(model, name to show) of a model, or of what `open_model` takes; `structure`: of a preset, without storage."""
+    """(model, name to show) for a model or what `open_model` takes; `structure`: build a preset without storage."""
     if isinstance(model_or_name, nn.Module):
         if not hasattr(model_or_name, "hidden_states"):
             raise UserError(f"a {type(model_or_name).__name__} has no hidden_states(): give a HubertModel, a preset or a checkpoint")
@@ -269,17 +269,17 @@ def model_of(model_or_name: HubertModel | str | os.PathLike[str], structure: boo
 
 
 def noise(model: nn.Module, seconds: float, batch: int = 1) -> Tensor:
-    """(batch, samples) of noise in the dtype and on the device of the model; always the same."""
+    """The same noise (batch, samples) in every call, in the dtype and on the device of the model."""
     parameter = next(model.parameters())
     wave = torch.randn(batch, round(seconds * SAMPLE_RATE), generator=torch.Generator().manual_seed(0))
     return wave.to(parameter.device, parameter.dtype)
 
 
 def paper_storage(model: nn.Module, float_bytes: int | None = None) -> float:
-    """Bytes by the paper's formula: parameters without label embeddings, each at its width, buffers not at all.
+    """Bytes by the paper's formula: parameters without label embeddings, each at its width, and no buffers.
 
-    A model with quantized weights is counted without its mask embedding too, as the paper's BQ rows are. float_bytes: bytes of a
-    float parameter (default: of its dtype).
+    For a model with quantized weights the mask embedding is not counted either, as in the paper's BQ rows. float_bytes: bytes of a float
+    parameter (default: those of its dtype).
     """
     total, quantized, seen = 0.0, False, set()
     for module in model.modules():
@@ -299,7 +299,7 @@ def paper_storage(model: nn.Module, float_bytes: int | None = None) -> float:
 def file_storage(model: nn.Module) -> int:
     """Bytes of the tensors that `export` writes: parameters and persistent buffers, without label embeddings, each at its width.
 
-    Of a model read from an export, float tensors count as they are kept in its file.
+    The float tensors of a model from an export count in the dtype of its file.
     """
     modules, kept = dict(model.named_modules()), getattr(model, "stored_dtype", None)
     total = 0

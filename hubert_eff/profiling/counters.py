@@ -1,7 +1,7 @@
-"""Count the multiply-accumulates (MACs) of a forward pass, by operation, by module that runs it and by bit width.
+"""Counts the multiply-accumulates (MACs) of a forward pass by operation, by module and by bit width.
 
-A dispatch mode sees every operation that reaches a kernel, whatever Python wrote it (`nn.Linear`, `F.linear`, `@`, einsum), and
-forward hooks say which module was running. Each operation belongs to exactly one of three classes (formulas.py):
+A dispatch mode sees every operation that reaches a kernel, however it is written in Python (`nn.Linear`, `F.linear`, `@`, einsum), and
+forward hooks tell which module is running. Each operation belongs to exactly one of three classes (formulas.py):
 
 - products: matrix products, convolutions and attention have a MAC formula. A bias added inside the product is not counted.
 - arithmetic: activations, norms, softmax, reductions and other element-wise operations count in a column of their own, one
@@ -10,9 +10,9 @@ forward hooks say which module was running. Each operation belongs to exactly on
 - free: views, copies, padding, indexing and creation compute nothing.
 
 An operation in none of them is an error that names it and its module; `register_formula` adds a formula. A function that declares its
-cost (layers/bits.py) counts as one operation, whatever it runs: figures depend on the model and its input's size, not on the form that a
-dtype, a device or a number of threads calls for.
-The widths of a product's operands are those that its module declares (layers/bits.py), else those of the dtype it runs in.
+cost (layers/bits.py) counts as one operation whatever it runs, so figures depend on the model and the size of its input, not on the form
+that a dtype, a device or a number of threads needs.
+The widths of a product's operands are those that its module declares (layers/bits.py), or else those of its dtype.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .formulas import classify
 
 @dataclass
 class Tally:
-    """Counts of one operation in one module. `seconds` is measured only where a clock was given."""
+    """Counts of one operation in one module. `seconds` is measured only with a clock."""
 
     calls: int = 0
     macs_by_bits: dict[Bits, int] = field(default_factory=dict)  # (weight, activation) bits -> MACs
@@ -58,7 +58,7 @@ class Tally:
 
 @dataclass
 class Counts:
-    """What a forward pass ran: (module path, operation, kind) -> tally. The model itself has the path ''."""
+    """The counts of a forward pass: (module path, operation, kind) -> tally. The model itself has the path ''."""
 
     tallies: dict[tuple[str, str, str], Tally] = field(default_factory=lambda: defaultdict(Tally))
 
@@ -81,7 +81,7 @@ class Counts:
         return dict(totals)
 
     def own(self, module: str) -> Tally:
-        """What a module ran itself, without its submodules."""
+        """The counts of a module itself, without its submodules."""
         total = Tally()
         for (path, _, _), tally in self.tallies.items():
             if path == module:
@@ -105,7 +105,7 @@ class Counts:
 
 @dataclass
 class _Frame:
-    """The module that is running: its path, and the widths that it declares for its own products."""
+    """The running module: its path, and the widths that it declares for its own products."""
 
     path: str
     bits: Bits | None
@@ -117,7 +117,7 @@ class _CountingMode(TorchDispatchMode):
     def __init__(self, counts: Counts, stack: list[_Frame], clock: Callable[[], float] | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.counts, self.stack, self.clock = counts, stack, clock
-        self.declared = Tally()  # of the function that has declared its cost last
+        self.declared = Tally()  # tally of the function that declared its cost last
 
     def book(self, name: str, kind: str, cost: Cost, args: Any) -> None:
         """Count the call of a function that declares its cost."""
@@ -141,7 +141,7 @@ class _CountingMode(TorchDispatchMode):
         operation = classify(func, args, kwargs)
         frame = self.stack[-1]
         if operation is None:
-            with self:  # an operation made of others (as seen under inference_mode): count those
+            with self:  # an operation made of others (seen under inference_mode): count those instead
                 result = func.decompose(*args, **kwargs)
             if result is NotImplemented:
                 name = str(func.overloadpacket)
@@ -165,15 +165,17 @@ class _CountingMode(TorchDispatchMode):
 
 
 def _dtype_bits(args: Any) -> Bits:
-    # torch's products take operands of one dtype; a kernel that mixes them stands in a module that declares its widths
+    # torch's products take operands of one dtype; a module with a kernel that mixes them declares its widths
     width = next(8 * a.element_size() for a in args if isinstance(a, Tensor))
     return width, width
 
 
 def _uncompiled() -> AbstractContextManager[Any]:
-    """What was compiled before runs as it is written: kernels that a compiler has made cannot be told apart."""
+    """Run compiled functions uncompiled, since the kernels of a compiler cannot be told apart."""
     set_stance = getattr(torch.compiler, "set_stance", None)  # torch 2.6
-    if set_stance is None or "torch._dynamo" not in sys.modules:  # whose import takes seconds: nothing was compiled
+    if (
+        set_stance is None or "torch._dynamo" not in sys.modules
+    ):  # it has not been imported, so nothing is compiled; the import would take seconds
         return nullcontext()
     return set_stance("force_eager")  # type: ignore[no-any-return]
 
@@ -182,9 +184,9 @@ def _uncompiled() -> AbstractContextManager[Any]:
 def count_operations(model: nn.Module, clock: Callable[[], float] | None = None) -> Iterator[Counts]:
     """Count what runs inside the `with` block: `with count_operations(model) as counts: model(x)`.
 
-    Operations outside of any submodule of `model` are booked on the path ''. A module that is called several times adds up; one
-    that has several parents is booked under the parent that called it. Nothing is left on the model afterwards. `clock`, which
-    returns seconds, is read before and after each operation to time it.
+    Operations outside any submodule of `model` count for the path ''. Calls of a module add up; a module with several parents counts for
+    the parent that called it. Nothing is left on the model afterwards. `clock`, which returns seconds, is read before and after each
+    operation to time it.
     Raises `UserError` from inside the block for an operation without a formula, and for widths that are declared wrongly.
     """
     paths: dict[nn.Module, list[str]] = defaultdict(list)

@@ -1,4 +1,4 @@
-"""Devices: peak rates from a YAML file, and the time that they make of a count. Times from here are estimates, never measurements."""
+"""Devices: peak rates from a YAML file, and estimates of time from counts. These times are never measurements."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Device:
     bandwidth_gb_s: float
 
     def rate(self, bits: int) -> float:
-        """Operations per second, in 10^12, of operands of so many bits: of the fastest type of the device that holds them."""
+        """Operations per second, in 10^12, for operands of so many bits: the rate of the fastest type of the device that holds them."""
         wide = [rate for width, rate in self.tops.items() if width >= bits]
         if not wide:
             raise UserError(f"{self.name} has no rate for operands of {bits} bits, only for {', '.join(map(str, sorted(self.tops)))}")
@@ -39,12 +39,12 @@ class Device:
         return bop_nonq_g / (self.rate(16) * PAPER_UNIT) + bop_bq_g / (self.rate(1) * PAPER_UNIT)
 
     def roofline_time(self, macs_by_bits: Mapping[Bits, int], weight_bytes: float) -> float:
-        """Seconds that the device needs at least: all products at peak rate, or all weights read once, whichever takes longer."""
+        """Minimum seconds on the device: all products at peak rate or all weights read once, whichever takes longer."""
         compute = sum(2 * macs / (self.rate(max(bits)) * 1e12) for bits, macs in macs_by_bits.items())
         return max(compute, weight_bytes / (self.bandwidth_gb_s * 1e9))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values: what a device file holds."""
+        """The content of a device file as plain values."""
         return {**dataclasses.asdict(self), "tops": dict(self.tops)}
 
     def to_yaml(self) -> str:
@@ -58,7 +58,7 @@ def list_devices() -> list[str]:
 
 
 def read_device(name: str | os.PathLike[str]) -> Device:
-    """A device of `list_devices()` by name, or any by the path of its YAML file. Raises `UserError` for another name or content."""
+    """Read a device of `list_devices()` by name, or any by the path of its YAML file. Raises `UserError` for other names and content."""
     path = config_dir() / "device" / f"{name}.yaml" if str(name) in list_devices() else Path(name)
     if not path.is_file():
         raise unknown("device (give one of these, or the path of a YAML file)", name, list_devices())

@@ -1,7 +1,7 @@
-"""What each operation costs: MAC formulas of products, and which operations are arithmetic or free.
+"""The cost of each operation: MAC formulas of products, and lists of arithmetic and free operations.
 
-Formulas come from `torch.utils.flop_counter` (1 MAC = 2 FLOP) or from this file where torch has none. Operations are looked up by
-name ("aten.mm", without the overload): names absent from the running torch do no harm.
+Formulas come from `torch.utils.flop_counter` (1 MAC = 2 FLOP), or from this file if torch has none. Operations are looked up by
+name ("aten.mm", without the overload), so names that the running torch lacks do no harm.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ MATRIX, ATTENTION, NORM, ELEMENTWISE, COPY = "matrix product", "attention", "nor
 CONVOLUTION, GROUPED, DEPTHWISE = "convolution", "grouped convolution", "depthwise convolution"
 KINDS = (MATRIX, CONVOLUTION, GROUPED, DEPTHWISE, ATTENTION, NORM, ELEMENTWISE, COPY)
 
-BLOCK = 128  # queries of packed relative attention that are counted together: as the simulation computes them
+BLOCK = 128  # queries of packed relative attention that count together, as in the simulation
 
 _MACS: dict[str, Formula] = {}  # the operation's own arguments, and out=result -> MACs
 _KIND: dict[str, str] = {}  # products that are not matrix products
 _BITS: dict[str, Bits] = {}  # products that always run in these widths
-_ELEMENTS: dict[str, Formula] = {}  # arguments as above -> element operations that a product has fused in
+_ELEMENTS: dict[str, Formula] = {}  # arguments as above -> element operations that are fused into a product
 
 
 def _names(text: str) -> frozenset[str]:
@@ -71,8 +71,8 @@ def register_formula(op: torch._ops.OpOverloadPacket, kind: str = MATRIX) -> Cal
     The formula is called with the operation's arguments and its result as `out=`, and returns MACs as an integer. `kind` is the
     column that they are shown in; an operation of kind element-wise or norm also counts its elements, and returns 0 MACs if it
     multiplies no pairs. The widths of the operands are declared by the module that runs the operation (layers/bits.py).
-    Raises `UserError` for anything that is not an operation (`torch.ops.<library>.<name>`), or that has a formula, and for an
-    unknown kind.
+    Raises `UserError` for anything that is not an operation (`torch.ops.<library>.<name>`), for an operation that has a formula, and for
+    an unknown kind.
     """
     if not isinstance(op, torch._ops.OpOverloadPacket):
         raise UserError(f"register_formula takes an operation such as torch.ops.mylib.product, not {op!r}")
@@ -91,7 +91,7 @@ def register_formula(op: torch._ops.OpOverloadPacket, kind: str = MATRIX) -> Cal
 
 @dataclass(frozen=True)
 class Operation:
-    """One call of an operation: its name without the overload, its kind, and what its kind counts."""
+    """One call of an operation: its name without the overload, its kind, and its counts."""
 
     name: str
     kind: str
@@ -104,15 +104,15 @@ class Operation:
         return self.product(*args, out=out, **kwargs) if self.product else 0
 
     def element_ops(self, args: Any, kwargs: Any, out: Any) -> int:
-        """Element operations of the call: elements of its largest tensor, or what a product has fused in."""
+        """Element operations of the call: elements of its largest tensor, or those fused into a product."""
         if self.arithmetic:
             largest = max((t.numel() for t in _tensors((args, kwargs, out))), default=0)
-            return largest if largest > 1 else 0  # a scale, say, for each of the blocks that work is cut into
+            return largest if largest > 1 else 0  # a single number, such as a scale for each block of the work
         return _ELEMENTS[self.name](*args, out=out, **kwargs) if self.name in _ELEMENTS else 0
 
 
 def classify(func: Any, args: Any, kwargs: Any) -> Operation | None:
-    """What the call of an operator (`torch.ops.*.*.<overload>`) is; None if it is not known."""
+    """Classify the call of an operator (`torch.ops.*.*.<overload>`); None if it is unknown."""
     packet = func.overloadpacket
     name = str(packet)
     if name in _MACS:
@@ -178,7 +178,7 @@ def _mkl_linear(x: Tensor, _packed: Tensor, weight: Tensor, *_: Any, **__: Any) 
 
 
 _INT8 = ("quantized.linear_dynamic", "quantized.linear_relu_dynamic")
-_BITS.update(dict.fromkeys(_INT8, (8, 8)))  # float in, float out, the product in between is of int8
+_BITS.update(dict.fromkeys(_INT8, (8, 8)))  # float in and out, with an int8 product between
 
 
 @_own(*_INT8)

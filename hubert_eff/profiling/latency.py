@@ -1,4 +1,4 @@
-"""Measured cost: latency, real-time factor, peak memory and throughput of models in turn, and where their time goes."""
+"""Measures latency, real-time factor, peak memory and throughput of models in turn, and where their time goes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ BLOCKS = "encoder.layers"
 
 @dataclass
 class Timing:
-    """One model on one shape of input, measured. Ratios are of its time over the first model's, round by round."""
+    """Measurements of one model on one shape of input. Ratios are of its time over the first model's, round by round."""
 
     model: str
     seconds: float  # of audio per utterance
@@ -47,14 +47,14 @@ class Timing:
     p95_ms: float
     rtf: float  # time over the length of all audio
     throughput: float  # seconds of audio per second
-    peak_memory_mb: float | None  # weights, and what the process grows by during the call
+    peak_memory_mb: float | None  # weights, and growth of the process during the call
     ratio: float
     ratio_p5: float
     ratio_p95: float
     form: str = FLOAT  # float, packed or simulated (precision.py)
-    precision: str = PRECISIONS[0]  # of what is float
-    file_mb: float | None = None  # tensors that its export holds
-    kernel: str = ""  # what runs its linear layers
+    precision: str = PRECISIONS[0]  # of the float parts
+    file_mb: float | None = None  # size of the tensors in its export
+    kernel: str = ""  # kernel of its linear layers
 
     @property
     def label(self) -> str:
@@ -77,8 +77,8 @@ class Share:
 
 @dataclass
 class Shares:
-    """Where the time of a model goes, measured by operation: over the whole model's parts, over the classes of the modules inside the
-    encoder's blocks (a module without operations of its own counts with its parent), and over the kinds of operations."""
+    """Where the time of a model goes, measured by operation: by parts of the model, by classes of modules inside the encoder's blocks (a
+    module without own operations counts with its parent), and by kinds of operations."""
 
     model: str
     seconds: float
@@ -97,11 +97,11 @@ class Shares:
 def measure(
     models: Mapping[str, HubertModel], seconds: Sequence[float], batches: Sequence[int], rounds: int, device: str = "cpu"
 ) -> list[Timing]:
-    """Time `hidden_states` of each model on each length and batch. A round calls every model once, so that a slow moment meets all.
+    """Time `hidden_states` of each model on each length and batch. A round calls every model once, so a slow moment affects all.
 
     The name of a model may end in its precision, "conformer-s int8", to tell it from its own float form.
 
-    Raises `UserError` for impossible lengths or counts, and `SlowProcessError` where figures of this process would say nothing.
+    Raises `UserError` for impossible lengths or counts, and `SlowProcessError` if figures of this process would be meaningless.
     """
     _validate(seconds, batches, rounds)
     models = {name: model.to(device) for name, model in models.items()}
@@ -162,7 +162,9 @@ def _call(model: HubertModel, wave: Tensor, device: str) -> Callable[[], object]
 
 
 def _bytes(model: nn.Module) -> int:
-    laid_out = sum(module.codes.numel() for module in model.modules() if isinstance(module, Int8Linear))  # beside what a file keeps
+    laid_out = sum(
+        module.codes.numel() for module in model.modules() if isinstance(module, Int8Linear)
+    )  # in addition to the content of a file
     return laid_out + sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
 
 
@@ -182,7 +184,7 @@ def _validate(seconds: Sequence[float], batches: Sequence[int], rounds: int) -> 
 
 
 def measure_shares(name: str, model: HubertModel, seconds: float, rounds: int, device: str = "cpu") -> Shares:
-    """Time each operation over one utterance, the median of `rounds` passes; Python's own time between operations is left out."""
+    """Time each operation over one utterance, as the median of `rounds` passes, without Python's time between operations."""
     _validate([seconds], [1], rounds)
     wave = noise(model.to(device), seconds)
 
@@ -204,7 +206,7 @@ def measure_shares(name: str, model: HubertModel, seconds: float, rounds: int, d
 
 
 def shares_of(name: str, model: nn.Module, seconds: float, counts: Counts) -> Shares:
-    """`Shares` of one pass that `count_operations` has counted with a clock."""
+    """`Shares` of one pass that `count_operations` counted with a clock."""
     modules = dict(model.named_modules())
     ran = {path for path, _, _ in counts.tallies}
     own_params: dict[str, int] = defaultdict(int)  # by the path of the module that runs something
@@ -227,7 +229,7 @@ def shares_of(name: str, model: nn.Module, seconds: float, counts: Counts) -> Sh
     def by_class(path: str) -> str | None:
         if not path.startswith(BLOCKS + "."):
             return None
-        return "LayerNorm" if isinstance(modules[path], nn.LayerNorm) else type(modules[path]).__name__  # whatever derives from it
+        return "LayerNorm" if isinstance(modules[path], nn.LayerNorm) else type(modules[path]).__name__  # including derived classes
 
     return Shares(name, seconds, grouped(_part), grouped(by_class), _shares({}, counts.by_kind()))
 
@@ -262,7 +264,7 @@ def plain(result: Timing | Shares) -> dict[str, object]:
 
 
 def read(path: Path) -> tuple[list[Timing], list[Shares]]:
-    """What a bench.json holds. Raises `UserError` for another file."""
+    """Read a bench.json. Raises `UserError` for other files."""
     if not path.is_file():
         raise UserError(f"{path} cannot be read: it is not a regular file")
     try:
@@ -282,7 +284,7 @@ def read(path: Path) -> tuple[list[Timing], list[Shares]]:
 
 
 def _subject(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a record; earlier ones have the precision behind the model's name."""
+    """The values of a record; earlier versions put the precision behind the model's name."""
     found = {name: value for name, value in values.items() if name != "basis"}
     if "precision" not in found:
         for precision in PRECISIONS:
@@ -298,7 +300,7 @@ def _share(values: Mapping[str, Any]) -> Share:
 
 
 def _check(record: Timing | Shares | Share, *optional: str) -> None:
-    """Raise `ValueError` unless texts are texts, and numbers numbers."""
+    """Raise `ValueError` unless texts are texts and numbers are numbers."""
     for field in dataclasses.fields(record):
         value = getattr(record, field.name)
         if field.type == "str":

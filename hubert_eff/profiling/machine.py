@@ -1,4 +1,4 @@
-"""The machine that figures are measured on: what it is, whether it is fit to be measured on, its memory, its own peak rates."""
+"""The machine on which figures are measured: its description, a check of its speed, memory, and peak rates."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .device import Device
 
 PROBE_LIMIT = 12.0  # SiLU and softmax take 1 to 5 times a multiplication of the same tensor; in a slow process, 50 times and more
 ALLOCATOR = ("LD_PRELOAD", "MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
-SIZE = 2048  # of the square matrices of the roofline
-COPY_BYTES = 1 << 28  # of its copy, more than caches hold
+SIZE = 2048  # size of the roofline's square matrices
+COPY_BYTES = 1 << 28  # bytes of the roofline's copy, more than caches hold
 
 
 class SlowProcessError(RuntimeError):
-    """This process runs activations abnormally slowly: its figures would say nothing."""
+    """This process runs activations abnormally slowly, so its figures would be meaningless."""
 
 
 def seconds_of(function: Callable[[], object]) -> float:
@@ -41,7 +41,7 @@ def probe() -> float:
 
 
 def guard(when: str) -> float:
-    """`probe`; raises `SlowProcessError` beyond its limit."""
+    """Run `probe`. Raises `SlowProcessError` beyond its limit."""
     ratio = probe()
     if ratio > PROBE_LIMIT:
         raise SlowProcessError(
@@ -52,7 +52,7 @@ def guard(when: str) -> float:
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
-    """What measured figures depend on besides the code."""
+    """The conditions on which measured figures depend besides the code."""
     facts = {
         "torch": torch.__version__,
         "cpu": cpu_name(),
@@ -65,7 +65,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """The processor's name, as far as the system tells it."""
+    """The processor's name, if the system tells it."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
             return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -74,7 +74,7 @@ def cpu_name() -> str:
 
 
 def peak_growth(function: Callable[[], object], device: str) -> int | None:
-    """Bytes by which the memory in use rises at most during a call: of the process, or of torch on a GPU. None where it cannot be read."""
+    """Peak growth in bytes of the memory of the process, or of torch on a GPU, during a call. None if it cannot be read."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -83,13 +83,13 @@ def peak_growth(function: Callable[[], object], device: str) -> int | None:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # memory that the allocator keeps would hide what the call needs
+        ctypes.CDLL(None).malloc_trim(0)  # memory that the allocator keeps would hide the need of the call
         with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
-            file.write("5")  # the peak starts anew (proc(5))
+            file.write("5")  # resets the peak (proc(5))
         before = _status("VmRSS")
         function()
         return _status("VmHWM") - before
-    except (OSError, AttributeError):  # another system than Linux, another C library than glibc
+    except (OSError, AttributeError):  # not Linux, or not glibc
         return None
 
 
@@ -99,7 +99,7 @@ def _status(key: str) -> int:
 
 
 def measure_roofline() -> Device:
-    """Peak rates of this CPU at the current number of threads: the best of several products of square matrices in each type, one copy."""
+    """Measure peak rates of this CPU with the current number of threads: the best of several matrix products in each type, and a copy."""
     tops = {32: _float_rate(torch.float32), 16: _float_rate(torch.bfloat16)}
     int8 = _int8_rate()
     if int8 is not None:
@@ -112,7 +112,7 @@ def measure_roofline() -> Device:
 
 
 def _rate(product: Callable[[], object]) -> float:
-    """10^12 operations per second of a product of two SIZE x SIZE matrices: the best of five, or of those that a second has time for."""
+    """10^12 operations per second of a product of two SIZE x SIZE matrices: the best of five, or of those within a second."""
     with torch.no_grad():
         product()
         times = [seconds_of(product)]
@@ -127,7 +127,7 @@ def _float_rate(dtype: torch.dtype) -> float:
 
 
 def _int8_rate() -> float | None:
-    """Of float matrices that are quantized on the way in and out, as dynamic quantization does; None without such a kernel."""
+    """The rate for float matrices that are quantized on the way in and out, as in dynamic quantization; None without such a kernel."""
     try:
         weight = torch.quantize_per_tensor(torch.randn(SIZE, SIZE), 0.03, 0, torch.qint8)
         packed = torch.ops.quantized.linear_prepack(weight, None)

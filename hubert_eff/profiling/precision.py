@@ -1,4 +1,4 @@
-"""A model in the form, and at the precision, in which it is to be measured."""
+"""Brings a model into the form and precision in which it is measured."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ if TYPE_CHECKING:
 
 ONE_BIT = "w1a1"
 PRECISIONS = ("float32", "bfloat16", INT8, ONE_BIT)
-BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")  # instruction sets that multiply it
-FLOAT, PACKED, SIMULATED = "float", "packed", "simulated"  # forms: one-bit models run from bits, or as the floats that train
+BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")  # instruction sets with bfloat16 products
+FLOAT, PACKED, SIMULATED = "float", "packed", "simulated"  # forms; one-bit models run from bits or as the floats of training
 
 
 def shipped(model: HubertModel) -> HubertModel:
-    """A float model fused, a w1a1 model packed, as its export runs. Activations of more bits have no packed form: as they are."""
+    """The form of a model's export: a float model fused, a w1a1 model packed. Models with more bits of activations stay as they are."""
     if model.config.quant == "none":
         return fuse(model)
     if model.config.quant != ONE_BIT or is_packed(model):
         return model
-    packed = packed_copy(model)  # also of scales that never saw data: times do not depend on them
+    packed = packed_copy(model)  # scales may have seen no data, since times do not depend on them
     fold_moves(packed)
     return packed
 
 
 def require(precision: str, device: str = "cpu") -> None:
-    """Raises `UserError` for one of `PRECISIONS` that this processor, or this torch, has no fast products for."""
+    """Raise `UserError` if this processor or this torch has no fast products for one of `PRECISIONS`."""
     if device != "cpu":
         if precision in (INT8, ONE_BIT):
             raise UserError(f"--precision {precision} runs on a CPU only: leave out --device {device}")
@@ -55,7 +55,7 @@ def require(precision: str, device: str = "cpu") -> None:
 
 
 def kernel_of(model: nn.Module, device: str = "cpu") -> str:
-    """What runs a model's linear layers, for tables."""
+    """The kernel of a model's linear layers, for tables."""
     if device != "cpu":
         return f"torch on {device}"
     if is_packed(model):
@@ -69,36 +69,37 @@ def kernel_of(model: nn.Module, device: str = "cpu") -> str:
 
 
 def form_of(model: HubertModel) -> str:
-    """float, or of a binarized model packed or simulated."""
+    """The form of a model: float, or for a binarized one packed or simulated."""
     if is_packed(model):
         return PACKED
     return FLOAT if model.config.quant == "none" else SIMULATED
 
 
 def precision_of(model: nn.Module) -> str:
-    """The one of `PRECISIONS` that `at_precision` would have given it, or its dtype."""
+    """The one of `PRECISIONS` that gives such a model, or its dtype."""
     if is_int8(model):
         return INT8
     return str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
 def label(model: str, form: str, precision: str) -> str:
-    """A model's name for tables: what is not float, or not float32, says so."""
+    """A model's name for tables, with its form if that is not float and its precision if that is not float32."""
     said = [text for text in (form, precision) if text not in (FLOAT, PRECISIONS[0])]
     return f"{model} ({', '.join(said)})" if said else model
 
 
 def without_precision(name: str, model: nn.Module) -> str:
-    """`name`, if it ends in the precision of the model, without that."""
+    """`name` without the precision of the model at its end."""
     return name.removesuffix(f" {precision_of(model)}")
 
 
 def at_precision(model: HubertModel, precision: str) -> HubertModel:
-    """A model that computes at one of `PRECISIONS`; the given one where that is float32.
+    """Bring a model to one of `PRECISIONS`; float32 returns the given model.
 
-    bfloat16: parameters and inputs, of a packed model what is not binary. int8: a fused copy whose encoder has int8 linear layers
-    (`hubert_eff.quantize`). w1a1: packed; a float model is binarized first, whose scales have seen no data: its time and its
-    size are those of a trained one, its outputs are not. Raises `UserError` for another precision, and as `quantize` and `binarize` do.
+    bfloat16 applies to parameters and inputs; in a packed model, to everything that is not binary. int8 is a fused copy whose encoder has
+    int8 linear layers (`hubert_eff.quantize`). w1a1 is packed; a float model is first binarized with scales that have seen no data, so its
+    time and size are those of a trained one, and its outputs are not. Raises `UserError` for another precision, and as `quantize` and
+    `binarize` do.
     """
     if precision == "float32":
         return model

@@ -1,4 +1,4 @@
-"""What a training run will need: GPU-hours, memory of a GPU, disk. Estimates from counts, never measurements."""
+"""Estimates what a training run needs, from counts: GPU-hours, GPU memory and disk."""
 
 # B rows of a batch, T frames
 
@@ -18,15 +18,15 @@ from ..models.hubert import HubertModel
 from .cost import profile
 from .device import read_device
 
-CONTEXT_GB = 1.0  # of CUDA's context, libraries and the allocator's slack
+CONTEXT_GB = 1.0  # for CUDA's context, libraries and the allocator's slack
 STATE_BYTES = {16: 2 + 2 + 4 + 8, 32: 4 + 4 + 8}  # per parameter: weight, gradient, at 16 bits the float32 copy, Adam's two averages
 SAVED_BYTES = 4 + 8  # per parameter in a checkpoint: weight, Adam's two averages
 
 
 @dataclass(frozen=True)
 class Needs:
-    """Of one run. `gpu_hours` of all GPUs together, at the share of the device's peak that was assumed; `gpu_gb` of each GPU, at least;
-    `checkpoint_gb` of a file; 10^9 bytes."""
+    """The needs of one run: `gpu_hours` of all GPUs together, at an assumed share of the device's peak; `gpu_gb`, the minimum for each GPU;
+    `checkpoint_gb` of a file. A GB is 10^9 bytes."""
 
     params: int
     updates: int
@@ -41,8 +41,8 @@ class Needs:
 PAPER_GPUS = 32
 PAPER_UPDATES = (250_000, 600_000)
 PAPER_HOURS = 8.5  # per 100k updates
-# share of an A100's peak at 16 bits at which `training_needs` finds those hours for transformer_base; the paper gives one time, and
-# does not say of which model
+# share of an A100's peak at 16 bits with which `training_needs` gives those hours for transformer_base; the paper gives one time without
+# naming the model
 MFU = 0.010914
 MFU_SOURCE = (
     f"the paper's {PAPER_HOURS:g} h per 100k updates on {PAPER_GPUS} A100, taken as those of transformer_base (680 + 1,632 GPU-hours)"
@@ -50,12 +50,11 @@ MFU_SOURCE = (
 
 
 def training_needs(written: Mapping[str, Any], clusters: int, gpus: int, device: str, mfu: float, teacher: bool = False) -> Needs:
-    """Needs of a run of the configuration `written` on `gpus` GPUs with the rates of `device`, of whose peak `mfu` (0 to 1) is reached.
+    """Estimate the needs of a run of the configuration `written` on `gpus` GPUs of `device`, at a share `mfu` (0 to 1) of its peak.
 
-    Three times the products of a forward pass are one of training (forward, gradients of inputs and of weights), and once more those of
-    a teacher of the same size. One-bit models train in floats. Activations are those
-    that autograd keeps, counted without computing, in float32 halved at 16 bits, of a batch of the longest crops; attention
-    probabilities are left out, as fused attention keeps none.
+    Training takes three times the products of a forward pass (forward, gradients of inputs and of weights), and a teacher of the same size
+    one more. One-bit models train in floats. Activations are those that autograd keeps for a batch of the longest crops, counted without
+    computing: in float32, halved at 16 bits, without attention probabilities, which fused attention does not keep.
     """
     if not 0 < mfu <= 1:
         raise UserError(f"--mfu {mfu:g} must be above 0 and at most 1: the share of the device's peak that training reaches")
@@ -78,7 +77,7 @@ def training_needs(written: Mapping[str, Any], clusters: int, gpus: int, device:
 
 
 def kept_bytes(config: HubertConfig, samples: int) -> int:
-    """Bytes of float32 activations that autograd keeps of one utterance of so many samples, weights not counted."""
+    """Bytes of float32 activations that autograd keeps for one utterance of so many samples, without weights."""
     values = {**config.to_dict(), "attention_dropout": 0.0, "encoder_layerdrop": 0.0}
     with torch.device("meta"):
         model = HubertModel(type(config).from_dict(values)).train()
@@ -89,7 +88,7 @@ def kept_bytes(config: HubertConfig, samples: int) -> int:
     def keep(x: Tensor) -> Tensor:
         key = x.untyped_storage()._cdata
         if key not in weights:
-            kept[key] = x  # held, so that no other tensor gets its address
+            kept[key] = x  # kept alive, so its address stays unique
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.set_grad_enabled(True):

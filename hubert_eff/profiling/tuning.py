@@ -1,4 +1,4 @@
-"""Measure which form of each float layer is faster on this machine: `hubert-eff doctor --tune`."""
+"""Measures which form of each float layer is faster on this machine, for `hubert-eff doctor --tune`."""
 
 # M rows, K inputs, N outputs, T frames
 
@@ -16,13 +16,13 @@ from ..layers.choice import NEVER, Choice
 from ..layers.linear import Linear, product
 from .machine import seconds_of
 
-ROWS = (16, 128, 384, 1536)  # measured, and taken from there on
+ROWS = (16, 128, 384, 1536)  # measured sizes, from which on a form may be chosen
 WEIGHTS = ((128, 128), (144, 576), (256, 768), (256, 1024), (768, 768), (768, 3072))  # K, N, by their number
 FRAMES = (192, 384, 768, 1536)
 HEADS, WIDTH = 4, 64
 ROUNDS = 7
-WORTH = 0.97  # ours is taken where it takes at most so much of torch's time
-SHORT = 5e-4  # seconds: a call is repeated until a round takes so long
+WORTH = 0.97  # our form is chosen if it takes at most this share of torch's time
+SHORT = 5e-4  # seconds; a call is repeated until a round takes this long
 
 
 def _is_faster(ours: Callable[[], object], stock: Callable[[], object]) -> bool:
@@ -39,7 +39,7 @@ def _is_faster(ours: Callable[[], object], stock: Callable[[], object]) -> bool:
 
 
 def _first(sizes: list[tuple[int, bool]]) -> float:
-    """The smallest of rising sizes from which on ours is faster at all."""
+    """The smallest of rising sizes from which our form is always faster."""
     least = NEVER
     for size, is_faster in reversed(sizes):
         if not is_faster:
@@ -78,7 +78,7 @@ def _attention(relative: bool) -> float:
 
 @torch.no_grad()
 def tune() -> Choice:
-    """Measure this machine at the current number of threads, some ten seconds: nothing else should run meanwhile."""
+    """Measure this machine with the current number of threads, for about ten seconds in which nothing else should run."""
     linear, folded = _products(False), _products(True)
     least = min((weights for _, weights in (*linear, *folded)), default=NEVER)
     return Choice(linear, folded, _attention(False), _attention(True), least)

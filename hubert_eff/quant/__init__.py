@@ -1,4 +1,4 @@
-"""Training at one bit (Liu et al. 2022, "BiT"), convolutions included: quantizers, binary layers, policies, `binarize`, `pack`."""
+"""Training at one bit (Liu et al. 2022, "BiT"), including convolutions: quantizers, binary layers, policies, `binarize`, `pack`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .quantization import quantize as quantize
     from .summary import quant_report as quant_report
 
-# public name -> module that defines it; imported on first use, since some stand below the encoders and some above the models
+# public name -> module that defines it; imported on first use, since some are below the encoders and some above the models
 _PUBLIC = {
     "BinaryConv1d": "modules",
     "BinaryLinear": "modules",

@@ -1,9 +1,9 @@
-"""Attention products of bits: queries times keys, and probabilities times values.
+"""Binarized attention products: queries times keys, and probabilities times values.
 
-Queries, keys and values are signed; probabilities are unsigned, and it is (number of visible keys) x P that is quantized: its mean is 1
-whatever the length, so that its scale is of order 1 and one step of an optimizer changes it by little. Queries go in chunks; each chunk
-has one softmax over all visible keys, and then its product with the values. In training and in traced graphs scores, softmax and dropout
-are float; in eval mode one-bit probabilities are found by integers (integer_softmax.py), as a packed model finds them.
+Queries, keys and values are signed. Probabilities are unsigned, and the quantized tensor is (number of visible keys) x P: its mean is 1
+for any length, so its scale is of order 1, and one step of an optimizer changes it little. Queries are processed in chunks; each chunk
+has one softmax over all visible keys, followed by its product with the values. In training and in traced graphs, scores, softmax and
+dropout are float; in eval mode one-bit probabilities are found by integers (integer_softmax.py), as in a packed model.
 """
 
 # B batch, T frames, H heads, d head dim, e position head dim, n queries of a chunk, G summaries
@@ -28,15 +28,15 @@ from .functional import initial_scale, scaled, unsigned_codes
 from .integer_softmax import HIDDEN, attended_, cost_of_bit
 from .modules import Codes, Quantizer
 
-CHUNK = 128  # queries that are worked on at a time
-KEPT = 1 << 26  # without gradient, shared probabilities of more elements than this are computed anew for each use
+CHUNK = 128  # queries that are processed together
+KEPT = 1 << 26  # without gradient, shared probabilities with more elements are recomputed for each use
 
 Shapes = Mapping[str, tuple[int, ...]]
 Rows = tuple[Tensor, Callable[[Tensor], Tensor], "Tensor | None", int]  # sums, codes -> product with the values, keys seen, their number
 
 
 class Term(NamedTuple):
-    """What scores are a sum of: a product of codes times its scale."""
+    """A term of the scores: a product of codes times its scale."""
 
     sums: Tensor  # (..., keys)
     scale: Tensor  # (1,)
@@ -44,7 +44,7 @@ class Term(NamedTuple):
 
 
 def chunk(x: Tensor) -> int:
-    """Queries of x (B, H, T, ...) that are worked on at a time: where loops have a fixed number of rounds, all."""
+    """Number of queries of x (B, H, T, ...) that are processed together; all if loops must have a fixed number of rounds."""
     return x.size(2) if is_tracing() or follows_shapes(x) else CHUNK
 
 
@@ -53,14 +53,14 @@ def _times(values: Tensor, codes: Tensor) -> Tensor:
 
 
 def rows_of(x: Tensor | int | None, start: int, stop: int) -> Any:
-    """Of a mask of keys, or a number of them, (B, 1, 1 or T, ...) or one for all: that of the queries start ... stop - 1."""
-    if not isinstance(x, Tensor) or x.dim() == 0 or x.size(2) == 1:  # of a trace a number is a tensor
+    """Select the queries start ... stop - 1 of a mask of keys or a number of keys, (B, 1, 1 or T, ...) or one for all."""
+    if not isinstance(x, Tensor) or x.dim() == 0 or x.size(2) == 1:  # in a trace a number is a tensor
         return x
     return x[:, :, start:stop]
 
 
 def with_kept(owner: nn.Module, chunks: Chunks | None, *codes: Codes) -> tuple[Codes, ...]:
-    """Codes of keys, values (B, H, T, d) with those that a stream has kept in front."""
+    """Put the codes of keys and values that a stream has kept in front of these, (B, H, T, d)."""
     if chunks is None:
         return codes
     values = chunks.with_kept(owner, *(part.values for part in codes))
@@ -76,7 +76,7 @@ def _pairs(heads: int, q: Tensor, valid: Tensor | None, attend: Tensor | None) -
 
 
 def offsets_cost(heads: int, queries: int, table: Tensor, inputs: int) -> Cost:
-    """Of the products of queries of `inputs` channels with the rows of a table (H, 2T - 1, ...) that they see, chunk by chunk."""
+    """Cost of the products of queries of `inputs` channels with the rows of a table (H, 2T - 1, ...) that they see, chunk by chunk."""
     return Cost(heads * offsets_seen(queries, (table.size(1) + 1) // 2, CHUNK) * inputs, 0)
 
 
@@ -92,7 +92,7 @@ def at_keys(queries: Tensor, table: Tensor, start: int) -> Tensor:
 
 
 def _table_mask(frames: int, valid: Tensor | None) -> Tensor | None:
-    """Which rows of a table (H, 2T - 1, e) are offsets between valid frames."""
+    """Mask of the rows of a table (H, 2T - 1, e) that are offsets between valid frames."""
     if valid is None:
         return None
     offsets = torch.arange(1 - frames, frames, device=valid.device).abs()
@@ -100,25 +100,25 @@ def _table_mask(frames: int, valid: Tensor | None) -> Tensor | None:
 
 
 class Probabilities(nn.Module):
-    """Quantizer of (visible keys) x P; its product with the values belongs to the module that holds it.
+    """Quantizer of (visible keys) x P; the module that holds it computes the product with the values.
 
-    by_softmax: compute floats in eval mode too, as a graph that is to be traced does.
+    by_softmax: compute floats in eval mode too, as graphs to be traced must.
     """
 
     by_softmax = False
 
     def __init__(self, bits: int) -> None:
         super().__init__()
-        # at one bit the threshold, half the scale, starts at the mean, 1. The formula would put it at 2, above every probability of a model
-        # whose attention is still even: no bit would be set, the mix would be zero, and no gradient would reach the attention
+        # at one bit the threshold, half the scale, starts at the mean, 1. The formula would give 2, above every probability of a model
+        # with still uniform attention: no bit would be set, the output would be zero, and no gradient would reach the attention
         initial = 2.0 if bits == 1 else float(initial_scale(1.0, False, 2**bits - 1))
         self.quantizer = Quantizer(bits, signed=False, initial=initial)
-        self.dropped = "codes"  # by dropout; or probabilities (`Policy.attention_dropout`)
+        self.dropped = "codes"  # what dropout zeroes: codes or probabilities (`Policy.attention_dropout`)
 
     def forward(self, terms: Sequence[Term], seen: Tensor | None, visible: Tensor | int, scale: Tensor, dropout: float) -> Tensor:
-        """Codes of softmax(scores), scores (..., keys); seen: bool, broadcast to scores; visible: number of keys seen, (..., 1).
+        """Compute codes of softmax(scores), scores (..., keys); seen: bool, broadcast to scores; visible: number of visible keys, (..., 1).
 
-        `scale`: `quantizer.effective` of the whole tensor of which these are a part.
+        `scale`: `quantizer.effective` of the whole tensor to which these belong.
         """
         by_integers = self.quantizer.bits == 1 and not (self.training or self.by_softmax or is_tracing())
         if not by_integers:
@@ -146,7 +146,7 @@ class Probabilities(nn.Module):
         for term in terms[1:]:
             scores = scores + scaled(term.sums, term.scale, self.quantizer.dtype)
         if seen is not None:
-            scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min / 2)  # finite: a query may see nothing
+            scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min / 2)  # finite, because a query may see nothing
         probs = torch.softmax(scores, -1)
         if dropout > 0.0 and self.dropped == "probabilities":
             probs = F.dropout(probs, dropout)
@@ -166,8 +166,8 @@ class Probabilities(nn.Module):
 class BinaryAttention(nn.Module):
     """Dense attention: softmax(q k' / sqrt(d)) v.
 
-    bits: of all operands. shapes: of the learnable biases of query, key and value ("moves", added after the projections); without an
-    entry an operand has none.
+    bits: the width of all operands. shapes: the shapes of the learnable biases of query, key and value (BiT's moves, added after the
+    projections); an operand without an entry has none.
     """
 
     signed_operands: tuple[str, ...] = ("query", "key", "value")
@@ -184,8 +184,8 @@ class BinaryAttention(nn.Module):
 
     @counted_as("attention")
     def forward(self, q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None, dropout: float, chunks: Chunks | None = None) -> Tensor:
-        """q, k, v (B, H, T, d); attend: (B, 1, 1 or T, T) bool, the keys that may be seen -> (B, H, T, d). Of a stream there are more keys
-        than queries, those of `chunks` in front."""
+        """q, k, v (B, H, T, d); attend: (B, 1, 1 or T, T) bool, the visible keys -> (B, H, T, d). A stream has more keys than queries;
+        those of `chunks` come first."""
         query = self.query(q)
         key, value = with_kept(self, chunks, self.key(k), self.value(v))
         scale: Tensor = query.scale * key.scale * q.size(-1) ** -0.5
@@ -210,7 +210,7 @@ class BinaryAttention(nn.Module):
 
 
 class BinaryRelativeAttention(BinaryAttention):
-    """The same with relative positions: ((q + u) k' + (q + v) r') / sqrt(d). The float model's u and v serve as the queries' moves."""
+    """The same with relative positions: ((q + u) k' + (q + v) r') / sqrt(d). The float model's u and v are the learnable biases of queries."""
 
     signed_operands = ("content", "position", "key", "offset", "value")
     content: Quantizer
@@ -240,13 +240,13 @@ class BinaryRelativeAttention(BinaryAttention):
 
 
 class BinarySparseAttention(BinaryAttention):
-    """Attention over a sparse pattern: one softmax over a query's own keys and the summaries together; nothing has T squared elements."""
+    """Attention over a sparse pattern: one softmax over a query's own keys and the summaries; no tensor has T squared elements."""
 
     @counted_as("attention")
     def forward(  # type: ignore[override]
         self, q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None, dropout: float, pattern: SparsePattern, chunks: Chunks | None = None
     ) -> Tensor:
-        """As `BinaryAttention`; in chunks `attend` is the joint mask of them and the pattern, and alone says what is seen."""
+        """Attend as `BinaryAttention` does; in chunks `attend` is the joint mask of chunks and pattern."""
         if chunks is not None:
             return super().forward(q, k, v, attend, dropout, chunks)
         query, key, value = self.query(q), self.key(k), self.value(v)
@@ -266,7 +266,7 @@ class BinarySparseAttention(BinaryAttention):
 
     @staticmethod
     def _dense(q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None, pattern: SparsePattern) -> Iterator[Rows]:
-        """All keys, under the pattern's mask: of a trace, whose blocks cannot depend on the length."""
+        """Attend to all keys under the pattern's mask, for a trace, in which blocks cannot depend on the length."""
         place = torch.arange(q.size(2), device=q.device)
         seen = pattern.sees(place, place)
         seen = seen if attend is None else seen & attend
@@ -353,7 +353,7 @@ class BinaryWeights(nn.Module):
 
 
 class SharedProbabilities:
-    """Quantized attention weights for several users; without gradient those of long input are computed anew for each."""
+    """Quantized attention weights for several modules; without gradient, those of long input are recomputed for each."""
 
     def __init__(
         self, codes: Callable[[int, int], Tensor], starts: range, heads: int, scale: Tensor, kept: bool, dtype: torch.dtype
@@ -362,7 +362,7 @@ class SharedProbabilities:
         self.parts = [codes(start, heads) for start in self.starts] if kept else None
 
     def mix(self, value: Codes) -> Tensor:
-        """Values (B, H, T, c) of all heads, or (B, 1, T, c) of the first one, each summed over time with its head's weights."""
+        """Sum values (B, H, T, c) of all heads, or (B, 1, T, c) of the first head, over time with the weights of each head."""
         heads = value.values.size(1)
         mixed = []
         for index, start in enumerate(self.starts):
@@ -372,7 +372,7 @@ class SharedProbabilities:
 
 
 class BinaryMix(nn.Module):
-    """A user of shared attention weights: quantizes its values and mixes them."""
+    """Quantizes values and mixes them by shared attention weights."""
 
     def __init__(self, bits: int, shapes: Shapes) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""`binarize`: a float HuBERT as one that trains and runs at one bit, by a policy."""
+"""`binarize` turns a float HuBERT into one that trains and runs at one bit, by a policy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Modules of a float model become binary ones, by a policy: what is decided for each, and doing it in place."""
+"""Turns modules of a float model into binary ones in place, by the decisions of a policy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .policy import BINARY, Policy
 
 @dataclass(frozen=True)
 class Decision:
-    """What becomes of one declared part: `owner` holds it as `name`; `conv`: whether its block has a convolution."""
+    """The decision for one declared part: `owner` holds it as `name`; `conv` says whether its block has a convolution."""
 
     path: str
     owner: nn.Module
@@ -36,7 +36,7 @@ class Decision:
 
 
 def decisions(model: nn.Module, policy: Policy) -> list[Decision]:
-    """What the policy decides for each declared part of a HuBERT, float or binarized, in the model's order."""
+    """The decision of the policy for each declared part of a float or binarized HuBERT, in the model's order."""
     found = []
     blocks = {f"encoder.layers.{index}": block for index, block in enumerate(_blocks(model))}
     for prefix, block in blocks.items():
@@ -65,11 +65,13 @@ def _parts(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module, str, 
 
 
 def convert(model: nn.Module, bits: int, policy: Policy, streaming: bool = False) -> None:
-    """Binarize a HuBERT in place; its weights stay the parameters they are. `streaming`: nothing may depend on a whole utterance."""
+    """Binarize a HuBERT in place; its weights stay the same parameters. `streaming`: nothing may depend on a whole utterance."""
     chosen = decisions(model, policy)
     if all(choice.action != BINARY for choice in chosen):
         kinds = sorted({choice.kind.name for choice in chosen if choice.kind.name in BINARY_KINDS})
-        found = f"its policy leaves float all that its blocks declare ({', '.join(kinds)})" if kinds else "its blocks declare no kinds()"
+        found = (
+            f"its policy leaves everything float that its blocks declare ({', '.join(kinds)})" if kinds else "its blocks declare no kinds()"
+        )
         raise UserError(f"nothing of this {type(model.get_submodule('encoder')).__name__} would be binarized: {found}")
     shared: dict[tuple[int, str], set[str]] = {}
     for choice in chosen:

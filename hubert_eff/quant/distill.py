@@ -19,7 +19,7 @@ from ..models.extractor import receptive_field
 from ..models.hubert import LABEL_EMBEDDINGS, HubertModel
 from .storage import is_packed
 
-CODEBOOKS = ("final_proj.", "target_glu.", LABEL_EMBEDDINGS)  # of the pre-training head: names that begin so
+CODEBOOKS = ("final_proj.", "target_glu.", LABEL_EMBEDDINGS)  # prefixes of the names in the pre-training head
 
 
 def codebook_divergence(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
@@ -37,8 +37,8 @@ def codebook_divergence(student: Sequence[Tensor], teacher: Sequence[Tensor]) ->
 def hidden_distances(student: Sequence[Tensor], teacher: Sequence[Tensor], valid: Tensor | None, normalize: bool = False) -> Tensor:
     """Mean squared difference of each pair of hidden states (B, T, D) over an utterance's valid frames (B, T), None = all: (B, L + 1).
 
-    normalize: divided by the variance of the teacher's state over the same frames and channels, so that each layer counts by how well it is
-    matched and not by its size. An utterance without a valid frame gives 0. What another utterance is, or how long, changes nothing.
+    normalize: divide by the variance of the teacher's state over the same frames and channels, so that each layer counts by how well it is
+    matched and not by its scale. An utterance without a valid frame gives 0. Utterances do not affect each other.
     """
     distances = []
     for ours, theirs in zip(student, teacher, strict=True):
@@ -99,12 +99,12 @@ def _has_codebooks(model: HubertModel) -> None:
 
 
 def start_from(student: HubertModel, source: HubertModel, new_codebooks: bool = False) -> str:
-    """Give the student the weights of another model, in place; returns what was taken over, as a sentence.
+    """Give the student the weights of another model, in place; returns a sentence that says which.
 
-    Codebooks, and what projects to them, are taken over where the source has as many classes in each, and not with `new_codebooks`; else
-    the student keeps its own. From a float model, or one with activations of other bits, a binarized one takes all weights, and finds its
-    scales on the first batch; from one of the same bits it takes the scales as well, and so does a w1a1 model from a w1a2 one. Raises
-    `UserError` if the two are not the same model but for `quant` and codebooks.
+    Codebooks, and the projections to them, are copied if the source has as many classes in each, unless `new_codebooks` is set; otherwise
+    the student keeps its own. From a float model, or one with activations of another width, a binarized student takes all weights and finds
+    its scales on the first batch. From a model of the same width it also takes the scales, as a w1a1 model does from a w1a2 one. Raises
+    `UserError` if the two models differ in more than `quant` and codebooks.
     """
     ours, theirs = encoder_of(student.config).name, encoder_of(source.config).name
     if ours != theirs:
@@ -144,7 +144,7 @@ def start_from(student: HubertModel, source: HubertModel, new_codebooks: bool = 
 
 
 def _check_settings(student: HubertConfig, source: HubertConfig) -> None:
-    """Raise `UserError` where the same weights would compute something else, though names and shapes agree."""
+    """Raise `UserError` if the same weights would compute something else, although names and shapes agree."""
     for key, option in (
         ("conv_layers", "model.conv_feature_layers"), ("encoder_attention_heads", "model.encoder_attention_heads"),
         ("layer_norm_first", "model.layer_norm_first"), ("normalize", "task.normalize"),

@@ -1,7 +1,7 @@
-"""Quantizers at one and more bits (Liu et al. 2022, "BiT", section 2), in the form that a bit-packed runtime can follow exactly.
+"""Quantizers of one and more bits (Liu et al. 2022, "BiT", section 2), in a form that a bit-packed runtime can match exactly.
 
-A quantized tensor is a * codes with one learned scale a. A quantizer returns the codes, so that products sum integers first, and one
-multiplication by all scales follows: the same order of arithmetic with +-1 in floats and with packed bits. Gradients are those of
+A quantized tensor is a * codes with one learned scale a. A quantizer returns the codes, so that products first sum integers and then
+multiply by all scales: this order of arithmetic is the same with +-1 in floats and with packed bits. Gradients are those of
 y = a * codes, g = dL/dy, once the caller's product has multiplied by a:
 
     signed    q = x / a
@@ -30,7 +30,7 @@ FLOOR = 1e-5  # the least scale
 
 
 def signed_range(bits: int) -> tuple[int, int]:
-    """The least and the greatest signed code; of one bit, which has no code 0, they bound where gradient passes."""
+    """The least and the greatest signed code; at one bit, which has no code 0, they bound the range with gradient."""
     return (-1, 1) if bits == 1 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
 
@@ -47,7 +47,7 @@ class _Signed(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, scale = ctx.saved_tensors
         grad = grad / scale  # dL/dy
-        if ctx.bits == 1:  # the product's gradient of a is all there is
+        if ctx.bits == 1:  # only the product has a gradient for a
             return grad.masked_fill(x.abs() > scale, 0.0).to(x.dtype), None, None
         q = x / scale
         low, high = signed_range(ctx.bits)
@@ -73,19 +73,19 @@ class _Unsigned(torch.autograd.Function):
         inside = grad.masked_fill((q < 0) | (q > 2**ctx.bits - 1), 0.0)
         of_scale = (inside * q).sum()
         if offset is not None:
-            of_scale = of_scale + (grad * (offset / scale)).sum()  # z is constant, so its share of the product's gradient is taken back
+            of_scale = of_scale + (grad * (offset / scale)).sum()  # z is constant, so its share of the product's gradient is removed
         return inside.to(x.dtype), -of_scale.view_as(scale), None, None
 
 
 def signed_codes(x: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """Codes of x in {-1, 1}, or of more bits in `signed_range`; scale (1,)."""
-    if bits == 1 and is_tracing():  # operations alone: a trace takes what a Function changes in place for unchanged
+    """Codes of x in {-1, 1}, or with more bits in `signed_range`; scale (1,)."""
+    if bits == 1 and is_tracing():  # plain operations, since a trace misses what a Function changes in place
         return (x > 0).to(x.dtype) * 2 - 1
     return _Signed.apply(x, scale, bits)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def unsigned_codes(x: Tensor, scale: Tensor, bits: int, offset: Tensor | None = None) -> Tensor:
-    """Codes of x in {0, 1}, or of more bits in {0 ... 2^bits - 1} + offset / scale; scale (1,), offset: the minimum z, broadcast to x."""
+    """Codes of x in {0, 1}, or with more bits in {0 ... 2^bits - 1} + offset / scale; scale (1,); offset: the minimum z, broadcast to x."""
     if bits == 1 and is_tracing():
         return (x > scale / 2).to(x.dtype)
     return _Unsigned.apply(x, scale, bits, None if offset is None else offset.detach())  # type: ignore[no-any-return,no-untyped-call]
@@ -108,7 +108,7 @@ def effective_scale(scale: Tensor, count: Tensor | int, levels: int) -> Tensor:
     scale = wide(scale)
     if not torch.is_grad_enabled():
         return scale.clamp(min=FLOOR)
-    if isinstance(count, int):  # a kernel that fills: a copy to a GPU would be waited for
+    if isinstance(count, int):  # filled by a kernel, because a copy to a GPU would wait
         count = torch.full((), count, device=scale.device)
     factor = count.to(scale.dtype).clamp(min=1).mul(levels).rsqrt()
     return _Scale.apply(scale, factor)  # type: ignore[no-any-return,no-untyped-call]
@@ -127,7 +127,7 @@ class _Scaled(torch.autograd.Function):
 
 
 def scaled(sums: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """sums * factor, in a model whose parameters have `dtype`: in half precision the factor, and the sum that is its gradient, are float32.
+    """sums * factor in a model with parameters of `dtype`; in half precision the factor and the sum for its gradient are float32.
 
     `factor` broadcasts to `sums`.
     """
@@ -137,7 +137,7 @@ def scaled(sums: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def initial_scale(mean: Tensor | float, signed: bool, levels: int) -> Tensor | float:
-    """The scale to start from, by the mean of |x|."""
+    """The initial scale, from the mean of |x|."""
     root: float = levels**0.5
     return (2 if signed else 4) * mean / root
 
@@ -155,13 +155,13 @@ class _Signs(torch.autograd.Function):
 
 
 def weight_signs(weight: Tensor, per_channel: bool, groups: int = 1) -> tuple[Tensor, Tensor]:
-    """Signs of a weight (N, ...) and the size m that multiplies them, (N,) or (1,): m sign(W - e), whose gradient is handed to W as it is.
-    The size is float32 at least.
+    """Signs of a weight (N, ...) and their scale m, (N,) or (1,): m sign(W - e), with the straight-through estimator as gradient of W.
+    The scale is float32 at least.
 
-    m = mean |W|, e = mean(W) over the whole tensor; `per_channel`: m of each output channel. With groups e too, except that the
-    channels of a depthwise convolution (one input channel per group) are not centered: that would delete the DC of a smoothing filter.
+    m = mean |W| and e = mean(W) over the whole tensor; with `per_channel`, m is per output channel. With groups e is too, except that the
+    channels of a depthwise convolution (one input channel per group) are not centered, which would remove the DC of a smoothing filter.
     """
-    if weight.is_meta:  # the shapes alone: torch would import for seconds to work out a mean's
+    if weight.is_meta:  # only the shapes: torch would import for seconds to infer that of a mean
         return weight, torch.empty(weight.size(0) if per_channel else 1, device="meta")
     with torch.no_grad():
         rows = wide(weight.flatten(1))

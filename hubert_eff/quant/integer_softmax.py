@@ -1,4 +1,4 @@
-"""Which keys a query attends to at one bit, by integers alone: what the simulation in eval mode and the packed attention both compute.
+"""Finds the keys that a query attends to at one bit by integers alone, for the simulation in eval mode and for packed attention.
 
 Queries and keys of one bit have scores that are an integer times a scale: each of the K bits that differ lowers the score by twice the
 scale. So softmax needs no exp per key:
@@ -8,10 +8,10 @@ scale. So softmax needs no exp per key:
     weight    w = 2^24 * 2^-gap of a key, an integer; gap: its cost, less that of the query's cheapest visible key
     bit       w > floor(threshold * sum w / visible), the sum running over the visible keys: visible * P > threshold
 
-Sums of integers depend on no order. The last line is a product and a quotient in float64, each rounded once, and w is the same
-polynomial in integers everywhere: so bits do not depend on the instruction set, on padding, or on how queries or keys are cut. Kernels
-(kernels/attention.h) state the same. Training keeps `torch.softmax` and its gradient, of which this differs by up to 2e-4 relatively;
-so do traced graphs (ONNX).
+Sums of integers do not depend on their order. The last line is a product and a quotient in float64, each rounded once, and w is the same
+polynomial in integers everywhere, so bits do not depend on the instruction set, on padding, or on how queries or keys are cut. Kernels
+(kernels/attention.h) compute the same. Training and traced graphs (ONNX) keep `torch.softmax`, from which this differs by up to 2e-4
+relatively.
 """
 
 # n queries, keys
@@ -27,14 +27,14 @@ from ..layers.bits import Cost, counted_as
 from ..layers.tracing import follows_shapes
 
 OCTAVE = 1 << 16  # units of cost that halve a weight
-DEAREST = 30 * OCTAVE  # what a bit costs at most: one that costs more leaves nothing of a weight, as this does
-PIECE = 1 << 16  # costs that are worked on at a time: they stay in cache
+DEAREST = 30 * OCTAVE  # maximum cost of a bit, which already leaves nothing of a weight
+PIECE = 1 << 16  # costs that are processed together and stay in cache
 HIDDEN = 2**31 - 1  # the cost of a key that is not visible
 POLYNOMIAL = (65535, 45286, 15069, 2551)  # 2^16 * 2^-x, 0 <= x < 1, within 1e-4: c0 - x (c1 - x (c2 - x c3))
 
 
 def cost_of_bit(scale: Tensor, bits: int) -> Tensor:
-    """What one differing bit of `bits` costs, int32 (1,), where each lowers the score by 2 scale; scale (1,)."""
+    """The cost of one differing bit of `bits`, int32 (1,); each lowers the score by 2 scale; scale (1,)."""
     octaves = scale.detach().double() * (2 / math.log(2))
     return (octaves * OCTAVE).round().nan_to_num(nan=0.0).clamp(max=min(DEAREST, (1 << 30) // bits)).to(torch.int32)
 
@@ -52,10 +52,9 @@ def weights_(gaps: Tensor) -> Tensor:
 
 @counted_as("attention", lambda costs, *_: Cost(0, 2 * costs.numel()))  # a weight and a comparison
 def attended_(costs: Tensor, visible: Tensor | int, threshold: Tensor) -> Tensor:
-    """1 for the keys attended to, else 0: int32, of costs (..., n, keys) int32, `HIDDEN` for keys that are not visible.
+    """Compute 1 for the keys attended to and 0 for others, int32, in place, from costs (..., n, keys) int32, `HIDDEN` for invisible keys.
 
-    visible: number of visible keys, (..., 1); threshold (1,): what visible * P must exceed. A query without any visible key attends to
-    none. In place.
+    visible: number of visible keys, (..., 1); threshold (1,): what visible * P must exceed. A query without a visible key attends to none.
     """
     rows = costs.flatten(0, -2)  # contiguous: a view
     step = rows.size(0) if follows_shapes(costs) else max(1, PIECE // rows.size(1))

@@ -1,6 +1,6 @@
-"""Layers that train at one bit: a float `weight` whose signs multiply the codes of the input, sums of integers in float.
+"""Layers that train at one bit: the signs of a float `weight` multiply the codes of the input, as sums of integers in float.
 
-`PackedLinear` and its kind, which run the same from bits, have the same contract; nothing else in a model knows which of them it holds.
+`PackedLinear` and the like compute the same from bits with the same interface; nothing else in a model knows which of them it holds.
 """
 
 # B batch, T frames, K inputs, N outputs, k kernel
@@ -23,16 +23,16 @@ from .functional import FLOOR, effective_scale, initial_scale, scaled, signed_co
 
 
 class Codes(NamedTuple):
-    """A quantized tensor scale * values, values being integers (unsigned of more than one bit: integers and a common offset)."""
+    """A quantized tensor scale * values, where values are integers (if unsigned with more than one bit, integers plus a common offset)."""
 
     values: Tensor
     scale: Tensor  # (1,), float32 at least
 
 
 class FrameMask:
-    """Which frames of the batch that a block is working on are not padding: hooks of the block tell all quantizers in it.
+    """The frames of the current batch that are not padding; hooks of a block tell all quantizers in it.
 
-    So a layer of the float model, and what stands in for it, are called in the same way, with nothing but their input.
+    So a layer of the float model and its replacement are called in the same way, with their input alone.
     """
 
     valid: Tensor | None = None  # (B, T) bool; None: all
@@ -46,24 +46,24 @@ class FrameMask:
         self.valid = None
 
     def over(self, x: Tensor) -> Tensor | None:
-        """The mask as it broadcasts to x (B, T, C) or (B, H, T, d)."""
+        """The mask in a shape that broadcasts to x (B, T, C) or (B, H, T, d)."""
         if self.valid is None:
             return None
         return self.valid.unsqueeze(-1) if x.dim() == 3 else self.valid[:, None, :, None]
 
 
-# what a monitor is told of a tensor that was quantized: x with its move, codes, scale, minimum, mask
+# what a monitor gets for a quantized tensor: x with its learnable bias, codes, scale, minimum, mask
 Watch = Callable[[Tensor, Tensor, Tensor, "Tensor | None", "Tensor | None"], None]
 
 
 class Quantizer(nn.Module):
     """x -> `Codes` of x + move, with one learned scale.
 
-    The scale starts from the first batch in train mode, padding left out and all data-parallel processes together; until then, and where
-    that batch is all zeros, it is 1.
-    `initial`: a start that is known beforehand. move: shape of the learnable bias per channel ("move"), None: there is none.
-    At two bits an unsigned tensor is quantized from its minimum on, that of each sequence; in a model that streams, which does not know
-    it, from 0 on (`from_zero`), the minimum that a ReLU leaves.
+    The first batch in train mode sets the scale, without padding and over all data-parallel processes; until then, and if that batch is all
+    zeros, the scale is 1.
+    `initial`: a known start value. move: the shape of the learnable bias per channel that BiT calls a move; None for no bias.
+    At two bits an unsigned tensor is quantized from the minimum of each sequence on, or in a model that streams, which does not know it,
+    from 0 (`from_zero`), the minimum of a ReLU.
     """
 
     from_zero = False
@@ -76,7 +76,7 @@ class Quantizer(nn.Module):
         self.move = None if move is None else nn.Parameter(torch.zeros(move))
         self.initialized: Tensor
         self.register_buffer("initialized", torch.tensor(initial is not None))
-        self._ready = initial is not None  # what `initialized` says, without waiting for a GPU
+        self._ready = initial is not None  # the value of `initialized`, without waiting for a GPU
         self.frames = FrameMask()
         self.watch: Watch | None = None
 
@@ -89,7 +89,7 @@ class Quantizer(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the parameters of the model."""
+        """The dtype of the model's parameters."""
         return self.scale.dtype
 
     def effective(self, count: Tensor | int) -> Tensor:
@@ -101,7 +101,7 @@ class Quantizer(nn.Module):
         return self.masked(x, self.frames.over(x))
 
     def masked(self, x: Tensor, mask: Tensor | None) -> Codes:
-        """The same with the padding given: bool, broadcastable to x, with its number of dimensions; False = padding."""
+        """Quantize with a given mask: bool, broadcastable to x and with as many dimensions; False = padding."""
         if self.move is not None:
             x = x + self.move
         if self.training and not self._ready:
@@ -128,14 +128,14 @@ class Quantizer(nn.Module):
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(total)
         start = torch.as_tensor(initial_scale(total[0] / total[1].clamp(min=1.0), self.signed, self.levels))
-        start = torch.where(total[0] > 0, start.clamp(min=FLOOR), 1.0)  # at the floor, all that a layer of zeros gets would be saturated
+        start = torch.where(total[0] > 0, start.clamp(min=FLOOR), 1.0)  # at the floor, all input of a layer of zeros would be saturated
         self.scale.copy_(start)
         self.initialized.fill_(True)
         self._ready = True
 
 
 def unstarted(model: nn.Module) -> str:
-    """What to say of a model with scales that no batch has started, and that therefore mean nothing; "" if there are none."""
+    """A message about scales that no batch has set and that are therefore meaningless; "" if there are none."""
     scales = {name: m.initialized for name, m in model.named_modules() if isinstance(m, Quantizer) and not m.initialized.is_meta}
     found = [name for name, started in scales.items() if not started]
     if not found:
@@ -147,15 +147,15 @@ def unstarted(model: nn.Module) -> str:
 
 
 def _stored(weight: Tensor, per_channel: bool) -> dict[str, tuple[int, float]]:
-    """One bit per weight, and the weight sizes as float32."""
+    """One bit per weight, and the weight scales as float32."""
     return {"weight": (weight.numel(), 1 + 32 * (weight.size(0) if per_channel else 1) / weight.numel())}
 
 
 class BinaryLinear(nn.Linear):
     """y = (a m) (codes(x) . signs(W)) + bias; x (..., K) -> (..., N).
 
-    bits: of the input. signed: whether the input takes both signs. per_channel: one weight size m per output instead of one in all. move:
-    a learnable bias before the input's quantizer. own_input: False where a quantizer shared by several layers hands over `Codes`.
+    bits: width of the input. signed: whether the input takes both signs. per_channel: one weight scale m per output instead of one in all.
+    move: a learnable bias before the input's quantizer. own_input: False if a quantizer that several layers share gives it `Codes`.
     """
 
     def __init__(
@@ -185,8 +185,8 @@ class BinaryLinear(nn.Linear):
 class BinaryConv1d(nn.Module):
     """The same for a convolution over time with zero padding, (B, T, K) -> (B, ceil(T / stride), N); weight (N, K / groups, k).
 
-    At stride 1 the kernel, which is odd, is centered or ends at its frame if `causal`; above it begins there. Padded frames and the padding
-    at the ends are 0, that is neither of the two values of a bit: they add nothing to a sum.
+    At stride 1 the kernel, which is odd, is centered, or ends at its frame if `causal`; at larger strides it begins there. Padded frames
+    and the padding at the ends are 0, neither of the two values of a bit, and add nothing to a sum.
     """
 
     def __init__(
@@ -210,7 +210,7 @@ class BinaryConv1d(nn.Module):
         return f"{tuple(self.weight.shape)}, stride={self.stride}, groups={self.groups}, operand_bits={self.operand_bits}"
 
     def forward(self, x: Tensor, chunks: Chunks | None = None) -> Tensor:
-        """`chunks`: zeros in the place of what lies behind the chunk of a frame."""
+        """Convolve; with `chunks`, a frame sees zeros beyond the end of its chunk."""
         codes: Codes = self.input(x)
         values, scale = codes
         mask = self.input.frames.over(x)

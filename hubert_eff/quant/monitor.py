@@ -1,4 +1,4 @@
-"""What to watch while a model learns at one bit: where it fails, it shows here long before the loss does."""
+"""Watches a model that learns at one bit; failures show here long before the loss shows them."""
 
 # B batch, T frames, C channels, H heads, d head dim
 
@@ -24,10 +24,10 @@ BinaryLayer = BinaryLinear | BinaryConv1d
 class Health:
     """Shares in [0, 1], by name of the quantizer or layer.
 
-    saturated: of a quantizer's input that lies outside its range, where no gradient passes.
-    dead: of its channels whose code is the same at all valid frames of the batch; of attention probabilities: of queries that attend to
-    nothing.
-    flipped: of a layer's weights whose sign the update changed.
+    saturated: the share of a quantizer's input outside its range, where no gradient passes.
+    dead: the share of its channels whose code is the same at all valid frames of the batch; for attention probabilities, the share of
+    queries that attend to nothing.
+    flipped: the share of a layer's weights whose sign the update changed.
     """
 
     saturated: dict[str, float]
@@ -43,7 +43,7 @@ class Health:
         return {key: sum(values) / len(values) for key, values in shares.items()}
 
     def worst(self) -> str:
-        """The part with the highest share of each, as text."""
+        """The part with the highest share of each kind, as text."""
         found = []
         for measure, values in vars(self).items():
             if values:
@@ -70,7 +70,7 @@ class Monitor:
                 self.layers[name] = module
             elif isinstance(module, Probabilities):
                 self.queries.add(f"{name}.quantizer")
-        self.seen: dict[str, list[Tensor]] = {}  # counts: saturated of so many elements, dead of so many channels
+        self.seen: dict[str, list[Tensor]] = {}  # counts: saturated elements of all, dead channels of all
         self.before: dict[str, Tensor] = {}
         self.warned: set[str] = set()
 
@@ -111,11 +111,11 @@ class Monitor:
         self.seen.setdefault(name, []).append(counts)
 
     def before_update(self) -> None:
-        """Keep the signs of all weights, to be compared after the update."""
+        """Keep the signs of all weights for comparison after the update."""
         self.before = self._signs()
 
     def after_update(self) -> Health:
-        """What was counted since the last call, and which signs the update changed."""
+        """The counts since the last call, and the signs that the update changed."""
         flipped = {name: (signs != self.before[name]).float().mean() for name, signs in self._signs().items()}
         counts = {name: torch.stack(seen).sum(0).clamp(min=1e-9) for name, seen in self.seen.items()}
         self.before, self.seen = {}, {}
@@ -143,5 +143,5 @@ class Monitor:
 
 
 def scales(model: nn.Module) -> list[nn.Parameter]:
-    """The learned scales of a model, which take a learning rate of their own and no weight decay."""
+    """The learned scales of a model, which have their own learning rate and no weight decay."""
     return [module.scale for module in model.modules() if isinstance(module, Quantizer)]

@@ -1,4 +1,4 @@
-"""`pack`: a binarized model as one that runs from bits."""
+"""`pack` turns a binarized model into one that runs from bits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ M = TypeVar("M", bound=nn.Module)
 PACKED: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
     BinaryLinear: PackedLinear.from_binary,
     BinaryConv1d: PackedConv1d.from_binary,
-    Quantizer: PackedQuantizer,  # one that several layers share
+    Quantizer: PackedQuantizer,  # a quantizer that several layers share
     BinaryAttention: PackedAttention,
     BinaryRelativeAttention: PackedRelativeAttention,
     BinarySparseAttention: PackedSparseAttention,
@@ -61,12 +61,12 @@ def pack(model: M, fused: bool = True, rest: torch.dtype = torch.float32) -> M:
 
 
 def packed_copy(model: M, fused: bool = True, rest: torch.dtype = torch.float32) -> M:
-    """`pack`, of a model whose scales may be yet to come."""
+    """Do what `pack` does for a model whose scales may not have seen data yet."""
     return packed_in_place(copy.deepcopy(model), fused, rest)
 
 
 def packed_in_place(model: M, fused: bool = True, rest: torch.dtype = torch.float32) -> M:
-    """`packed_copy`, of a model that is not used afterwards."""
+    """Do what `packed_copy` does, and consume the model."""
     if rest not in REST:
         raise UserError(f"rest={rest}: what is not binary computes in one of {', '.join(map(str, REST))}")
     if not any(type(module) in PACKED for module in model.modules()):
@@ -86,14 +86,14 @@ def _convert(module: nn.Module) -> nn.Module:
     if make is not None:
         return make(module)
     if isinstance(module, PositionalConv1d):
-        return module.fold()  # the same weight, which would be normalized anew for each input
+        return module.fold()  # the same weight, which would otherwise be normalized for each input
     for name, child in module.named_children():
         setattr(module, name, _convert(child))
     return module
 
 
 def convert_rest(packed: nn.Module, rest: torch.dtype) -> None:
-    """Have a packed model compute in `rest`, in place; scales and biases of binary layers are float32."""
+    """Make a packed model compute in `rest`, in place; scales and biases of binary layers are float32."""
     for module in packed.modules():
         _to(module, torch.float32 if isinstance(module, (PackedLinear, PackedConv1d, PackedQuantizer)) else rest)
 
@@ -109,13 +109,13 @@ def _to(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _codes(codes: Any) -> Any:
-    """In place of an activation: what was joined has applied it."""
+    """Replaces an activation that joined layers have applied already."""
     return codes
 
 
 def _join(owner: nn.Module) -> None:
-    """Let packed layers return bits where nothing but a quantizer reads them: the first of two feed-forward layers with only a ReLU between
-    them, projections to queries and keys whose heads fill whole words."""
+    """Let packed layers return bits where only a quantizer reads them: the first of two feed-forward layers with only a ReLU between them,
+    and projections to queries and keys whose heads fill whole words."""
     if not isinstance(owner, Declared):
         return
     parts = [(name, kind) for name, kind in owner.kinds().items() if kind.name == FEED_FORWARD]

@@ -1,15 +1,15 @@
-"""Policies: which kinds of layers are binarized, which stay float, and why. A policy names no encoder; encoders declare kinds.
+"""Policies: which kinds of layers are binarized, which stay float, and why. Encoders declare kinds, and a policy names no encoder.
 
-As YAML, or the mapping that it reads as:
+A policy is YAML, or the mapping that YAML gives:
 
-    base: default                  # what is not said below: default | paper
+    base: default                  # the policy for everything else: default | paper
     depthwise_conv: binary         # binary | float, for any of `BINARY_KINDS`
-    weight_scale: channel          # channel: one weight size per output channel; tensor: one per layer
+    weight_scale: channel          # channel: one weight scale per output channel; tensor: one per layer
     moves: all                     # learnable biases before quantizers: all | attention (queries, keys and values of blocks without
                                    # convolution) | none
     attention_dropout: codes       # what dropout of attention zeroes: codes | probabilities (before the threshold, as BiT: what is left
                                    # of them is larger, and in training more of them become bits than in evaluation)
-    modules:                       # single modules, or patterns of them; the last one that fits decides
+    modules:                       # single modules, or patterns of them; the last match decides
       encoder.layers.0.*: float
 """
 
@@ -35,7 +35,7 @@ MOST = "holds most of the weights and products"
 
 @dataclass(frozen=True)
 class Policy:
-    """What becomes of each kind, (action, reason), and how; `modules`: (pattern of paths, action)."""
+    """The (action, reason) for each kind, and its details; `modules`: (pattern of paths, action)."""
 
     base: str
     rules: Mapping[str, tuple[str, str]]
@@ -46,7 +46,7 @@ class Policy:
     source: Mapping[str, Any] = field(default_factory=dict)
 
     def decide(self, path: str, kind: str) -> tuple[str, str]:
-        """(action, reason) for the module at `path`. Raises `UserError` where the policy wants to binarize what cannot be."""
+        """(action, reason) for the module at `path`. Raises `UserError` if the policy binarizes something that must stay float."""
         action, reason = (FLOAT, FLOAT_KINDS[kind]) if kind in FLOAT_KINDS else self.rules[kind]
         for pattern, wanted in self.modules:
             if _fits(path, pattern):
@@ -56,14 +56,14 @@ class Policy:
         return action, reason
 
     def check(self, paths: Sequence[str]) -> None:
-        """Raise `UserError` if `modules` names something that is not among the paths of a model."""
+        """Raise `UserError` if `modules` names a path that the model does not have."""
         for pattern, _ in self.modules:
             if not any(_fits(path, pattern) for path in paths):
                 raise unknown("module in the policy", pattern, paths)
 
     @property
     def text(self) -> str:
-        """The name of the policy, or all that it says on one line: what `read_policy` reads again."""
+        """The name of the policy, or its whole content on one line, which `read_policy` reads."""
         return json.dumps(self.source, sort_keys=False) if self.source else self.base
 
 
@@ -94,8 +94,8 @@ POLICIES = {
 
 
 def _read_yaml(text: str) -> Any:
-    """Mappings, lists and text; no aliases, by which a few lines stand for gigabytes. Raises `ValueError` for what is no such YAML."""
-    import yaml  # here: few models have a policy of their own, and a file is loaded without it
+    """Read mappings, lists and text, without aliases, by which a few lines can stand for gigabytes. Raises `ValueError` for other YAML."""
+    import yaml  # imported here, because few models have their own policy and loading a file does not need it
 
     class Loader(yaml.BaseLoader):
         def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
@@ -110,13 +110,13 @@ def _read_yaml(text: str) -> Any:
 
 
 def is_policy(value: object) -> bool:
-    """Whether a value is meant as a policy: a mapping, its text on one line, a policy's name or a YAML file."""
+    """Whether a value is a policy: a mapping, its text on one line, the name of a policy, or a YAML file."""
     text = str(value)
     return isinstance(value, Mapping) or text in POLICIES or text.lstrip().startswith("{") or Path(text).suffix in (".yaml", ".yml")
 
 
 def read_policy(policy: str | Path | Mapping[str, Any]) -> Policy:
-    """A policy by name, from a mapping, from its text on one line ({...}), or from a YAML file.
+    """Read a policy by name, from a mapping, from its text on one line ({...}), or from a YAML file.
 
     Raises `UserError` for an unknown name, key or value.
     """

@@ -1,4 +1,4 @@
-"""`quantize`: a trained float model as one whose linear layers compute in int8. Nothing is trained; scales are those of the weights."""
+"""`quantize` turns a trained float model into one with int8 linear layers. Nothing is trained; scales follow from the weights."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def is_int8(model: nn.Module) -> bool:
 
 
 def int8_linears(module: M) -> M:
-    """A copy of a fused module whose linear layers compute in int8; others apply several projections as one product, and need float
-    weights."""
+    """A copy of a fused module with int8 linear layers; modules that are not fused compute several projections as one product and need
+    float weights."""
     return _replaced(copy.deepcopy(module))  # type: ignore[return-value]
 
 
