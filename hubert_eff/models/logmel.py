@@ -62,7 +62,7 @@ class LogMel(nn.Module):
         return spectrum.square().sum(-1)
 
     def _traced_powers(self, source: Tensor) -> Tensor:
-        """The same by a strided convolution: traces have no sliding windows of dynamic length, and few runtimes have a Fourier transform."""
+        """The same by a strided convolution; traces have no sliding windows of dynamic length, few runtimes a Fourier transform."""
         waves = F.conv1d(source.unsqueeze(1), torch.from_numpy(windowed_waves()).unsqueeze(1), stride=HOP).square()  # (B, 514, M)
         cosines, sines = waves.chunk(2, 1)
         return (cosines + sines).transpose(1, 2)

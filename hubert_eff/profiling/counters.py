@@ -173,9 +173,7 @@ def _dtype_bits(args: Any) -> Bits:
 def _uncompiled() -> AbstractContextManager[Any]:
     """Run compiled functions uncompiled, since the kernels of a compiler cannot be told apart."""
     set_stance = getattr(torch.compiler, "set_stance", None)  # torch 2.6
-    if (
-        set_stance is None or "torch._dynamo" not in sys.modules
-    ):  # it has not been imported, so nothing is compiled; the import would take seconds
+    if set_stance is None or "torch._dynamo" not in sys.modules:  # not imported, so nothing is compiled; importing takes seconds
         return nullcontext()
     return set_stance("force_eager")  # type: ignore[no-any-return]
 

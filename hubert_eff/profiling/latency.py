@@ -162,9 +162,7 @@ def _call(model: HubertModel, wave: Tensor, device: str) -> Callable[[], object]
 
 
 def _bytes(model: nn.Module) -> int:
-    laid_out = sum(
-        module.codes.numel() for module in model.modules() if isinstance(module, Int8Linear)
-    )  # in addition to the content of a file
+    laid_out = sum(module.codes.numel() for module in model.modules() if isinstance(module, Int8Linear))  # beyond the file
     return laid_out + sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
 
 

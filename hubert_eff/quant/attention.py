@@ -210,7 +210,7 @@ class BinaryAttention(nn.Module):
 
 
 class BinaryRelativeAttention(BinaryAttention):
-    """The same with relative positions: ((q + u) k' + (q + v) r') / sqrt(d). The float model's u and v are the learnable biases of queries."""
+    """The same with relative positions: ((q + u) k' + (q + v) r') / sqrt(d). The float model's u and v become biases of queries."""
 
     signed_operands = ("content", "position", "key", "offset", "value")
     content: Quantizer

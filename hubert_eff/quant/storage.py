@@ -1,5 +1,5 @@
-"""Packed models in a file: one bit per weight in the order of the float weight, whatever the order in which kernels read them; learnable
-biases of queries, keys and values folded into the layers that they follow.
+"""Stores packed models in a file: one bit per weight in the order of the float weight, independent of the kernels' order, with the
+learnable biases of queries, keys and values folded into the layers before them.
 """
 
 # N outputs, K inputs, k kernel, G groups
@@ -19,7 +19,7 @@ from .runtime.int8 import Int8Linear
 from .runtime.modules import PackedConv1d, PackedLinear, PackedQuantizer, constant
 
 SCALES = "quantizer_scales"  # in a file, the scales of all quantizers in the model's order: one tensor instead of hundreds of one number
-WIDE_TYPES = (PackedLinear, PackedConv1d, PackedQuantizer, Int8Linear)  # whose float tensors are float32 whatever the rest is
+WIDE_TYPES = (PackedLinear, PackedConv1d, PackedQuantizer, Int8Linear)  # modules whose float tensors are always float32
 
 
 def is_packed(model: nn.Module) -> bool:
@@ -32,10 +32,10 @@ def is_packed(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def fold_moves(packed: nn.Module) -> None:
-    """Fold the moves of quantizers that read a packed layer's output into that layer's bias, so that every bit stays what it was.
+    """Fold the learnable biases (moves) of quantizers that read a packed layer's output into that layer's bias, without changing any bit.
 
-    Modules say which these are (`Kind.sources`). The sum of the two is the new bias wherever it gives the same bits; where rounding would
-    let it give others, the bias at which the last sum without a bit comes out as zero.
+    Modules declare them (`Kind.sources`). The new bias is the sum of both if that gives the same bits; if rounding would change bits, it is
+    the bias for which the last sum without a bit gives zero.
     """
     for owner in packed.modules():
         if not isinstance(owner, Declared):
@@ -55,7 +55,7 @@ def _fold(layer: PackedLinear, scale: Tensor, quantizer: PackedQuantizer, first:
     move = quantizer.move.float().flatten()
     part = slice(first, first + move.numel())
     bias = move.new_zeros(layer.out_features) if layer.bias is None else layer.bias.detach().float().clone()
-    if not bias.is_meta:  # else only the structure is wanted
+    if not bias.is_meta:  # otherwise only the structure is wanted
         factor = (scale.float() * layer.size.float()).expand(layer.out_features)[part]
         bias[part] = exact_bias(factor, bias[part], move, layer.in_features)
     layer.bias = constant(bias)
@@ -70,7 +70,7 @@ def exact_bias(factor: Tensor, bias: Tensor, move: Tensor, inputs: int) -> Tenso
     def bits(sums: Tensor) -> Tensor:
         return (sums * factor + bias) + move > 0
 
-    while bool((low < high).any()):  # the larger a sum, the larger what comes out
+    while bool((low < high).any()):  # results grow with the sum
         middle = ((low + high + 1) / 2).floor()
         without = ~bits(middle)
         low, high = torch.where(without, middle, low), torch.where(without, high, middle - 1)
@@ -118,9 +118,9 @@ Stored = tuple[torch.dtype, tuple[int, ...]]
 
 
 def layout(model: nn.Module, rest: torch.dtype, leave_out: str) -> dict[str, Stored]:
-    """Name -> (dtype, shape) of what a file holds of a model, float or packed, whose float tensors are kept as `rest`.
+    """Name -> (dtype, shape) of the tensors in a file of a float or packed model with float tensors as `rest`.
 
-    Of packed layers and int8 ones scales and biases are float32 whatever the rest is. The model may be on the meta device.
+    Scales and biases of packed and int8 layers are always float32. The model may be on the meta device.
     """
     found: dict[str, Stored] = {}
     scales, modules = 0, dict(model.named_modules())
@@ -143,7 +143,7 @@ def layout(model: nn.Module, rest: torch.dtype, leave_out: str) -> dict[str, Sto
 
 @torch.no_grad()
 def tensors(model: nn.Module, rest: torch.dtype, leave_out: str) -> dict[str, Tensor]:
-    """What `layout` describes. Raises `UserError` where a number is not finite, or has no place in `rest`."""
+    """The tensors that `layout` describes. Raises `UserError` if a number is not finite or does not fit into `rest`."""
     modules, state = dict(model.named_modules()), model.state_dict()
     scales = [t.flatten() for name, t in state.items() if name.endswith(".scale") and _is_quantizer(modules, name)]
     found = {}
@@ -170,7 +170,7 @@ def _is_quantizer(modules: dict[str, nn.Module], name: str) -> bool:
 
 
 def state_from(stored: dict[str, Tensor], structure: nn.Module, compute: torch.dtype) -> dict[str, Any]:
-    """The state of a model of this structure from the tensors of a file, which fit its `layout`. `compute`: dtype of the float rest."""
+    """The state of a model from the tensors of a file, which fit its `layout`. `compute`: dtype of the float rest."""
     modules, state, place = dict(structure.named_modules()), {}, 0
     for name in structure.state_dict():
         path, _, own = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""What became of each part of a binarized model, and why."""
+"""Reports what became of each part of a binarized model, and why."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .policy import BINARY, SPECS, read_policy
 
 @dataclass
 class Fate:
-    """What became of parts of one kind at the same place in all blocks (`*` in the path). `weights`: parameters of them all."""
+    """What became of parts of one kind at the same place in all blocks (`*` in the path). `weights`: number of their parameters."""
 
     path: str
     kind: str
@@ -25,7 +25,7 @@ class Fate:
 
 
 def quant_report(model: HubertModel) -> list[dict[str, Any]]:
-    """The rows of the report, as plain values; a float model has none. The last row is what no module declares."""
+    """The rows of the report as plain values; a float model has none. The last row holds what no module declares."""
     config = model.config
     if config.quant == "none":
         return []

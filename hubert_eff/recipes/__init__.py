@@ -1,1 +1,1 @@
-"""Long jobs made of the other commands: the demo, pre-training in two phases, binarization in stages."""
+"""Long jobs that run other commands: the demo, pre-training in two phases, binarization in stages."""

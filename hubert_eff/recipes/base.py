@@ -1,4 +1,4 @@
-"""What the demo and the recipes have in common: settings, the order of steps, resuming, dry runs, command lines.
+"""The common part of the demo and the recipes: settings, the order of steps, resuming, dry runs, command lines.
 
 A recipe lists its steps; here they are run.
 """
@@ -30,11 +30,11 @@ from ..utils.files import check_writable, config_dir, replacing, writable, write
 from ..utils.locks import locked
 from ..utils.signals import STEP
 
-INTERRUPT_SECONDS = 2.0  # after which a command that was interrupted is asked to stop
+INTERRUPT_SECONDS = 2.0  # an interrupted command is asked to stop after this time
 
 
 def say(text: str) -> None:
-    """Progress goes to stderr; stdout is for the figures."""
+    """Print progress to stderr; stdout is for the figures."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -48,7 +48,7 @@ def command_line(*words: object) -> list[str]:
 
 
 def path_overrides(paths: Mapping[str, str | Path]) -> list[str]:
-    """KEY=PATH for fairseq-hydra-train, quoted where a path holds what means something to hydra.
+    """KEY=PATH for fairseq-hydra-train, quoted if a path has characters with a meaning in hydra.
 
     Raises `UserError` for a path that hydra cannot be given: with control characters, not in UTF-8, or with `${`, which it would replace.
     """
@@ -65,14 +65,14 @@ def _quoted(text: str) -> str:
 
 
 def quiet_environment() -> dict[str, str]:
-    """For commands that train: models as small as the debug ones gain nothing from threads, which spin when other work shares the cores."""
+    """The environment for training: models as small as the debug ones gain nothing from threads, which spin if other work shares the cores."""
     return {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore", STEP: "1"}
 
 
 def run_command(words: Sequence[object], stdout: Path | None = None) -> int:
-    """Run a command; a stop is handed on to it, so that a training run saves. Its exit code.
+    """Run a command and return its exit code; it receives stop signals, so that a training run saves.
 
-    What it prints goes to stderr, or into a file, which appears once the command has succeeded.
+    Its output goes to stderr, or into a file that appears once the command has succeeded.
     """
     if stdout is not None:
         with replacing(stdout) as draft, draft.open("wb") as file:
@@ -115,7 +115,7 @@ class Step:
 
     @property
     def shown(self) -> str:
-        """The command as a shell reads it."""
+        """The command in shell syntax."""
         return shlex.join(map(str, self.words)) + (f" > {shlex.quote(str(self.stdout))}" if self.stdout else "")
 
 
@@ -140,10 +140,10 @@ class Recipe(ABC):
 
     @abstractmethod
     def results(self) -> dict[str, Any]:
-        """The figures, once all steps have succeeded."""
+        """The figures after all steps have succeeded."""
 
     def check(self) -> None:
-        """Raise `UserError` for what would only fail in a later step. Changes nothing."""
+        """Raise `UserError` for faults that would otherwise appear in a later step. Changes nothing."""
         check_writable(self.out)
         self._check_settings()
         for step in self.steps():
@@ -153,7 +153,7 @@ class Recipe(ABC):
         """Write what steps read, and refuse a run where only a dry run can be had."""
 
     def plan(self) -> list[dict[str, Any]]:
-        """Check everything, and say what the steps are: title, command, and whether it is done."""
+        """Check everything and return the steps: title, command, and whether each is done."""
         self.check()
         done = self._done_before()
         return [
@@ -161,7 +161,7 @@ class Recipe(ABC):
         ]
 
     def run(self) -> dict[str, Any]:
-        """Run the steps that have not succeeded; the figures.
+        """Run the steps that have not succeeded, and return the figures.
 
         Raises `UserError` for bad input, and if `out` holds a recipe with other settings or is in use, and `StepFailed`.
         """
@@ -201,7 +201,7 @@ class Recipe(ABC):
         before = self._read_record()["settings"]
         for key, value in self.settings.items() if before else ():
             if before.get(key) != value and not (key in self.LATER and None in (value, before.get(key))):
-                raise UserError(f"{self._record} is of a recipe with {key}={before.get(key)}, not {value}: take another --out")
+                raise UserError(f"{self._record} belongs to a recipe with {key}={before.get(key)}, not {value}: take another --out")
 
     def _write_settings(self) -> None:
         """Keep the settings in `recipe.json`, with those of a stage that the folder did not have yet."""
@@ -237,7 +237,7 @@ class Recipe(ABC):
         write_json(self._step_record(step), {"title": step.title, "command": step.shown, "seconds": seconds})
 
     def seconds(self, step: Step) -> float:
-        """How long a step that has succeeded took."""
+        """The seconds that a successful step took."""
         record = self._step_record(step)
         hint = "delete it, and the step is run again"
         seconds = read_json(record, hint).get("seconds")
@@ -267,12 +267,12 @@ def check_keys(overrides: Sequence[str], decided: Container[str], example: str) 
 
 
 def plan_text(plan: Sequence[Mapping[str, Any]]) -> str:
-    """The steps of `Recipe.plan` as a shell reads them, each under its title."""
+    """The steps of `Recipe.plan` in shell syntax, each under its title."""
     return "\n".join(f"# {step['title']}{' (done before)' if step['done'] else ''}\n{shlex.join(step['command'])}\n" for step in plan)
 
 
 def figures(*words: object) -> Any:
-    """The JSON that a command prints. Raises `StepFailed`."""
+    """The JSON that a command prints. Raises `StepFailed` if the command fails."""
     done = subprocess.run(command_line(*words, "--json"), check=False, stdout=subprocess.PIPE, text=True, env={**os.environ, STEP: "1"})
     if done.returncode:
         raise StepFailed(shlex.join(map(str, words)), done.returncode)

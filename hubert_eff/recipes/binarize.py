@@ -1,4 +1,4 @@
-"""Training at one bit in stages (Liu et al. 2022, "BiT", multi-distillation): W32A32 -> W1A2 -> W1A1.
+"""Trains at one bit in stages (Liu et al. 2022, "BiT", multi-distillation): W32A32 -> W1A2 -> W1A1.
 
 Each stage is one `fairseq-hydra-train` run that starts from the stage before, which is also its teacher unless the float model is.
 """
@@ -23,7 +23,7 @@ from .base import Recipe, Step, best_validation, check_keys, path_overrides, tra
 from .schedule import shared_schedule
 
 STAGES = ("float", "w1a2", "w1a1")
-POLICY = "policy.yaml"  # in the recipe's folder: what a policy file said
+POLICY = "policy.yaml"  # file in the recipe's folder with the content of a policy file
 SET_HERE = (  # keys of the configurations that the recipe itself decides
     "common.user_dir", "common.log_file", "common.log_format", "task.data", "task.label_dir", "task.init_from", "criterion.teacher",
     "checkpoint.save_dir", "optimization.max_update", "model.quant", "model.quant_policy",
@@ -82,12 +82,12 @@ class Binarization(Recipe):
 
     @cached_property
     def source(self) -> HubertModel | None:
-        """The teacher that takes the place of the first stage."""
+        """The teacher that replaces the first stage."""
         return None if self.teacher is None else load(self.teacher)
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """Those that are to be run: a teacher takes the place of the stage that it could have come from, and of those before."""
+        """The stages to run: a teacher replaces the stage that it could have come from, and those before it."""
         if self.source is None:
             return STAGES
         quant = self.source.config.quant
@@ -96,7 +96,7 @@ class Binarization(Recipe):
         return STAGES[2:] if quant == "w1a2" else STAGES[1:]
 
     def steps(self) -> list[Step]:
-        """One for each stage, titled by its name; each starts from what the one before leaves behind."""
+        """One step for each stage, titled by its name; each starts from the checkpoint of the stage before."""
         found: list[Step] = []
         for number, stage in enumerate(self.stages):
             start = found[-1].result if found else self.teacher
@@ -105,7 +105,7 @@ class Binarization(Recipe):
         return found
 
     def step(self, number: int, stage: str, start: Path | None, teacher: Path | None) -> Step:
-        """The training of a stage, from the checkpoint `start` unless it is the float one."""
+        """The training of a stage, which starts from the checkpoint `start` unless it is the float stage."""
         target = self.out / stage
         paths: dict[str, str | Path] = {
             "task.data": self.data, "task.label_dir": self.labels, "checkpoint.save_dir": target, "common.log_file": target / "train.log"
@@ -133,7 +133,7 @@ class Binarization(Recipe):
         return load_config(self.config_of(stage), self.overrides)
 
     def check(self) -> None:
-        """Raise `UserError` for what would only fail in a later stage, or after the data was read. Changes nothing."""
+        """Raise `UserError` for faults that would otherwise appear in a later stage or after the data was read. Changes nothing."""
         for name in ("train.tsv", "valid.tsv"):
             if not (self.data / name).is_file():
                 raise UserError(f"{self.data} holds no {name}: give the folder that `hubert-eff manifest` wrote")
@@ -147,7 +147,7 @@ class Binarization(Recipe):
             raise UserError(f"--taught-by-float: --teacher {self.teacher} is {self.source.config.quant}, not float")
         check_keys(self.overrides, SET_HERE, "optimization.lr=[0.001]")
         super().check()
-        # builds the model: the policy may name modules that are not there
+        # building the model finds names of missing modules in the policy
         student = HubertModel(self.student_config(), () if self.source is None else self.source.num_classes)
         if self.source is not None:
             try:
@@ -157,17 +157,17 @@ class Binarization(Recipe):
                 raise UserError(f"--teacher {self.teacher}: {error}") from error
 
     def student_config(self) -> HubertConfig:
-        """The model of the last stage."""
+        """The configuration of the last stage's model."""
         written = self.written(STAGES[-1])
         written["model"].update(quant=STAGES[-1], quant_policy=self.policy)
         return written_config(written)
 
     def prepare(self) -> None:
-        """Keep what a policy file said."""
+        """Keep the content of a policy file."""
         keep_policy(self.policy, self.out)
 
     def results(self) -> dict[str, Any]:
-        """Of each stage, the best validation and its checkpoint."""
+        """The best validation of each stage and its checkpoint."""
         return {
             step.title: {**best_validation(self.out / step.title / "train.log"), "checkpoint": str(step.result)} for step in self.steps()
         }

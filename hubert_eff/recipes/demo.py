@@ -1,6 +1,6 @@
-"""The whole way through on a small synthetic corpus: the commands that a user would type, one after the other.
+"""Runs all steps on a small synthetic corpus: the commands that a user would type, one after the other.
 
-An interrupted demo goes on where it stopped.
+An interrupted demo resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from ..utils.files import write_json
 from .base import Recipe, Step, best_validation, figures, training
 
 CLUSTERS = 50
-CHOICES = (50, 100)  # numbers of the second labels' classes
+CHOICES = (50, 100)  # numbers of classes of the second labels
 UNTRAINED = "conformer-debug@0"
 LAST, FEW = 2, CHOICES[0]  # layer and classes before their quality is known
 
 
 class Demo(Recipe):
-    """The steps in one folder, whose figures go into its `summary.json`."""
+    """The steps in one folder; their figures go into its `summary.json`."""
 
     def __init__(self, out: Path) -> None:
         self.out = out.resolve()
@@ -121,7 +121,7 @@ class Demo(Recipe):
         )  # fmt: skip
 
     def results(self) -> dict[str, Any]:
-        """All figures, which are written to `summary.json` too."""
+        """All figures, which are also written to `summary.json`."""
         out, (layer, clusters) = self.out, self.chosen()
         folders = {"mfcc": self._mfcc_folder(CLUSTERS), f"layer {layer}": out / f"labels-layer{layer}-{clusters}"}
         if clusters != CLUSTERS:
@@ -145,7 +145,7 @@ class Demo(Recipe):
 
 
 def table(results: dict[str, Any], out: Path) -> Table:
-    """What was made, where, and the figures."""
+    """A table of what was made, where it is, and the figures."""
     valid, second, spotting, cost = (results[name] for name in ("valid", "second valid", "keyword spotting", "profile"))
     layer, clusters = results["chosen"]["layer"], results["chosen"]["clusters"]
     rows = [

@@ -39,7 +39,7 @@ from .binarize import distillation, keep_policy, policy_of, stage_keys
 AVERAGED = 5  # checkpoints
 CLUSTERS = (100, 500)  # of the two phases
 LABEL_RATES = (100, 50)  # Hz, of the two phases: MFCC, the model's frames
-PROBED = 100  # recordings whose headers a dry run reads
+PROBED = 100  # number of recordings whose headers a dry run reads
 SET_HERE = {
     "common.user_dir", "task.data", "task.label_dir", "task.label_rate", "checkpoint.save_dir", "checkpoint.keep_interval_updates",
     "checkpoint.no_save", "checkpoint.no_last_checkpoints", "optimization.max_update", "distributed_training.distributed_world_size",
@@ -92,7 +92,7 @@ class Pretraining(Recipe):
     def __post_init__(self) -> None:
         find_configuration(f"pretrain/{self.config}")
         if not self.speech.exists():
-            raise UserError(f"{self.speech} is not there: name the folder of recordings, such as LibriSpeech as it was unpacked")
+            raise UserError(f"{self.speech} is not there: name the folder of recordings, such as LibriSpeech as unpacked")
         check_keys(self.overrides, SET_HERE | (SET_BY_QUANT if self.quant else set()), "dataset.max_tokens=1400000")
         if self.warm and any(override.startswith("task.init_from=") for override in self.overrides):
             raise UserError("--warm starts phase 2 from phase 1, --set task.init_from from something else: leave out one of the two")
@@ -124,7 +124,7 @@ class Pretraining(Recipe):
         """The configuration of the stages at one bit, as far as it is known before; empty without any."""
         if not self.quant:
             if self.quant_updates or self.policy:
-                raise UserError("--quant-updates and --policy are of the stages of --quant: add --quant w1a1")
+                raise UserError("--quant-updates and --policy are for the stages of --quant: add --quant w1a1")
             self.quant = self.quant_updates = self.policy = None
             return {}
         bits = [SPECS.get(stage, 0) for stage in self.quant]
@@ -144,13 +144,13 @@ class Pretraining(Recipe):
 
     @property
     def phases(self) -> tuple[int, ...]:
-        """The numbers of the phases that are trained."""
+        """The numbers of the trained phases."""
         return (2,) if self.start else (1, 2)
 
     def _of_phases(self, option: str, given: tuple[int, ...], usual: tuple[int, ...]) -> tuple[int, ...]:
-        """A number for each phase that is trained."""
+        """One number for each trained phase."""
         if given and len(given) != len(self.phases):
-            wanted = "one number, for there is one phase with --from" if self.start else "two numbers, one for each phase"
+            wanted = "one number, since there is only one phase with --from" if self.start else "two numbers, one for each phase"
             raise UserError(f"--{option} {' '.join(map(str, given))}: give {wanted}")
         return given or usual
 
@@ -159,7 +159,7 @@ class Pretraining(Recipe):
         if self.start is None:
             return []
         if self.warm or any(override.startswith(("task.init_from=", "task.new_codebooks=")) for override in self.overrides):
-            raise UserError("--from says what training starts from: leave out --warm, and task.init_from and task.new_codebooks in --set")
+            raise UserError("--from decides the start of training: leave out --warm, and task.init_from and task.new_codebooks in --set")
         if not os.path.exists(self.start):
             raise UserError(f"--from {self.start} is not there: give a checkpoint, or a folder of Hugging Face")
         self.start = os.path.realpath(self.start)
@@ -177,7 +177,7 @@ class Pretraining(Recipe):
 
     @property
     def on_cpu(self) -> bool:
-        """Whether the configuration is one for a CPU, whose batch is that of one process."""
+        """Whether the configuration is meant for a CPU; its batch is then that of one process."""
         return bool(self.written["common"].get("cpu"))
 
     # -- the commands ------------------------------------------------------------------------------------------------
@@ -225,7 +225,7 @@ class Pretraining(Recipe):
 
     @property
     def one_bit(self) -> Path:
-        """The file of the model at one bit."""
+        """The file of the one-bit model."""
         return self.out / "model-w1a1.safetensors"
 
     def _training(self, phase: int, labels: Path) -> tuple[object, ...]:
@@ -394,11 +394,11 @@ def look_at(speech: Path) -> dict[str, Any]:
     for item in probed:
         file = listing.root / item.path
         try:
-            if not file.is_file():  # opening a pipe would wait for its writer
+            if not file.is_file():  # opening a pipe would block until something writes to it
                 continue
             info = soundfile.info(os.fsencode(file))
         except (soundfile.SoundFileError, OSError, ValueError):
-            continue  # `manifest` will name it
+            continue  # `manifest` reports it
         length = (info.duration if item.end is None else item.end) - item.start
         seconds += length
         whole = item.end is None and item.start == 0.0

@@ -31,10 +31,10 @@ def shared_schedule(config: Mapping[str, Any], start: int, total: int) -> list[s
             continue
         if not warmup <= start < total:
             raise UserError(
-                f"a stage starts at update {start} of {total}, within a warm-up of {warmup} updates: give the first more updates"
+                f"a stage starts at update {start} of {total}, within a warm-up of {warmup} updates: give the first stage more updates"
             )
         key, rates = "optimization.lr", config["optimization"]["lr"]
-        if prefix and not isinstance(section["optimizer"]["lr"], str):  # else a reference to optimization.lr
+        if prefix and not isinstance(section["optimizer"]["lr"], str):  # otherwise it refers to optimization.lr
             key, rates = f"{prefix}optimizer.lr", section["optimizer"]["lr"]
         left = ((total - start) / (total - warmup)) ** power
         overrides.append(f"{key}=[{','.join(f'{end + (rate - end) * left:.9g}' for rate in rates)}]")

@@ -81,7 +81,7 @@ def test_the_papers_form_goes_on_from_its_own_state_only() -> None:
     train(old.param_groups[0]["params"], old, range(2))
     saved = old.state_dict()
     del saved["param_groups"][0]["form"]  # as it was before there were two
-    with pytest.raises(UserError, match="form=authors: go on with it, not paper"):
+    with pytest.raises(UserError, match="form=authors: resume with that form, not paper"):
         after.load_state_dict(saved)
     new = ScaledAdam(tensors())
     new.load_state_dict(saved)

@@ -1,4 +1,4 @@
-"""What runs packed bits: C++ kernels compiled on first use, and the same in plain torch where there are none."""
+"""Runs packed bits: C++ kernels that are compiled at first use, or plain torch if there are none."""
 
 from __future__ import annotations
 

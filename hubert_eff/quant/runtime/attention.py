@@ -1,7 +1,7 @@
-"""Attention products of packed bits, form by form what quant/attention.py computes with +-1 in floats.
+"""Attention products of packed bits, for every form that quant/attention.py computes with +-1 in floats.
 
-Kernels find the bits of the probabilities by integers (quant/integer_softmax.py), so that neither scores nor probabilities are written
-as floats; values are packed along time, and a product of bits mixes them. They run in eval mode: dropout is not applied.
+Kernels find the bits of the probabilities by integers (quant/integer_softmax.py), so neither scores nor probabilities are stored as
+floats; values are packed along time, and a product of bits mixes them. They run in eval mode, without dropout.
 """
 
 # B batch, T frames, H heads, d head dim, e position head dim, n queries of a piece, G summaries
@@ -24,8 +24,8 @@ from ..modules import Quantizer
 from . import ops
 from .modules import PackedCodes, PackedQuantizer
 
-BITS = 1 << 26  # bits of probabilities that exist at a time
-KEPT = 1 << 29  # bits of shared probabilities that are kept; those of longer input are computed anew for each use
+BITS = 1 << 26  # bits of probabilities that are in memory at a time
+KEPT = 1 << 29  # bits of shared probabilities that are kept; those of longer input are recomputed for each use
 
 Rows = tuple[Tensor, Tensor, int, "Tensor | int"]  # bits of probabilities, packed values, their number, keys seen
 
@@ -48,19 +48,19 @@ def _mask(attend: Tensor | None, batch: int) -> Tensor | None:
 
 
 def _part(mask: Tensor | None, start: int, stop: int) -> Tensor | None:
-    """Of such bits those of the queries start ... stop - 1, as operations take them: (B, W) where all see the same, else (B, n, W)."""
+    """Select the queries start ... stop - 1 of such bits, as operations expect: (B, W) if all see the same, otherwise (B, n, W)."""
     if mask is None:
         return None
     return mask[:, 0, 0] if mask.size(2) == 1 else mask[:, 0, start:stop]
 
 
 def _with_kept(owner: nn.Module, chunks: Chunks | None, keys: Tensor) -> Tensor:
-    """Rows of keys (B, H, n, W) with those that a stream has kept in front."""
+    """Put the rows of keys that a stream has kept in front of these, (B, H, n, W)."""
     return keys if chunks is None else chunks.with_kept(owner, keys)[0]
 
 
 def _columns(quantizer: PackedQuantizer, chunks: Chunks | None, v: Tensor) -> Tensor:
-    """Values (B, H, n, d), packed along time, behind those that a stream has kept: all of the chunk before."""
+    """Append values (B, H, n, d), packed along time, to those that a stream has kept."""
     panels = quantizer.columns(v)
     if chunks is not None and chunks.kept is not None:
         if quantizer in chunks.kept:
@@ -71,22 +71,22 @@ def _columns(quantizer: PackedQuantizer, chunks: Chunks | None, v: Tensor) -> Te
 
 
 def _once(chunks: Chunks | None, owner: Hashable, make: Callable[[], Tensor]) -> Tensor:
-    """What a stream makes once for all chunks."""
+    """Make something once for all chunks of a stream."""
     return make() if chunks is None else chunks.table(owner, 0, make)
 
 
 def _visible(attend: Tensor | None) -> Tensor | None:
-    """How many keys a query sees; None: all."""
+    """Number of keys that a query sees; None for all."""
     return None if attend is None else attend.sum(-1, keepdim=True).clamp(min=1)
 
 
 def _costs(*terms: tuple[Tensor, int]) -> Tensor:
-    """What a bit costs in each of the terms, of these scales and numbers of channels."""
+    """The cost of a bit in each of the terms, from their scales and numbers of channels."""
     return torch.cat([cost_of_bit(scale, inputs) for scale, inputs in terms])
 
 
 class _Packed(nn.Module):
-    """What all forms share: the quantizers of the binary module, by their names."""
+    """The part that all forms share: the quantizers of the binary module, by name."""
 
     operand_bits = (1, 1)
 
@@ -275,7 +275,7 @@ class PackedWeights(_Packed):
 
 
 class PackedSharedProbabilities:
-    """`SharedProbabilities` as bits; those of long input are computed anew for each user."""
+    """`SharedProbabilities` as bits; those of long input are recomputed for each module."""
 
     def __init__(self, attended: Callable[[int, int, int], Tensor], q: Tensor, keys: int, scale: Tensor) -> None:
         self.attended, self.frames, self.scale = attended, keys, scale
@@ -284,7 +284,7 @@ class PackedSharedProbabilities:
         self.bits = [attended(*piece, q.size(1)) for piece in self.pieces] if kept else None
 
     def mix(self, columns: Tensor, width: int, scale: Tensor) -> Tensor:
-        """Values, packed along time, of all heads or of the first one, with `width` channels."""
+        """Mix values, packed along time, of all heads or of the first head, with `width` channels."""
         heads, mixed = columns.size(1), []
         for index, piece in enumerate(self.pieces):
             bits = self.attended(*piece, heads) if self.bits is None else self.bits[index][:, :heads]

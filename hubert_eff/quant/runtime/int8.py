@@ -1,7 +1,7 @@
-"""Linear layers in int8: whole-number weights with a scale per output, inputs quantized row by row as they come, both symmetric.
+"""Linear layers in int8: integer weights with a scale per output, and inputs that are quantized row by row, both symmetrically.
 
-What is kept is portable: codes of int8 and float scales. They are laid out for this processor's product when they are first used. A row
-of the input has a scale of its own, so that no frame depends on another: a batch, padding and a stream change nothing.
+The stored form is portable: int8 codes and float scales. They are laid out for this processor's product at first use. Every row of the
+input has its own scale, so frames do not depend on each other: batches, padding and streams change nothing.
 """
 
 # M rows, K inputs, N outputs
@@ -17,17 +17,17 @@ from torch import Tensor, nn
 from ...kernels.cpu import cpu
 from ...layers.bits import Cost, counted_as
 
-LEVELS = 127  # codes are whole numbers from -LEVELS to LEVELS
-NARROW = 63  # of inputs, where two products of bytes are added in 16 bits
-TINY = 1e-12  # of the scale of a row of zeros
+LEVELS = 127  # codes are integers from -LEVELS to LEVELS
+NARROW = 63  # levels of inputs if two products of bytes are added in 16 bits
+TINY = 1e-12  # scale of a row of zeros
 ONEDNN, DYNAMIC, FLOAT = "oneDNN int8 (VNNI)", "torch dynamic int8", "float"
 VNNI = ("avx512_vnni", "avx_vnni", "amx_int8")
 
 
 @functools.cache
 def kernel() -> str:
-    """Which product runs here: oneDNN's of unsigned by signed bytes where the processor has instructions for it, torch's dynamic
-    quantization where that has a back end, or the float product of the codes.
+    """The product that runs here: oneDNN's of unsigned by signed bytes if the processor has instructions for it, torch's dynamic
+    quantization if that has a back end, or else the float product of the codes.
 
     Without instructions for bytes oneDNN runs its reference code, hundreds of times slower.
     """
@@ -37,7 +37,7 @@ def kernel() -> str:
 
 
 def codes_of(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight (N, K) -> its codes (N, K) int8 and the size of a step of each output (N,) float32."""
+    """Weight (N, K) -> codes (N, K) int8 and the step size of each output (N,) float32."""
     weight = weight.detach().float()
     size = weight.abs().amax(1).clamp(min=TINY) / LEVELS
     return (weight / size.unsqueeze(1)).round().to(torch.int8).contiguous(), size  # `Linear.fold` lays weights out by input
@@ -48,7 +48,7 @@ def _cost(x: Tensor, layer: Int8Linear) -> Cost:
 
 
 class Int8Linear(nn.Module):
-    """x (..., K) -> (..., N) of x's dtype: the product of a linear layer in int8. It does not train."""
+    """A linear layer in int8, x (..., K) -> (..., N) in x's dtype, which cannot be trained."""
 
     operand_bits = (8, 8)
 
@@ -71,7 +71,7 @@ class Int8Linear(nn.Module):
         return int8_product(x, self)
 
     def lay_out(self) -> tuple[Any, ...]:
-        """(which product, its weights, sizes, bias), made anew where the codes are others."""
+        """(product, its weights, step sizes, bias), made again if the codes have changed."""
         how = kernel() if self.codes.device.type == "cpu" else FLOAT
         key = (how, self.codes.data_ptr(), self.size.dtype)
         if not self._laid_out or self._laid_out[0] != key:
@@ -93,7 +93,7 @@ class Int8Linear(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_laid_out": ()}  # what is laid out can be neither copied nor pickled
+        return {**self.__dict__, "_laid_out": ()}  # the layout can be neither copied nor pickled
 
 
 @counted_as("matrix product", _cost)
@@ -107,7 +107,7 @@ def int8_product(x: Tensor, layer: Int8Linear) -> Tensor:
     scale = wide.abs().amax(-1, keepdim=True).clamp_(min=TINY).div_(levels)  # (..., 1)
     rows = wide / scale
     if how == ONEDNN:
-        codes = rows.add_(LEVELS + 1.5).to(torch.uint8)  # rounds, since it cuts off
+        codes = rows.add_(LEVELS + 1.5).to(torch.uint8)  # rounds, because the conversion truncates
         args: Any = (codes, 1.0, LEVELS + 1, weights, size, zeros, None, 1.0, 0, torch.float32, "none", [], "")
         y = torch.ops.onednn.qlinear_pointwise(*args)
     elif how == DYNAMIC:

@@ -1,7 +1,7 @@
-"""Layers that run on packed bits: the same results as the binary layers that they are made from, bit for bit. They do not train.
+"""Layers that run on packed bits, with exactly the results of the binary layers that they are made from. They cannot be trained.
 
-One bit per weight is kept, in panels of 16 outputs (ops.py), and all else as in the binary layer: sizes of the weights, biases, scales
-and moves of quantizers.
+They store one bit per weight, in panels of 16 outputs (ops.py), and everything else as the binary layer: scales of the weights, biases,
+and scales and learnable biases of quantizers.
 """
 
 # B batch, T frames, K inputs, N outputs, G groups, k kernel, W words of 32 bits
@@ -28,20 +28,20 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class PackedCodes(NamedTuple):
-    """A quantized tensor: scale times its bits. What `Codes` is to binary layers."""
+    """A quantized tensor, scale times bits: the counterpart of `Codes` in binary layers."""
 
     bits: Tensor  # (..., W), int32
     scale: Tensor  # (1,)
     inputs: int
     signed: bool
-    half: bool  # whether the tensor was of bfloat16, and so is the result of a product
+    half: bool  # whether the tensor was bfloat16, and so the result of a product is
 
     def part(self, bits: Tensor) -> PackedCodes:
-        """Some of the same tensor's rows."""
+        """Some rows of the same tensor."""
         return PackedCodes(bits, self.scale, self.inputs, self.signed, self.half)
 
     def heads(self, count: int) -> PackedCodes:
-        """Bits (B, T, W) of heads side by side, of whole words each, as (B, H, T, W / H)."""
+        """Split bits (B, T, W) of heads side by side, each of whole words, into (B, H, T, W / H)."""
         bits = torch.unflatten(self.bits, -1, (count, -1)).transpose(1, 2)
         return PackedCodes(bits, self.scale, self.inputs // count, self.signed, self.half)
 
@@ -74,7 +74,7 @@ class PackedQuantizer(nn.Module):
 
     @property
     def limit(self) -> Tensor | None:
-        """What a number must exceed to be a bit of 1; None: zero."""
+        """The limit above which a number becomes a bit of 1; None for zero."""
         return None if self.signed else self.scale / 2
 
     def forward(self, x: Tensor) -> PackedCodes:
@@ -82,12 +82,12 @@ class PackedQuantizer(nn.Module):
         return PackedCodes(ops.pack(x, self.move, None, self.limit), self.scale, x.size(-1), self.signed, x.dtype == torch.bfloat16)
 
     def columns(self, x: Tensor, before: int = 0, after: int = 0) -> Tensor:
-        """Bits of x (..., T, C) along its frames, as panels, with so many bits of 0 before and after them."""
+        """Bits of x (..., T, C) along its frames, as panels, with a number of 0 bits before and after them."""
         return ops.pack_columns(x, self.move, self.limit, before, after)
 
 
 def _stored(bits: Tensor, weights: int, size: Tensor) -> dict[str, tuple[int, float]]:
-    """What `quant.modules._stored` says of the same weight."""
+    """The same as `quant.modules._stored` for this weight."""
     return {"bits": (weights, 1 + 32 * size.numel() / weights), "size": (0, 32)}
 
 
@@ -106,7 +106,7 @@ class PackedLinear(nn.Module):
         self.bias = None if source.bias is None else constant(source.bias)
         self.stored_bits = _stored(self.bits, source.weight.numel(), self.size)
         self.input = None if source.input is None else PackedQuantizer(source.input)
-        self._reader: tuple[PackedQuantizer, ...] = ()  # a tuple hides it from nn.Module: it belongs to its owner
+        self._reader: tuple[PackedQuantizer, ...] = ()  # a tuple hides it from nn.Module, since another module owns it
         self._limits: tuple[tuple[object, ...], Tensor] | None = None
 
     @classmethod
@@ -118,7 +118,7 @@ class PackedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
     def feed(self, reader: PackedQuantizer) -> None:
-        """From now on return what `reader` makes of y, or of max(y, 0) if it is unsigned: its codes, without y ever being written."""
+        """From now on return the codes that `reader` makes of y, or of max(y, 0) if it is unsigned, without storing y."""
         self._reader = (reader,)
 
     def forward(self, input: Tensor | PackedCodes) -> Tensor | PackedCodes:
@@ -129,7 +129,7 @@ class PackedLinear(nn.Module):
         if not self._reader:
             return ops.product(bits, self.bits, self.out_features, inputs, signed, scale, self.size, self.bias, half)
         (reader,) = self._reader
-        if torch.compiler.is_compiling():  # which cannot follow the search for the limits; the bits are the same
+        if torch.compiler.is_compiling():  # a compiler cannot follow the search for the limits; the bits are the same
             y = ops.product(bits, self.bits, self.out_features, inputs, signed, scale, self.size, self.bias)
             move = None if reader.move is None else reader.move.flatten()
             words = ops.pack(y if reader.signed else y.relu(), move, None, reader.limit)
@@ -140,7 +140,7 @@ class PackedLinear(nn.Module):
     @counted_as("copy", lambda *_: Cost(0, 0))  # once for a model, not for each input
     @torch.no_grad()
     def _limit(self, reader: PackedQuantizer, scale: Tensor) -> Tensor:
-        """For each output how many of the K bits may differ at most for a bit of 1, found with the arithmetic of y itself."""
+        """For each output, the maximum number of differing bits out of K that still gives a bit of 1, found by the arithmetic of y itself."""
         if follows_shapes(scale):
             return torch.empty(self.out_features, dtype=torch.int32, device=scale.device)
         sources = [scale, self.size, self.bias, reader.scale, reader.move]
@@ -169,7 +169,7 @@ class PackedLinear(nn.Module):
 
 
 class PackedConv1d(nn.Module):
-    """`BinaryConv1d` from bits: (B, T, K) -> (B, ceil(T / stride), N). Depthwise along time, else as a product of windows."""
+    """`BinaryConv1d` from bits: (B, T, K) -> (B, ceil(T / stride), N). It runs along time if depthwise, otherwise as a product of windows."""
 
     operand_bits = (1, 1)
 
@@ -200,7 +200,7 @@ class PackedConv1d(nn.Module):
         return f"{self.in_channels}, {self.out_channels}, kernel={self.kernel}, stride={self.stride}, groups={self.groups}"
 
     def forward(self, x: Tensor, chunks: Chunks | None = None) -> Tensor:
-        """`chunks`: as `BinaryConv1d`; convolutions that are not depthwise do not run in chunks."""
+        """Convolve; `chunks` as in `BinaryConv1d`. Only depthwise convolutions run in chunks."""
         batch, frames = x.shape[:2]
         before, after = reach(self.kernel, self.stride, self.causal, frames)
         mask = self.input.frames.over(x)  # (B, T, 1)
@@ -220,7 +220,7 @@ class PackedConv1d(nn.Module):
                 bits = self.input.columns(bits)
             else:
                 bits = self._streamed(x, before, after, chunks)
-                real = min(chunks.start, before)  # before the first frame there is nothing
+                real = min(chunks.start, before)  # nothing precedes the first frame
                 valid = F.pad(F.pad(valid, (0, 0, real, 0), value=1.0), (0, 0, before - real, after))
             out = (valid.size(1) - self.kernel) // self.stride + 1
             y = ops.depthwise(
@@ -234,7 +234,7 @@ class PackedConv1d(nn.Module):
         return y.bfloat16() if half else y
 
     def _streamed(self, x: Tensor, before: int, after: int, chunks: Chunks) -> Tensor:
-        """Panels of a stream's x (B, T, K), of `before` frames before it and of `after` behind it, which are 0; all but those are kept."""
+        """Panels of a stream's x (B, T, K), `before` frames before it and `after` zeros after it; the stream keeps all but the zeros."""
         assert chunks.kept is not None
         frames = before + x.size(1)
         if self in chunks.kept:
@@ -246,7 +246,7 @@ class PackedConv1d(nn.Module):
         return F.pad(panels, (0, 0, 0, ops.words_of(frames + after) - panels.size(-2)))
 
     def _windows(self, x: Tensor, mask: Tensor | None, valid: Tensor, before: int, after: int) -> Tensor:
-        """Sums (B, T', N). Padding has bits of 0: for unsigned input that is 0, for signed input -1, which is put right here."""
+        """Sums (B, T', N). Padding has bits of 0, which mean 0 in unsigned input and -1 in signed input; the latter is corrected here."""
         batch, width, outputs = x.size(0), self.in_channels // self.groups, self.out_channels // self.groups
         move = self.input.move
         moved = x if move is None else x + move

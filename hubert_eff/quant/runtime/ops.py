@@ -1,9 +1,9 @@
-"""Operations on packed bits, as torch sees them: `torch.ops.hubert_eff.*`, each with its meaning in plain torch, a kernel on the CPU, and
-a fake implementation (shapes only) for tracing. Their MAC formulas stand with all others in profiling/formulas.py.
+"""Operations on packed bits, `torch.ops.hubert_eff.*`: each has a definition in plain torch, a kernel on the CPU, and a fake implementation
+(shapes only) for tracing. Their MAC formulas are in profiling/formulas.py.
 
 Bits lie in int32 words, the first element in the lowest bit, zeros after the last. A left operand is rows of words (..., M, W); a right
-one panels (..., ceil(N / 16), W, 16), 16 outputs side by side. A bit of 1 stands for 1; one of 0 for -1 in a signed operand and in
-all right ones, else for 0. Nothing here has a gradient.
+one panels (..., ceil(N / 16), W, 16), 16 outputs side by side. A bit of 1 stands for 1. A bit of 0 stands for -1 in a signed operand and in
+every right operand, otherwise for 0. Nothing here has a gradient.
 """
 
 # M rows, K inputs, N outputs, W = ceil(K / 32) words, B batch, T frames, C channels, k kernel
@@ -24,18 +24,18 @@ from ...kernels import loader
 from ..integer_softmax import HIDDEN, attended_
 
 WORD, LANES = 32, 16
-MOST = 239  # distances of bits that the attention kernels hold
-QUERIES = 128  # whose costs exist at a time in plain torch
+MOST = 239  # largest distance in bits that the attention kernels can hold
+QUERIES = 128  # queries whose costs are in memory together in plain torch
 _library: Any = torch.library.Library("hubert_eff", "DEF")  # type: ignore[no-untyped-call]
 
 
 def words_of(elements: int) -> int:
-    """Words that hold so many bits."""
+    """Number of words for so many bits."""
     return -(-elements // WORD)
 
 
 def panels_of(outputs: int) -> int:
-    """Panels that hold so many outputs."""
+    """Number of panels for so many outputs."""
     return -(-outputs // LANES)
 
 
@@ -44,7 +44,7 @@ def panels_of(outputs: int) -> int:
 
 def words_from(bits: Tensor) -> Tensor:
     """bool (..., K) -> int32 (..., W)."""
-    if bits.is_meta:  # the shape alone, as in `panels_from`: torch would import for seconds to work it out
+    if bits.is_meta:  # only the shape, as in `panels_from`: torch would import for seconds to infer it
         return torch.empty((*bits.shape[:-1], words_of(bits.size(-1))), dtype=torch.int32, device="meta")
     padded = torch.unflatten(F.pad(bits, (0, -bits.size(-1) % WORD)), -1, (-1, WORD)).to(torch.int64)
     words = (padded << torch.arange(WORD, device=bits.device)).sum(-1)
@@ -133,7 +133,7 @@ def _leading(values: Sequence[int], fill: int) -> Any:
 
 
 def _expect(holds: bool, what: str, *found: object) -> None:
-    """Kernels read memory by these shapes: refuse others. `found` is formatted into the message only then: a chunk's product is short."""
+    """Refuse other shapes, since kernels read memory by them. `found` is formatted into the message only then, which keeps calls fast."""
     if not holds:
         raise ValueError(what.format(*found) if found else what)
 
@@ -201,7 +201,7 @@ Op = Callable[..., Tensor]
 
 
 def _operation(schema: str, shape: Callable[..., Tensor]) -> Callable[[Op], Op]:
-    """Define an operation by its schema, its meaning in plain torch (what is decorated) and its result's shape."""
+    """Define an operation by its schema, its meaning in plain torch (the decorated function) and the shape of its result."""
 
     def define(meaning: Op) -> Op:
         name = schema.partition("(")[0]
@@ -232,7 +232,7 @@ def _columns_shape(x: Tensor, move: Tensor | None = None, limit: Tensor | None =
 
 @_operation("pack_columns(Tensor x, Tensor? move=None, Tensor? limit=None, SymInt before=0, SymInt after=0) -> Tensor", _columns_shape)
 def pack_columns(x: Tensor, move: Tensor | None = None, limit: Tensor | None = None, before: int = 0, after: int = 0) -> Tensor:
-    """The bits of `pack` along the frames of x (..., T, C), with so many bits of 0 before and after them.
+    """The bits of `pack` along the frames of x (..., T, C), with a number of 0 bits before and after them.
 
     -> panels (..., ceil(C / 16), ceil((before + T + after) / 32), 16) with channels as outputs.
     """
@@ -261,10 +261,10 @@ def product(
     a: Tensor, b: Tensor, outputs: int, inputs: int, signed: bool, scale: Tensor | None = None, size: Tensor | None = None,
     bias: Tensor | None = None, half: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Sums of products, an integer each, times (scale size), plus bias: a (..., M, W), b (..., ceil(N / 16), W, 16) -> (..., M, N).
+    """Integer sums of products, times (scale size), plus bias: a (..., M, W), b (..., ceil(N / 16), W, 16) -> (..., M, N).
 
-    b has the leading dimensions of a, or none, as a weight has. scale (1,), size (N,) or (1,), bias (N,). half: bfloat16 results, else
-    float32. W may exceed ceil(K / 32): what is not one of the K inputs is 0 on both sides, wherever it stands.
+    b has the leading dimensions of a or, like a weight, none. scale (1,), size (N,) or (1,), bias (N,). half: bfloat16 results instead of
+    float32. W may exceed ceil(K / 32); bits beyond the K inputs are 0 on both sides, wherever they are.
     """
     kernel = loader.current() if a.device.type == "cpu" else None
     if kernel is None:
@@ -278,7 +278,7 @@ def _bits_shape(a: Tensor, b: Tensor, outputs: int, inputs: int, limit: Tensor) 
 
 @_operation("product_bits(Tensor a, Tensor b, SymInt outputs, SymInt inputs, Tensor limit) -> Tensor", _bits_shape)
 def product_bits(a: Tensor, b: Tensor, outputs: int, inputs: int, limit: Tensor) -> Tensor:
-    """Bits of a `product` that is not written, (..., M, ceil(N / 32)): 1 where at most limit (N,) of the K bits of both sides differ."""
+    """Bits of a `product` that is not stored, (..., M, ceil(N / 32)): 1 where at most limit (N,) of the K bits of both sides differ."""
     kernel = loader.current() if a.device.type == "cpu" else None
     if kernel is None:
         return words_from((inputs - _sums(a, b, outputs, inputs, True)) <= 2 * limit)
@@ -344,7 +344,7 @@ def _join_shape(kept: Tensor, frames: int, surplus: int, more: Tensor, count: in
 
 @_operation("join_columns(Tensor kept, SymInt frames, SymInt surplus, Tensor more, SymInt count) -> Tensor", _join_shape)
 def join_columns(kept: Tensor, frames: int, surplus: int, more: Tensor, count: int) -> Tensor:
-    """Panels of `pack_columns` of `frames` frames, (..., P, ceil(T / 32), 16), from frame `surplus` on, and `count` more behind them."""
+    """Panels of `pack_columns` of `frames` frames, (..., P, ceil(T / 32), 16), from frame `surplus` on, followed by `count` more."""
     kernel = loader.current() if kept.device.type == "cpu" else None
     if kernel is None:
         before, behind = (bits_from(part.mT, part.size(-2) * WORD) for part in (kept, more))  # (..., P, 16, T)
@@ -388,7 +388,7 @@ def _by_key(by_offset: Tensor, keys: int, start: int) -> Tensor:
 
 
 def _native(q: Tensor, *inputs: int) -> loader.Kernel | None:
-    """The kernel that runs an attention, whose distances must fit into its bytes."""
+    """The kernel for an attention; distances must fit into its bytes."""
     return loader.current() if q.device.type == "cpu" and max(inputs) <= MOST else None
 
 
@@ -460,10 +460,9 @@ def attention(
 ) -> Tensor:
     """Bits of the keys that each query attends to: q (B, H, n, W), k (B, H, ceil(T / 16), W, 16) -> (B, H, n, ceil(T / 32)).
 
-    Its `product` with values packed along time is the attention's result but for a scale. cost (1,): of a differing bit
-    (quant/integer_softmax.py). threshold (1,): what visible * P must exceed. seen (B, ceil(T / 32)): bits of the visible keys, None: all;
-    (B, n, ceil(T / 32)): those of each query.
-    window: with it, query i sees the keys start + i - window ... start + i + window.
+    Its `product` with values packed along time is, up to a scale, the result of the attention. cost (1,): the cost of a differing bit
+    (quant/integer_softmax.py). threshold (1,): what visible * P must exceed. seen (B, ceil(T / 32)): bits of the visible keys, None for
+    all; (B, n, ceil(T / 32)): those of each query. window: query i sees the keys start + i - window ... start + i + window.
     """
     if kernel := _native(q, inputs):
         return _attend(kernel, q, k, None, None, None, keys, 0, inputs, cost, threshold, seen, None, start, window)
@@ -498,7 +497,7 @@ def relative_attention(
 ) -> Tensor:  # fmt: skip
     """`attention` with relative positions: p (B, H, n, E) of `positions` inputs, offsets (H, ceil((2T - 1) / 16), E, 16), cost (2,).
 
-    Query i stands where key start + i does; its offset from key j is row T - 1 - start - i + j.
+    Query i is at the place of key start + i; its offset from key j is row T - 1 - start - i + j.
     """
     if kernel := _native(q, inputs, positions):
         return _attend(kernel, q, k, None, p, offsets, keys, 0, inputs, cost, threshold, seen, None, start, -1)
@@ -531,8 +530,8 @@ def blocked_attention(
 ) -> Tensor:  # fmt: skip
     """`attention` of blocks (B, H, N, L, W) to their own keys (B, H, N, ceil(T / 16), W, 16) and to those all share, (B, H, .., W, 16).
 
-    One sum runs over both. Bits (B, H, N, L, ceil(T / 32) + ceil(G / 32)): the own keys', then from a new word on the shared ones'.
-    seen (B, N, ceil(T / 32)), shared_seen (B, ceil(G / 32)).
+    One sum runs over both. Bits (B, H, N, L, ceil(T / 32) + ceil(G / 32)): those of the own keys and, from a new word on, of the shared
+    keys. seen (B, N, ceil(T / 32)), shared_seen (B, ceil(G / 32)).
     """
     if kernel := _native(q, inputs):
         return _attend(kernel, q, k, shared, None, None, keys, shared_keys, inputs, cost, threshold, seen, shared_seen, 0, -1)
