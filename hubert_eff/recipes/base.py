@@ -65,7 +65,7 @@ def _quoted(text: str) -> str:
 
 
 def quiet_environment() -> dict[str, str]:
-    """The environment for training: models as small as the debug ones gain nothing from threads, which spin if other work shares the cores."""
+    """The environment for training. Small models such as the debug ones gain nothing from threads, which spin if cores are shared."""
     return {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore", STEP: "1"}
 
 

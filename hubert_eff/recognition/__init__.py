@@ -1,4 +1,4 @@
-"""Speech recognition with a fine-tuned HuBERT: CTC, and an attention decoder on top of it."""
+"""Speech recognition with a fine-tuned HuBERT: CTC and, as an option, an attention decoder."""
 
 from .alphabet import Alphabet, normalize_text
 from .checkpoint import load_recognizer

@@ -1,4 +1,4 @@
-"""Read fine-tuned checkpoints: nothing is unpickled blindly, and no other file is needed."""
+"""Reads fine-tuned checkpoints without unpickling them; no other file is needed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .model import Recognizer, RecognizerConfig
 
 
 def recognizer_in(opened: TorchFile) -> Recognizer:
-    """The recognizer of a fairseq checkpoint, in eval mode on the CPU. Raises `UserError` for a configuration or weights that are none."""
+    """Read the recognizer of a fairseq checkpoint, in eval mode on the CPU. Raises `UserError` for invalid configurations and weights."""
     values = opened.content["cfg"]["model"]
     known = [f.name for f in dataclasses.fields(RecognizerConfig)]
     try:
@@ -29,7 +29,7 @@ def recognizer_in(opened: TorchFile) -> Recognizer:
 
 
 def load_recognizer(path: str | os.PathLike[str]) -> Recognizer:
-    """Load a fine-tuned checkpoint, or an export of one. Raises `UserError` if it is missing, or has no CTC layer: a pre-trained model."""
+    """Load a fine-tuned checkpoint, or an export of one. Raises `UserError` if it is missing or (pre-trained only) has no CTC layer."""
     file = Path(path)
     if not file.is_file():
         raise UserError(f"no checkpoint at {file}")
@@ -43,13 +43,13 @@ def load_recognizer(path: str | os.PathLike[str]) -> Recognizer:
 
 
 def _exported(file: Path) -> Recognizer:
-    """The recognizer of an export, in eval mode on the CPU."""
+    """Read the recognizer of an export, in eval mode on the CPU."""
     metadata, heads = read_heads(file)
     encoder = read_export(file)
     with about(file):
         try:
             config = RecognizerConfig.from_dict(json.loads(metadata[RECOGNIZER]))
-            config.describe(encoder.config)  # one encoder, which the file describes for itself
+            config.describe(encoder.config)  # the file describes the encoder itself
             with structure_only():
                 model = Recognizer(config)
         except UserError:
@@ -66,5 +66,5 @@ def _exported(file: Path) -> Recognizer:
         state = {name: aligned(tensor.to(compute) if tensor.is_floating_point() else tensor) for name, tensor in heads.items()}
         model.load_state_dict(state, strict=False, assign=True)
         if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
-            raise UserError("its heads make numbers for themselves that no file holds: this version cannot read them back")
+            raise UserError("its heads compute buffers that no file holds, so this version cannot read them back")
         return model.eval()

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from .alphabet import BLANK
 
-NEVER = -1e30  # log 0 whose differences are numbers
+NEVER = -1e30  # stands for log 0; differences of it are numbers
 LEAST = -1e3  # log-probability of a label in a frame, below which none is told from another
 
 
 def greedy(log_probs: Tensor) -> tuple[int, ...]:
-    """The most probable label of each frame of (T, V), repetitions and blanks removed (Graves et al. 2006, section 3.2)."""
+    """The most probable label of each frame of (T, V), without repetitions and blanks (Graves et al. 2006, section 3.2)."""
     best = torch.unique_consecutive(log_probs.argmax(-1)).tolist()
     return tuple(label for label in best if label != BLANK)
 
@@ -43,7 +43,7 @@ class PrefixBeam:
         self._beams: dict[tuple[int, ...], tuple[float, float]] = {(): (0.0, -math.inf)}
 
     def feed(self, log_probs: Tensor) -> None:
-        """The next frames, log-probabilities (T, V)."""
+        """Take the next frames, log-probabilities (T, V)."""
         values, labels = log_probs.topk(min(self.beam, log_probs.size(1)), dim=-1)
         for frame_values, frame_labels in zip(values.tolist(), labels.tolist(), strict=True):
             self._step(frame_values, frame_labels)
@@ -93,7 +93,7 @@ class PrefixBeam:
         return [((*self.settled, *tail), _add(*ends)) for tail, ends in self._beams.items()]
 
     def open_letters(self) -> tuple[int, ...]:
-        """What follows `settled` in the best text."""
+        """The letters after `settled` in the best text."""
         return next(iter(self._beams))
 
 

@@ -1,4 +1,4 @@
-"""Attention decoder: Transformer (pre-LN) as Conformer recognizers have it, or with BatchNorm after every layer (FusionFormer)."""
+"""Attention decoder: a Transformer (pre-LN) as in Conformer recognizers, or with BatchNorm after every layer (FusionFormer)."""
 
 # B batch, U letters, T frames, D model dim, H heads, V vocabulary
 
@@ -18,7 +18,7 @@ from ..layers.norm import norm_of
 
 
 class _Projected(nn.Module):
-    """A linear layer; with BatchNorm it has no bias, and the norm follows at once, so that the two fold into one layer."""
+    """A linear layer; with BatchNorm it has no bias and the norm follows directly, so both fold into one layer."""
 
     def __init__(self, inputs: int, outputs: int, batch_norm: bool) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class _Projected(nn.Module):
 
 
 class _Attention(nn.Module):
-    """Queries from one sequence, keys and values from another, or the same."""
+    """Attention with queries from one sequence, and keys and values from another or the same."""
 
     def __init__(self, dim: int, heads: int, dropout: float, batch_norm: bool) -> None:
         super().__init__()
@@ -154,6 +154,6 @@ def shifted(targets: Tensor, lengths: Tensor, end: int) -> tuple[Tensor, Tensor,
 
 
 def backwards(targets: Tensor, lengths: Tensor) -> Tensor:
-    """Targets (B, U) of `lengths` (B,) from their ends; what is filler behind them means nothing."""
+    """Reverse targets (B, U) of `lengths` (B,); the filler behind them has no meaning."""
     place = lengths[:, None] - 1 - torch.arange(targets.size(1), device=targets.device)
     return targets.gather(1, place.clamp(min=0))

@@ -1,4 +1,4 @@
-"""Error rates of a recognizer on a manifest: every search in every streaming mode, with real-time factors."""
+"""Measures error rates of a recognizer on a manifest for every search and streaming mode, with real-time factors."""
 
 # T frames, D model dim
 
@@ -37,7 +37,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was said, what was heard in each way, and the length of the audio in s."""
+    """The transcripts, the recognized texts of each search and mode, and the length of the audio in seconds."""
 
     names: list[str]
     said: list[str]
@@ -53,7 +53,7 @@ class Evaluation:
         return row.compute / self.seconds
 
     def plain(self) -> dict[str, Any]:
-        """For JSON."""
+        """Plain values for JSON."""
         ways = [
             {"search": row.search, "mode": row.mode, **errors.plain(), "rtf": round(self.rtf(row), 4)}
             for row, errors in zip(self.rows, self.scores(), strict=True)

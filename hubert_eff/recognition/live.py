@@ -1,4 +1,4 @@
-"""Text while audio comes: chunks through a stream, frames through CTC prefix beam search, and what a text takes."""
+"""Gives text while audio comes, by a stream and CTC prefix beam search, and reports latency and speed."""
 
 # S samples at 16 kHz, T frames of 20 ms, D model dim
 
@@ -22,7 +22,7 @@ from .model import Recognizer
 
 @dataclass(frozen=True)
 class Partial:
-    """A text so far: `words` will not change any more, `open` is the best guess of what follows; at `seconds` of audio."""
+    """A text so far, at `seconds` of audio: `words` will not change, and `open` is the best guess of what follows."""
 
     seconds: float
     words: str
@@ -31,13 +31,13 @@ class Partial:
 
     @property
     def text(self) -> str:
-        """Both."""
+        """The whole text."""
         return " ".join(filter(None, (self.words, self.open)))
 
 
 @dataclass(frozen=True)
 class LiveReport:
-    """What a live text took. Times are of this process, from the moment that a chunk's last sample is there until its text is."""
+    """The cost of a live text. Times are those of this process, from the arrival of a chunk's last sample to its text."""
 
     seconds: float  # of audio
     mode: str
@@ -63,7 +63,7 @@ class LiveReport:
 
 
 class LiveTranscript:
-    """One stream of audio as text. With finite `left_chunks` memory is constant but for the text itself.
+    """One stream of audio as text. With finite `left_chunks` memory is constant except for the text itself.
 
     The final text is that of CTC prefix beam search on `StreamingModel`'s frames, however the audio is cut into pieces. Raises `UserError`
     for a model that cannot stream, or whose CTC layer has learned nothing.
@@ -80,17 +80,17 @@ class LiveTranscript:
     def _begin(self) -> None:
         self.search = PrefixBeam(self.beam)
         self._words: list[str] = []
-        self._letters: list[int] = []  # settled, of a word that may go on
+        self._letters: list[int] = []  # settled letters of a word that may continue
         self._samples = 0
 
     def feed(self, wav: Tensor) -> Partial | None:
-        """The next samples (1, S) -> the text so far, where a chunk became complete. Raises `UserError` as `StreamingModel.feed`."""
+        """Take the next samples (1, S); returns the text so far if a chunk is complete. Raises `UserError` as `StreamingModel.feed`."""
         frames = self.stream.feed(wav)
         self._samples += wav.size(1)
         return None if frames is None else self._heard(frames, final=False)
 
     def flush(self) -> Partial:
-        """The end of the stream: its whole text. What is fed next begins a new one."""
+        """End the stream and return its whole text. What is fed next begins a new one."""
         frames = self.stream.flush()
         heard = self._heard(frames, final=True)
         self._begin()
@@ -119,7 +119,7 @@ def live_text(
 
     The model is replaced by its form that runs fastest. Raises `UserError` for audio that is too short for a frame.
     """
-    model.hubert.chunks(size, left)  # refused for what it is, rather than by what `fuse` cannot do
+    model.hubert.chunks(size, left)  # refused here, with the proper reason, rather than by `fuse`
     model.hubert = for_inference(model.hubert.eval())
     live = LiveTranscript(model, size, left, beam)
     times, last, samples = [], "", 0

@@ -31,14 +31,14 @@ from .decoder import AttentionDecoder, backwards, shifted
 from .lstm_decoder import LSTMDecoder
 from .pieces import Pieces
 
-# encoder keys that fine-tuning may set: they change no weight
+# encoder keys that fine-tuning may set, since they change no weight
 TRAINING_KEYS = (
     "seed", "chunk_sizes", "left_chunks", "identity_attention_updates", "feature_grad_mult",
     "dropout", "attention_dropout", "activation_dropout", "dropout_input", "encoder_layerdrop",
     "mask_prob", "mask_length", "mask_selection", "mask_other",
     "mask_channel_prob", "mask_channel_length", "mask_channel_selection", "mask_channel_other",
 )  # fmt: skip
-# sizes of recognizers that papers train: encoder preset, encoder keys that differ, decoder keys
+# sizes of published recognizers: encoder preset, encoder keys that differ, decoder keys
 PRESETS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     f"{encoder}-{layers}+{decoders}": (
         preset,
@@ -66,40 +66,50 @@ MASKS = Bounds(least=0, most=100)
 
 @dataclass
 class RecognizerConfig:
-    """What a recognizer is; `encoder` and `encoder_config` say what its encoder is, so that a checkpoint needs no other file."""
+    """The configuration of a recognizer; `encoder` and `encoder_config` describe its encoder, so a checkpoint needs no other file."""
 
     encoder: str = option("", "name of the encoder")
-    encoder_config: str = option("", "its configuration, as JSON; both are filled in when fine-tuning begins")
-    letters: str = option("", "the dictionary: one character per letter, or symbols with a space between them; filled in from the task")
-    sentencepiece: str = option("", "the sentencepiece model whose pieces they are, compressed; filled in from the task", longest=1 << 24)
+    encoder_config: str = option("", "configuration of the encoder as JSON; filled in when fine-tuning begins, as encoder is")
+    letters: str = option("", "the dictionary: one character per letter, or symbols separated by spaces; filled in from the task")
+    sentencepiece: str = option("", "the sentencepiece model of the symbols, compressed; filled in from the task", longest=1 << 24)
     final_dropout: float = option(0.1, "dropout on the encoder's output", bounds=DROPOUT)
     apply_mask: bool = option(True, "mask spans of frames and channels in training, as mask_* and mask_channel_* say")
-    specaug_freq_masks: int = option(0, "SpecAugment of a log-mel front: bands of mel bins that are masked in training", bounds=MASKS)
-    specaug_freq_width: int = option(27, "widest of them, in bins of 80", bounds=COUNT)
-    specaug_time_masks: int = option(0, "spans of time that are masked", bounds=MASKS)
-    specaug_time_width: int = option(100, "longest of them, in 10 ms", bounds=COUNT)
-    specaug_time_share: float = option(1.0, "longest of them, as a share of the utterance", bounds=PROBABILITY)
-    freeze_finetune_updates: int = option(0, "updates at the start in which only what is new learns, not the encoder", bounds=NOT_NEGATIVE)
+    specaug_freq_masks: int = option(0, "number of bands of mel bins that SpecAugment masks in training, for a log-mel front", bounds=MASKS)
+    specaug_freq_width: int = option(27, "largest width of these bands, in bins of 80", bounds=COUNT)
+    specaug_time_masks: int = option(0, "number of spans of time that SpecAugment masks", bounds=MASKS)
+    specaug_time_width: int = option(100, "largest length of these spans, in units of 10 ms", bounds=COUNT)
+    specaug_time_share: float = option(1.0, "largest length of these spans, as a share of the utterance", bounds=PROBABILITY)
+    freeze_finetune_updates: int = option(
+        0, "updates at the start in which only the new layers learn, not the encoder", bounds=NOT_NEGATIVE
+    )
     ctc_weight: float = option(
-        0.3, "weight of the CTC loss; the decoder's has 1 - ctc_weight. Without a decoder CTC is all there is", bounds=PROBABILITY
+        0.3, "weight of the CTC loss; the decoder's loss has 1 - ctc_weight; without a decoder only CTC counts", bounds=PROBABILITY
     )
     label_smoothing: float = option(0.1, "label smoothing of the decoder's loss", bounds=DROPOUT)
     decoder_type: str = option(
-        "transformer", "blocks of attention, or one LSTM with single-head additive attention", ("transformer", "lstm")
+        "transformer", "type of the decoder: blocks of attention, or one LSTM with single-head additive attention", ("transformer", "lstm")
     )
-    decoder_layers: int = option(0, "blocks of the attention decoder; 0 is none, an LSTM is 1", bounds=Bounds(0, MOST_LAYERS))
-    decoder_ffn_embed_dim: int = option(2048, "inner dimension of its feed-forward modules, or size of the LSTM's state", bounds=COUNT)
-    decoder_attention_heads: int = option(4, "its attention heads; an LSTM has one, whatever this says", bounds=COUNT)
+    decoder_layers: int = option(
+        0, "number of blocks of the attention decoder; 0 is no decoder, an LSTM has 1", bounds=Bounds(0, MOST_LAYERS)
+    )
+    decoder_ffn_embed_dim: int = option(
+        2048, "inner dimension of the decoder's feed-forward modules, or size of the LSTM's state", bounds=COUNT
+    )
+    decoder_attention_heads: int = option(4, "attention heads of the decoder; an LSTM always has one", bounds=COUNT)
     decoder_dropout: float = option(0.1, "its dropout", bounds=DROPOUT)
     decoder_norm: str = option(
-        "layer_norm", "LayerNorm before each of its modules, or BatchNorm after each linear layer", ("layer_norm", "batch_norm")
+        "layer_norm",
+        "norms of the decoder: LayerNorm before each module, or BatchNorm after each linear layer",
+        ("layer_norm", "batch_norm"),
     )
     decoder_right_layers: int = option(
-        0, "blocks of a second decoder that says texts from their end, as in U2++; 0 is none", bounds=Bounds(0, MOST_LAYERS)
+        0,
+        "number of blocks of a second decoder that reads texts backwards, as in U2++; 0 is no such decoder",
+        bounds=Bounds(0, MOST_LAYERS),
     )
     decoder_reverse_weight: float = option(0.3, "weight of the second decoder in the loss and in rescoring", bounds=PROBABILITY)
     output_downsampling: int = option(
-        1, "frames of 20 ms per frame that CTC layer and decoder read, by a learned average; hidden states stay", bounds=Bounds(1, 8)
+        1, "frames of 20 ms that a learned average joins for CTC layer and decoder; hidden states stay at 20 ms", bounds=Bounds(1, 8)
     )
 
     def __post_init__(self) -> None:
@@ -113,7 +123,7 @@ class RecognizerConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RecognizerConfig:
-        """Build from a mapping; an unknown key is a `UserError`."""
+        """Build from a mapping. Raises `UserError` for an unknown key."""
         known = [f.name for f in dataclasses.fields(cls)]
         for key in values:
             if key not in known:
@@ -121,14 +131,14 @@ class RecognizerConfig:
         return cls(**values)
 
     def describe(self, config: HubertConfig) -> None:
-        """Write down what the encoder is."""
+        """Store the encoder's configuration."""
         self.encoder = encoder_of(config).name
         self.encoder_config = json.dumps(config.to_dict(), sort_keys=True)
 
     def hubert(self) -> HubertConfig:
         """The configuration of the encoder. Raises `UserError` if there is none."""
         if not self.encoder or not self.encoder_config:
-            raise UserError("the configuration does not say what the encoder is: give a pre-trained checkpoint, or a preset")
+            raise UserError("the configuration does not describe an encoder: give a pre-trained checkpoint, or a preset")
         return stored_config(self.encoder, self.encoder_config)
 
 
@@ -179,7 +189,7 @@ class Recognizer(nn.Module):
 
     @property
     def learns_ctc(self) -> bool:
-        """Whether training has the CTC layer learn: not with ctc_weight=0, where the attention decoder alone does."""
+        """Whether the CTC layer learns in training; with ctc_weight=0 only the attention decoder does."""
         return self.decoder is None or self.config.ctc_weight > 0
 
     def check_ctc(self) -> None:
@@ -198,25 +208,25 @@ class Recognizer(nn.Module):
     # -- inference ---------------------------------------------------------------------------------------------------
 
     def encode(self, wav: Tensor, padding_mask: Tensor | None = None, **chunks: Any) -> tuple[Tensor, Tensor]:
-        """Audio (B, S) -> what CTC layer and decoder read, (B, T / output_downsampling, D), and its padding, (B, T / output_downsampling).
+        """Encode audio (B, S) for CTC layer and decoder: (B, T / output_downsampling, D), and its padding (B, T / output_downsampling).
 
-        chunks: chunk_size and left_chunks of `hidden_states`. Raises `UserError` for chunks that no whole frame of the heads fits.
+        chunks: chunk_size and left_chunks of `hidden_states`. Raises `UserError` for chunks that frames of the heads do not fit.
         """
         self.check_chunk(chunks.get("chunk_size"))
         states, padding = self.hubert.hidden_states(wav, padding_mask, **chunks)
         return self.for_heads(states[-1], ~padding), padding[:, :: self.downsample.rate]
 
     def check_chunk(self, size: int | None) -> None:
-        """Raise `UserError` for chunks of `size` frames of 20 ms that no whole frame of the heads fits."""
+        """Raise `UserError` for chunks of `size` frames of 20 ms that frames of the heads do not fit."""
         if size and size % self.downsample.rate:
             raise UserError(f"chunk_size={size} must be a multiple of output_downsampling={self.downsample.rate}")
 
     def for_heads(self, encoded: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Encoder output (B, T, D), of which frames (B, T) are valid, at the rate that CTC layer and decoder read."""
+        """Bring encoder output (B, T, D), with valid frames (B, T), to the rate of CTC layer and decoder."""
         return self.downsample.down(encoded, valid)
 
     def num_frames(self, samples: int) -> int:
-        """Frames of an utterance of so many samples that CTC layer and decoder read."""
+        """Number of frames that CTC layer and decoder read for an utterance of so many samples."""
         return -(-self.hubert.num_frames(samples) // self.downsample.rate)
 
     def ctc_log_probs(self, encoded: Tensor) -> Tensor:
@@ -230,7 +240,7 @@ class Recognizer(nn.Module):
     def forward(
         self, source: Tensor, targets: Tensor, target_lengths: Tensor, padding_mask: Tensor | None = None, sample_ids: Tensor | None = None
     ) -> RecognizerOutput:
-        """source (B, S), targets (B, U) of target_lengths (B,), padding_mask (B, S), sample_ids (B,): what seeds the masks."""
+        """Losses of source (B, S), targets (B, U) of target_lengths (B,) and padding_mask (B, S); sample_ids (B,) seed the masks."""
         if self.hubert.config.normalize:
             source = normalize_waveform(source, padding_mask, self.hubert.config.normalize_eps)
         frozen = self.training and self.num_updates < self.config.freeze_finetune_updates
@@ -264,7 +274,7 @@ class Recognizer(nn.Module):
         return result
 
     def _specaugment(self, source: Tensor, padding_mask: Tensor | None, sample_ids: Tensor | None) -> Tensor | None:
-        """What SpecAugment masks of the spectrograms (B, M, 80), by seed, update and utterance; None: nothing. Time is not warped."""
+        """SpecAugment's mask of the spectrograms (B, M, 80), by seed, update and utterance; None for none. Time is not warped."""
         config, extractor = self.config, self.hubert.feature_extractor
         if not (config.specaug_freq_masks or config.specaug_time_masks):
             return None
@@ -283,7 +293,7 @@ class Recognizer(nn.Module):
     def _says(
         self, decoder: nn.Module, targets: Tensor, lengths: Tensor, encoded: Tensor, padding: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """A decoder's loss, a sum over letters, and how many of how many letters it has right after the true ones."""
+        """A decoder's loss, summed over letters, the number of letters that it predicts correctly, and the number of all letters."""
         letters, wanted, valid = shifted(targets, lengths, self.alphabet.end)
         scores = decoder(letters, encoded, padding, valid)[valid].float()  # (N, V)
         loss = F.cross_entropy(scores, wanted[valid], reduction="sum", label_smoothing=self.config.label_smoothing)
@@ -297,7 +307,7 @@ class Recognizer(nn.Module):
 
 
 def too_long(where: str, numbers: list[int], frames: int) -> str:
-    """What to say of a transcript that is longer than its audio allows."""
+    """The message about a transcript that is longer than its audio allows."""
     return (
         f"{where}: {len(numbers)} letters need {frames_needed(numbers)} frames, one each and one between equal neighbors, but "
         f"the audio has {max(frames, 0)}: correct the transcript, or leave the recording out"

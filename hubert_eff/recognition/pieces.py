@@ -1,4 +1,4 @@
-"""sentencepiece models: how a text is split into symbols of several characters, kept inside a checkpoint."""
+"""sentencepiece models, which split texts into symbols of several characters, in a form that checkpoints hold."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 
 from ..errors import UserError, missing_extra, short
 
-SPACE = "\u2581"  # what begins a word in a piece
+SPACE = "\u2581"  # begins a word in a piece
 LARGEST = 1 << 26  # bytes of a model
 
 
 class Pieces:
     """A sentencepiece model as a text, `packed`, that a configuration can hold; it is read when a text is first split.
 
-    Reading texts out of numbers does not need it, nor the package.
+    Turning numbers into texts needs neither the model nor the package.
     """
 
     def __init__(self, packed: str) -> None:
@@ -26,7 +26,7 @@ class Pieces:
 
     @classmethod
     def read(cls, file: Path) -> Pieces:
-        """Read a .model file. Raises `UserError` for what is none, and for models that spell by bytes."""
+        """Read a .model file. Raises `UserError` for other files and for models that spell by bytes."""
         if not file.is_file():
             raise UserError(f"no sentencepiece model at {file}")
         try:
@@ -67,7 +67,7 @@ class Pieces:
 
     @property
     def symbols(self) -> list[str]:
-        """The pieces that texts are made of, in order: all but `<unk>` and control symbols."""
+        """The pieces in texts, in order: all except `<unk>` and control symbols."""
         processor = self._processor
         numbers = range(processor.GetPieceSize())
         return [
@@ -75,5 +75,5 @@ class Pieces:
         ]  # fmt: skip
 
     def split(self, text: str) -> list[str]:
-        """The pieces of a text; what no piece spells comes out as it stands there."""
+        """Split a text into pieces; characters that no piece covers stay as they are."""
         return list(self._processor.EncodeAsPieces(text))

@@ -1,4 +1,4 @@
-"""Recordings for recognition: files of any format, or a manifest with its transcripts."""
+"""Reads recordings for recognition: files of any format, or a manifest with its transcripts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..errors import UnusableFile, UserError
 
 
 def read_recording(path: Path) -> Tensor:
-    """A file as 16 kHz mono, (1, S). Raises `UserError` if it is missing, no audio, silent, or holds a sample that is not finite."""
+    """Read a file as 16 kHz mono, (1, S). Raises `UserError` if it is missing, not audio, silent or not finite."""
     try:
         if path.is_dir():
             raise UnusableFile(f"{path} is a folder: name the recordings in it")

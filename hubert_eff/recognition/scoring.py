@@ -1,4 +1,4 @@
-"""Word and character error rates, with what they are made of."""
+"""Word and character error rates with their components."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..errors import missing_extra
 
 @dataclass(frozen=True)
 class Errors:
-    """Errors of the best alignment of texts with what was said, in words or characters; `total` is how many were said."""
+    """Errors in the best alignment of texts with transcripts, in words or characters; `total` counts those of the transcripts."""
 
     substitutions: int
     deletions: int
@@ -20,12 +20,12 @@ class Errors:
 
     @property
     def count(self) -> int:
-        """All errors."""
+        """The number of all errors."""
         return self.substitutions + self.deletions + self.insertions
 
     @property
     def rate(self) -> float:
-        """Errors in % of what was said; above 100 where more was inserted."""
+        """Errors in % of the transcripts; insertions may bring it above 100."""
         return 100.0 * self.count / max(self.total, 1)
 
     def plain(self) -> dict[str, Any]:
@@ -35,7 +35,7 @@ class Errors:
 
 @dataclass(frozen=True)
 class Score:
-    """Errors in words (WER) and in characters, spaces between words among them (CER)."""
+    """Errors in words (WER) and in characters, including spaces between words (CER)."""
 
     words: Errors
     characters: Errors
@@ -46,7 +46,7 @@ class Score:
 
 
 def score(said: Sequence[str], heard: Sequence[str]) -> Score:
-    """The errors of texts, all together, by jiwer. Raises `UserError` where it is not installed."""
+    """Count the errors of all texts together with jiwer. Raises `UserError` if that is not installed."""
     try:
         import jiwer
     except ImportError as error:

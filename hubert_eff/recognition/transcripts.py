@@ -1,4 +1,4 @@
-"""The transcripts of a manifest's utterances: of fairseq's files of symbols, or of `parts.tsv`."""
+"""Reads the transcripts of a manifest's utterances from fairseq's files of symbols or from `parts.tsv`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .pieces import SPACE
 
 
 def read_transcripts(manifest: Manifest, label_dir: Path, labels: str) -> tuple[list[str], Path]:
-    """The text of every utterance, words split by spaces, and the file that they are from.
+    """Read the text of every utterance, with words split by spaces, and the file that they come from.
 
     `SPLIT.<labels>` in `label_dir`, a line per utterance of letters split by spaces with `|` between words, as fairseq has it, or of
     sentencepiece's pieces, is taken as it stands; else the transcripts of `parts.tsv` beside the manifest, normalized. Raises
@@ -39,7 +39,7 @@ def read_transcripts(manifest: Manifest, label_dir: Path, labels: str) -> tuple[
 
 
 def _texts_of(table: Path, manifest: Manifest) -> list[str | None]:
-    """The transcripts of `parts.tsv`, normalized; None where a part of an utterance has none."""
+    """The normalized transcripts of `parts.tsv`; None for an utterance with a part that has none."""
     parts: dict[str, list[str]] = defaultdict(list)
     for _, row in read_parts(table, ("utterance", "transcript")):
         parts[row["utterance"]].append(row["transcript"])
@@ -49,7 +49,7 @@ def _texts_of(table: Path, manifest: Manifest) -> list[str | None]:
 
 
 def _check_order(texts: Sequence[str], known: Sequence[str | None], file: Path, manifest: Manifest) -> None:
-    """Raise `UserError` if most lines are the transcript of another utterance than theirs: those of another manifest or order."""
+    """Raise `UserError` if most lines are the transcripts of other utterances, as with another manifest or order."""
     places = {text: place for place, text in enumerate(known) if text}
     said = [normalize_text(text) for text in texts]
     moved = [i for i, (text, right) in enumerate(zip(said, known)) if right and text != right and text in places]

@@ -16,15 +16,15 @@ from ..profiling.precision import FLOAT, PACKED, SIMULATED
 from ..utils.files import replacing
 from .tables import plain_table
 
-FORMS = {  # what a reader of one-bit models must know
+FORMS = {  # notes for readers about the forms of one-bit models
     PACKED: "runs from bits, as an export does.",
-    SIMULATED: "computes with its one- and two-bit numbers as floats, as in training: no time of what is shipped.",
+    SIMULATED: "computes with one- and two-bit numbers as floats, as in training: not the time of an export.",
 }
-LEAST = 0.05  # groups below this share, in %, of parameters, operations and time alike are left out of the printed tables
+LEAST = 0.05  # groups with less than this share, in %, of parameters, operations and time are left out of the printed tables
 
 
 def render(timings: Sequence[Timing], shares: Sequence[Shares], facts: dict[str, Any]) -> Group:
-    """Latencies, then for each model and length where the time goes."""
+    """Tables of latencies, and of where the time goes for each model and length."""
     table = plain_table("model", "audio s", "batch", "p50 ms", "p95 ms", "RTF", "peak MB", "file MB", "x first", "p5 x", "p95 x", "kernel")
     for t in timings:
         peak = "-" if t.peak_memory_mb is None else f"{t.peak_memory_mb:,.0f}"
@@ -60,7 +60,7 @@ def _shares_table(shares: Shares) -> Group:
 
 
 def draw(timings: Sequence[Timing], shares: Sequence[Shares], folder: Path) -> list[Path]:
-    """Latency over the length of audio, and the shares of the blocks' time, as bench.svg and bench.png. Needs matplotlib."""
+    """Draw latency over the length of audio, and shares of the blocks' time, as bench.svg and bench.png. Needs matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:

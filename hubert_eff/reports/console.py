@@ -1,4 +1,4 @@
-"""What `hubert-eff train` prints of a run: lines that can be read. The log file keeps all that fairseq writes."""
+"""Prints readable lines of a run for `hubert-eff train`. The log file keeps everything that fairseq writes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TextIO
 from ..errors import printable
 from .training_log import NO_BETTER
 
-SECONDS = 10.0  # between two lines about training; long runs print one for every fiftieth part of what they have taken
+SECONDS = 10.0  # minimum time between two lines about training; long runs print one per fiftieth of their time so far
 STATISTICS = {"train", "train_inner", "valid"}
 SHOWN = (
     re.compile(r"num\. shared model params: (?P<parameters>[\d,]+)"),
@@ -32,13 +32,13 @@ class Console(logging.StreamHandler[TextIO]):
         self.addFilter(self.choose)
         self.most: int | None = None  # updates of the run
         self.began = self.last = time.monotonic()
-        self.first: tuple[int, float] | None = None  # (updates, time) of the first figures, from which speed is counted
+        self.first: tuple[int, float] | None = None  # (updates, time) of the first figures, the reference for the speed
 
     def choose(self, record: logging.LogRecord) -> bool:
-        """Whether a record is printed: warnings and errors, what the plug-in says, figures now and then, how the run begins and ends."""
+        """Whether to print a record: warnings and errors, lines of the plug-in, figures now and then, begin and end of the run."""
         if record.levelno >= logging.WARNING or record.name.startswith("fairseq_plugins"):
             return True
-        if isinstance(record.msg, Mapping):  # the configuration, which a run logs first
+        if isinstance(record.msg, Mapping):  # a run first logs its configuration
             self.most = (record.msg.get("optimization") or {}).get("max_update")
             return False
         if record.name in STATISTICS:
@@ -56,10 +56,10 @@ class Console(logging.StreamHandler[TextIO]):
         if now - self.last < max(SECONDS, (now - self.began) / 50) and updates != self.most:
             return False
         self.last = now
-        return record.name != "train" or updates != self.most  # of the last update, once
+        return record.name != "train" or updates != self.most  # the last update is printed only once
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line."""
+        """Format a record as one line."""
         if record.name in STATISTICS and record.levelno < logging.WARNING:
             return self._said(record.name == "valid", _figures(record))
         text = record.getMessage()
@@ -98,7 +98,7 @@ def _figures(record: logging.LogRecord) -> dict[str, float]:
 
 
 def _duration(seconds: float) -> str:
-    """Such as 45 s, 12 min, 3 h 20 min, 2 d 4 h."""
+    """A duration as text, such as 45 s, 12 min, 3 h 20 min, 2 d 4 h."""
     minutes = round(seconds / 60)
     if minutes < 2:
         return f"{seconds:.0f} s"

@@ -1,6 +1,6 @@
-"""Versions of everything hubert-eff works with, and the breakages that are known between them and of the CPU, each with its fix.
+"""Checks the versions of everything that hubert-eff works with, and known breakages between them and of the CPU, each with its fix.
 
-Versions are read from the installed packages' metadata: nothing heavy is imported except torch, for threads and GPUs.
+Versions come from the metadata of installed packages; nothing heavy is imported except torch, for threads and GPUs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 from ..kernels.cpu import Cpu, cpu
 
-# distribution name -> what it is for ("" = the core); the order is that of the report
+# distribution name -> extra that needs it ("" = the core), in the order of the report
 PACKAGES = {
     "hubert-eff": "",
     "torch": "",
@@ -32,7 +32,7 @@ PACKAGES = {
     "soxr": "data",
     "scikit-learn": "data",
     "espeakng-loader": "data",
-    "fairseq": "",  # stock fairseq: must not be there
+    "fairseq": "",  # stock fairseq, which must not be installed
     "fairseq-fixed": "fairseq",
     "omegaconf": "fairseq",
     "hydra-core": "fairseq",
@@ -40,7 +40,7 @@ PACKAGES = {
     "setuptools": "superb",
     "transformers": "superb",
     "huggingface_hub": "superb",
-    "catalyst": "",  # must not be there
+    "catalyst": "",  # must not be installed
     "pip": "",
 }
 CORE = ("torch", "numpy", "soundfile", "safetensors", "rich", "pyyaml")
@@ -49,13 +49,13 @@ PURPOSE = {
     "fairseq": "pre-training with fairseq-hydra-train",
     "superb": "SUPERB evaluation with S3PRL",
 }
-NOISE = 0.05  # relative error of a product in bfloat16 that is not rounding, which gives 0.003
+NOISE = 0.05  # relative error of a product in bfloat16 above which it is wrong; rounding gives 0.003
 FOR_S3PRL = "pip install torch==2.8.0 torchaudio==2.8.0"
 
 
 @dataclass(frozen=True)
 class Environment:
-    """What the checks look at. `packages` holds installed distributions only, by name."""
+    """The input of the checks. `packages` has the installed distributions by name."""
 
     python: tuple[int, int, int]
     packages: Mapping[str, str]
@@ -66,10 +66,10 @@ class Environment:
     torch_error: str | None = None  # why `import torch` fails
     gpus: tuple[str, ...] = ()
     bfloat16_errors: tuple[float, float] | None = None  # of grouped convolutions on this CPU: torch's, and this package's
-    one_bit: Mapping[str, str] = field(default_factory=dict)  # which kernel runs an operation of one-bit layers
-    one_bit_error: str | None = None  # why that is not a fast one
+    one_bit: Mapping[str, str] = field(default_factory=dict)  # kernel of each operation of one-bit layers
+    one_bit_error: str | None = None  # why no fast kernel runs
     processor: Cpu | None = None
-    float_layers: Mapping[str, str] = field(default_factory=dict)  # which rule, and which form of each layer runs
+    float_layers: Mapping[str, str] = field(default_factory=dict)  # the rule, and the form of each layer
 
     def version(self, package: str) -> tuple[int, ...] | None:
         """The release of an installed package as numbers, without local or pre-release part; None if absent."""
@@ -82,8 +82,8 @@ class Environment:
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing worth saying. `broken`: something installed does not work. `missing`: an optional part is not installed.
-    `warning`: works, but not as tested."""
+    """One result of a check. `broken`: something installed does not work. `missing`: an optional part is not installed.
+    `warning`: it works, but has not been tested."""
 
     status: str
     what: str
@@ -119,7 +119,7 @@ def read_environment() -> Environment:
             if own := tuned(threads):
                 float_layers |= {f"tuned {name}": form for name, form in own.described().items()}
             gpus = tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-        except Exception as reason:  # a broken installation raises anything, OSError for a missing library above all
+        except Exception as reason:  # a broken installation may raise anything, often OSError for a missing library
             error = f"{type(reason).__name__}: {' '.join(str(reason).split())}"
     return Environment(
         python=sys.version_info[:3],
@@ -139,7 +139,7 @@ def read_environment() -> Environment:
 
 
 def one_bit_kernels() -> tuple[dict[str, str], str | None]:
-    """Which kernel runs each operation of one-bit layers, compiled now if it never was; and why that is none, or not a fast one."""
+    """The kernel of each operation of one-bit layers, compiled now if necessary; and the reason if there is none or only a slow one."""
     from ..errors import UserError
     from ..kernels.loader import absence, described
 
@@ -154,7 +154,7 @@ def one_bit_kernels() -> tuple[dict[str, str], str | None]:
 
 
 def convolution_errors() -> tuple[float, float]:
-    """Relative error (L2) of grouped convolutions in bfloat16 on this CPU, torch's and this package's, in shapes that AMX gets wrong."""
+    """Relative error (L2) of torch's and this package's grouped convolutions in bfloat16 on this CPU, in shapes that AMX gets wrong."""
     import torch
     from torch.nn import functional as F
 
@@ -173,7 +173,7 @@ def convolution_errors() -> tuple[float, float]:
 
 
 def diagnose(environment: Environment) -> list[Finding]:
-    """All findings, breakages first; empty when everything is installed and fits together."""
+    """All findings, breakages first; empty if everything is installed and fits together."""
     findings = [finding for check in CHECKS for finding in check(environment)]
     return sorted(findings, key=lambda f: ("broken", "warning", "missing").index(f.status))
 
@@ -183,7 +183,7 @@ def _text(version: tuple[int, ...] | None) -> str:
 
 
 def _install(environment: Environment, extra: str) -> str:
-    """The command that installs an extra; fairseq-fixed and s3prl are built from source, so their build is constrained too.
+    """The command that installs an extra; it also constrains builds, since fairseq-fixed and s3prl are built from source.
 
     requirements-lock.txt stands at the top of a checkout.
     """
@@ -196,7 +196,7 @@ def _install(environment: Environment, extra: str) -> str:
 
 
 def check_core(env: Environment) -> Iterator[Finding]:
-    """Python, the core's packages, torch."""
+    """Check Python, the core's packages and torch."""
     if env.python < (3, 10):
         yield Finding("broken", f"Python {_text(env.python)} is older than 3.10", "use Python 3.11")
     elif env.python >= (3, 13):
@@ -223,7 +223,7 @@ def check_core(env: Environment) -> Iterator[Finding]:
 
 
 def check_machine(env: Environment) -> Iterator[Finding]:
-    """Whether this CPU computes in bfloat16 what it should, and what one-bit layers run on."""
+    """Check that this CPU computes correctly in bfloat16, and the kernels of one-bit layers."""
     if env.one_bit_error is not None:
         fix = "install g++ or clang++ (Debian: apt-get install g++)" if env.one_bit else "unset HUBERT_EFF_KERNEL"
         yield Finding("warning" if env.one_bit else "broken", env.one_bit_error, fix)
@@ -241,7 +241,7 @@ def check_machine(env: Environment) -> Iterator[Finding]:
 
 
 def check_audio(env: Environment) -> Iterator[Finding]:
-    """torchaudio is compiled against one version of torch; from 2.11 on, against that and later ones."""
+    """Check torchaudio, which is compiled against one version of torch, and from 2.11 on also works with later ones."""
     torch, audio = env.version("torch"), env.version("torchaudio")
     if torch is None or audio is None or audio[:2] == torch[:2] or torch > audio >= (2, 11):
         return
@@ -254,7 +254,7 @@ def check_audio(env: Environment) -> Iterator[Finding]:
 
 
 def check_fairseq(env: Environment) -> Iterator[Finding]:
-    """fairseq under any name, and the packages that its imports need."""
+    """Check fairseq under any name, and the packages that its imports need."""
     replace = f"pip uninstall -y fairseq fairseq-fixed && {_install(env, 'fairseq')}"
     stock, fixed = env.version("fairseq"), env.version("fairseq-fixed")
     if stock is not None and fixed is not None:
@@ -277,7 +277,7 @@ def check_fairseq(env: Environment) -> Iterator[Finding]:
 
 
 def check_superb(env: Environment) -> Iterator[Finding]:
-    """S3PRL and the packages whose new versions dropped what it calls."""
+    """Check S3PRL, and the packages whose new versions dropped functions that it calls."""
     s3prl = env.version("s3prl")
     if s3prl is None:
         return
@@ -310,7 +310,7 @@ def check_superb(env: Environment) -> Iterator[Finding]:
 
 
 def check_shared(env: Environment) -> Iterator[Finding]:
-    """What fairseq and S3PRL both need."""
+    """Check what fairseq and S3PRL both need."""
     users = [name for name in ("fairseq-fixed", "s3prl") if name in env.packages]
     if not users:
         return
@@ -325,7 +325,7 @@ def check_shared(env: Environment) -> Iterator[Finding]:
 
 
 def check_extras(env: Environment) -> Iterator[Finding]:
-    """Optional parts that are not installed, and what their installation needs."""
+    """Find optional parts that are not installed, and what their installation needs."""
     stock = "fairseq" in env.packages and "fairseq-fixed" not in env.packages
     absent = {
         "data": [n for n, extra in PACKAGES.items() if extra == "data" and n not in env.packages],
@@ -351,7 +351,7 @@ CHECKS: tuple[Callable[[Environment], Iterator[Finding]], ...] = (
 
 
 def report(environment: Environment, findings: list[Finding]) -> dict[str, Any]:
-    """The whole diagnosis as plain values. `usable` is False when something installed is broken."""
+    """The whole diagnosis as plain values. `usable` is False if something installed is broken."""
     return {
         "usable": not any(f.status == "broken" for f in findings),
         "python": _text(environment.python),

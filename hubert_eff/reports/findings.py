@@ -1,4 +1,4 @@
-"""What a report finds below the folders given: logs of training, results of SUPERB tasks, measurements, and what their models cost."""
+"""Collects what a report shows: training logs, results of SUPERB tasks, measurements, and the costs of their models."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from .table2 import METRICS, REFERENCES
 from .training_log import LOG, TrainingLog, read_log
 
 COSTS = {"storage": "storage, MB", "bop": "bit operations of 10 s, 2^30", "ms": "measured latency of 10 s, ms"}
-CHECKPOINTS = ("checkpoint_best.pt", "checkpoint_last.pt")  # of a run, whose model is profiled: the first that is there
+CHECKPOINTS = ("checkpoint_best.pt", "checkpoint_last.pt")  # checkpoints of a run; the model of the first that exists is profiled
 
 
 @dataclass
 class Findings:
-    """What the folders hold: training runs, results of SUPERB tasks, measurements, and the profiles of the models these speak of."""
+    """The content of the folders: training runs, results of SUPERB tasks, measurements, and profiles of their models."""
 
     runs: list[TrainingLog] = field(default_factory=list)
     results: list[dict[str, Any]] = field(default_factory=list)
     timings: list[Timing] = field(default_factory=list)
     shares: list[Shares] = field(default_factory=list)
     profiles: dict[str, Profile] = field(default_factory=dict)
-    checkpoints: dict[str, str] = field(default_factory=dict)  # of a run, by its name: the file of its model
+    checkpoints: dict[str, str] = field(default_factory=dict)  # name of a run -> file of its model
     left_out: list[str] = field(default_factory=list)  # what cannot be read or profiled, and why
 
 
 def collect(folders: Iterable[str | os.PathLike[str]]) -> Findings:
-    """Read every log of training, result.json of a SUPERB task and bench.json below the folders; profile their models.
+    """Read every training log, result.json of a SUPERB task and bench.json below the folders, and profile their models.
 
-    What cannot be read is left out, and named. Raises `UserError` where folders were given and none of them holds any of these.
+    Files that cannot be read are left out and named. Raises `UserError` if folders are given and none of them holds any of these.
     """
     found, given = Findings(), [Path(folder) for folder in folders]
     for folder in given:
@@ -71,7 +71,7 @@ def _size(found: Findings) -> int:
 
 
 def _take_log(path: Path, found: Findings) -> None:
-    run = read_log(path, str(path.parent))  # raises for a run that was refused, or has just begun
+    run = read_log(path, str(path.parent))  # raises for a run that was refused or has just begun
     found.runs.append(run)
     files = [path.parent / name for name in CHECKPOINTS]
     for file in filter(Path.is_file, files[::-1]):
@@ -109,7 +109,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _model(result: dict[str, Any]) -> str:
-    """The preset or checkpoint of a result: an untrained preset is named PRESET@SEED."""
+    """The preset or checkpoint of a result; an untrained preset is named PRESET@SEED."""
     return profiled(str(result["upstream"]))
 
 
@@ -119,5 +119,5 @@ def profiled(upstream: str) -> str:
 
 
 def short_name(name: str) -> str:
-    """A checkpoint by its last folder and file; another name as it is."""
+    """The last folder and file of a checkpoint; other names unchanged."""
     return "/".join(Path(name).parts[-2:]) if os.sep in name else name

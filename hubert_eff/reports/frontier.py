@@ -1,4 +1,4 @@
-"""Quality over cost: the points, which of them no other beats, and their drawing with labels that do not overlap."""
+"""Draws quality over cost, with the best points and labels that do not overlap."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 from ..analysis.plots import plot_text
 from ..errors import missing_extra
 
-SIZE = (4.8, 4.0)  # inches: at a phone's width, letters are still about their natural size
+SIZE = (4.8, 4.0)  # inches; on a phone, letters still have about their natural size
 FRAME = (0.14, 0.125, 0.84, 0.76)  # of the axes: left, bottom, width, height in shares of the figure
 LINE = 1.15  # height of a label, in its own heights
 
 
 @dataclass(frozen=True)
 class Point:
-    """One model: its cost, its quality, and whose figures these are."""
+    """One model: its cost, its quality, and the source of these figures."""
 
     label: str
     cost: float
@@ -28,7 +28,7 @@ class Point:
 
 
 def best(points: Sequence[Point], more_is_better: bool) -> list[Point]:
-    """The points that no other one equals or beats in both cost and quality, cheapest first."""
+    """The points that no other point equals or beats in both cost and quality, cheapest first."""
     sign = 1.0 if more_is_better else -1.0
     front: list[Point] = []
     for point in sorted(points, key=lambda p: (p.cost, -sign * p.quality)):
@@ -48,7 +48,7 @@ def draw(points: Sequence[Point], cost: str, quality: str, more_is_better: bool)
         raise missing_extra("matplotlib", "plot", "the report's figures") from error
     figure = Figure(figsize=SIZE)
     FigureCanvasAgg(figure)
-    axes = figure.add_axes(FRAME)  # a layout that is looked for takes longer than the drawing
+    axes = figure.add_axes(FRAME)  # searching for a layout takes longer than drawing
     for ours, color, line, name in ((False, "#8a8a8a", "#9db4d0", "the paper's models"), (True, "#c2410c", "#f0c3a8", "models found")):
         chosen = [p for p in points if p.ours is ours]
         if chosen:
@@ -74,7 +74,7 @@ def draw(points: Sequence[Point], cost: str, quality: str, more_is_better: bool)
 
 
 def _place_labels(figure: Any, axes: Any, points: Sequence[Point]) -> None:
-    """Beside each point, or above or below it, where it overlaps no label or point; a thin line leads to one that was moved."""
+    """Place a label beside, above or below each point so that it overlaps no label or point; a thin line leads to a moved label."""
     renderer = figure.canvas.get_renderer()
     axes.autoscale(False)
     frame, to_data = axes.get_window_extent(), axes.transData.inverted().transform
@@ -113,6 +113,6 @@ def as_bytes(figure: Any, kind: str) -> bytes:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # of a name in another script
         dpi = figure.dpi if kind == "svg" else 1000 / figure.get_figwidth()
-        with rc_context({"svg.fonttype": "none"}):  # letters as text: a fifth of the size of their outlines
+        with rc_context({"svg.fonttype": "none"}):  # letters as text take a fifth of the size of their outlines
             figure.savefig(stream, format=kind, dpi=dpi, metadata={"Date": None} if kind == "svg" else None)
     return stream.getvalue()

@@ -1,4 +1,4 @@
-"""The report's HTML: a page that needs no network, and no window wider than a phone."""
+"""The report's HTML, a page that needs no network and fits on a phone."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from .narrow import narrow
 from .table2 import QUALITIES
 from .training_log import TrainingLog
 
-LEAST = 1.0  # shares of time below this, in %, are summed up as the rest
-MOST_COLORS = 10  # that are told apart at sight, the rest among them
+LEAST = 1.0  # shares of time below this, in %, are added up as the rest
+MOST_COLORS = 10  # number of distinguishable colors, including the rest
 
 
 @dataclass(frozen=True)
 class Curves:
-    """A run, and its panels: title and SVG."""
+    """A run and its panels, each a title and SVG."""
 
     run: TrainingLog
     panels: list[tuple[str, bytes]]
@@ -39,7 +39,7 @@ class Chart:
     task: str
     cost: str
     svg: bytes
-    paper: bool  # whether it holds the paper's models
+    paper: bool  # whether it shows the paper's models
     dropped: int
 
 
@@ -82,7 +82,7 @@ REST = "#c9ced6"
 
 
 def escape(text: object) -> str:
-    """Text for HTML; what cannot be shown as it is in the notation of `printable`."""
+    """Text for HTML; unprintable characters are written as by `printable`."""
     return html.escape(printable(text))
 
 
@@ -90,12 +90,12 @@ def as_html(
     rows: Sequence[dict[str, Any]], found: Findings, charts: Sequence[Chart], curves: Sequence[Curves],
     together: Sequence[tuple[str, bytes]] = (),
 ) -> str:  # fmt: skip
-    """The page: runs first, with what their models cost and reach, then what they are compared with.
+    """The page: first runs, with costs and results of their models, then what they are compared with.
 
     rows: of `table1.table1`. together: panels of several runs over each other, each a title and its SVG.
     """
     left_out = "".join(f"<p class=soft>Left out: {escape(text)}</p>" for text in found.left_out)
-    title = f"The run {short_name(found.runs[0].name)}" if len(found.runs) == 1 else "What the models cost, and what they are worth"
+    title = f"The run {short_name(found.runs[0].name)}" if len(found.runs) == 1 else "Cost and quality of the models"
     modules = [_modules(name, p) for name, p in found.profiles.items()]
     body = [
         f"<h1>{escape(title)}</h1>",
@@ -121,7 +121,7 @@ def as_html(
 
 
 def _missing(found: Findings) -> list[str]:
-    """What the folders given did not hold, and the command that makes it."""
+    """What is missing in the given folders, and the command that makes it."""
     made = {
         "No model was found: a run's folder holds one in checkpoint_best.pt.": found.profiles,
         "No SUPERB results were found: hubert-eff superb run ... --out DIR makes them.": found.results,
@@ -135,12 +135,12 @@ def _number(value: float | None, form: str = ",.2f") -> str:
 
 
 def _foldable(text: str) -> str:
-    """A name of a column, which may be broken behind the parts of a path."""
+    """The name of a column, with line breaks allowed after parts of a path."""
     return escape(text).replace("/", "/<wbr>").replace("_", "_<wbr>")
 
 
 def _table(head: Sequence[str], groups: Iterable[tuple[str, Sequence[Sequence[str]]]]) -> str:
-    """`groups`: a name, and the rows of cells that belong to it; a line stands above each."""
+    """A table of `groups`, each a name and its rows of cells, with a line above each."""
     lines = ["<div class=wide><table><thead><tr>", *(f"<th>{_foldable(h)}</th>" for h in head), "</tr></thead>"]
     for name, rows in groups:
         lines.append(f"<tbody><tr><th rowspan={len(rows)}>{escape(name)}</th>")

@@ -1,4 +1,4 @@
-"""A model card in Markdown: what a file holds, what it costs, how it is loaded, where it comes from, what it is not good for."""
+"""Writes model cards in Markdown: content, cost, loading, origin and limits of a file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ..utils.files import write_text
 
 SECONDS = 10.0
 README = "README.md"
-# what the Hub calls licenses
+# the Hub's names for licenses
 LICENSES = (
     "apache-2.0", "mit", "bsd-3-clause", "gpl-3.0", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0",
     "cc-by-nc-nd-4.0", "cc-by-nd-4.0", "openrail",
@@ -32,9 +32,9 @@ LICENSES = (
 
 
 def write_card(file: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
-    """Write the card of an export beside it, and return its path and the figures in it.
+    """Write the card of an export beside it; returns its path and its figures.
 
-    The file is read back and profiled, so that the card describes what others will load.
+    The file is read back and profiled, so the card describes what others will load.
     """
     path = Path(file)
     metadata, model = read_metadata(path), read_export(path)
@@ -50,16 +50,16 @@ def write_card(file: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
 
 
 def write_readme(folder: str | os.PathLike[str], metadata: Mapping[str, str], base_model: str = "") -> tuple[Path, dict[str, Any]]:
-    """Write README.md of a folder of Hugging Face, with the metadata that the Hub reads, and return its path and the figures in it.
+    """Write README.md of a folder of Hugging Face, with metadata for the Hub; returns its path and its figures.
 
-    metadata: what `hubert_eff.exporting.huggingface.export_folder` says of the model; base_model: the one that it was trained from.
+    metadata: what `hubert_eff.exporting.huggingface.export_folder` returns; base_model: the model that it was trained from.
     """
     path = Path(folder)
     model, values = load(path), json.loads((path / CONFIG).read_text(encoding="utf-8"))
     file = path / WEIGHTS[0]
     figures = _figures(file, metadata, model)
     kind, own = values["architectures"][0], values["model_type"] == OWN
-    if not own:  # without what only pre-training uses, with a CTC layer
+    if not own:  # without the parts for pre-training, with a CTC layer
         with safe_open(file, framework="pt") as stream:
             sizes = [torch.Size(stream.get_slice(name).get_shape()).numel() for name in stream.keys()]  # noqa: SIM118 (not a mapping)
         width = DTYPES[metadata["dtype"]].itemsize
@@ -90,7 +90,7 @@ def write_readme(folder: str | os.PathLike[str], metadata: Mapping[str, str], ba
 
 
 def _license(said: str) -> dict[str, str]:
-    """A license as the Hub wants it."""
+    """A license in the Hub's notation."""
     name = "-".join(said.lower().split())
     if not name:
         return {"license": "unknown"}
@@ -144,15 +144,15 @@ def _text(name: str, metadata: Mapping[str, str], figures: dict[str, Any], use: 
         "Hidden states are features for a task's own head; the file has neither head nor label embeddings, and cannot be trained on."
         if packed or int8
         else "Hidden states are features for a task's own head; the label embeddings of pre-training are left out.",
-        "Nothing is known here of who is misrepresented in the training data: test on the voices it is meant for.",
+        "It is unknown who is misrepresented in the training data: test on the voices that the model is meant for.",
     ]
     if config["extractor_mode"] == "default":
         limits.append("Its extractor normalizes over the whole recording: padding a batch changes features.")
     if packed:
-        limits.append("Kernels for AVX-512, AVX2 and NEON are compiled at first use; without a C++ compiler it computes the same, slowly.")
+        limits.append("Kernels for AVX-512, AVX2 and NEON are compiled at first use; without a C++ compiler it computes the same slowly.")
     if int8:
         limits.append(
-            "int8 is fast on processors with VNNI or AMX; on others torch's dynamic quantization runs, whose numbers differ a little."
+            "int8 is fast on processors with VNNI or AMX; on others torch's dynamic quantization runs, with slightly different results."
         )
     if dtype == "bf16":
         limits.append("bfloat16 is fast on processors that have it (AVX-512 BF16, AMX); on others fp16 files of the same size are faster.")

@@ -1,4 +1,4 @@
-"""The ten SUPERB tasks as a narrow table: a line per task, a column per model, then chance and the best that was published."""
+"""The ten SUPERB tasks as a narrow table: a line per task, a column per model, then chance and the best published figure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from .table2 import GENERATED, METRICS, REFERENCES
 
-# what a system reaches that knows nothing, where the test set does not tell: an equal error rate, detecting nothing
+# figures of a system that knows nothing, if the test set does not tell: an equal error rate, detecting nothing
 CHANCE = {"asv": 50.0, "qbe": 0.0}
 TOY = "°"  # marks figures of generated data
 NOTE = (
@@ -18,7 +18,7 @@ NOTE = (
 TOY_NOTE = f"{TOY} marks figures on generated data: do not compare them with the best published figure or the paper's models."
 NO_UNTRAINED = "No untrained model is here: hubert-eff superb run --upstream PRESET@0 shows what the training is worth."
 
-Results = Mapping[str, Mapping[str, Any]]  # of a model: what result.json holds, by task
+Results = Mapping[str, Mapping[str, Any]]  # content of a model's result.json, by task
 
 
 def is_untrained(upstream: str) -> bool:
@@ -27,7 +27,7 @@ def is_untrained(upstream: str) -> bool:
 
 
 def narrow(models: Sequence[tuple[str, str, Results]]) -> tuple[list[str], list[list[str]], list[str]]:
-    """Head, rows and notes of the table of models, each given as label, upstream and results; untrained ones come last.
+    """Head, rows and notes of the table of models (label, upstream, results); untrained models come last.
 
     A row is a task with its metric and an arrow that says which way is better; figures are in the units of the paper's Table 2.
     """

@@ -1,4 +1,4 @@
-"""The report: one self-contained HTML page of runs, costs, SUPERB results and quality over cost; figures and tables beside it."""
+"""Writes the report: a self-contained HTML page of runs, costs, SUPERB results and quality over cost, with figures and tables."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ MEASURED_SECONDS = 10.0
 
 
 def points(found: Findings, task: str, cost: str) -> list[frontier.Point]:
-    """The models of one chart: those of the results found, and the paper's, with the paper's own figures, where they compare.
+    """The models of one chart: those found, and the paper's models with the paper's figures if they are comparable.
 
-    Results on SUPERB's data with its settings compare with the paper's, and where there are any, others are left out of the chart; results
-    on other data or with fewer steps compare among themselves only. Without any result found all of the paper's models are there.
+    Results on SUPERB's data with its settings compare with the paper's; if there are any, others are left out of the chart. Results on
+    other data or with fewer steps compare only with each other. Without results the chart shows all models of the paper.
     """
     chart, found = [], comparable(found, task)
     alone = bool(found.results) and not all(result.get("superb_settings") for result in found.results)
@@ -64,19 +64,19 @@ def comparable(found: Findings, task: str) -> Findings:
 
 
 def _qualities(found: Findings, task: str) -> list[tuple[str, str, float]]:
-    """Upstream, steps and data, and figure of each result of a task."""
+    """Upstream, steps with data, and figure of each result of a task."""
     metric = METRICS[task]
     return [(str(r["upstream"]), _remark(r), metric.scale * r[metric.key]) for r in found.results if r["task"] == task]
 
 
 def _remark(result: dict[str, Any]) -> str:
-    """Steps of a result, and its data set where that is known."""
+    """Steps of a result, and its data set if that is known."""
     steps = result.get("steps")
     return ", ".join(filter(None, [f"{steps} steps" if steps else "", str(result.get("data_set", ""))]))
 
 
 def _scores(found: Findings) -> list[tuple[str, str, float]]:
-    """Upstream and SUPERB score of those with results of all ten tasks, as SUPERB has them: on its data, by its settings."""
+    """Upstream and SUPERB score of models with results of all ten tasks on SUPERB's data with its settings."""
     by_upstream: dict[str, dict[str, dict[str, Any]]] = {}
     for result in found.results:
         if result.get("superb_settings"):
@@ -102,7 +102,7 @@ def write_report(found: Findings, out: str | os.PathLike[str]) -> list[Path]:
         together = [(title, frontier.as_bytes(figure, "svg")) for title, figure in draw_panels(found.runs)]
         written += _pictures(draw_curves(found.runs), target / "training-together")
     shown = _shown_tasks(found)
-    paper = not (found.runs or found.results or found.timings or found.shares)  # nothing found: the paper's models alone
+    paper = not (found.runs or found.results or found.timings or found.shares)  # nothing was found, so only the paper's models are shown
     for task in QUALITIES if paper else shown:
         for cost, axis in COSTS.items():
             chart = points(found, task, cost)
@@ -135,7 +135,7 @@ def write_report(found: Findings, out: str | os.PathLike[str]) -> list[Path]:
 
 
 def _storable(value: Any) -> Any:
-    """Values as JSON can hold them: what is not finite is none, texts of files can be written as UTF-8."""
+    """Values that JSON can hold: None for numbers that are not finite, and texts that UTF-8 can encode."""
     if isinstance(value, dict):
         return {str(_storable(key)): _storable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -156,13 +156,13 @@ def _pictures(figure: Any, stem: Path) -> list[Path]:
 
 
 def _shown_tasks(found: Findings) -> list[str]:
-    """The tasks that results were found of; where nothing at all was found, one of the paper's."""
+    """The tasks with results; one of the paper's if nothing at all was found."""
     tasks = [*dict.fromkeys(result["task"] for result in found.results), *([SCORE] if _scores(found) else [])]
     return tasks or ([] if found.runs or found.timings or found.shares else ["ks"])
 
 
 def _costs(rows: Sequence[dict[str, Any]], found: Findings) -> list[dict[str, Any]]:
-    """The cost table as plain columns: the paper's models by our count, then the models found."""
+    """The cost table as plain columns: first the paper's models by our count, then the models found."""
     figures = ("params", "storage_mb", "gflop", "bop_nonq_g", "bop_bq_g", "est_time_e4_s")
     table = []
     for row in rows:

@@ -1,4 +1,4 @@
-"""The counter that the paper's Table 1 seems to have been made with, worked out from its figures ("Attention or Convolution", 10 s).
+"""The counter behind the paper's Table 1, inferred from its figures ("Attention or Convolution", 10 s).
 
 The paper does not print its formulas. These were found by fitting its columns; they count some products more than once, and other models
 than the stored ones in places. A cell that no formula meets stays open. `reports.table1` shows them (`hubert-eff profile --table1
@@ -17,7 +17,7 @@ from ..models.extractor import num_frames
 
 SECONDS = 10.0
 POSITIONAL = 8  # D^2 MACs of the positional convolution per frame: 128 taps x D channels in of 16 groups x D channels out
-ATTENTION_PRODUCTS = 3  # counted; two are computed
+ATTENTION_PRODUCTS = 3  # number that is counted; two are computed
 TABLE1_FFN = 1024  # of a Conformer-S that meets the paper's FLOP; its stored model has 3072
 
 SUMMARY = (
@@ -33,7 +33,7 @@ SUMMARY = (
 
 @dataclass(frozen=True)
 class PaperCount:
-    """MACs by the paper's counter; None: open. `bop_macs` are those behind BOP_NonQ, where the paper's are not those of its FLOP."""
+    """MACs by the paper's counter; None for open cells. `bop_macs` are those behind BOP_NonQ if they differ from those behind FLOP."""
 
     float_macs: int | None
     bop_macs: int | None
@@ -44,7 +44,7 @@ OPEN = PaperCount(None, None, None)
 
 
 def paper_count(preset: str) -> PaperCount:
-    """What the paper's counter finds for a preset of Table 1 (`+w1a1`: its BQ row) on 10 s of audio.
+    """The result of the paper's counter for a preset of Table 1 (`+w1a1`: its BQ row) on 10 s of audio.
 
     Source: fitted to the figures of Table 1; see `float_macs` and `binary_macs`.
     """

@@ -1,4 +1,4 @@
-"""The paper's Table 1 rebuilt: what our counter finds for its ten models, beside the paper's figures (10 s).
+"""Rebuilds the paper's Table 1: our counts of its ten models beside the paper's figures (10 s).
 
 The paper: "Attention or Convolution" (Jeon et al. 2023, arXiv:2311.02772), Table 1.
 
@@ -30,7 +30,7 @@ FIGURES = ("storage_mb", "gflop", "bop_nonq_g", "bop_bq_g", "est_time_e4_s")
 HEADINGS = ("storage MB", "GFLOP", "BOP_NonQ G", "BOP_BQ G", "time 1e-4 s")
 FLOAT_WIDTH = 32  # bits of the paper's float operands
 CLEAN, PAPER = "clean", "paper"
-COUNTERS = {  # whose figures stand beside the paper's -> name of their line
+COUNTERS = {  # counter -> name of its line in the table
     CLEAN: "ours",
     PAPER: "fitted",
 }
@@ -38,7 +38,7 @@ COUNTERS = {  # whose figures stand beside the paper's -> name of their line
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the paper: its name, our preset, its five figures (None: not given), and why one of them may not hold."""
+    """A row of the paper: its name, our preset, its five figures (None: not given), and the reason if one cannot be right."""
 
     title: str
     preset: str
@@ -81,7 +81,7 @@ PAPER_TABLE = (
 
 @dataclass(frozen=True)
 class Count:
-    """What our counter finds for a row: whole numbers, of which all figures follow."""
+    """Our counts for a row, from which all figures follow."""
 
     params: int
     stored_bytes: float  # by the paper's formula, with the row's bytes per float
@@ -92,7 +92,7 @@ class Count:
     attention_macs: int
 
 
-# what `count` finds, kept so that a report need not count anew; a test compares the two
+# results of `count`, stored so that a report need not count again; a test compares them
 COUNTS: dict[str, Count] = {
     "Vanilla Trans": Count(92_212_096, 184424192.0, 368848384.0, 368_848_384, 52_921_556_352, 0, 4_608_000_000),
     "Conformer-S": Count(32_967_760, 131871040.0, 131871040.0, 131_889_600, 19_919_708_544, 0, 1_152_000_000),
@@ -108,7 +108,7 @@ COUNTS: dict[str, Count] = {
 
 
 def count(row: Row) -> Count:
-    """Count the model of a row, followed through meta tensors."""
+    """Count the model of a row with meta tensors."""
     model = open_model(row.preset, structure=True, quant_policy="paper")
     counted = profile(model, SECONDS, "paper", DEVICE)
     macs = {True: 0, False: 0}
@@ -124,7 +124,7 @@ def table1(bops: str = "paper", counts: Mapping[str, Count] | None = None, count
     """One mapping per row of the paper: our figures, the paper's, the difference in %, a note.
 
     bops: convention of bit operations, as in `profile`; the time always follows the paper's. counts: those of `COUNTS`; by default all
-    models are counted anew. counter: one of `COUNTERS`; by `paper`, a figure that stays open is None. Raises `UserError` for another.
+    models are counted again. counter: one of `COUNTERS`; by `paper`, a figure that stays open is None. Raises `UserError` for another.
     """
     check_counter(counter)
     return [_row(row, bops, count(row) if counts is None else counts[row.title], counter) for row in PAPER_TABLE]
@@ -155,7 +155,7 @@ def _row(row: Row, bops: str, counted: Count, counter: str) -> dict[str, Any]:
 
 
 def _operations(counted: Count | PaperCount, bops: str) -> dict[str, float | None]:
-    """FLOP, bit operations and time; None where a count is open."""
+    """FLOP, bit operations and time; None for open counts."""
     behind = counted.bop_macs if isinstance(counted, PaperCount) else counted.float_macs  # BOP_NonQ
 
     def both(convention: str) -> tuple[float, float]:
@@ -171,7 +171,7 @@ def _operations(counted: Count | PaperCount, bops: str) -> dict[str, float | Non
 
 
 def _findings(row: Row, counted: Count) -> list[str]:
-    """What the figures themselves say beside the paper's."""
+    """Remarks that follow from our figures and the paper's."""
     found = []
     if row.float_bytes != 4:
         found.append(f"at 4 B per float {counted.float32_bytes / 1e6:.2f} MB")
@@ -195,7 +195,7 @@ def _findings(row: Row, counted: Count) -> list[str]:
 
 
 def render(rows: list[dict[str, Any]], bops: str, counter: str = CLEAN) -> Group:
-    """The table for people: ours, the paper's and the difference in one cell per figure, and the notes below."""
+    """The printed table: ours, the paper's and the difference in one cell per figure, with notes below."""
     table = plain_table("model", "", "params", *HEADINGS)
     notes: list[str] = []
     for row in rows:

@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Metric:
-    """A task's figure in %, except where said: its name, its key in a results file, whether more is better."""
+    """A task's figure, in % unless stated otherwise: its name, its key in a results file, and whether more is better."""
 
     title: str
     key: str
@@ -36,7 +36,7 @@ METRICS = {
 SCORE = "superb"  # all ten tasks as one figure, see `superb_score`
 QUALITIES = {**METRICS, SCORE: Metric("SUPERB score (FBANK: 0, best of its time: 1000)", "superb_score", True, 1.0)}
 
-GENERATED = "generated data"  # the data set of results on what `hubert-eff corpus superb` makes
+GENERATED = "generated data"  # the data set of results on `hubert-eff corpus superb`
 REPORTED = " (reported)"  # Table 2 repeats published figures of two models, in FP16, beside those of the paper's own set-up
 
 # by the names of Table 1's rows
@@ -57,12 +57,12 @@ PAPER_TABLE: dict[str, tuple[float, ...]] = {
 
 
 def rows_of(row: str) -> list[str]:
-    """The rows of Table 2 that have the cost of a row of Table 1."""
+    """The rows of Table 2 with the cost of a row of Table 1."""
     return [title for title in PAPER_TABLE if title.removesuffix(REPORTED) == row]
 
 
 def paper_quality(row: str, quality: str) -> float:
-    """The paper's figure of a row on a task, or the score made of its ten."""
+    """The paper's figure of a row on a task, or the score from its ten tasks."""
     if quality == SCORE:
         score = superb_score(paper_figures(row))
         assert score is not None  # the paper has all ten tasks
@@ -71,7 +71,7 @@ def paper_quality(row: str, quality: str) -> float:
 
 
 def paper_figures(row: str) -> dict[str, dict[str, float]]:
-    """The paper's figures of a row as results have them: by task and metric, shares in [0, 1]."""
+    """The paper's figures of a row in the form of results: by task and metric, shares in [0, 1]."""
     return {task: {metric.key: value / metric.scale} for (task, metric), value in zip(METRICS.items(), PAPER_TABLE[row], strict=True)}
 
 
@@ -92,7 +92,7 @@ REFERENCES: dict[str, dict[str, tuple[float, float]]] = {
 
 
 def superb_score(results: Mapping[str, Mapping[str, Any]]) -> float | None:
-    """The leaderboard's score superb_s of results by task, shares in [0, 1]; None unless all ten tasks are there.
+    """The leaderboard's score superb_s of results by task, shares in [0, 1]; None unless all ten tasks have results.
 
     A metric's points are 1000 (value - FBANK) / (best - FBANK), see `REFERENCES`; a task's the mean of its metrics', the score the mean of
     the tasks' (superbbenchmark.org, Overall Metrics). Of slot filling, where the slot-value CER is not given, as in the paper, F1 counts.

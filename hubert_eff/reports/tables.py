@@ -1,4 +1,4 @@
-"""A profile as tables: rich on a terminal, plain text elsewhere."""
+"""Prints a profile as tables, with rich on a terminal and as plain text elsewhere."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ NOTE = (
     "measured: 'paper' is the\nformula of Table 1, 'roofline' the least at the device's peak rates (hubert-eff bench measures)."
 )
 
-PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}  # names may hold what rich takes for a style
-WIDEST = 1000  # of plain text; tables are as wide as their cells
+PLAIN: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}  # names may hold text that looks like a style to rich
+WIDEST = 1000  # largest width of plain text; tables are as wide as their cells
 BOPS_TEXT = {"paper": "a MAC counts the width of its wider operand", "product": "a MAC counts the product of its operands' widths"}
 
 
@@ -84,7 +84,7 @@ def render_text(profile: Profile, depth: int = 3) -> str:
 
 
 def as_text(content: RenderableType) -> str:
-    """Anything rich can draw as plain text: no colors, nothing cut off."""
+    """Anything that rich can draw, as plain text without colors and without truncation."""
     console = Console(file=io.StringIO(), width=WIDEST, no_color=True, **PLAIN)
     with console.capture() as capture:
         console.print(content)
@@ -92,7 +92,7 @@ def as_text(content: RenderableType) -> str:
 
 
 def show(content: RenderableType) -> None:
-    """Print: with rich on a terminal that is wide enough, else as plain text."""
+    """Print with rich on a terminal that is wide enough, otherwise as plain text."""
     text, console = as_text(content), Console(**PLAIN)
     if console.is_terminal and max(map(len, text.splitlines()), default=0) <= console.width:
         console.print(content)
@@ -101,7 +101,7 @@ def show(content: RenderableType) -> None:
 
 
 def plain_table(*columns: str) -> Table:
-    """An empty table; numbers stand on the right."""
+    """An empty table; numbers are aligned on the right."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for position, column in enumerate(columns):
         text = position == 0 or column in ("class", "kind", "becomes", "why", "")
@@ -110,7 +110,7 @@ def plain_table(*columns: str) -> Table:
 
 
 def _rows(root: ModuleCost, depth: int) -> Iterator[tuple[int, str, ModuleCost]]:
-    """(level, label, module) from the root down. Numbered neighbors with the same figures all the way down are one row."""
+    """(level, label, module) from the root down. Numbered neighbors with the same figures on all levels share a row."""
     yield 0, "total", root
 
     def below(module: ModuleCost, level: int) -> Iterator[tuple[int, str, ModuleCost]]:

@@ -1,4 +1,4 @@
-"""Training curves out of fairseq's logs: loss, accuracy beside the share of the most frequent label, perplexity, speed, memory."""
+"""Reads training curves from fairseq's logs: loss, accuracy beside the share of the most frequent label, perplexity, speed, memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from ..analysis.plots import LINES, distinct_colors, plot_text
 from ..errors import UserError, missing_extra, printable
 
-LOG = "hydra_train.log"  # what hydra writes into a run's save_dir
+LOG = "hydra_train.log"  # file that hydra writes into a run's save_dir
 Figures = dict[str, float]
 
 _JSON = re.compile(r"\{.*\}$")
@@ -27,7 +27,7 @@ LONGEST = 20_000  # characters of a line of figures
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture of curves. `lines`: key, split, label; one whose key was not logged is left out, and so is a panel without any."""
+    """One picture of curves. `lines`: key, split, label. Lines without logged values are left out, and so are panels without lines."""
 
     title: str
     lines: tuple[tuple[str, str, str], ...]
@@ -59,10 +59,10 @@ NO_BETTER = "no better than always predicting the most frequent label"
 
 @dataclass
 class TrainingLog:
-    """What a run logged, by update, each record with its `num_updates`: at every log interval, and at every validation.
+    """The records of a run by update, each with its `num_updates`: one per log interval and per validation.
 
-    `updates`: how many it has made, as far as the log tells. Where a log holds several runs, or one that was resumed, that is what led to
-    the last state: a run that starts anew drops all before it, one that resumes what came after its checkpoint.
+    `updates`: the number of updates, as far as the log tells. If a log holds several or resumed runs, only records that led to the last
+    state count: a new run drops all records before it, and a resumed run those after its checkpoint.
     """
 
     name: str
@@ -72,9 +72,9 @@ class TrainingLog:
 
     @property
     def best(self) -> Figures:
-        """The validation with the lowest word error rate, or, where there is none, the lowest loss: that of `checkpoint_best.pt`.
+        """The validation with the lowest word error rate or, without one, the lowest loss: that of `checkpoint_best.pt`.
 
-        Raises `UserError` where there has been no validation yet.
+        Raises `UserError` if there has been no validation yet.
         """
         if not self.valid:
             raise UserError(f"{self.name} holds no validation yet")
@@ -98,7 +98,7 @@ def _sortable(value: float) -> float:
 
 
 def read_log(path: Path, name: str | None = None) -> TrainingLog:
-    """Read a log of `common.log_format` simple, tqdm or json. Of several validation sets the first one counts, as for `checkpoint_best.pt`.
+    """Read a log of `common.log_format` simple, tqdm or json. The first of several validation sets counts, as for `checkpoint_best.pt`.
 
     Raises `UserError` for a file that cannot be read, or that holds no record of training.
     """
@@ -120,7 +120,7 @@ def read_log(path: Path, name: str | None = None) -> TrainingLog:
 
 
 class _Reader:
-    """The state after the lines read so far."""
+    """Reads lines one by one and keeps the state."""
 
     def __init__(self) -> None:
         self.train: dict[float, Figures] = {}
@@ -129,7 +129,7 @@ class _Reader:
         self.subset: str | None = None  # the first validation set
 
     def read(self, line: str) -> None:
-        """Take in one line, whatever it says."""
+        """Read one line."""
         if match := _LOADED.search(line):
             self._go_back(float(match[1]))
         elif _FRESH in line:
@@ -146,7 +146,7 @@ class _Reader:
         self.updates = update
         if kind == "train":
             self.train[update] = record
-        elif kind != "epoch":  # a whole epoch's means are no point of the curve
+        elif kind != "epoch":  # the means of a whole epoch are not a point of the curve
             self.subset = kind if self.subset is None else self.subset
             if kind == self.subset:
                 self.valid[update] = record
@@ -159,7 +159,7 @@ class _Reader:
 
 
 def _record(line: str) -> tuple[str, Figures]:
-    """What a line of the log speaks of - train, epoch, or the name of a validation set behind a colon - and its figures."""
+    """The subject of a line - train, epoch, or the name of a validation set behind a colon - and its figures."""
     if match := _MEANS.search(line):
         pairs = (part.split(" ", 1) for part in match["pairs"].split(" | "))
         return "epoch" if match["subset"] is None else f":{match['subset']}", _numbers(pair for pair in pairs if len(pair) == 2)
@@ -188,7 +188,7 @@ def _numbers(pairs: Any) -> Figures:
 
 
 def draw_curves(runs: Sequence[TrainingLog]) -> Any:
-    """A matplotlib figure of one or more runs, a panel per figure that they logged. Raises `UserError` without matplotlib."""
+    """A matplotlib figure of one or more runs, with a panel for each logged figure. Raises `UserError` without matplotlib."""
     panels = _logged(runs)
     rows = -(-len(panels) // 3)
     height = 0.4 + 3.2 * rows
@@ -203,7 +203,7 @@ def draw_curves(runs: Sequence[TrainingLog]) -> Any:
 
 
 def draw_panels(runs: Sequence[TrainingLog]) -> list[tuple[str, Any]]:
-    """The same panels as figures of their own, each with its title, for pages as narrow as a phone. Raises `UserError` as `draw_curves`."""
+    """The same panels as separate figures with titles, for narrow pages. Raises `UserError` as `draw_curves` does."""
     found = []
     for panel in _logged(runs):
         figure = _figure(4.3, 3.1)
@@ -221,14 +221,14 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _logged(runs: Sequence[TrainingLog]) -> list[Panel]:
-    """The panels with a line that was logged, and those lines only."""
+    """The panels with logged lines, and only those lines."""
     logged = {(key, split) for run in runs for split in ("train", "valid") for record in getattr(run, split) for key in record}
     panels = (replace(panel, lines=tuple(line for line in panel.lines if line[:2] in logged)) for panel in PANELS)
     return [panel for panel in panels if panel.lines]
 
 
 def _draw(axis: Any, panel: Panel, runs: Sequence[TrainingLog]) -> None:
-    """The lines of a panel; its x axis, from 0 to the last update of all runs, is that of all panels."""
+    """Draw the lines of a panel; all panels share the x axis, from 0 to the last update of all runs."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     several = len(runs) > 1

@@ -1,4 +1,4 @@
-"""Streaming: hidden states while audio comes, equal to those of the masked full pass."""
+"""Streaming: hidden states while audio comes, equal to those of a full pass under the chunks' masks."""
 
 from .stream import StreamingModel
 

@@ -1,4 +1,4 @@
-"""A file or a pipe through a stream, as fast as it comes: `hubert-eff run --stream` and what it reports."""
+"""Feeds a file or a pipe to a stream as fast as it comes, and reports on it, for `hubert-eff run --stream`."""
 
 # S samples at 16 kHz, T frames of 20 ms, D model dim
 
@@ -38,7 +38,7 @@ STDIN = "-"
 
 @dataclass
 class StreamReport:
-    """What a stream took. Times are seconds of this process; RTF is computing time over audio time."""
+    """The cost of a stream. Times are seconds of this process; RTF is computing time over audio time."""
 
     seconds: float  # of audio
     frames: int
@@ -46,9 +46,9 @@ class StreamReport:
     mode: str
     latency: float  # seconds of audio that a chunk waits for
     compute: float  # seconds, all chunks together
-    first_ms: float  # computing time of the first chunk, which also warms caches up
-    chunk_ms: float  # median computing time of the chunks after it (of the first, where there is no other)
-    p95_ms: float  # of 95% of them at most
+    first_ms: float  # computing time of the first chunk, which also warms up caches
+    chunk_ms: float  # median computing time of the later chunks (of the first if there are none)
+    p95_ms: float  # 95th percentile of them
     slowest_ms: float  # of all
     state_elements: int  # numbers kept at the end
 
@@ -58,7 +58,7 @@ class StreamReport:
         return self.compute / self.seconds
 
     def plain(self) -> dict[str, Any]:
-        """For JSON."""
+        """Plain values for JSON."""
         return {**asdict(self), "mode_seconds": mode_seconds(self.mode), "rtf": self.rtf}
 
     def __str__(self) -> str:
@@ -73,8 +73,8 @@ class StreamReport:
 
 
 def pieces_of(source: str | os.PathLike[str], stdin: BinaryIO | None = None) -> Iterator[Tensor]:
-    """Audio (1, S) of at most `PIECE` seconds at a time: of a 16 kHz mono file, or, from `-`, of raw 16-bit little-endian PCM of that
-    rate on `stdin`. Never more than a piece is in memory. Raises `UserError` for a file that is none, or of another rate."""
+    """Yield audio (1, S) in pieces of at most `PIECE` seconds from a 16 kHz mono file or, for `-`, from raw 16-bit little-endian PCM of
+    that rate on `stdin`. Only one piece is in memory at a time. Raises `UserError` for files that are not audio or have another rate."""
     length = round(PIECE * SAMPLE_RATE)
     if os.fspath(source) == STDIN:
         assert stdin is not None
@@ -97,7 +97,7 @@ def pieces_of(source: str | os.PathLike[str], stdin: BinaryIO | None = None) -> 
     frames = 0
     try:
         check_container(path)
-        with soundfile.SoundFile(os.fsencode(path)) as file:  # of bytes: it encodes names strictly
+        with soundfile.SoundFile(os.fsencode(path)) as file:  # bytes, because soundfile encodes names strictly
             if file.samplerate != SAMPLE_RATE or file.channels != 1:
                 raise UserError(
                     f"{path} has {file.channels} channels at {file.samplerate} Hz: a stream takes mono at {SAMPLE_RATE} Hz "
@@ -106,7 +106,7 @@ def pieces_of(source: str | os.PathLike[str], stdin: BinaryIO | None = None) -> 
             for block in file.blocks(length, dtype="float32"):
                 frames += len(block)
                 yield torch.from_numpy(block)[None]
-            if frames < file.frames < 1 << 40:  # a file that was written to a pipe declares a huge length
+            if frames < file.frames < 1 << 40:  # files written to a pipe declare a huge length
                 raise UserError(f"{path} is truncated: {frames / SAMPLE_RATE:.2f} of {file.frames / SAMPLE_RATE:.2f} s")
     except (soundfile.SoundFileError, Unusable) as error:
         raise UserError(f"{path} cannot be read as audio ({error})") from error
@@ -120,9 +120,9 @@ def run_stream(
     stdin: BinaryIO | None = None,
     tell: Callable[[str], object] | None = None,
 ) -> StreamReport:
-    """Feed a file, or standard input, to a `StreamingModel`; the last hidden states go to `out` (.npy, (T, D) float32) as they come.
+    """Feed a file or standard input to a `StreamingModel`; the last hidden states go to `out` (.npy, (T, D) float32) as they come.
 
-    tell: called with a line of how far the stream is, at its first chunk and then once a second at most.
+    tell: called with a line of progress at the first chunk and then at most once a second.
     mode: see `streaming.parse_mode`; `full` is not a stream. Raises `UserError` for audio that is too short for a frame, and what
     `StreamingModel`, `feed` and `pieces_of` raise.
     """
@@ -181,9 +181,9 @@ def stream_command(name: str, audio: Sequence[Path], mode: str, out: Path | None
     it is w1a1; prints the report."""
     if len(audio) != 1:
         raise UserError(f"--stream takes one file, or - for standard input, not {len(audio)}")
-    size, left = parse_mode(mode)  # before the model is read
+    size, left = parse_mode(mode)  # checked before the model is read
     model = open_model(name, streaming=True)
-    model.chunks(size, left)  # refused for what it is, rather than by what `fuse` cannot do
+    model.chunks(size, left)  # refused here, with the proper reason, rather than by `fuse`
     tell = None if as_json else functools.partial(print, flush=True)
     report = run_stream(for_inference(model.eval()), audio[0], mode, out, sys.stdin.buffer, tell)
     print(json.dumps(report.plain(), indent=2) if as_json else report)
@@ -191,7 +191,7 @@ def stream_command(name: str, audio: Sequence[Path], mode: str, out: Path | None
 
 
 def for_inference(model: HubertModel) -> HubertModel:
-    """The form of a model that runs fastest, with the same outputs."""
+    """The fastest form of a model, with the same outputs."""
     if model.config.quant == "none":
         return fuse(model)
     return packed_copy(model) if model.config.quant == "w1a1" and not is_packed(model) else model
@@ -199,7 +199,7 @@ def for_inference(model: HubertModel) -> HubertModel:
 
 @contextmanager
 def growing_npy(path: Path) -> Iterator[Callable[[Tensor], None]]:
-    """A .npy file (T, D) float32 that grows by what the function is called with, (t, D) at a time; T is written at the end."""
+    """Yield a function that appends (t, D) to a .npy file (T, D) float32; T is written at the end."""
     rows = width = 0
 
     def header() -> None:
@@ -215,5 +215,5 @@ def growing_npy(path: Path) -> Iterator[Callable[[Tensor], None]]:
         header()
         start = file.tell()
         yield add
-        header()  # of the same length: numpy pads it to a multiple of 64 bytes
+        header()  # it has the same length, because numpy pads it to a multiple of 64 bytes
         assert file.tell() == start

@@ -1,4 +1,4 @@
-"""Chunk-wise inference: audio goes in piece by piece, hidden states come out chunk by chunk, and memory stays what it is."""
+"""Chunk-wise inference: audio goes in piece by piece, hidden states come out chunk by chunk, and memory is constant."""
 
 # S samples at 16 kHz, T frames of 20 ms, D model dim
 
@@ -18,13 +18,13 @@ from ..layers.chunks import Chunks
 from ..models.extractor import check_audio, check_samples, receptive_field
 from ..models.hubert import HubertModel
 
-# (chunk_size, left_chunks) of the ways to decode that FusionFormer's table 2 compares, in frames of 20 ms and chunks. The paper's frames
-# are behind a front that has 40 ms each: its 16-4 lasts as long as 32-4 here.
+# (chunk_size, left_chunks) of the modes in FusionFormer's table 2, in frames of 20 ms and chunks. The paper's front gives frames of
+# 40 ms, so its 16-4 is as long as 32-4 here.
 MODES: dict[str, tuple[int | None, int]] = {"16-4": (16, 4), "16-inf": (16, -1), "full": (None, -1)}
 
 
 def parse_mode(text: str) -> tuple[int | None, int]:
-    """(chunk_size, left_chunks) of "16-4", "16-inf", "full" and their like; (None, -1) is the whole utterance. Raises `UserError`."""
+    """(chunk_size, left_chunks) of a mode such as "16-4", "16-inf" or "full", which is (None, -1). Raises `UserError` for other texts."""
     if text in MODES:
         return MODES[text]
     size, _, left = text.partition("-")
@@ -34,7 +34,7 @@ def parse_mode(text: str) -> tuple[int | None, int]:
 
 
 def mode_seconds(text: str) -> str:
-    """A mode in words: how long a chunk is, and what it attends to before it. Raises `UserError` as `parse_mode` does."""
+    """A mode in words: the length of a chunk and of what it sees before it. Raises `UserError` as `parse_mode` does."""
     size, left = parse_mode(text)
     if size is None:
         return "the whole utterance"
@@ -44,16 +44,16 @@ def mode_seconds(text: str) -> str:
 
 @dataclass
 class StreamState:
-    """Where a stream stands: samples that no frame has used up (1, S), frames so far, and what layers have kept, by module."""
+    """The state of a stream: samples that are not used up (1, S), number of frames so far, and what each module has kept."""
 
-    model: str  # of which model and chunks it is
+    model: str  # identifies the model and chunks
     samples: Tensor
     frames: int
     kept: dict[str, tuple[Tensor, ...]]
 
     @property
     def elements(self) -> int:
-        """Numbers that it holds."""
+        """The count of numbers in the state."""
         return self.samples.numel() + sum(part.numel() for parts in self.kept.values() for part in parts)
 
 
@@ -89,7 +89,7 @@ class StreamingModel:
 
     def reset(self) -> None:
         """Begin a new stream."""
-        # the extractor hears silence before the first sample
+        # the extractor reads silence before the first sample
         self._samples = torch.zeros(1, self.model.feature_extractor.reach[0], device=self.model.mask_emb.device)
         self._frames = 0
         self._chunks = replace(self._chunks, kept={})
@@ -126,7 +126,7 @@ class StreamingModel:
             The last frames (1, T, D); None if there are none.
         """
         before, behind = self.model.feature_extractor.reach
-        self._samples = F.pad(self._samples, (0, behind))  # the extractor hears silence behind the last sample, too
+        self._samples = F.pad(self._samples, (0, behind))  # the extractor also reads silence after the last sample
         outputs = self._whole_chunks()
         if self.model.num_frames(self._samples.size(1) - before - behind):
             outputs.append(self._run(self._samples))
@@ -171,8 +171,8 @@ class StreamingModel:
         """
         if state.model != self._identity():
             raise UserError(
-                "this state is of another model, or of other chunks: a stream goes on only with the weights, chunk_size and left_chunks "
-                "that it began with"
+                "this state is of another model, or of other chunks: a stream continues only with the weights, chunk_size and "
+                "left_chunks that it began with"
             )
         self._samples, self._frames = state.samples, state.frames
         self._chunks = replace(self._chunks, kept={self._modules[name]: parts for name, parts in state.kept.items()})

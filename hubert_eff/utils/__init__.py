@@ -1,1 +1,1 @@
-"""What every room may use: writing files whole, locks, progress, the environment that doctor looks at."""
+"""Tools for all packages: atomic writes, locks, progress, configurations, signals."""

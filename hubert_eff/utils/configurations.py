@@ -12,11 +12,11 @@ from ..errors import UserError, require, unknown
 from .files import config_dir
 
 KINDS = ("pretrain", "quantize", "finetune")
-HYDRA_KEYS = {"job": ("chdir",), "run": ("dir",), "sweep": ("dir", "subdir")}  # what the configurations set of hydra's own
+HYDRA_KEYS = {"job": ("chdir",), "run": ("dir",), "sweep": ("dir", "subdir")}  # hydra's own keys that the configurations set
 
 
 def plugin_dir() -> Path:
-    """The folder to give fairseq as `common.user_dir`."""
+    """The folder for fairseq's `common.user_dir`."""
     spec = importlib.util.find_spec("fairseq_plugins")
     if spec is None or spec.origin is None:
         raise UserError("the package fairseq_plugins is not installed: pip install 'hubert-eff[all]'")
@@ -24,12 +24,12 @@ def plugin_dir() -> Path:
 
 
 def groups_dir() -> Path:
-    """The folder whose folders are the groups (encoder, data, optim ...), and whose files are their members."""
+    """The folder of the groups (encoder, data, optim ...); their files are the members."""
     return config_dir() / "groups"
 
 
 def list_groups() -> dict[str, list[str]]:
-    """Members by group. A member whose name starts with an underscore is a part of others and cannot be chosen."""
+    """Members by group. Members with a leading underscore are parts of others and cannot be chosen."""
     groups = sorted(path for path in groups_dir().iterdir() if path.is_dir())
     return {group.name: sorted(p.stem for p in group.glob("*.yaml") if not p.stem.startswith("_")) for group in groups}
 
@@ -42,8 +42,8 @@ def list_configurations(kind: str | None = None) -> list[str]:
 
 
 def find_configuration(name: str) -> Path:
-    """The primary file of NAME or KIND/NAME; of a name that several kinds have, the first of `KINDS`. Dashes stand for underscores, as in
-    names of presets; a preset whose configuration has another name, as conformer-debug, has that one.
+    """Find the primary file of NAME or KIND/NAME; if several kinds have the name, the first of `KINDS` counts. Dashes may replace
+    underscores, as in names of presets; presets with a configuration of another name, such as conformer-debug, lead to that one.
 
     Raises `UserError` with the nearest name if there is none.
     """
@@ -70,14 +70,14 @@ def encoder_of(kind: str, name: str) -> str | None:
 
 
 def choices(words: Iterable[str]) -> list[str]:
-    """Those of hydra's overrides that choose a member of a group, GROUP=MEMBER: a key has a dot, and a whole section is {...}."""
+    """The overrides that choose a member of a group, GROUP=MEMBER; keys have a dot, and whole sections are {...}."""
     return [word for word in words if re.match(r"\+{0,2}[A-Za-z_]\w*=(?!\{)", word)]
 
 
 def check_choices(overrides: Sequence[str]) -> None:
     """Raise `UserError`, with the nearest name, for an override GROUP=MEMBER (or GROUP=A,B in a sweep) of no known group or member.
 
-    Also for one that deletes a group or a whole section (~GROUP): every run needs one member of each.
+    It also refuses to delete a group or a whole section (~GROUP), since every run needs one member of each.
     """
     groups = list_groups()
     for override in overrides:
@@ -96,7 +96,7 @@ def check_choices(overrides: Sequence[str]) -> None:
 
 
 def check_overrides(words: Iterable[object]) -> None:
-    """Raise `UserError` for a KEY=VALUE that hydra does not read."""
+    """Raise `UserError` for a KEY=VALUE that hydra cannot read."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -110,7 +110,7 @@ def check_overrides(words: Iterable[object]) -> None:
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The whole configuration NAME or KIND/NAME as fairseq reads it, with hydra's overrides; references such as ${task.data} are kept.
+    """Compose the configuration NAME or KIND/NAME as fairseq does, with hydra's overrides; references such as ${task.data} are kept.
 
     Raises `UserError` for an unknown name, group, member or key, a malformed override, and where hydra is not installed.
     """
@@ -125,7 +125,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     from omegaconf.errors import OmegaConfBaseException
 
     schemas = ConfigStore.instance().repo
-    schema = schemas.pop(path.name, None)  # fairseq keeps one under the name of the configuration that it runs, with all of its defaults
+    schema = schemas.pop(path.name, None)  # fairseq stores its schema, with all defaults, under the name of the configuration that it runs
     try:
         with initialize_config_dir(str(path.parent.resolve()), version_base="1.1"):
             composed = compose(path.stem, list(overrides), return_hydra_config=True)
@@ -137,7 +137,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
                 f"{name}: no schedule for {missing[1].removeprefix('schedule/')} (RECIPE_DATA_OPTIM): choose another data= or optim="
             ) from error
         key = re.match(r"Could not override '([^']+)'", lines[0])
-        if key and _is_fairseqs(key[1]):  # which the configuration leaves at fairseq's default
+        if key and _is_fairseqs(key[1]):  # a key that the configuration leaves at fairseq's default
             return load_config(name, [f"+{word}" if word.partition("=")[0] == key[1] else word for word in overrides])
         if key:
             raise unknown(f"key in the overrides of {name}", key[1], _keys(load_config(name))) from error
@@ -152,7 +152,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def _is_fairseqs(key: str) -> bool:
-    """Whether fairseq, where it is installed, has a key of its own by this name, such as common.bf16."""
+    """Whether fairseq, if installed, has a key of this name, such as common.bf16."""
     if importlib.util.find_spec("fairseq") is None:
         return False
     from fairseq.dataclass.configs import FairseqConfig

@@ -1,4 +1,4 @@
-"""Running a model without training it."""
+"""Runs models without training them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def evaluation_copy(model: M) -> M:
-    """The model in eval mode, with modules of its own and the weights of `model`, which sees nothing of what is done to the copy."""
+    """A copy in eval mode with own modules that shares the weights of `model`; changes of the copy do not affect `model`."""
     weights = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(weight): weight for weight in weights}).eval()
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; the mode of every module is restored."""
+    """Set eval mode without gradients, and restore the mode of every module."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""Where the package's own files are; writing files so that a reader, or a crash, never sees half of one."""
+"""Finds the package's own files, and writes files atomically, so that neither a reader nor a crash sees half of one."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from typing import Any
 from ..errors import UserError, WriteError
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-_OF_RUST = re.compile(r"\(os error (\d{1,5})\)")  # how libraries in Rust, which may remove their file, name an error of the system
+_OF_RUST = re.compile(r"\(os error (\d{1,5})\)")  # notation for system errors of libraries in Rust, which may remove their file
 _TEMPORARY = re.compile(r"\.(?P<host>[0-9a-f]{8})-(?P<pid>\d{1,10})-[0-9a-f]{8}\.tmp(\.[^.]*)?$")
-_ABANDONED = 24 * 3600.0  # seconds after which a temporary file of another host is taken for one that is left
-_writes: dict[Path, int] = {}  # per folder, how many more until it is swept again
+_ABANDONED = 24 * 3600.0  # seconds after which a temporary file of another host counts as abandoned
+_writes: dict[Path, int] = {}  # folder -> number of writes until it is swept again
 
 
 def config_dir() -> Path:
@@ -34,7 +34,7 @@ def config_dir() -> Path:
 
 
 def writable(folder: str | os.PathLike[str]) -> Path:
-    """A folder that files may be written to, made where it is not there. Raises `UserError` where that cannot be."""
+    """Make a folder if necessary and check that it is writable. Raises `UserError` otherwise."""
     path = Path(folder)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -46,9 +46,9 @@ def writable(folder: str | os.PathLike[str]) -> Path:
 
 
 def check_writable(folder: str | os.PathLike[str]) -> Path:
-    """The folder if it is there, else the nearest one above it that is; makes nothing.
+    """Check the folder, or the nearest existing one above it, without making anything; returns it.
 
-    Raises `UserError` where the folder could not be made or written to.
+    Raises `UserError` if the folder could not be made or written to.
     """
     path = Path(folder).absolute()
     try:
@@ -64,15 +64,15 @@ def check_writable(folder: str | os.PathLike[str]) -> Path:
 
 @contextmanager
 def replacing(path: str | os.PathLike[str], sync: bool = True, follow: bool = True) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is renamed onto `path`, on error it is removed and what was there stays whole.
+    """Yield a temporary path beside `path`; on success it is renamed to `path`, on error it is removed and the old file stays.
 
     The file has the mode of the one it replaces, or the one that the umask gives. Temporary files that killed processes left in the folder
     are removed.
 
-    sync: have it on the disk before it is renamed; without, a power failure may leave an empty file (for caches, checked when read).
-    follow: write to the file that a symbolic link points to; else the link itself is replaced.
+    sync: flush it to the disk before it is renamed; without this, a power failure may leave an empty file (for caches that are checked when
+    read). follow: write to the file that a symbolic link points to; otherwise the link itself is replaced.
 
-    Raises `UserError` as `writable` does, and where `path` is a folder or no regular file; `WriteError` where the disk is full or fails.
+    Raises `UserError` as `writable` does, and if `path` is a folder or not a regular file; `WriteError` if the disk is full or fails.
     """
     try:
         target = Path(os.path.realpath(path) if follow else path)
@@ -83,7 +83,7 @@ def replacing(path: str | os.PathLike[str], sync: bool = True, follow: bool = Tr
     temporary = temporary_beside(target)
     try:
         try:
-            # made here: it shows the mode that the umask gives, and some libraries give one of their own
+            # made here to get the umask's mode, because some libraries set their own
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             mode = stat.S_IMODE(os.fstat(descriptor).st_mode) if held is None else held
             os.close(descriptor)
@@ -108,7 +108,7 @@ def replacing(path: str | os.PathLike[str], sync: bool = True, follow: bool = Tr
 
 
 def _mode(target: Path, follow: bool) -> int | None:
-    """The mode of the file that is to be replaced; None where there is none. Raises `UserError` for what is no file."""
+    """The mode of the file to be replaced; None if there is none. Raises `UserError` if it is not a file."""
     try:
         found = os.lstat(target).st_mode
     except FileNotFoundError:
@@ -125,7 +125,7 @@ def _mode(target: Path, follow: bool) -> int | None:
 
 
 def _failure(error: Exception, temporary: Path) -> OSError | None:
-    """The error of the disk that is behind the failure of a writer, if one is."""
+    """The disk error behind the failure of a writer, if there is one."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in _DISK_ERRORS and cause.filename in (None, os.fspath(temporary), temporary):
@@ -133,7 +133,7 @@ def _failure(error: Exception, temporary: Path) -> OSError | None:
         if (said := _OF_RUST.search(str(cause))) and int(said[1]) in _DISK_ERRORS:
             return OSError(int(said[1]), os.strerror(int(said[1])))
         cause = cause.__cause__ or cause.__context__
-    try:  # libraries hide the reason, and an input/output error may be that of a file which is read
+    try:  # libraries hide the reason, and an input/output error may concern a file that is read
         with temporary.open("ab") as file:
             file.write(bytes(1 << 20))
             file.flush()
@@ -144,9 +144,9 @@ def _failure(error: Exception, temporary: Path) -> OSError | None:
 
 
 def temporary_beside(target: Path) -> Path:
-    """A name in the folder of `target` that no other process takes, and that the next writer there removes once this process has died.
+    """A unique name in the folder of `target`; the next writer there removes the file once this process has died.
 
-    The suffix is kept last: soundfile and numpy read the format from it. The name is at most 120 bytes long, however long the target's is.
+    The suffix stays at the end, because soundfile and numpy read the format from it. The name has at most 120 bytes.
     """
     _sweep(target.parent)
     stem = os.fsencode(target.stem)[:40].decode("utf-8", "ignore")
@@ -156,7 +156,7 @@ def temporary_beside(target: Path) -> Path:
 
 @contextmanager
 def temporary_folder(target: Path) -> Iterator[Path]:
-    """Yield a new folder beside `target`, whose content is to be moved once it is whole; what is left of it is removed.
+    """Yield a new folder beside `target`, whose content is to be moved when complete; the rest is removed.
 
     Raises `UserError` as `writable` does.
     """
@@ -170,9 +170,9 @@ def temporary_folder(target: Path) -> Iterator[Path]:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what dead processes left in a folder; of other hosts, what nobody has touched for a day."""
+    """Remove temporary files that dead processes left in a folder, and those of other hosts that are a day old."""
     left = _writes.get(folder, 0)
-    if left > 0:  # so that many files in one folder do not take a time that grows with the square of their number
+    if left > 0:  # so the time for many files in one folder does not grow with the square of their number
         _writes[folder] = left - 1
         return
     count = 0
@@ -197,7 +197,7 @@ def _is_abandoned(entry: os.DirEntry[str], match: re.Match[str]) -> bool:
 
 @functools.cache
 def host_id() -> str:
-    """Eight hexadecimal digits that tell this machine, since it was started, and this container from others that share a folder."""
+    """Eight hexadecimal digits that identify this machine since its start, and this container, among others that share a folder."""
     parts = [socket.gethostname()]
     with suppress(OSError):
         parts += [Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii"), os.readlink("/proc/self/ns/pid")]
@@ -206,7 +206,7 @@ def host_id() -> str:
 
 def is_alive(pid: int) -> bool:
     """Whether a process of this host runs."""
-    if pid <= 0:  # would be a group of processes
+    if pid <= 0:  # would address a group of processes
         return False
     try:
         os.kill(pid, 0)
@@ -218,20 +218,20 @@ def is_alive(pid: int) -> bool:
 
 
 def sync_to_disk(path: Path) -> None:
-    """Wait until a file, or all files of a folder, are on the disk. Raises `OSError` where that fails."""
+    """Flush a file, or all files of a folder, to the disk. Raises `OSError` if that fails."""
     for file in [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]:
         descriptor = os.open(file, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         except OSError as error:
-            if error.errno != errno.EINVAL:  # a file system that cannot
+            if error.errno != errno.EINVAL:  # some file systems cannot do it
                 raise
         finally:
             os.close(descriptor)
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk, where the system can."""
+    """Flush the names in a folder to the disk, if the system can."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -241,11 +241,11 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write `text` to `path` as a whole."""
+    """Write `text` to `path` atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write `value` as indented JSON to `path` as a whole."""
+    """Write `value` as indented JSON to `path` atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -1,8 +1,8 @@
-"""One process at a time in a folder: who has it is said, and nothing is held for longer than its process lives.
+"""Lets one process at a time use a folder; a lock names its holder and ends with the process.
 
-The lock is the kernel's (flock) on a file in the folder, which says who holds it and is removed at the end. Where machines share folders,
-such locks may be missing, or hold for one machine only. So the holder also touches the file every few seconds: a process that finds a file
-of another machine watches it for a while, and takes it over if nobody touches it. No two clocks are compared.
+The lock is the kernel's (flock) on a file in the folder, which names the holder and is removed at the end. On shared folders such locks
+may be missing or hold for one machine only. So the holder also touches the file every few seconds: a process that finds a file of another
+machine watches it for a while, and takes it over if nobody touches it. Clocks of different machines are never compared.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from .files import host_id, is_alive
 
 try:
     import fcntl
-except ImportError:  # a system without: what the file says must do
+except ImportError:  # systems without flock must rely on the file
     fcntl = None  # type: ignore[assignment]
 
-BEAT, WATCH = 10.0, 45.0  # seconds between two touches, and for which they are waited for
+BEAT, WATCH = 10.0, 45.0  # seconds between touches, and seconds to wait for one
 _held: set[Lock] = set()
 
 
 @contextmanager
 def locked(folder: str | os.PathLike[str], part: str = "") -> Iterator[Lock]:
-    """Have a folder, or a part of the work in it, for this process alone. The folder is made, and removed if nothing was put into it.
+    """Reserve a folder, or a part of the work in it, for this process. The folder is made, and removed if it stays empty.
 
-    Raises `UserError` that names the other process where there is one.
+    Raises `UserError` that names another process if one has it.
     """
     path = Path(folder)
     missing = [place for place in (path, *path.parents) if not place.exists()]
@@ -52,7 +52,7 @@ def locked(folder: str | os.PathLike[str], part: str = "") -> Iterator[Lock]:
 
 
 class Lock:
-    """The lock of a folder, from its making to `release`, or to the end of the process. A forked child does not hold it."""
+    """The lock of a folder, from its creation to `release` or the end of the process. A forked child does not hold it."""
 
     def __init__(self, folder: Path, part: str = "") -> None:
         self.folder = folder = folder.absolute()
@@ -72,7 +72,7 @@ class Lock:
                 "since": time.strftime("%Y-%m-%d %H:%M:%S"), "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])[:150],
             }
         )  # fmt: skip
-        with suppress(OSError):  # a full disk: the kernel's lock holds
+        with suppress(OSError):  # on a full disk the kernel's lock still holds
             os.ftruncate(self._descriptor, 0)
             os.pwrite(self._descriptor, self.content.encode("utf-8", "replace"), 0)
         _held.add(self)
@@ -86,7 +86,7 @@ class Lock:
                 holder = _read(descriptor)
                 if holder and not (known and holder.get("host_id") == host_id()) and self._is_used(descriptor, holder):
                     raise self._refusal(holder)
-                if _same_file(descriptor, self.file):  # else its last holder removed it meanwhile
+                if _same_file(descriptor, self.file):  # otherwise its last holder has removed it meanwhile
                     return descriptor
             except BaseException:
                 os.close(descriptor)
@@ -94,7 +94,7 @@ class Lock:
             os.close(descriptor)
 
     def _lock(self, descriptor: int) -> bool:
-        """Take the kernel's lock; False where the file system has none. Raises `UserError` where another process has it."""
+        """Take the kernel's lock; False if the file system has none. Raises `UserError` if another process has it."""
         if fcntl is None:
             return False
         try:
@@ -106,7 +106,7 @@ class Lock:
         return True
 
     def _is_used(self, descriptor: int, holder: dict[str, Any]) -> bool:
-        """Whether the process that a file names, and that the kernel says nothing about, is at work."""
+        """Whether the process that a file names is still working, if the kernel does not tell."""
         pid = holder.get("pid")
         if holder.get("host_id") == host_id() and not (isinstance(pid, int) and is_alive(pid)):
             return False
@@ -123,7 +123,7 @@ class Lock:
         if holder.get("host_id") == host_id():
             remedy = f"wait for its end, or end it (kill {holder.get('pid')})"
         else:
-            remedy = f"wait for its end, or, if it is sure to have ended, remove {self.file}"
+            remedy = f"wait for its end, or remove {self.file} if you are sure that it has ended"
         return UserError(f"{self.folder} is in use by {_who(holder)}: {remedy}")
 
     def _beat(self) -> None:
@@ -132,7 +132,7 @@ class Lock:
                 os.utime(self._descriptor)
 
     def release(self) -> None:
-        """Let others have it."""
+        """Release the lock."""
         self._end.set()
         if self in _held:
             _held.discard(self)
@@ -148,11 +148,11 @@ class Lock:
         with suppress(OSError):
             if os.path.samestat(os.fstat(self._folder), self.folder.stat()):
                 return True
-            return self.file.read_text(encoding="utf-8") == self.content  # some file systems number files anew
+            return self.file.read_text(encoding="utf-8") == self.content  # some file systems renumber files
         return False
 
     def moved_to(self) -> Path | None:
-        """Where the folder is now, as far as the system says so."""
+        """The current place of the folder, if the system tells."""
         with suppress(OSError):
             place = Path(os.readlink(f"/proc/self/fd/{self._folder}"))
             if os.path.samestat(os.fstat(self._folder), place.stat()):
@@ -161,7 +161,7 @@ class Lock:
 
 
 def _forget() -> None:
-    """In a forked child: the lock is the parent's, and must not outlive it."""
+    """Drop the lock in a forked child, because it belongs to the parent and must not outlive it."""
     for lock in _held:
         os.close(lock._descriptor)
         os.close(lock._folder)
@@ -189,7 +189,7 @@ def _who(holder: dict[str, Any]) -> str:
 
 def _touched(file: Path) -> int | None:
     try:
-        with file.open("rb") as opened:  # opening asks the server of a shared file system anew
+        with file.open("rb") as opened:  # opening makes a shared file system ask its server again
             return os.fstat(opened.fileno()).st_mtime_ns
     except OSError:
         return None

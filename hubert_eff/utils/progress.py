@@ -1,4 +1,4 @@
-"""Progress of a long job on stderr: a bar on a terminal, a plain line now and then elsewhere."""
+"""Shows the progress of a long job on stderr: a bar on a terminal, otherwise a plain line now and then."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-LINE_SECONDS = 10.0  # between two plain lines
+LINE_SECONDS = 10.0  # seconds between plain lines
 
 
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yield `advance(n)`, to be called as `n` more of `total` steps are done. Jobs shorter than `LINE_SECONDS` print no plain line."""
+    """Yield `advance(n)`, to be called after `n` more of `total` steps. Jobs shorter than `LINE_SECONDS` print no plain line."""
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

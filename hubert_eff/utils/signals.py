@@ -1,4 +1,4 @@
-"""A command that is told to stop: it ends by one line, and what it was writing is removed."""
+"""Stops a command on a signal: it ends with one line, and unfinished files are removed."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from types import FrameType
 
 WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
-STEP = "HUBERT_EFF_STEP"  # set in the environment of commands that another one runs, which says by itself that it was stopped
-_held = 0  # sections that must not be broken off
-_waiting = False  # for their end, to stop
+STEP = "HUBERT_EFF_STEP"  # set in the environment of commands that another command runs, which reports the stop itself
+_held = 0  # number of running sections that must not be interrupted
+_waiting = False  # whether to stop at their end
 
 
 @contextmanager
@@ -26,7 +26,7 @@ def stoppable() -> Iterator[list[int]]:
 
     def stop(number: int, _: FrameType | None) -> None:
         global _waiting
-        if number in received or os.getpid() != process:  # a forked process ends as it would without this
+        if number in received or os.getpid() != process:  # a forked process ends as usual
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         received.append(number)
@@ -40,18 +40,18 @@ def stoppable() -> Iterator[list[int]]:
     try:
         for number in ours:
             signal.signal(number, stop)
-    except ValueError:  # not the main thread, which alone has signals
+    except ValueError:  # only the main thread has signals
         ours = []
     try:
         yield received
     finally:
-        for number in ours:  # stopped, the process need not wait for what is still at work
+        for number in ours:  # a stopped process need not wait for running work
             signal.signal(number, signal.SIG_DFL if received else before[number])
 
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Put off what `stoppable` does to the end: for calls into C that call back, where Python drops exceptions."""
+    """Delay the effect of `stoppable` to the end, for calls into C that call back, where Python drops exceptions."""
     global _held, _waiting
     _held += 1
     try:
@@ -64,7 +64,7 @@ def held() -> Iterator[None]:
 
 
 def say_stopped(program: str, received: list[int]) -> int:
-    """Say on one line that a program was stopped; its exit code."""
+    """Print one line that a program was stopped; returns its exit code."""
     number = received[0] if received else signal.SIGINT
     if STEP not in os.environ:
         print(f"{program}: {WORDS[signal.Signals(number)]}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Tasks handed to processes or threads, with few of them waiting at a time however many there are."""
+"""Hands tasks to processes or threads, with only a few submitted at a time."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ R = TypeVar("R")
 
 
 def in_order(executor: Executor, function: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
-    """Results in the order of `items`; at most `ahead` of them are submitted before they are wanted. On an error the rest is canceled."""
+    """Yield results in the order of `items`, with at most `ahead` submitted in advance. On an error the rest is canceled."""
     pending: deque[Future[R]] = deque()
     try:
         for item in items:
-            with _without_interrupts():  # a process that this starts leaves a terminal's SIGINT to this one
+            with _without_interrupts():  # child processes leave a terminal's SIGINT to this process
                 pending.append(executor.submit(function, item))
             if len(pending) > ahead:
                 yield pending.popleft().result()

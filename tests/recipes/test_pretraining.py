@@ -147,7 +147,7 @@ def test_a_folder_is_of_one_recipe_and_gpus_must_be_there(speech: Path, tmp_path
     Pretraining(speech, tmp_path, "debug").run()
     assert len(ran) == 6
     for change in ({"warm": True}, {"clusters": (50, 500)}, {"updates": (800, 900)}, {"overrides": ["model.dropout=0.0"]}):
-        with pytest.raises(UserError, match=f"is of a recipe with {next(iter(change))}=.*take another --out"):
+        with pytest.raises(UserError, match=f"belongs to a recipe with {next(iter(change))}=.*take another --out"):
             Pretraining(speech, tmp_path, "debug", **change).run()
     with pytest.raises(UserError, match=f"has {torch.cuda.device_count()} GPUs"):
         Pretraining(speech, tmp_path / "other", "conformer_s", gpus=64).run()
@@ -239,7 +239,7 @@ def test_one_bit_may_come_later_but_not_change(speech: Path, tmp_path: Path, mon
     Pretraining(speech, out, "debug").run()
     assert len(ran) == 8
     for change in ({"quant": ("w1a2", "w1a1")}, {"quant": ("w1a1",), "quant_updates": (5,)}, {"quant": ("w1a1",), "policy": "paper"}):
-        with pytest.raises(UserError, match=f"is of a recipe with {list(change)[-1]}=.*take another --out"):
+        with pytest.raises(UserError, match=f"belongs to a recipe with {list(change)[-1]}=.*take another --out"):
             Pretraining(speech, out, "debug", **change).run()
 
 
@@ -306,9 +306,9 @@ def test_a_model_takes_the_place_of_phase_1(speech: Path, tmp_path: Path, found_
     [
         (["--from", "nowhere"], "--from nowhere is not there"),
         (["--config", "debug"], "is a model with the encoder transformer, debug one with conformer: choose another --config"),
-        (["--warm"], "--from says what training starts from"),
-        (["--set", "task.init_from=x"], "--from says what training starts from"),
-        (["--updates", "10", "20"], "--updates 10 20: give one number, for there is one phase with --from"),
+        (["--warm"], "--from decides the start of training"),
+        (["--set", "task.init_from=x"], "--from decides the start of training"),
+        (["--updates", "10", "20"], "--updates 10 20: give one number, since there is only one phase with --from"),
         (["--layer", "3"], "has blocks 1 to 2"),
         (["--set", "model.encoder_layers=1"], "the student has no 'encoder.layers.1"),
     ],

@@ -64,7 +64,7 @@ def test_stages_that_an_earlier_version_wrote_down(data: Path, monkeypatch: pyte
     (out / "w1a2" / "checkpoint_best.pt").unlink()
     Binarization(data, data, out, updates=[3, 2, 1]).run()
     assert len(ran) == 2 and "model.quant=w1a2" in ran[1]
-    with pytest.raises(UserError, match="is of a recipe with updates=.3, 2, 1., not .3, 2, 2.: take another --out"):
+    with pytest.raises(UserError, match="belongs to a recipe with updates=.3, 2, 1., not .3, 2, 2.: take another --out"):
         Binarization(data, data, out, updates=[3, 2, 2]).run()
 
 

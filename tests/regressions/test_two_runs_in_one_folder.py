@@ -156,7 +156,7 @@ def test_another_machine_is_watched_rather_than_believed(
     thread = threading.Thread(target=touch)
     thread.start()
     try:
-        with pytest.raises(UserError, match=f"if it is sure to have ended, remove {file}"), locked(tmp_path):
+        with pytest.raises(UserError, match=f"or remove {file} if you are sure that it has ended"), locked(tmp_path):
             raise AssertionError
     finally:
         stop.set()

@@ -140,7 +140,7 @@ class PackedLinear(nn.Module):
     @counted_as("copy", lambda *_: Cost(0, 0))  # once for a model, not for each input
     @torch.no_grad()
     def _limit(self, reader: PackedQuantizer, scale: Tensor) -> Tensor:
-        """For each output, the maximum number of differing bits out of K that still gives a bit of 1, found by the arithmetic of y itself."""
+        """For each output, how many of the K bits may differ for a bit of 1, found by the arithmetic of y itself."""
         if follows_shapes(scale):
             return torch.empty(self.out_features, dtype=torch.int32, device=scale.device)
         sources = [scale, self.size, self.bias, reader.scale, reader.move]
@@ -169,7 +169,7 @@ class PackedLinear(nn.Module):
 
 
 class PackedConv1d(nn.Module):
-    """`BinaryConv1d` from bits: (B, T, K) -> (B, ceil(T / stride), N). It runs along time if depthwise, otherwise as a product of windows."""
+    """`BinaryConv1d` from bits: (B, T, K) -> (B, ceil(T / stride), N); along time if depthwise, otherwise as a product of windows."""
 
     operand_bits = (1, 1)
 
