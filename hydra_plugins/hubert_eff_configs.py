@@ -1,4 +1,4 @@
-"""Hydra finds the groups of hubert-eff's configurations from every folder, and from an installed wheel."""
+"""Lets hydra find the groups of hubert-eff's configurations from every folder and from an installed wheel."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class HubertEffConfigs(SearchPathPlugin):
     """Appends the folder of groups to hydra's search path."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        """Called by hydra once per run. For one of our own configurations a wrong name, a wrong GROUP=MEMBER and a plug-in that is not
-        named end the run with one line."""
+        """Add the folder; hydra calls this once per run. A wrong name or GROUP=MEMBER in our own configurations, or a missing plug-in, ends
+        the run with one line."""
         global _checked
         search_path.append("hubert-eff", f"file://{groups_dir()}")
         if Path(sys.argv[0]).stem in (PROGRAM, "hydra_train") and not _checked:
             _checked = True
-            logging.getLogger("hydra.core.utils").setLevel(logging.INFO)  # it prints the name of the job twice, for nobody
+            logging.getLogger("hydra.core.utils").setLevel(logging.INFO)  # it needlessly prints the name of the job twice
             try:
                 _check_command_line()
             except UserError as error:
@@ -48,5 +48,5 @@ def _check_command_line() -> None:
     if not any(word.lstrip("+").startswith("common.user_dir=") for word in rest) and not {"--cfg", "-c", "--help", "--info"} & set(rest):
         raise UserError(f"common.user_dir=DIR must name the plug-in: add common.user_dir={plugin_dir()}, or run hubert-eff train instead")
     chosen = choices(word for word in rest if not word.startswith("-"))
-    if chosen and not any("," in word for word in chosen):  # else a sweep, whose jobs are composed one by one
+    if chosen and not any("," in word for word in chosen):  # otherwise it is a sweep, whose jobs are composed one by one
         load_config(f"{folder.name}/{given.config_name}", chosen)

@@ -1,4 +1,4 @@
-"""A student, as a rule a binarized one, learns from labels and from what a teacher does at every layer and at the codebook."""
+"""Distillation: a student, usually a binarized one, learns from labels and from every layer and the codebook of a teacher."""
 
 # B batch, S samples, T frames, N frames of one kind (masked or unmasked), C classes of a codebook, L layers
 
@@ -33,30 +33,36 @@ class HubertDistillConfig(FairseqDataclass):
     teacher: str = field(
         default=MISSING,
         metadata={
-            "help": "encoder to learn from: a checkpoint of this plug-in or of stock HuBERT; with teacher_layers any that `hubert-eff "
+            "help": "encoder to learn from: a checkpoint of this plug-in or of stock HuBERT; with teacher_layers, what `hubert-eff "
             "labels --checkpoint` takes"
         },
     )
-    student_layers: list[int] = field(default_factory=list, metadata={"help": "hidden states that learn, one for each of teacher_layers"})
+    student_layers: list[int] = field(
+        default_factory=list, metadata={"help": "hidden states of the student that learn, one for each of teacher_layers"}
+    )
     teacher_layers: list[int] = field(
         default_factory=list,
         metadata={
-            "help": "hidden states that teach, through a learned linear map, of a teacher of any shape, which hears audio without masks; "
+            "help": "hidden states of a teacher of any shape that teach, through learned linear maps, from audio without masks; "
             "empty: each state of a teacher of the student's shape"
         },
     )
     pred_masked_weight: float = field(default=0.0, metadata={"help": "weight of the cross-entropy with the labels at masked frames"})
     pred_nomask_weight: float = field(default=0.0, metadata={"help": "weight of the cross-entropy with the labels at unmasked frames"})
     codebook_weight: float = field(default=1.0, metadata={"help": "weight of KL(teacher || student) over the codebook at masked frames"})
-    codebook_nomask_weight: float = field(default=0.0, metadata={"help": "weight of the same at unmasked frames"})
-    hidden_weight: float = field(
-        default=1.0, metadata={"help": "weight of the mean squared difference of the hidden states, a mean over states"}
+    codebook_nomask_weight: float = field(
+        default=0.0, metadata={"help": "weight of KL(teacher || student) over the codebook at unmasked frames"}
     )
-    hidden_normalize: bool = field(default=False, metadata={"help": "divide that of each state by the variance of the teacher's state"})
+    hidden_weight: float = field(
+        default=1.0, metadata={"help": "weight of the mean squared difference of the hidden states, averaged over states"}
+    )
+    hidden_normalize: bool = field(
+        default=False, metadata={"help": "divide the squared difference of each state by the variance of the teacher's state"}
+    )
 
 
 class StateMaps(nn.Module):
-    """Linear maps from states of a student, of one width, to those of a teacher: FitNets' regressors (Romero et al. 2015, section 2.2)."""
+    """Linear maps from a student's states, of one width, to a teacher's: FitNets' regressors (Romero et al. 2015, section 2.2)."""
 
     def __init__(self, ours: tuple[int, ...], theirs: tuple[int, ...], width: int, widths: Sequence[int]) -> None:
         super().__init__()
@@ -64,7 +70,7 @@ class StateMaps(nn.Module):
         self.maps = nn.ModuleList(nn.Linear(width, wide) for wide in widths)
 
     def forward(self, states: Sequence[Tensor], wanted: Sequence[Tensor], length: int) -> tuple[list[Tensor], list[Tensor]]:
-        """The student's states (B, T, D), all of them, and the teacher's chosen ones: pairs over the first `length` frames."""
+        """Pair the student's states (B, T, D), all of which are given, with the teacher's chosen ones, over the first `length` frames."""
         return [m(states[i][:, :length]) for m, i in zip(self.maps, self.ours, strict=True)], [w[:, :length] for w in wanted]
 
 
@@ -76,14 +82,14 @@ class HubertDistillCriterion(HubertEffCriterion):
 
         l_m CE(M) + l_u CE(U) + k_m KL(M) + k_u KL(U) + h sum_b n_b mean_s |student_s - teacher_s|^2
 
-    where n_b is the number of frames of utterance b that count, those of a kind (masked, unmasked) in which labels or KL have a weight, or
-    all of them where only hidden states do; their total is what fairseq divides by. The last mean is over the states 0 ... L, valid
-    frames and channels of the utterance, so that neither depth nor the other utterances of a batch change the balance.
+    where n_b is the number of frames of utterance b that count: the kinds (masked, unmasked) for which labels or KL have a weight, or all
+    frames if only hidden states do. fairseq divides by their total. The last mean is over the states 0 ... L, valid frames and channels of
+    the utterance, so neither depth nor the other utterances of a batch change the balance.
 
-    The teacher is in eval mode and sees the student's masks, in the student's chunks if it was built for them. It is not part of what is
-    optimized or saved.
+    The teacher is in eval mode and sees the student's masks, in the student's chunks if it was built for them. It is neither optimized nor
+    saved.
 
-    With `student_layers` and `teacher_layers` the teacher may be any encoder (`hubert_eff.labels.teachers`). It hears the audio without
+    With `student_layers` and `teacher_layers` the teacher may be any encoder (`hubert_eff.labels.teachers`). It reads the audio without
     masks, the last term is |map(student_s) - teacher_t|^2 with a learned linear map for each pair, a mean over these pairs (FitNets, Romero
     et al. 2015, section 2.2), and there is no KL. The maps are trained and saved with the criterion.
 
@@ -125,23 +131,25 @@ class HubertDistillCriterion(HubertEffCriterion):
             except UserError as error:
                 raise UserError(f"criterion.teacher={teacher}: {error}") from error
             task.note_file("criterion.teacher", Path(teacher) if Path(teacher).exists() else weights_digest(teacher, model).encode())
-        self.teacher = (model,)  # in a tuple: no part of the criterion's parameters
+        self.teacher = (model,)  # a tuple keeps it out of the criterion's parameters
 
     def _by_shape(self, name: str, student: HubertModel) -> HubertModel:
-        """A teacher whose states and codebooks are those of the student."""
+        """Open a teacher with the student's states and codebooks."""
         if is_foreign(name):
             raise UserError(
-                "it is run by another package, and its states are not the student's: name those that are to be compared, such as "
+                "another package runs it, and its states are not the student's: name the states to compare, such as "
                 "criterion.student_layers=[2] criterion.teacher_layers=[12]"
             )
         model = open_model(name).requires_grad_(False)
         check_teacher(model, student, codebooks=any(self.divergence_weights.values()))
         self.same_classes = model.num_classes == student.num_classes
-        model.config = replace(model.config, label_rate=student.config.label_rate)  # audio is cut to labels alike, also without codebooks
+        model.config = replace(
+            model.config, label_rate=student.config.label_rate
+        )  # audio is cut to labels in the same way, even without codebooks
         return model
 
     def _by_layers(self, name: str, student: HubertModel, ours: tuple[int, ...], theirs: tuple[int, ...]) -> Teacher:
-        """A teacher of any shape, and the maps to its states."""
+        """Open a teacher of any shape, and make the maps to its states."""
         if any(self.divergence_weights.values()):
             raise UserError(
                 "with criterion.teacher_layers only hidden states teach: set criterion.codebook_weight=0 and "
@@ -157,7 +165,7 @@ class HubertDistillCriterion(HubertEffCriterion):
         model = open_teacher(name).requires_grad_(False)
         model.check_layers(theirs, "criterion.teacher_layers:")
         if student.config.normalize and model.eps is None:
-            raise UserError("it takes audio as it is recorded, which task.normalize=true makes other: set task.normalize=false")
+            raise UserError("it takes audio as it is recorded, which task.normalize=true changes: set task.normalize=false")
         self.maps = StateMaps(ours, theirs, student.config.encoder_embed_dim, model.widths(theirs))
         return model
 
@@ -206,18 +214,18 @@ class HubertDistillCriterion(HubertEffCriterion):
         return loss, sample_size, log
 
     def _heard(self, teacher: HubertModel, inputs: dict[str, Any], targets: Any, output: Any) -> Any:
-        """What a teacher of the student's shape makes of a batch, under the student's masks."""
+        """Run a teacher of the student's shape on a batch, under the student's masks."""
         return teacher(
             inputs["source"], targets, inputs.get("padding_mask"), features_only=True, masks=output["masks"], return_states=True,
             chunks=output["chunks"] if teacher.config.streaming else None,
         )  # fmt: skip
 
     def _counted(self) -> list[str]:
-        """The kinds of frames that the loss is a mean over."""
+        """The kinds of frames over which the loss is averaged."""
         return [part for part in "mu" if self.weights[part] > 0 or self.divergence_weights[part] > 0] or ["m", "u"]
 
     def _placed(self, source: Tensor) -> Any:
-        """The teacher where the audio (B, S) is, in its precision."""
+        """The teacher on the device and in the precision of the audio (B, S)."""
         (teacher,) = self.teacher
         first = next(teacher.parameters(), None)
         if first is None:  # such as a filter bank

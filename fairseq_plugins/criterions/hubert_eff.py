@@ -1,4 +1,4 @@
-"""Masked prediction loss of HuBERT, with the figures that tell learning from collapse."""
+"""Masked prediction loss of HuBERT, with figures that distinguish learning from collapse."""
 
 # S frames of one kind (masked or unmasked) in the batch, C classes of a codebook
 
@@ -30,19 +30,19 @@ def class_counts(classes: Tensor, num_classes: int) -> Tensor:
 
 
 def perplexity(counts: Tensor) -> float:
-    """2 to the entropy (bits) of a histogram (C,): 1 if one class takes all, C if all are equally frequent."""
+    """2 to the entropy (bits) of a histogram (C,): 1 for a single class, C if all classes are equally frequent."""
     share = counts.double() / counts.sum().clamp(min=1)
     return float(torch.exp(torch.special.entr(share).sum()))
 
 
 def skipped(key: str, part: str) -> UserError:
-    """What to raise where the model leaves out the frames that a weight is of."""
+    """The error for a model that leaves out the frames to which a weight applies."""
     skip = {"m": "skip_masked", "u": "skip_nomask"}[part]
     return UserError(f"criterion.{key} is positive, but model.{skip}=true leaves these frames out: change one of the two")
 
 
 def check_frames(key: str, part: str, config: HubertConfig) -> None:
-    """Raise `UserError` if a model has no frames of the kind that a positive weight is of; "" is every kind."""
+    """Raise `UserError` if a model has no frames of the kind to which a positive weight applies; "" is every kind."""
     if (part == "m" and config.skip_masked) or (part == "u" and config.skip_nomask):
         raise skipped(key, part)
     if part == "m" and config.mask_prob == 0:
@@ -83,14 +83,14 @@ class HubertEffCriterion(FairseqCriterion):
 
     @classmethod
     def build_criterion(cls, cfg: Any, task: Any) -> Any:
-        """From `cfg`. Bad weights, and those of frames that the task's model leaves out, are a `UserError`."""
+        """Build from `cfg`. Raises `UserError` for invalid weights and for weights of frames that the task's model leaves out."""
         with one_line_errors():
             weights = {key: getattr(cfg, key) for key in cls.terms}
             for key, weight in weights.items():
                 if not 0 <= weight < math.inf:
                     raise UserError(f"criterion.{key}={weight:g}: the weight of a loss must be 0 or more")
             if not any(weights.values()):
-                raise UserError(f"criterion: {', '.join(weights)} are all 0, so that nothing would be learned: set one of them above 0")
+                raise UserError(f"criterion: {', '.join(weights)} are all 0, so nothing would be learned: set one of them above 0")
             model = getattr(task, "model", None)
             for key, weight in weights.items():
                 if weight > 0 and model is not None:
@@ -115,7 +115,7 @@ class HubertEffCriterion(FairseqCriterion):
         return loss, sample_size, log
 
     def _penalty(self, output: HubertOutput) -> Tensor:
-        """The feature penalty of a validation, a sum over the frames that count: of each utterance by itself, whatever its batch."""
+        """The feature penalty of a validation, summed over the frames that count, for each utterance independent of its batch."""
         square, masked, padding = output["features_square"], output["mask_indices"], output["padding_mask"]  # (B, T)
         valid = torch.ones_like(square, dtype=torch.bool) if padding is None else ~padding
         masked = torch.zeros_like(valid) if masked is None else masked

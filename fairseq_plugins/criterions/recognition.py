@@ -1,4 +1,4 @@
-"""The losses of fine-tuning, and in validation the error rates of the texts that the model says."""
+"""The losses of fine-tuning and, in validation, the error rates of the recognized texts."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ from hubert_eff.recognition.scoring import score
 
 from .throughput import audio_seconds, log_throughput
 
-SPARE = 10  # letters that a text of a validation may have beyond twice the longest true one: an early model finds no end
+SPARE = 10  # letters that a text in validation may have beyond twice the longest transcript, because an untrained model finds no end
 
 
 @dataclass
 class HubertEffAsrConfig(FairseqDataclass):
     """Keys of `criterion`."""
 
-    valid_beam: int = field(default=4, metadata={"help": "texts that the decoder's beam search keeps in a validation of ctc_weight=0"})
+    valid_beam: int = field(
+        default=4, metadata={"help": "number of texts that the decoder's beam search keeps in validation if ctc_weight=0"}
+    )
 
 
 @register_criterion("hubert_eff_asr", dataclass=HubertEffAsrConfig)

@@ -1,4 +1,4 @@
-"""What every criterion logs beside its losses: how fast audio is worked through, and memory."""
+"""Figures that every criterion logs beside its losses: the speed in seconds of audio, and memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def audio_seconds(sample: dict[str, Any]) -> Tensor:
 
 
 def memory_gb() -> float:
-    """The most memory that this process has had so far, 10^9 bytes: of its GPU where there is one, else resident."""
+    """Peak memory of this process so far in 10^9 bytes: that of its GPU if there is one, otherwise resident memory."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

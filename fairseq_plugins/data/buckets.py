@@ -1,4 +1,4 @@
-"""Lengths that batches may have: with few of them a compiler makes its kernels once, and a GPU's allocator finds its blocks again."""
+"""Lengths of batches: with few of them a compiler makes its kernels once, and a GPU's allocator reuses its blocks."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import numpy as np
 from hubert_eff.config import FRAME_STRIDE
 from hubert_eff.errors import UserError
 
-FRAMES = 8  # every length makes a multiple of so many frames, which tensor cores like
+FRAMES = 8  # every length gives a multiple of so many frames, which suits tensor cores
 
 
 class Buckets:
     """N lengths in samples at the quantiles of the utterances' own, each of 8 k frames: 320 (8 k + 1) samples.
 
-    An utterance belongs to the longest that it fills (`padded=False`), or to the shortest that holds it.
+    An utterance belongs to the longest length that it fills (`padded=False`), or to the shortest that holds it.
     """
 
     def __init__(self, sizes: Sequence[int], count: int, longest: int, padded: bool) -> None:
@@ -43,6 +43,6 @@ class Buckets:
         return int(self.lengths[min(max(place, 0), len(self.lengths) - 1)])
 
     def kept(self, sizes: Sequence[int]) -> float:
-        """Share of the audio that is used, of what `longest` leaves; above 1 where padding is added."""
+        """Share of the audio that is used, out of what `longest` leaves; above 1 if padding is added."""
         used = sum(map(self.length, sizes))
         return used / max(1, int(np.minimum(sizes, self.longest).sum()))

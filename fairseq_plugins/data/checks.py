@@ -1,4 +1,4 @@
-"""Checks of manifests, labels and audio that run before the first update. Each failure is one `UserError`."""
+"""Checks manifests, labels and audio before the first update. Each failure is one `UserError`."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ logger = logging.getLogger(__name__)
 TOLERANCE = 0.1  # seconds by which labels and audio may differ: fairseq's own limit
 MAX_FILES = 20_000  # audio files whose presence is checked, evenly spread over a larger manifest
 MAX_HEADERS = 20  # audio files whose header is read, evenly spread
-RECORDED = "km"  # the labels that labels.json is about
+RECORDED = "km"  # the labels that labels.json describes
 FRAME_RATE = SAMPLE_RATE // FRAME_STRIDE
 TELLING = SAMPLE_RATE // 5  # samples of an utterance whose number of labels tells their rate: 0.2 s
 
 
 def read_dictionary(path: Path) -> Dictionary:
-    """Read `dict.NAME.txt`; `UserError` if it is missing or malformed."""
+    """Read `dict.NAME.txt`. Raises `UserError` if it is missing or malformed."""
     dictionary = Dictionary()
     for name, count in classes.read_dictionary(path):
         if name in dictionary:
@@ -40,7 +40,7 @@ def read_dictionary(path: Path) -> Dictionary:
 def check_audio(manifest: Manifest, sample_rate: int, skip: bool = False) -> None:
     """Every file (at most `MAX_FILES`, evenly spread) exists; a few have the sample rate and length that the manifest implies.
 
-    With `skip`, as task.bad_audio=skip, only a wrong sample rate, or that all files are missing, is an error: training names the others.
+    With `skip` (task.bad_audio=skip) only a wrong sample rate, or the loss of all files, is an error; training names the other faults.
     """
     chosen = spread(len(manifest.names), MAX_FILES)
     missing = [i for i in chosen if not os.path.exists(manifest.root / manifest.names[i].split(".zip:")[0]) and not _in_zip(manifest, i)]
@@ -73,7 +73,7 @@ def _in_zip(manifest: Manifest, index: int) -> bool:
 
 
 def check_rate(record: Record, label_rate: float) -> None:
-    """The rate agrees with `labels.json`, where `hubert-eff labels` recorded how the labels were made."""
+    """Check the rate against `labels.json`, in which `hubert-eff labels` recorded how the labels were made."""
     if record.rate not in (None, label_rate):
         raise UserError(
             f"task.label_rate={label_rate:g}, but {record.file} says the labels were made at {record.rate:g} per second from "
@@ -82,7 +82,7 @@ def check_rate(record: Record, label_rate: float) -> None:
 
 
 def check_labels(manifest: Manifest, path: Path, label_rate: float, dictionary: Dictionary, dictionary_path: Path) -> Labels:
-    """One line per utterance, as long as the audio at `label_rate`, and every class in the dictionary. Returns where the lines are."""
+    """Check for one line per utterance, as long as the audio at `label_rate`, with known classes. Returns the checked labels."""
     labels = classes.read_labels(path, dictionary.symbols[dictionary.nspecial :], str(dictionary_path))
     if len(labels) != len(manifest.entries):
         raise UserError(
@@ -99,13 +99,13 @@ def check_labels(manifest: Manifest, path: Path, label_rate: float, dictionary: 
         if abs(length / label_rate - samples / SAMPLE_RATE) > TOLERANCE:
             raise UserError(
                 f"{path} line {number}: {length} labels ({length / label_rate:.2f} s at task.label_rate={label_rate:g}) for "
-                f"{samples / SAMPLE_RATE:.2f} s of audio ({name}): the labels are another manifest's, make them again"
+                f"{samples / SAMPLE_RATE:.2f} s of audio ({name}): the labels belong to another manifest, make them again"
             )
     return labels
 
 
 def estimated_rate(labels: Sequence[int], samples: Sequence[int]) -> int:
-    """Labels per second, a multiple of 50, of utterances of so many labels and samples; 0 where all are too short to tell.
+    """Estimate labels per second, a multiple of 50, from the labels and samples of utterances; 0 if all are too short to tell.
 
     The first label of an utterance comes with 25 ms of audio, whatever the rate, and the others in steps of it.
     """
@@ -115,7 +115,7 @@ def estimated_rate(labels: Sequence[int], samples: Sequence[int]) -> int:
 
 
 def check_lengths(manifest: Manifest, shortest: int | None, longest: int | None) -> None:
-    """At least one utterance passes the limits on length."""
+    """Check that at least one utterance passes the limits on length."""
     if not any((shortest or 0) <= n <= (longest or n) for n in manifest.samples):
         raise UserError(
             f"{manifest.path}: none of its {len(manifest.samples)} utterances ({min(manifest.samples)} to {max(manifest.samples)} samples) "
@@ -136,7 +136,7 @@ def check_split(
     longest: int | None,
     skip: bool,
 ) -> tuple[Manifest, list[Labels]]:
-    """All checks of one split. Returns what was checked, to be read. Raises `UserError` for the first that fails."""
+    """Run all checks of one split; returns the checked files. Raises `UserError` for the first fault."""
     manifest, record = read_manifest(data / f"{split}.tsv"), read_record(label_dir)
     check_lengths(manifest, shortest, longest)
     if record is not None:
@@ -146,7 +146,7 @@ def check_split(
         for name, dictionary in zip(labels, dictionaries)
     ]
     check_audio(manifest, sample_rate, skip)
-    if record is not None and RECORDED in labels:  # labels under other names are of other programs
+    if record is not None and RECORDED in labels:  # labels under other names come from other programs
         at = list(labels).index(RECORDED)
         record.check_manifest(manifest)
         record.check_labels(split, found[at], len(dictionaries[at]) - dictionaries[at].nspecial)

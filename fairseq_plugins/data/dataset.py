@@ -1,4 +1,4 @@
-"""Audio and labels for pre-training: fairseq's HubertDataset, reproducible and safe to stop."""
+"""Audio and labels for pre-training: fairseq's HubertDataset, made reproducible and safe to stop."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ LAST_FRAME = 400  # samples that the extractor needs for its last frame: 25 ms
 
 
 def obey_parent_only() -> None:
-    """In a loading process: end on a SIGTERM of the training process, pass over any other.
+    """Make a loading process end on a SIGTERM of the training process and ignore all others.
 
-    Clusters and `kill` on a group send SIGTERM to all processes at once. Were the loading processes to end by it, the training process
-    would fail for want of data before it could save.
+    Clusters and `kill` on a group send SIGTERM to all processes at once. If the loading processes ended, the training process would fail
+    for lack of data before it could save.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # threads that start later inherit it
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # threads that start later inherit this
 
     def wait() -> None:
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
@@ -43,9 +43,9 @@ def obey_parent_only() -> None:
 
 
 def read_checked(read: Callable[[], Tensor], file: str, samples: int) -> Tensor | str:
-    """What `read` returns, audio (S,); or what is wrong with the file: it cannot be read, has another length, holds NaN or no audio.
+    """The audio (S,) that `read` returns, or a message: the file cannot be read, has another length, or is not finite or not audio.
 
-    Returned rather than raised: an error of a loading process reaches the training process as the text of a traceback.
+    The message is returned, not raised, because an error of a loading process reaches the training process as the text of a traceback.
     """
     try:
         wav = read()
@@ -55,7 +55,7 @@ def read_checked(read: Callable[[], Tensor], file: str, samples: int) -> Tensor 
         return f"{file} cannot be read as audio ({' '.join(str(error).split())})"
     if len(wav) != samples:
         return f"{file} has {len(wav)} samples, not {samples} as its manifest says"
-    return wav if bool((wav.abs() <= LOUDEST).all()) else f"{file} holds samples that are not finite, or no audio"
+    return wav if bool((wav.abs() <= LOUDEST).all()) else f"{file} holds samples that are not finite or not audio"
 
 
 def crop_start(seed: int, epoch: int, utterance: int, spare: int) -> int:
@@ -64,9 +64,9 @@ def crop_start(seed: int, epoch: int, utterance: int, spare: int) -> int:
 
 
 class EqualLengths:
-    """Mixed in before a fairseq dataset: with `equal_lengths`, only utterances of one length share a batch, and none is padded.
+    """A mix-in for fairseq datasets: with `equal_lengths`, only utterances of one length share a batch, and none is padded.
 
-    For the validation of a model whose extractor takes statistics over a row's padding too: its figures are then those of any batch.
+    It is for validation of a model whose extractor also takes statistics over padding: its figures then do not depend on the batch.
     """
 
     equal_lengths = False
@@ -80,22 +80,22 @@ class EqualLengths:
         return [batch for part in np.split(indices, changes) for batch in cut(part, **limits)]
 
     def used(self, index: int) -> int:
-        """Samples of an utterance that a batch of it alone has."""
+        """Number of samples of an utterance in a batch of its own."""
         raise NotImplementedError
 
 
 class SeededHubertDataset(EqualLengths, HubertDataset):
     """`HubertDataset` whose batches depend only on (seed, epoch, utterances), and crops on (seed, epoch, utterance) each.
 
-    A resumed run repeats them. How long a crop is depends on the batch where nothing is padded, as its shortest utterance. An utterance
-    longer than `max_tokens`, which no batch can hold, is cropped to it.
+    A resumed run repeats them. Without padding, the length of a crop is that of the batch's shortest utterance. An utterance longer than
+    `max_tokens`, which no batch can hold, is cropped to it.
 
-    It reads what was checked, in place of fairseq's own reading of a manifest and labels: other rules for the ends of lines would give
-    utterances the labels of others.
+    It reads the checked manifest and labels itself instead of letting fairseq read them: other rules for line ends would give utterances
+    the labels of others.
 
-    Batches carry `net_input["sample_ids"]` (B,), the utterances' numbers, which seed their masks; and, where a file cannot be read, the
-    lines that say so as `unreadable`; where its labels are no longer those that were checked, as `changed`. The batch is then without it;
-    if it was the last one, these are all there is.
+    Batches have `net_input["sample_ids"]` (B,), the numbers of the utterances, which seed their masks. If a file cannot be read, or its
+    labels have changed since they were checked, the batch lacks it and has messages under `unreadable` or `changed`, and nothing else if no
+    file is left.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class SeededHubertDataset(EqualLengths, HubertDataset):
         max_tokens: int | None = None,
         equal_lengths: bool = False,
     ) -> None:
-        FairseqDataset.__init__(self)  # that of HubertDataset would read the files
+        FairseqDataset.__init__(self)  # HubertDataset's own would read the files
         least, most = min_keep_sample_size or 0, max_keep_sample_size or sys.maxsize
         self.kept = [i for i, samples in enumerate(manifest.samples) if least <= samples <= most]
         self.audio_root = str(manifest.root)
@@ -140,7 +140,7 @@ class SeededHubertDataset(EqualLengths, HubertDataset):
         self._shielded = False
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell the dataset, also in loading processes that run already, which epoch comes next."""
+        """Tell the dataset, including running loading processes, which epoch comes next."""
         self._epoch.fill_(epoch)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -157,24 +157,24 @@ class SeededHubertDataset(EqualLengths, HubertDataset):
             return {"id": index, "source": None, "changed": str(error)}
 
     def get_label(self, index: int, label_idx: int) -> Tensor:
-        """Labels (T,) of an utterance, as numbers of the dictionary. Raises `UserError` if they are not those that were checked."""
+        """Labels (T,) of an utterance as numbers of the dictionary. Raises `UserError` if they have changed since they were checked."""
         return self.label_processors[label_idx](self.labels[label_idx].line(self.kept[index]))
 
     def postprocess(self, wav: Tensor, cur_sample_rate: int) -> Tensor:
-        """As fairseq's: mono (S,), normalized where the task says so. Raises `ValueError` for what would be silence, or NaN, then."""
+        """Process as fairseq does: mono (S,), normalized if the task says so. Raises `ValueError` for silence or NaN in the result."""
         if not bool((wav.abs() <= LOUDEST).all()):  # also of NaN
-            raise ValueError("it holds samples that are not finite, or no audio: make the manifest again")
+            raise ValueError("it holds samples that are not finite or not audio: make the manifest again")
         return super().postprocess(wav, cur_sample_rate)
 
     def ordered_indices(self) -> np.ndarray:
-        """Longest first, ties in random order; the same in all epochs, so that a run resumed in a later one forms the same batches."""
+        """Longest first, ties in random order, and the same in all epochs, so that a run resumed later forms the same batches."""
         if not self.shuffle:
             return super().ordered_indices()
         ties = np.random.default_rng(self.seed).permutation(len(self))
         return np.lexsort((ties, np.asarray(self.sizes)))[::-1]
 
     def size(self, index: int) -> int:
-        """Samples of an utterance in a batch, which `dataset.max_tokens` counts; of one that is cropped in a padded batch, all."""
+        """Samples of an utterance that `dataset.max_tokens` counts; all samples of one that is cropped in a padded batch."""
         return min(super().size(index), self.max_tokens) if self.buckets is None else self.buckets.length(self.sizes[index])
 
     def used(self, index: int) -> int:
@@ -225,7 +225,7 @@ class SeededHubertDataset(EqualLengths, HubertDataset):
         return batch
 
     def _pad_unlabelled(self, padding_mask: Tensor, lengths: list[Tensor]) -> None:
-        """Declare audio beyond a row's labels padding, in place. padding_mask (B, S), lengths (B,) per codebook.
+        """Mark audio beyond a row's labels as padding, in place. padding_mask (B, S), lengths (B,) per codebook.
 
         fairseq rounds the start of a crop to a label, so that the last frame of a crop from an utterance's end may have none;
         it would be trained on the <pad> that fills the row.
@@ -233,5 +233,5 @@ class SeededHubertDataset(EqualLengths, HubertDataset):
         ratios = (round(rate * FRAME_STRIDE / self.sample_rate) for rate in self.label_rates)  # labels per frame
         labeled = torch.stack([-(-n // ratio) for n, ratio in zip(lengths, ratios)]).amin(0)  # frames, (B,)
         for row, frames in zip(padding_mask, labeled.tolist()):
-            if int((~row).sum()) >= (frames + 1) * FRAME_STRIDE:  # one frame more may lie in the audio
+            if int((~row).sum()) >= (frames + 1) * FRAME_STRIDE:  # the audio may hold one more frame
                 row[max(frames - 1, 0) * FRAME_STRIDE + (LAST_FRAME if frames else 0) :] = True

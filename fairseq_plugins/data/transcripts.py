@@ -1,4 +1,4 @@
-"""Recordings with transcripts: what fine-tuning reads, checked before the first update, as batches that a resumed run repeats."""
+"""Recordings with transcripts for fine-tuning, checked before the first update, in batches that a resumed run repeats."""
 
 # B batch, S samples, U letters
 
@@ -27,9 +27,9 @@ from .dataset import EqualLengths, obey_parent_only, read_checked
 def check_transcripts(
     texts: Sequence[str], source: Path, manifest: Manifest, alphabet: Alphabet, num_frames: Any, speed: float, shortest: int, longest: int
 ) -> list[list[int]]:
-    """The texts as numbers. Raises `UserError` for a letter outside the dictionary, or a text longer than the audio allows at `speed`.
+    """Convert texts to numbers. Raises `UserError` for a letter outside the dictionary, or a text too long for the audio at `speed`.
 
-    num_frames: frames of so many samples; None: no CTC layer learns, and a text may be longer.
+    num_frames: number of frames of so many samples; None if no CTC layer learns, so that a text may be longer.
     """
     spelled = []
     for text, name, samples in zip(texts, manifest.names, manifest.samples):
@@ -43,7 +43,7 @@ def check_transcripts(
 
 
 def at_speed(wav: Tensor, factor: float) -> Tensor:
-    """The recording (S,) played faster by `factor`, pitch and all, by resampling (Ko et al. 2015): about S / factor samples."""
+    """Play a recording (S,) faster by `factor`, including its pitch, by resampling (Ko et al. 2015): about S / factor samples."""
     if factor == 1.0:
         return wav
     from torchaudio.functional import resample

@@ -48,7 +48,7 @@ class FairseqEden(FairseqLRScheduler):
         self.step_update(0)
 
     def step_begin_epoch(self, epoch: int) -> None:
-        """fairseq counts epochs from 1, and calls this at the start of each, also where a run goes on."""
+        """Set the epoch; fairseq counts from 1 and calls this at the start of each epoch, and when a run resumes."""
         self.finished = epoch - 1
 
     def step_update(self, num_updates: int) -> float:

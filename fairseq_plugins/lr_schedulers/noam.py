@@ -26,7 +26,7 @@ class NoamConfig(FairseqDataclass):
 
 @register_lr_scheduler("noam", dataclass=NoamConfig)
 class FairseqNoam(FairseqLRScheduler):
-    """`hubert_eff.optim.noam` of the number of the update that comes next."""
+    """`hubert_eff.optim.noam` of the number of the next update."""
 
     def __init__(self, cfg: NoamConfig, optimizer: FairseqOptimizer) -> None:
         super().__init__(cfg, optimizer)

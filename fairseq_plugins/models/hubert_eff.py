@@ -18,7 +18,7 @@ _INTERPOLATED = {"label_rate": II("task.label_rate"), "normalize": II("task.norm
 
 
 def fairseq_config(entry: EncoderEntry) -> type[FairseqDataclass]:
-    """fairseq's dataclass of an encoder: the fields of its own config with the same defaults and help.
+    """Make fairseq's dataclass of an encoder: the fields of the encoder's config with the same defaults and help.
 
     It does not inherit the config's checks: its defaults are interpolations such as `${task.label_rate}` until fairseq has
     resolved them, and `build_model` checks the values when it makes the encoder's config from them.

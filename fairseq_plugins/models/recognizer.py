@@ -1,4 +1,4 @@
-"""`hubert_eff_ctc` and `hubert_eff_aed`: fine-tuning of a pre-trained model with a CTC layer, and with an attention decoder beside it."""
+"""`hubert_eff_ctc` and `hubert_eff_aed`: fine-tuning of a pre-trained model with a CTC layer, and also with an attention decoder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hubert_eff.quant.storage import is_packed
 from hubert_eff.recognition.model import TRAINING_KEYS, Recognizer, RecognizerConfig
 
 _START = {
-    "w2v_path": "checkpoint or export of a pre-trained model, of this plug-in or of stock HuBERT, to start from; not kept in what is saved",
+    "w2v_path": "checkpoint or export of a pre-trained model to start from, of this plug-in or of stock HuBERT; not saved in checkpoints",
     "preset": "start from random weights of this preset instead",
 }
 
@@ -72,7 +72,7 @@ class FairseqRecognizer(Recognizer, BaseFairseqModel):
         if pretrained is not None:
             own = model.hubert.state_dict()
             weights = {key: value for key, value in pretrained.state_dict().items() if key in own and own[key].shape == value.shape}
-            # a codebook head may have another number of projections; all else is the same by its configuration
+            # a codebook head may have another number of projections; everything else is the same by its configuration
             model.hubert.load_state_dict({**{key: value for key, value in own.items() if key.startswith("final_proj")}, **weights})
         model.hubert.final_proj.requires_grad_(False)  # not used here
         model.ctc_proj.requires_grad_(model.learns_ctc)

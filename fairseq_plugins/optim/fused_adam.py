@@ -20,11 +20,13 @@ from ..runtime.stopping import one_line_errors
 
 @dataclass
 class FairseqFusedAdamConfig(FairseqDataclass):
-    """Keys of fairseq's `adam`, so that `optimizer._name=fused_adam` is all there is to change."""
+    """Keys of fairseq's `adam`, so only `optimizer._name=fused_adam` needs to change."""
 
     adam_betas: Any = field(default="(0.9, 0.999)", metadata={"help": "coefficients of the averages of gradient and squared gradient"})
     adam_eps: float = field(default=1e-8, metadata={"help": "added to the root of the averaged squared gradient"})
-    weight_decay: float = field(default=0.0, metadata={"help": "share of the weights, times the learning rate, taken off in every update"})
+    weight_decay: float = field(
+        default=0.0, metadata={"help": "share of the weights, times the learning rate, that every update subtracts"}
+    )
     lr: List[float] = II("optimization.lr")  # noqa: UP006
 
 
@@ -39,12 +41,12 @@ class FairseqFusedAdam(FairseqOptimizer):
 
     @property
     def supports_flat_params(self) -> bool:
-        """Whether all weights may be handed over as one tensor, as fairseq does with fp16."""
+        """Whether all weights may come as one tensor, as fairseq passes them with fp16."""
         return True
 
     @property
     def optimizer_config(self) -> dict[str, Any]:
-        """What the configuration decides, also over a checkpoint."""
+        """The settings that the configuration decides, even against a checkpoint."""
         cfg = self.cfg
         return {"lr": cfg.lr[0], "betas": _pair(cfg.adam_betas), "plain_eps": cfg.adam_eps, "weight_decay": cfg.weight_decay}
 

@@ -32,17 +32,17 @@ class FairseqScaledAdamConfig(FairseqDataclass):
     clipping_scale: Optional[float] = field(  # noqa: UP045
         default=2.0, metadata={"help": "gradients are clipped to this many times the median of the latest norms; null for no clipping"}
     )
-    clipping_update_period: int = field(default=100, metadata={"help": "updates between two estimates of that median"})
+    clipping_update_period: int = field(default=100, metadata={"help": "updates between two estimates of the median for clipping"})
     scalar_lr_scale: float = field(
         default=0.1, metadata={"help": "factor on the learning rate for the size of a tensor and for tensors of one element"}
     )
     scalar_max: float = field(default=10.0, metadata={"help": "bound of the absolute value of tensors of one element"})
     param_min_rms: float = field(default=1e-5, metadata={"help": "root mean square below which a tensor grows"})
     param_max_rms: float = field(default=3.0, metadata={"help": "root mean square above which no tensor grows"})
-    size_update_period: int = field(default=4, metadata={"help": "updates between two updates of the tensors' sizes"})
+    size_update_period: int = field(default=4, metadata={"help": "updates between two updates of the scales of tensors"})
     form: str = field(
         default=FORMS[0],
-        metadata={"help": "what the authors train with, or the paper's Algorithm 1 as it is printed", "choices": list(FORMS)},
+        metadata={"help": "form of the algorithm: the authors' code, or the paper's Algorithm 1", "choices": list(FORMS)},
     )
     lr: List[float] = II("optimization.lr")  # noqa: UP006
     clip_norm: float = II("optimization.clip_norm")
@@ -69,7 +69,7 @@ class FairseqScaledAdam(FairseqOptimizer):
 
     @property
     def optimizer_config(self) -> dict[str, Any]:
-        """What the configuration decides, also over a checkpoint."""
+        """The settings that the configuration decides, even against a checkpoint."""
         cfg = self.cfg
         return {
             "lr": cfg.lr[0],

@@ -1,1 +1,1 @@
-"""Changes to fairseq itself, and how a run stops and goes on."""
+"""Changes to fairseq itself, and how a run stops and resumes."""

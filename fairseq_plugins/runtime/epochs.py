@@ -1,4 +1,4 @@
-"""Where in an epoch a resumed run goes on, with as many ranks, and batches of such a size, as it has now.
+"""Finds the place in an epoch where a resumed run continues, whatever its numbers of ranks and batch sizes.
 
 Each function is one patch and says why; `apply` makes them all.
 """
@@ -27,7 +27,7 @@ def apply() -> None:
 
 
 class _Rest:
-    """What is left of an epoch: batches of the utterances that are not in `before`, bool, one per utterance."""
+    """The rest of an epoch: batches of the utterances that are not in `before`, bool, one per utterance."""
 
     def __init__(self, iterator: EpochBatchIterator, epoch: int, before: np.ndarray, whole: Batches) -> None:
         self.epoch, self.before = epoch, before
@@ -39,12 +39,11 @@ class _Rest:
 
 
 def finish_epochs() -> None:
-    """A checkpoint holds how many batches each rank has had of the epoch; with other batches, or ranks, that is another place in it.
+    """Continue an epoch correctly. A checkpoint holds the number of batches per rank, which with other batches or ranks is another place.
 
-    Left as it is, 2 ranks -> 1 trains on half of the epoch's batches again, 1 -> 2 leaves as many out, or fails past the end, and so it
-    does with another `dataset.max_tokens`. Checkpoints hold here the number of ranks, a digest of the batches, and which utterances
-    the epoch has had. On another number of ranks the batches that are left follow; with other batches, those of the utterances that are
-    left.
+    Unpatched, going from 2 ranks to 1 repeats half of the epoch's batches, and from 1 to 2 skips as many or fails past the end, as does
+    another `dataset.max_tokens`. Here checkpoints also hold the number of ranks, a digest of the batches, and the utterances that the epoch
+    has used. With another number of ranks the remaining batches follow; with other batches, those of the remaining utterances.
     """
     save, load = EpochBatchIterator.state_dict, EpochBatchIterator.load_state_dict
     whole, ordered = EpochBatchIterator.frozen_batches.fget, EpochBatchIterator.ordered_batches
@@ -76,7 +75,7 @@ def finish_epochs() -> None:
         state = _of_ranks(self, state)
         try:
             load(self, state)
-        except RuntimeError:  # past the end: a checkpoint of an earlier version, and larger batches
+        except RuntimeError:  # past the end, after larger batches in a checkpoint of an earlier version
             load(self, {**state, "epoch": epoch + 1, "iterations_in_epoch": 0})
             _say(self, f"epoch {epoch} has no batch left for this checkpoint: going on with epoch {epoch + 1}")
 
@@ -98,7 +97,7 @@ def finish_epochs() -> None:
 
 
 def _of_ranks(iterator: EpochBatchIterator, state: dict[str, Any]) -> dict[str, Any]:
-    """A state of as many ranks as there are now; says so where there were others."""
+    """Convert a state to the current number of ranks, and log it if that differs."""
     before, now = state.get("num_shards", iterator.num_shards), iterator.num_shards
     if before == now:
         return state
@@ -126,7 +125,7 @@ def _digest(batches: Batches) -> str:
 
 
 def _seen(iterator: EpochBatchIterator, steps: int) -> np.ndarray:
-    """Which utterances the epoch has had after `steps` batches on each rank, bool, one per utterance."""
+    """The utterances that the epoch has used after `steps` batches on each rank, bool, one per utterance."""
     seen = np.zeros(len(iterator.dataset), dtype=bool) if iterator.rest is None else iterator.rest.before.copy()
     own = iterator.shard_id
     try:
@@ -144,15 +143,15 @@ def _pack(flags: np.ndarray) -> Tensor:
 
 
 def _unpack(bits: Tensor, size: int) -> np.ndarray:
-    """Flags of `size` utterances; of a checkpoint of more or fewer, which only `task.resume_changed` lets pass, none is set."""
+    """Flags of `size` utterances. None is set for a checkpoint of another number of utterances, which needs `task.resume_changed`."""
     flags = np.unpackbits(bits.numpy())
     return flags[:size].astype(bool) if len(bits) == (size + 7) // 8 else np.zeros(size, dtype=bool)
 
 
 def group_what_is_left() -> None:
-    """With `optimization.update_freq` above 1 fairseq counts the groups of batches that are left by those of the whole epoch.
+    """Count groups of remaining batches correctly. With `optimization.update_freq` above 1 fairseq takes those of the whole epoch.
 
-    Where the place in the epoch is not a multiple of it, one is missing at the end, and the epoch begins anew.
+    If the place in the epoch is not a multiple of it, one group is missing at the end, and the epoch starts again.
     """
 
     def __init__(self: Any, iterable: Any, chunk_size: int, skip_remainder_batch: bool = False) -> None:

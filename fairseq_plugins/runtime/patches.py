@@ -1,4 +1,4 @@
-"""What has to change in fairseq itself. Each function is one patch and says why; `apply` makes them all."""
+"""Patches of fairseq itself. Each function is one patch and says why; `apply` makes them all."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ def apply() -> None:
         saving.go_on_from_newest()
         saving.save_on_signals()
         saving.refuse_unknown_metric()
-        logging.raiseExceptions = False  # a log file on a full disk is no reason for a traceback per line
+        logging.raiseExceptions = False  # otherwise a log file on a full disk gives a traceback per line
 
 
 def allow_checkpoint_classes() -> None:
-    """Resuming on several ranks, the first sends what it has read to the others. torch >= 2.6 loads weights only, so that the harmless
-    classes in it need to be named: of the task's state, placeholders for tensors and omegaconf's containers."""
+    """Allow harmless classes in checkpoints. When several ranks resume, the first sends the checkpoint to the others, and torch >= 2.6 then
+    accepts only named classes: those of the task's state, placeholders for tensors, and omegaconf's containers."""
     torch.serialization.add_safe_globals(
         [
             Dictionary,
@@ -76,7 +76,7 @@ def allow_checkpoint_classes() -> None:
 
 
 def name_bad_keys() -> None:
-    """A key that a model, task, optimizer ... does not have, or a value of the wrong type, ends in a traceback; one line names it."""
+    """Name an unknown key of a model, task, optimizer ..., or a value of the wrong type, in one line instead of a traceback."""
     original = dataclass_utils.merge_with_parent
 
     @stopping.one_line_errors()
@@ -112,25 +112,25 @@ def read_checkpoints_safely() -> None:
             reason = error.reason
         except OSError:
             raise
-        except Exception:  # what fairseq expects of a checkpoint's content
+        except Exception:  # fairseq's expectations about the content failed
             reason = "is not a checkpoint"
         raise UserError(
-            f"{path} {reason}: go on from another with checkpoint.restore_file=FILE (without this one, training takes the newest that is "
-            "whole), or set another checkpoint.save_dir to start anew"
+            f"{path} {reason}: resume from another with checkpoint.restore_file=FILE (without this file, training takes the newest intact "
+            "one), or set another checkpoint.save_dir to start anew"
         )
 
     checkpoint_utils.load_checkpoint_to_cpu = load
 
 
 class _Torch(types.ModuleType):
-    """torch, for a module that calls one function of it that is to be another."""
+    """Stands in for torch in a module, with one function replaced."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
 
 
 def _read(file: BinaryIO, map_location: Any = None) -> dict[str, Any]:
-    """The content of a checkpoint, in place of torch.load."""
+    """Read a checkpoint; replaces torch.load."""
     path = Path(file.name)
     with TorchFile(path, {DICTIONARY: Dictionary}) as opened:
         if not isinstance(opened.content, dict) or not isinstance(opened.content.get("model"), dict):
@@ -140,9 +140,9 @@ def _read(file: BinaryIO, map_location: Any = None) -> dict[str, Any]:
 
 
 def save_no_paths() -> None:
-    """fairseq writes its whole configuration into checkpoints, folders of the user's machine included, which travel with the model.
+    """Keep folders of the user's machine out of checkpoints, into which fairseq writes its whole configuration.
 
-    Of an absolute path the last part is kept. Nothing reads the others: a run that goes on takes its own configuration.
+    Only the last part of an absolute path is kept. Nothing reads the rest, since a resumed run takes its own configuration.
     """
     original = Trainer.state_dict
 
@@ -154,7 +154,7 @@ def save_no_paths() -> None:
 
 
 def stop_on_infinite_gradient() -> None:
-    """On a gradient that is not finite fairseq writes a second checkpoint and a long traceback; one line says it, or the update is skipped.
+    """End with one line, or skip the update, if a gradient is not finite; fairseq writes a second checkpoint and a long traceback.
 
     All ranks see the same gradient, so they stop, or skip, together.
     """
@@ -170,7 +170,7 @@ def stop_on_infinite_gradient() -> None:
 
 
 def wrap_models_on_cpu() -> None:
-    """DistributedDataParallel refuses device ids for a model on the CPU; fairseq always passes them."""
+    """Leave out device ids for a model on the CPU: DistributedDataParallel refuses them, and fairseq always passes them."""
     original = distributed_fairseq_model.DistributedDataParallel
 
     def wrap(module: torch.nn.Module, *, device_ids: Any, output_device: Any, **options: Any) -> Any:
@@ -182,7 +182,7 @@ def wrap_models_on_cpu() -> None:
 
 
 def gather_on_cpu() -> None:
-    """`all_gather_list` allocates its buffers on a GPU, and keeps them: without one, give it buffers on the CPU."""
+    """Give `all_gather_list` buffers on the CPU if there is no GPU, on which it would allocate them."""
     original = distributed_utils.all_gather_list
 
     def _gather(data: Any, group: Any = None, max_size: int = 16384) -> list[Any]:
@@ -198,10 +198,10 @@ def gather_on_cpu() -> None:
 
 
 def leave_out_empty_batches() -> None:
-    """A rank that has no batch while others have takes a stand-in, whose loss is multiplied by 0. Let it count for nothing at all.
+    """Ignore stand-in batches completely. A rank without a batch takes one while others have batches, and its loss is multiplied by 0.
 
-    fairseq goes by the last batch of an update: with update_freq > 1 it takes all of the rank's batches, or none, for stand-ins. Here each
-    is marked `ignored`, and the task leaves it out (`SafeTask.train_step`). A batch with no readable file is one of these.
+    fairseq looks only at the last batch of an update: with update_freq > 1 it treats all or none of the rank's batches as stand-ins. Here
+    each is marked `ignored`, and the task leaves it out (`SafeTask.train_step`). A batch without a readable file is one of these.
     """
     prepare, reset = Trainer._prepare_sample, Trainer.reset_dummy_batch
 

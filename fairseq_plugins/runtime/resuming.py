@@ -1,4 +1,4 @@
-"""Which training a folder of checkpoints holds: a run goes on with the settings and data it was begun with, where it was in its epoch.
+"""Makes a run resume only with the settings and data with which it began.
 
 Each function is one patch and says why; `apply` makes them all.
 """
@@ -28,7 +28,7 @@ from . import saving, stopping
 
 logger = logging.getLogger(__name__)
 
-# settings that make another training: these sections without `MAY_CHANGE`, and these keys. All others may change
+# settings that define a training: these sections except `MAY_CHANGE`, and these keys; all others may change
 SECTIONS = ("task", "model", "criterion", "optimizer", "lr_scheduler", "ema")
 KEYS = (
     "common.seed", "dataset.train_subset", "optimization.lr", "optimization.clip_norm", "optimization.sentence_avg",
@@ -36,7 +36,7 @@ KEYS = (
 )  # fmt: skip
 MAY_CHANGE = {
     "task": {
-        "data", "label_dir", "init_from", "new_codebooks",  # `SafeTask.files` tells whether these are others
+        "data", "label_dir", "init_from", "new_codebooks",  # `SafeTask.files` tells whether these have changed
         "bad_audio", "bad_updates", "trends_interval", "trends_input", "log_interval", "resume_changed", "dictionary_split",
     },
     "model": {"w2v_path", "preset", "checkpoint_activations", "compile_blocks"},
@@ -45,7 +45,7 @@ MAY_CHANGE = {
 # whose settings are interpolated in sections that stand behind, some under another name
 OWNERS = ("common", "dataset", "optimization", "checkpoint", "distributed_training", "task", "model")
 RENAMED = {"total_num_update": "max_update", "max_tokens_valid": "max_tokens", "batch_size_valid": "batch_size"}
-UNSAID = (  # of a process or machine
+UNSAID = (  # keys of a process or machine
     "job_logging_cfg", "task.resume_changed", "distributed_training.distributed_init_method", "distributed_training.distributed_port",
     "distributed_training.distributed_rank", "distributed_training.device_id",
 )  # fmt: skip
@@ -62,7 +62,7 @@ def apply() -> None:
 
 
 def without_folders(value: Any) -> Any:
-    """A configuration as checkpoints keep it: of an absolute path the last part."""
+    """A configuration in the form of checkpoints: only the last part of absolute paths."""
     if isinstance(value, dict):
         return {key: without_folders(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -74,7 +74,7 @@ def without_folders(value: Any) -> Any:
 
 
 def hold_to_settings() -> None:
-    """fairseq goes on from a checkpoint with whatever settings and data it is given, and calls a run finished that was another one.
+    """Hold a run to its settings; fairseq resumes with any settings and data, and may call a run finished that was another one.
 
     Each setting that differs is logged. Those that make another training are refused in one line, unless `task.resume_changed` is set.
     """
@@ -104,14 +104,14 @@ def hold_to_settings() -> None:
 
 
 def _compare(trainer: Trainer, filename: str) -> list[str]:
-    """Log how a checkpoint's settings and data differ from those that are set. Returns the keys of those that make another training.
+    """Log how a checkpoint's settings and data differ from the current ones. Returns the keys that make another training.
 
-    Raises `UserError` where there are any and `task.resume_changed` is not set.
+    Raises `UserError` if there are any and `task.resume_changed` is not set.
     """
     try:
         with TorchFile(Path(filename), {DICTIONARY: Dictionary}) as opened:  # tensors are not read
             state = opened.content
-    except Unreadable:  # what loads it says so
+    except Unreadable:  # the loader reports it
         return []
     before = state.get("cfg") if isinstance(state, dict) else None
     if not isinstance(before, Mapping):
@@ -129,8 +129,8 @@ def _compare(trainer: Trainer, filename: str) -> list[str]:
     named = [f"{key}={_shown(found[key][0])}, now {_shown(found[key][1])}" for key in changed] + [f"another {name}" for name in other]
     more = f" and {len(named) - SHOWN} more" if len(named) > SHOWN else ""
     raise UserError(
-        f"{filename} is of another training, with {'; '.join(named[:SHOWN])}{more}: give another checkpoint.save_dir, or the settings and "
-        "data of before, or go on with these by task.resume_changed=true"
+        f"{filename} belongs to another training, with {'; '.join(named[:SHOWN])}{more}: give another checkpoint.save_dir, or the former "
+        "settings and data, or continue with these by task.resume_changed=true"
     )
 
 
@@ -165,7 +165,7 @@ def _rank(key: str) -> int:
 
 
 def is_binding(key: str) -> bool:
-    """Whether a setting, changed, makes another training."""
+    """Whether changing a setting makes another training."""
     section, _, rest = key.partition(".")
     return key in KEYS or (section in SECTIONS and rest.rpartition(".")[2] not in MAY_CHANGE.get(section, ()))
 
@@ -176,7 +176,7 @@ def _shown(value: Any) -> str:
 
 
 def _use_settings(optimizer: Any) -> None:
-    """Give the parameters of a loaded optimizer the settings of now, which its state has overwritten; the schedule sets the rate."""
+    """Restore the current settings of a loaded optimizer's parameters, which its state has overwritten; the schedule sets the rate."""
     inner = getattr(optimizer, "fp32_optimizer", getattr(optimizer, "wrapped_optimizer", optimizer))
     for one in inner.optimizers.values() if isinstance(inner, FairseqCompositeOptimizer) else [inner]:
         settings = {key: value for key, value in one.optimizer_config.items() if key != "lr"}
@@ -188,7 +188,7 @@ def _use_settings(optimizer: Any) -> None:
 
 
 def give_jobs_folders() -> None:
-    """In a sweep (`-m`) all jobs have one save_dir: the second would go on from the first. Each gets its own below it, named by its number.
+    """Give each job of a sweep (`-m`) its own save_dir, named by its number; otherwise the second would resume the first.
 
     Jobs of one process also share what is kept beside a run: the best figure so far, and what was saved last.
     """
@@ -218,7 +218,7 @@ def give_jobs_folders() -> None:
 
 
 def _job_number(cfg: DictConfig) -> int | None:
-    """The number of a job of a sweep whose save_dir is that of all jobs; None for any other run."""
+    """The number of a job of a sweep that shares its save_dir with all jobs; None for other runs."""
     if HydraConfig.initialized():
         hydra = HydraConfig.get()
     else:  # in a process that fairseq has spawned: what hydra has written beside the job's log
@@ -236,7 +236,7 @@ def _job_number(cfg: DictConfig) -> int | None:
 
 
 def leave_finished_runs() -> None:
-    """fairseq looks whether a run is done after an update only: one that was finished, started again, makes one more."""
+    """Leave finished runs alone; fairseq checks only after an update, so a finished run that is started again would make one more."""
     import fairseq_cli.train as training
 
     original = training.train

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole, into a folder that is this run's alone and stays in its place; found again; saved when a run is to stop."""
+"""Saves checkpoints atomically, in a folder reserved for this run, also when the run is stopped, and finds them again."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ _saved: tuple[int, str | None] = -1, None  # the update of the last save, and it
 
 
 def write_whole_checkpoints() -> None:
-    """A checkpoint's name always stands for a whole file, also when the process is killed or the disk is full.
+    """Write checkpoints so that a name always stands for an intact file, even if the process is killed or the disk is full.
 
-    fairseq copies onto checkpoint_last.pt in place: a kill in between leaves it truncated. When writing fails it tries twice again, behind
-    the half that is written, and ends in a traceback; here one line says why, and the half is removed. A checkpoint under a second name,
-    such as checkpoint_last.pt, is the same file: it takes no room, and is there if the first is.
+    fairseq overwrites checkpoint_last.pt in place, so a kill leaves it truncated. If writing fails, it tries twice more behind the partial
+    file and ends in a traceback; here one line gives the reason, and the partial file is removed. A checkpoint under a second name, such as
+    checkpoint_last.pt, is the same file: it takes no space and exists if the first does.
     """
     save_remote, copy_remote = checkpoint_utils.torch_persistent_save, PathManager.copy
 
@@ -56,7 +56,7 @@ def write_whole_checkpoints() -> None:
         temporary = temporary_beside(Path(dst_path))
         try:
             os.link(src_path, temporary)
-        except OSError:  # not every file system can
+        except OSError:  # not every file system supports it
             with _ending_the_run(), replacing(dst_path, follow=False) as temporary:
                 shutil.copyfile(src_path, temporary)
         else:
@@ -69,22 +69,22 @@ def write_whole_checkpoints() -> None:
 
 @contextmanager
 def _ending_the_run() -> Iterator[None]:
-    """A checkpoint that cannot be written ends a training run in one line."""
+    """End a training run in one line if a checkpoint cannot be written."""
     try:
         yield
     except WriteError as error:
         if not stopping.in_training_run():
             raise
         stopping.end_run(
-            f"stopped: {error.filename} cannot be written ({error.strerror}). What was saved before is whole: make room, and the same "
-            "command goes on from there", 1,
+            f"stopped: {error.filename} cannot be written ({error.strerror}). What was saved before is intact: make room, and the same "
+            "command resumes from there", 1,
         )  # fmt: skip
 
 
 def refuse_bad_save_dir() -> None:
-    """A folder that cannot be written to ends in a traceback, and two runs in one write over each other's checkpoints; one line says so.
+    """Refuse, in one line, a folder that cannot be written to or that another run uses, whose checkpoints would be overwritten.
 
-    The rank that writes has the folder for itself until the end of its process, however that comes.
+    The rank that writes keeps the folder reserved until its process ends, in whatever way.
     """
 
     @stopping.one_line_errors()
@@ -104,7 +104,7 @@ def refuse_bad_save_dir() -> None:
 
 
 def keep_save_dir() -> None:
-    """A folder that is moved or removed while a run trains is made again by fairseq, for what is saved from then on: end the run."""
+    """End the run if its folder is moved or removed; fairseq would make a new one and save the rest there."""
     original = checkpoint_utils.save_checkpoint
 
     def save_checkpoint(cfg: Any, trainer: Trainer, epoch_itr: Any, val_loss: Any) -> Any:
@@ -136,7 +136,7 @@ def check_save_dir(update: int) -> None:
 
 
 def go_on_from_newest() -> None:
-    """Without checkpoint_last.pt fairseq starts anew, over the other checkpoints; without the file that is asked for, too."""
+    """Resume from the newest checkpoint without checkpoint_last.pt; fairseq starts anew, as it does without the requested file."""
     original = checkpoint_utils.load_checkpoint
 
     @stopping.one_line_errors()
@@ -149,7 +149,7 @@ def go_on_from_newest() -> None:
         elif not trainer.checkpoint_suffix and not PathManager.exists(os.path.join(cfg.save_dir, LAST)):
             found = newest_checkpoint(cfg.save_dir)
             if found:
-                logger.warning(f"{cfg.save_dir} holds no {LAST}: going on from its newest checkpoint, {found[1].name} of update {found[0]}")
+                logger.warning(f"{cfg.save_dir} holds no {LAST}: resuming from its newest checkpoint, {found[1].name} of update {found[0]}")
                 cfg = copy.deepcopy(cfg)
                 cfg.restore_file, cfg.finetune_from_model = str(found[1]), None
         return original(cfg, trainer, **options)
@@ -158,9 +158,9 @@ def go_on_from_newest() -> None:
 
 
 def save_on_signals() -> None:
-    """Clusters send SIGTERM before they kill, users SIGINT; fairseq has no handler and loses all updates since the last save.
+    """Save on signals. Clusters send SIGTERM before they kill, users SIGINT, and fairseq loses all updates since the last save.
 
-    A stop is taken up after an update or a save, or within a validation: checkpoint_last.pt is written, and the run exits with 143 or 130.
+    A run stops after an update or a save, or within a validation: it writes checkpoint_last.pt and exits with 143 or 130.
     """
     import fairseq_cli.train as training
 
@@ -187,13 +187,13 @@ def _save_and_leave(number: int, cfg: Any, trainer: Trainer, epoch_itr: Any) -> 
     if dist.is_initialized():
         dist.barrier()  # launchers kill all ranks as soon as one has left: the others wait for the one that writes
     if trainer.is_data_parallel_master:
-        kept = f"saved {_saved[1]}; the same command goes on from there" if _saved[1] else "saved nothing, as the checkpoint section asks"
+        kept = f"saved {_saved[1]}; the same command resumes from there" if _saved[1] else "saved nothing, as the checkpoint section asks"
         logger.info(f"{signal.Signals(number).name} at update {update}: {kept}")
     sys.exit(128 + number)
 
 
 def refuse_unknown_metric() -> None:
-    """A figure for `checkpoint.best_checkpoint_metric` that nothing logs ends in a KeyError after the first validation; one line says so.
+    """Refuse, in one line, a `checkpoint.best_checkpoint_metric` that nothing logs; it would end in a KeyError after the first validation.
 
     After the first update, before anything is saved, where the criterion says in `only_in_validation` what only its validations log.
     """

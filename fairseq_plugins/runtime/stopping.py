@@ -1,4 +1,4 @@
-"""How a run ends: one line for bad input (exit 2) or a number that is not finite (exit 1), saved on SIGTERM (143) or SIGINT (130)."""
+"""Ends a run: with one line for bad input (exit 2) or a number that is not finite (exit 1), saved on SIGTERM (143) or SIGINT (130)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def end_run(message: str, code: int) -> NoReturn:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """In a training run turn a `UserError` into its one line and exit code 2. Also usable as a decorator."""
+    """In a training run, turn a `UserError` into one line and exit code 2. Also usable as a decorator."""
     try:
         yield
     except UserError as error:
@@ -53,13 +53,13 @@ def not_finite(message: str) -> NoReturn:
 
 
 class StopRequested(BaseException):
-    """Leaves a validation in which a stop was asked for."""
+    """Leaves a validation after a request to stop."""
 
 
 AGAIN = 0.2  # seconds after a SIGINT from which another is a second one: launchers pass on what the terminal has sent to all
-_requested = 0  # the signal that asked for a stop
+_requested = 0  # the signal that requested a stop
 _requested_at = 0.0
-_training = False  # whether the loop runs that takes up a stop
+_training = False  # whether the loop that handles a stop is running
 
 
 def _request(number: int, _frame: Any) -> None:
@@ -69,25 +69,25 @@ def _request(number: int, _frame: Any) -> None:
     if number == signal.SIGINT and not _training and not _requested:
         _requested = number
         if not spawned:
-            _say("interrupted before the first update: nothing new is saved, and what was saved before is whole")
+            _say("interrupted before the first update: nothing new is saved, and what was saved before is intact")
         raise SystemExit(128 + number)
     if number == signal.SIGINT and not spawned:
         if not _training or (_requested == number and time.monotonic() - _requested_at > AGAIN):
-            _say("interrupted twice: left at once. What was saved before is whole")
+            _say("interrupted twice: left at once. What was saved before is intact")
             os._exit(128 + number)
         if _requested != number:
-            _say("interrupted: the update that is being made is saved, then the run ends. Once more leaves at once")
+            _say("interrupted: the run saves the current update and ends. Interrupt again to leave at once")
             _requested_at = time.monotonic()
     _requested = max(_requested, number)
 
 
 def _say(message: str) -> None:
-    """One line, also out of a signal's handler, where `print` may be in use."""
+    """Print one line, even from a signal handler that interrupted `print`."""
     os.write(2, f"fairseq-hydra-train: {message}\n".encode())
 
 
 def leave_on_interrupt() -> None:
-    """From now on SIGINT ends the run in one line; once it trains, `listen` has it saved.
+    """Make SIGINT end the run in one line from now on; once it trains, `listen` saves it.
 
     The workers that load data leave SIGINT to this process: a terminal sends it to all, and they are still needed.
     """
@@ -117,7 +117,7 @@ def listen() -> None:
 
 
 def requested() -> int:
-    """The signal by which a stop was asked for on any rank, or 0. All ranks call this at the same points, or none does."""
+    """The signal that requested a stop on any rank, or 0. All ranks call this at the same points, or none does."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return _requested
     group = distributed_utils.get_data_parallel_group()

@@ -35,26 +35,28 @@ class HubertEffFinetuningConfig(SafeConfig):
     label_dir: Optional[str] = field(  # noqa: UP045
         default=None, metadata={"help": "directory of SPLIT.<labels> and dict.<labels>.txt, where there are any (default: data)"}
     )
-    labels: str = field(default="ltr", metadata={"help": "suffix of the files of letters, or of pieces"})
+    labels: str = field(default="ltr", metadata={"help": "suffix of the files of letters or pieces"})
     sentencepiece: Optional[str] = field(  # noqa: UP045
         default=None, metadata={"help": "sentencepiece model whose pieces are the symbols; kept in what is saved (default: letters)"}
     )
     unknown_symbol: bool = field(
-        default=False, metadata={"help": "have a symbol <unk> for characters that the dictionary lacks, which else are an error"}
+        default=False, metadata={"help": "add a symbol <unk> for characters that the dictionary lacks, which otherwise are an error"}
     )
     max_target_size: Optional[int] = field(  # noqa: UP045
-        default=None, metadata={"help": "training utterances with a transcript of more symbols are left out"}
+        default=None, metadata={"help": "maximum symbols of a training transcript; utterances with more are left out"}
     )
-    dictionary_split: str = field(default="train", metadata={"help": "without dict.<labels>.txt its letters are the dictionary"})
-    sample_rate: int = field(default=SAMPLE_RATE, metadata={"help": "of the audio, which must be 16 kHz"})
-    min_sample_size: Optional[int] = field(default=None, metadata={"help": "shorter utterances are left out"})  # noqa: UP045
-    max_sample_size: Optional[int] = field(default=None, metadata={"help": "longer utterances are left out"})  # noqa: UP045
+    dictionary_split: str = field(
+        default="train", metadata={"help": "split whose letters are the dictionary if there is no dict.<labels>.txt"}
+    )
+    sample_rate: int = field(default=SAMPLE_RATE, metadata={"help": "sample rate of the audio, which must be 16 kHz"})
+    min_sample_size: Optional[int] = field(default=None, metadata={"help": "minimum samples of an utterance; shorter ones are left out"})  # noqa: UP045
+    max_sample_size: Optional[int] = field(default=None, metadata={"help": "maximum samples of an utterance; longer ones are left out"})  # noqa: UP045
     speed_perturb: List[float] = field(  # noqa: UP006
-        default_factory=lambda: [1.0], metadata={"help": "speeds that each utterance of a training epoch is played at, one drawn at random"}
+        default_factory=lambda: [1.0], metadata={"help": "speeds, of which one is drawn for each utterance of a training epoch"}
     )
-    train_subset: str = field(default=II("dataset.train_subset"), metadata={"help": "the split that is trained on"})
+    train_subset: str = field(default=II("dataset.train_subset"), metadata={"help": "split for training"})
     best_checkpoint_metric: str = field(
-        default=II("checkpoint.best_checkpoint_metric"), metadata={"help": "what checkpoint_best.pt is the best in"}
+        default=II("checkpoint.best_checkpoint_metric"), metadata={"help": "figure by which checkpoint_best.pt is chosen"}
     )
     seed: int = field(default=II("common.seed"), metadata={"help": "seed of batches and speeds"})
     fp16: bool = field(default=II("common.fp16"), metadata={"help": "half precision, which needs a GPU"})
@@ -73,7 +75,7 @@ class HubertEffFinetuningTask(SafeTask, FairseqTask):
     @classmethod
     @one_line_errors()
     def setup_task(cls, cfg: HubertEffFinetuningConfig, from_checkpoint: bool = False, **kwargs: Any) -> HubertEffFinetuningTask:
-        """Read the dictionary; a task that only comes along with a checkpoint has none, its model has."""
+        """Read the dictionary; a task that comes with a checkpoint has none, because its model has one."""
         if from_checkpoint:
             return cls(cfg, None)
         if OmegaConf.is_missing(cfg, "data") or not Path(cfg.data).is_dir():
@@ -97,7 +99,7 @@ class HubertEffFinetuningTask(SafeTask, FairseqTask):
 
     @one_line_errors()
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Any:
-        """Build the model. What its encoder is and its letters go into `cfg`, which is saved with it, and the path goes out of it."""
+        """Build the model. The encoder's configuration and the letters go into `cfg`, which is saved, and the path is removed from it."""
         if cfg._name not in MODEL_REGISTRY or cfg._name not in FINE_TUNED:
             raise unknown("model for fine-tuning", cfg._name, FINE_TUNED)
         if cfg.w2v_path:
@@ -132,7 +134,7 @@ class HubertEffFinetuningTask(SafeTask, FairseqTask):
         self.datasets[split].equal_lengths = not training and self.sees_padding
 
     def _name_longer(self, manifest: Manifest, spelled: list[list[int]], most: int) -> None:
-        """Say which transcripts are longer than `most` symbols. Raises `UserError` if all are."""
+        """Name the transcripts with more than `most` symbols. Raises `UserError` if all have more."""
         longer = [i for i, numbers in enumerate(spelled) if len(numbers) > most]
         if not longer:
             return
@@ -145,7 +147,7 @@ class HubertEffFinetuningTask(SafeTask, FairseqTask):
         logger.warning(f"{said}: left out")
 
     def _longest(self, manifest: Manifest, split: str, shortest: int, longest: int) -> int:
-        """`longest`, or the samples that a batch may have: utterances beyond are left out, and named. Raises `UserError` if all are."""
+        """`longest`, or the samples of a batch; longer utterances are left out and named. Raises `UserError` if all are longer."""
         most = self.max_tokens(split) or longest
         kept = [i for i, samples in enumerate(manifest.samples) if shortest <= samples <= longest]
         beyond = [i for i in kept if manifest.samples[i] > most]
@@ -168,7 +170,7 @@ class HubertEffFinetuningTask(SafeTask, FairseqTask):
 
 
 def _alphabet(cfg: HubertEffFinetuningConfig) -> Alphabet:
-    """The dictionary: of `dict.<labels>.txt`, of the pieces of a sentencepiece model, or of the letters of the train split."""
+    """The dictionary from `dict.<labels>.txt`, the pieces of a sentencepiece model, or the letters of the train split."""
     folder = Path(cfg.label_dir or cfg.data)
     pieces = Pieces.read(Path(cfg.sentencepiece)) if cfg.sentencepiece else None
     dictionary = folder / f"dict.{cfg.labels}.txt"

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class HubertEffPretrainingConfig(SafeConfig, HubertPretrainingConfig):
-    """Keys of fairseq's `hubert_pretraining`, and what the checks need to know of the run."""
+    """Keys of fairseq's `hubert_pretraining`, and those that the checks need."""
 
     seed: int = field(default=II("common.seed"), metadata={"help": "seed of batches and crops"})
     fp16: bool = field(default=II("common.fp16"), metadata={"help": "half precision, which needs a GPU"})
@@ -45,20 +45,22 @@ class HubertEffPretrainingConfig(SafeConfig, HubertPretrainingConfig):
     init_from: Optional[str] = field(  # noqa: UP045
         default=None,
         metadata={
-            "help": "checkpoint, or folder of Hugging Face, whose weights a new run starts from; codebooks too where they have as many "
-            "classes. A binarized model may start from its form of other bits"
+            "help": "checkpoint, or folder of Hugging Face, from whose weights a new run starts; also codebooks if they have as many "
+            "classes; a binarized model may start from its form of other bits"
         },
     )
     new_codebooks: bool = field(
         default=False,
-        metadata={"help": "start with new codebooks also where init_from has as many classes: for labels of another clustering"},
+        metadata={"help": "start with new codebooks even if init_from has as many classes, for labels of another clustering"},
     )
     length_buckets: int = field(
         default=0,
-        metadata={"help": "lengths that training batches may have, at the quantiles of the utterances'; 0: any. For model.compile_blocks"},
+        metadata={
+            "help": "number of lengths of training batches, at quantiles of the utterances' lengths; 0: any; for model.compile_blocks"
+        },
     )
-    train_subset: str = field(default=II("dataset.train_subset"), metadata={"help": "the split that is trained on"})
-    log_interval: int = field(default=II("common.log_interval"), metadata={"help": "updates between two looks at a binarized model"})
+    train_subset: str = field(default=II("dataset.train_subset"), metadata={"help": "split for training"})
+    log_interval: int = field(default=II("common.log_interval"), metadata={"help": "updates between two checks of a binarized model"})
 
 
 @register_task("hubert_eff_pretraining", dataclass=HubertEffPretrainingConfig)
@@ -72,7 +74,7 @@ class HubertEffPretrainingTask(SafeTask, HubertPretrainingTask):
     @classmethod
     @one_line_errors()
     def setup_task(cls, cfg: HubertEffPretrainingConfig, from_checkpoint: bool = False, **kwargs: Any) -> HubertEffPretrainingTask:
-        """Check what does not depend on a split; a task that only comes along with a checkpoint has nothing to train on."""
+        """Check what does not depend on a split; a task that comes with a checkpoint has nothing to train on."""
         if not from_checkpoint:
             if OmegaConf.is_missing(cfg, "data") or not Path(cfg.data).is_dir():
                 given = "is not set" if OmegaConf.is_missing(cfg, "data") else f"{cfg.data} is not a directory"
@@ -94,19 +96,19 @@ class HubertEffPretrainingTask(SafeTask, HubertPretrainingTask):
 
     @one_line_errors()
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Any:
-        """Build the model; an unknown name or a value that cannot be built is a `UserError`."""
+        """Build the model. Raises `UserError` for an unknown name or an invalid value."""
         name = getattr(cfg, "_name", None)
         if name not in MODEL_REGISTRY:
             raise unknown("model", name, (f"hubert_{encoder}" for encoder in list_encoders()))
         model = super().build_model(cfg, from_checkpoint)
-        cfg.quant_policy = model.config.quant_policy  # what a policy file says goes into the checkpoints
+        cfg.quant_policy = model.config.quant_policy  # the content of a policy file goes into the checkpoints
         if not from_checkpoint:
             if model.config.normalize_eps != HubertConfig.normalize_eps:
                 raise UserError(
                     f"model.normalize_eps={model.config.normalize_eps:g}: fairseq normalizes its batches with 1e-5, leave the key out"
                 )
             if self.cfg.new_codebooks and not self.cfg.init_from:
-                raise UserError("task.new_codebooks=true is of what task.init_from names, which is not set")
+                raise UserError("task.new_codebooks=true applies to task.init_from, which is not set")
             if self.cfg.init_from:
                 self.note_file("task.init_from", Path(self.cfg.init_from))
                 try:
@@ -123,7 +125,7 @@ class HubertEffPretrainingTask(SafeTask, HubertPretrainingTask):
 
     @one_line_errors()
     def load_dataset(self, split: str, **kwargs: Any) -> None:
-        """Check and open one split. All but the one that is trained on is padded, so that its figures do not depend on the batch."""
+        """Check and open one split. All splits except that of training are padded, so that their figures do not depend on the batch."""
         cfg, label_dir, training = self.cfg, Path(self.get_label_dir()), split == self.cfg.train_subset
         frame = RECEPTIVE_FIELD if self.model is None else receptive_field(self.model.config.conv_layers)
         for key, limit in (("task.max_sample_size", cfg.max_sample_size), ("dataset.max_tokens", self.max_tokens(split))):
@@ -161,7 +163,7 @@ class HubertEffPretrainingTask(SafeTask, HubertPretrainingTask):
             logger.info(f"{split}: batches of {seconds} s, {100 * buckets.kept(self.datasets[split].sizes):.1f} % of the audio")
 
     def _name_cropped(self, split: str) -> None:
-        """Say which utterances are longer than a batch."""
+        """Name the utterances that are longer than a batch."""
         dataset, limit = self.datasets[split], self.max_tokens(split)
         longer = [i for i, size in enumerate(dataset.sizes) if limit and min(size, self.cfg.max_sample_size or size) > limit]
         if longer:
@@ -196,11 +198,11 @@ class HubertEffPretrainingTask(SafeTask, HubertPretrainingTask):
         self.groups_checked = True
 
     def _due(self, update_num: int) -> Monitor | None:
-        """The monitor of a binarized model at every `log_interval`, else None."""
+        """The monitor of a binarized model at every `log_interval`, otherwise None."""
         return self.monitor if (update_num + 1) % max(self.cfg.log_interval, 1) == 0 else None
 
     def optimizer_step(self, optimizer: Any, model: Any, update_num: int) -> None:
-        """One update; at every `log_interval` what it did to a binarized model is logged."""
+        """Make one update; at every `log_interval`, log its effect on a binarized model."""
         monitor = self._due(update_num)
         if monitor is None:
             super().optimizer_step(optimizer, model, update_num)
@@ -214,5 +216,5 @@ class HubertEffPretrainingTask(SafeTask, HubertPretrainingTask):
         for name in monitor.collapsed():
             logger.warning(
                 f"update {update_num + 1}: the scale of {name} has fallen to its floor, {FLOOR:g}: its input no longer reaches what "
-                "follows; lower the learning rate of the scales, or go on from an earlier checkpoint"
+                "follows; lower the learning rate of the scales, or resume from an earlier checkpoint"
             )

@@ -1,5 +1,5 @@
-"""What all tasks of the plug-in share: files that cannot be read, a loss that is not finite, a checkpoint on SIGTERM, layer trends; what a
-training is of, and its batches."""
+"""The common part of all tasks of the plug-in: unreadable files, losses that are not finite, checkpoints on SIGTERM, layer trends,
+the identity of the data, and batches."""
 
 from __future__ import annotations
 
@@ -38,42 +38,44 @@ MAX_EMPTY = 10  # batches in a row without a readable file, after which task.bad
 
 @dataclass
 class SafeConfig(FairseqDataclass):
-    """Keys of `task` for what goes wrong while training runs, and for layer trends."""
+    """Keys of `task` for faults during training, and for layer trends."""
 
     bad_audio: str = field(
-        default="stop", metadata={"help": "a file that cannot be read, or is not what the manifest says: stop, or skip it, naming it once"}
+        default="stop",
+        metadata={"help": "what to do with a file that cannot be read or differs from the manifest: stop, or skip it and name it once"},
     )
     bad_updates: int = field(
-        default=0, metadata={"help": "updates in a row that are left out, as their loss or gradient is not finite, before the run stops"}
+        default=0,
+        metadata={"help": "updates in a row that may be skipped because their loss or gradient is not finite, before the run stops"},
     )
     trends_interval: int = field(default=0, metadata={"help": "updates between two records of layer trends in the save_dir; 0: none"})
     trends_input: str = field(
-        default="gaussian", metadata={"help": "measured on gaussian input, through the encoder in eval mode, or on the training batch"}
+        default="gaussian", metadata={"help": "input of layer trends: gaussian, through the encoder in eval mode, or the training batch"}
     )
     resume_changed: bool = field(
-        default=False, metadata={"help": "go on from a checkpoint also with settings or data that make another training of it"}
+        default=False, metadata={"help": "resume from a checkpoint even with settings or data that make another training of it"}
     )
-    save_dir: str = field(default=II("checkpoint.save_dir"), metadata={"help": "where trends.jsonl is written"})
+    save_dir: str = field(default=II("checkpoint.save_dir"), metadata={"help": "folder of trends.jsonl"})
     max_tokens: Optional[int] = field(  # noqa: UP045
-        default=II("dataset.max_tokens"), metadata={"help": "samples that a training batch may have"}
+        default=II("dataset.max_tokens"), metadata={"help": "maximum samples of a training batch"}
     )
     max_tokens_valid: Optional[int] = field(  # noqa: UP045
-        default=II("dataset.max_tokens_valid"), metadata={"help": "samples that another batch may have"}
+        default=II("dataset.max_tokens_valid"), metadata={"help": "maximum samples of a validation batch"}
     )
 
 
 class SafeTask:
-    """Mixed in before a fairseq task whose configuration includes `SafeConfig`."""
+    """A mix-in for fairseq tasks whose configuration includes `SafeConfig`."""
 
     cfg: Any
-    model: Any = None  # the one that is trained
+    model: Any = None  # the trained model
     last_batch: Tensor
     trends: TrendLog | None = None
     looked_at = -1  # the update of the last record
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.unreadable: set[str] = set()  # what is wrong with each file that was left out
+        self.unreadable: set[str] = set()  # the fault of each file that was left out
         self.empty = 0  # batches in a row of which no file could be read
         self.skipped = 0  # updates in a row whose gradient was not finite
         self.state.merge_state_dict({"files": {}})  # type: ignore[attr-defined]  # digests, which checkpoints keep
@@ -81,7 +83,7 @@ class SafeTask:
     # -- data --------------------------------------------------------------------------------------------------------
 
     def max_tokens(self, split: str) -> int | None:
-        """Samples that a batch of a split may have."""
+        """Maximum samples of a batch of a split."""
         limit: int | None = self.cfg.max_tokens if split == self.cfg.train_subset else self.cfg.max_tokens_valid
         return limit
 
@@ -104,17 +106,17 @@ class SafeTask:
         return found
 
     def files(self, split: str) -> dict[str, Path | bytes]:
-        """What a split is: by a name for messages, files or their content, without folders of this machine."""
+        """The identity of a split: files or their content, without folders of this machine, by names for messages."""
         raise NotImplementedError
 
     def note_files(self, split: str) -> None:
-        """Keep the digests of what a split is."""
+        """Keep the digests of a split's files."""
         if f"{split}.tsv" not in self.state.files:  # type: ignore[attr-defined]
             for name, content in self.files(split).items():
                 self.note_file(name, content)
 
     def note_file(self, name: str, content: Path | bytes) -> None:
-        """Keep the digest of a file that the training depends on, so that one that goes on finds it changed."""
+        """Keep the digest of a file on which the training depends, so that a resumed run notices changes."""
         digest = hashlib.sha256()
         if isinstance(content, bytes):
             digest.update(content)
@@ -124,13 +126,13 @@ class SafeTask:
                     while block := file.read(1 << 20):
                         digest.update(block)
         else:
-            return  # what reads it says so
+            return  # its reader reports that
         self.state.files[name] = digest.hexdigest()  # type: ignore[attr-defined]
 
     # -- updates -----------------------------------------------------------------------------------------------------
 
     def begin_epoch(self, epoch: int, model: Any) -> None:
-        """From the first update on SIGTERM saves; before it there is nothing to save."""
+        """Save on SIGTERM from the first update on; before it there is nothing to save."""
         stopping.listen()
 
     @one_line_errors()
@@ -155,7 +157,7 @@ class SafeTask:
         if bool(torch.isfinite(norm).all()):
             self.skipped = 0
             return
-        # running statistics take part in no gradient: once they are not finite, no later update mends them
+        # no gradient reaches running statistics: once they are not finite, no later update repairs them
         sound = all(bool(torch.isfinite(b).all()) for b in model.buffers() if b.is_floating_point())
         if self.skipped == self.cfg.bad_updates or not sound:
             self.check_finite("the gradient norm", norm, update_num)
@@ -167,13 +169,13 @@ class SafeTask:
         norm.zero_()
 
     def optimizer_step(self, optimizer: Any, model: Any, update_num: int) -> None:
-        """One update of the weights, unless its gradient was not finite."""
+        """Update the weights, unless the gradient was not finite."""
         if not self.skipped:
             super().optimizer_step(optimizer, model, update_num)  # type: ignore[misc]
 
     @contextmanager
     def _record(self, model: Any, update_num: int) -> Iterator[list[Tensor]]:
-        """Around a forward pass: where a record of layer trends is due, take and write it. Yields a list for the loss."""
+        """Around a forward pass, take and write a record of layer trends if one is due. Yields a list for the loss."""
         interval: int = self.cfg.trends_interval
         losses: list[Tensor] = []
         due = interval > 0 and update_num % interval == 0 and update_num != self.looked_at
@@ -205,9 +207,9 @@ class SafeTask:
 
     @one_line_errors()
     def note_unreadable(self, sample: dict[str, Any]) -> None:
-        """Of what a batch says it lacks: end the run, or name each file once, as task.bad_audio says. Other labels always end it."""
+        """Handle what a batch lacks: end the run or name each file once, as task.bad_audio says. Changed labels always end it."""
         for line in sample.get("changed", ()):
-            raise UserError(f"{line}; leave the labels alone while training runs, and run the same command again to go on")
+            raise UserError(f"{line}; leave the labels alone while training runs, and run the same command again to resume")
         for line in sample.get("unreadable", ()):
             if self.cfg.bad_audio == "stop":
                 raise UserError(f"{line}: make the manifest again, or leave out such files with task.bad_audio=skip")
@@ -217,7 +219,7 @@ class SafeTask:
 
     @one_line_errors()
     def note_empty(self, sample: dict[str, Any], first: bool) -> None:
-        """Of a batch of which no file could be read: end the run if it is the `first`, or one of too many, as of a disk that is gone."""
+        """Handle a batch without a readable file: end the run if it is the `first` or one of too many, as when a disk is gone."""
         self.note_unreadable(sample)
         self.empty += 1
         if first or self.empty >= MAX_EMPTY:
@@ -228,7 +230,7 @@ class SafeTask:
         if not bool(torch.isfinite(value).all()):
             stopping.not_finite(
                 f"stopped at update {update_num}: {what} is {float(value):g} (utterances {self._last_ids()}). The last checkpoint is "
-                "untouched; lower optimization.lr or set optimization.clip_norm, and run the same command again to go on from it"
+                "untouched; lower optimization.lr or set optimization.clip_norm, and run the same command again to resume from it"
             )
 
     def _last_ids(self) -> str:
@@ -237,7 +239,7 @@ class SafeTask:
 
 
 def entries(manifest: Manifest) -> bytes:
-    """What a manifest lists, without the folder of the audio, which may be moved."""
+    """The entries of a manifest without the folder of the audio, which may be moved."""
     return "".join(f"{name}\t{samples}\n" for name, samples in manifest.entries).encode()
 
 
@@ -248,7 +250,7 @@ def _emptied(sample_size: Any, log: dict[str, Any]) -> tuple[Any, dict[str, Any]
 
 
 def check_run(cfg: Any) -> None:
-    """Raise `UserError` for half precision where no GPU is in use, layer trends that cannot be taken, a bad value of `bad_...`."""
+    """Raise `UserError` for half precision without a GPU, impossible layer trends, and invalid values of `bad_...`."""
     if cfg.trends_interval < 0:
         raise UserError(f"task.trends_interval={cfg.trends_interval} must be 0 (no layer trends) or more")
     if cfg.trends_input not in TREND_INPUTS:

@@ -227,7 +227,7 @@ def test_unknown_names_offer_the_nearest() -> None:
         ({"conv_feature_layers": "[(32,10,5)]"}, "total stride of 5"),
         ({"conv_feature_layers": "__import__('os').system('true')"}, "cannot be read"),
         ({"conv_feature_layers": "[(32,10,5)] * 10**9"}, "cannot be read"),
-        ({"label_rate": 60}, "no multiple of the frame rate"),
+        ({"label_rate": 60}, "not a multiple of the frame rate"),
         ({"mask_channel_prob": 0.01}, "less than one span"),
         ({"encoder_layers": 0}, "must be 1 to 100"),
         ({"dropout": 3.0}, "must be 0 to 1"),

@@ -67,7 +67,7 @@ def test_the_command_keeps_heads_and_transcribe_reads_them(tmp_path: Path, capsy
     assert said[0] == said[1]
     assert main(["export", str(checkpoint), "--out", str(file), "--encoder-only"]) == 0
     assert main(["export", str(checkpoint), "--out", str(tmp_path / "edge.safetensors"), "--edge"]) == 2
-    assert "--edge is of an encoder" in capsys.readouterr().err and not (tmp_path / "edge.safetensors").exists()
+    assert "--edge writes encoders" in capsys.readouterr().err and not (tmp_path / "edge.safetensors").exists()
     assert main(["transcribe", str(file), str(tmp_path / "a.wav")]) == 2
     assert "has no CTC layer" in capsys.readouterr().err
 

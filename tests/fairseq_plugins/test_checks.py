@@ -43,7 +43,7 @@ BAD_DATA = {
     "no manifest": (lambda d: (d / "train.tsv").unlink(), "no manifest .*train.tsv"),
     "no labels": (lambda d: (d / "train.km").unlink(), "no labels .*train.km"),
     "no dictionary": (lambda d: (d / "dict.km.txt").unlink(), "no dictionary .*dict.km.txt"),
-    "bad dictionary": (lambda d: (d / "dict.km.txt").write_text("0\n"), "no fairseq dictionary"),
+    "bad dictionary": (lambda d: (d / "dict.km.txt").write_text("0\n"), "not a fairseq dictionary"),
     "no audio": (lambda d: (d / "audio" / "train3.wav").unlink(), "1 of 5 audio files are missing .*first train3.wav"),
     "other audio": (lambda d: soundfile.write(d / "audio" / "train0.wav", np.zeros(99), 16_000), "99 samples, not 16000"),
     "other rate": (lambda d: soundfile.write(d / "audio" / "train0.wav", np.zeros(16_000), 8_000), "8000 Hz"),

@@ -59,7 +59,7 @@ def test_what_does_not_fit_is_refused(data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="task.init_from=.*hf: the source has another normalize: set task.normalize=false"):
         started(data, f"task.init_from={source}")
     started(data, f"task.init_from={source}", "task.normalize=false")
-    with pytest.raises(UserError, match="task.new_codebooks=true is of what task.init_from names, which is not set"):
+    with pytest.raises(UserError, match="task.new_codebooks=true applies to task.init_from, which is not set"):
         started(data, "task.new_codebooks=true")
     with pytest.raises(UserError, match="model.normalize_eps=1e-07: fairseq normalizes its batches with 1e-5"):
         started(data, "model.normalize_eps=1e-7")

@@ -83,13 +83,13 @@ def test_a_preset_and_a_filter_bank_teach(data: Path, installed: None) -> None: 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (PAIRS[:-2], "it is run by another package, .*: name those that are to be compared, such as criterion.student_layers"),
+        (PAIRS[:-2], "another package runs it, .*: name the states to compare, such as criterion.student_layers"),
         (("task.init_from=null", *PAIRS[-2:]), "only hidden states teach: set criterion.codebook_weight=0"),
         ((*PAIRS, "criterion.hidden_weight=0"), "but criterion.hidden_weight is 0"),
         ((*PAIRS, "criterion.student_layers=[1]"), r"student_layers=\[1\] and teacher_layers=\[0, 2\] are pairs"),
         ((*PAIRS, "criterion.student_layers=[1,3]"), "the student has hidden states 0 to 2"),
         ((*PAIRS, "criterion.teacher_layers=[0,7]"), "criterion.teacher_layers: 7 is not in .*: it has hidden states 0 to 2"),
-        ((*PAIRS, "task.normalize=true"), "which task.normalize=true makes other: set task.normalize=false"),
+        ((*PAIRS, "task.normalize=true"), "which task.normalize=true changes: set task.normalize=false"),
         ((*PAIRS, "criterion.teacher=nobody:x"), "unknown kind of teacher"),
     ],
 )

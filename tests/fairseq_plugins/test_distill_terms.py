@@ -147,7 +147,7 @@ def test_the_loss_of_a_validation_does_not_depend_on_its_batches(data: Path, nor
 @pytest.mark.parametrize(
     "keys, overrides, message",
     [
-        ({}, [f"criterion.{key}=0" for key in WEIGHTS], "are all 0, so that nothing would be learned"),
+        ({}, [f"criterion.{key}=0" for key in WEIGHTS], "are all 0, so nothing would be learned"),
         ({}, ["criterion.hidden_weight=-1"], r"criterion.hidden_weight=-1: the weight of a loss must be 0 or more"),
         ({}, ["criterion.codebook_weight=nan"], r"criterion.codebook_weight=nan"),
         ({}, ["model.skip_nomask=true"], "criterion.pred_nomask_weight is positive, but model.skip_nomask=true"),

@@ -71,7 +71,7 @@ def test_other_settings_are_refused(changes: Any, said: str, data: Path, saved: 
     with pytest.raises(UserError) as caught:
         trainer_of(data, *changes).load_checkpoint(str(saved))
     message = str(caught.value)
-    assert f"{saved} is of another training, with {said} give another checkpoint.save_dir" in message and "\n" not in message
+    assert f"{saved} belongs to another training, with {said} give another checkpoint.save_dir" in message and "\n" not in message
     assert "task.resume_changed=true" in message
 
 

@@ -128,8 +128,8 @@ def interrupted(when: str, folder: Path) -> tuple[int, str, str]:
     ("when", "code", "printed", "said"),
     [
         ("start-up", 130, "", ["interrupted before the first update"]),
-        ("training", 0, "0 2", ["interrupted: the update that is being made is saved"]),
-        ("twice", 130, "", ["interrupted: the update", "interrupted twice: left at once"]),
+        ("training", 0, "0 2", ["interrupted: the run saves the current update and ends"]),
+        ("twice", 130, "", ["interrupted: the run saves", "interrupted twice: left at once"]),
     ],
 )
 def test_sigint_is_one_line(when: str, code: int, printed: str, said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +173,7 @@ def test_a_stop_saves_once_whenever_it_comes(
     with pytest.raises(SystemExit) as ended, caplog.at_level("INFO"):
         training.validate_and_save(cfg, trainer, None, None)  # type: ignore[attr-defined]
     assert ended.value.code == 130 and len(saved) == saves
-    kept = "saved run/checkpoint_last.pt; the same command goes on from there" if saves else "saved nothing, as the checkpoint section asks"
+    kept = "saved run/checkpoint_last.pt; the same command resumes from there" if saves else "saved nothing, as the checkpoint section asks"
     assert f"SIGINT at update 7: {kept}" in caplog.text
 
 
@@ -192,7 +192,7 @@ def test_runs_of_one_save_dir(tmp_path: Path) -> None:
     before = max(logged(first.end().stdout))
     (tmp_path / "run" / "checkpoint_last.pt").unlink()
     third = start(*args)
-    third.wait_for(lambda line: "going on from its newest checkpoint" in line)
+    third.wait_for(lambda line: "resuming from its newest checkpoint" in line)
     third.wait_for(lambda line: "[train_inner]" in line)
     (tmp_path / "run").rename(tmp_path / "moved")
     done = third.end()

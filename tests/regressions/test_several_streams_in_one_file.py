@@ -70,7 +70,7 @@ def test_headers_that_count_less_than_there_is_are_named(tmp_path: Path) -> None
             check(put(tmp_path, "wav", wav[:at] + struct.pack("<I", length) + wav[at + 4 :]))
     for count in (0, 8_000):
         changed = flac[:21] + bytes([flac[21] & 0xF0]) + count.to_bytes(4, "big") + flac[26:]
-        with pytest.raises(Unusable, match=f"more than its header says: {count} samples, and its frames hold 16000"):
+        with pytest.raises(Unusable, match=f"more than its header says: {count} samples, but its frames hold 16000"):
             check(put(tmp_path, "flac", changed))
 
 

@@ -111,7 +111,7 @@ def test_a_tensor_that_reaches_beyond_its_storage_is_not_read(content: dict[str,
     assert shape in parts
     for other in (b"K\x01K\x10\x85", b"K\x00K\x11\x85", b"K\x00M\x00\x40\x85", b"K\x00J\xff\xff\xff\x7f\x85"):
         assert "reaches to element" in refusal(tmp_path / "model.pt", in_pickle(made, shape, other))
-    assert "no whole number" in refusal(tmp_path / "model.pt", in_pickle(made, shape, b"J\xff\xff\xff\xffK\x10\x85"))
+    assert "not a whole number" in refusal(tmp_path / "model.pt", in_pickle(made, shape, b"J\xff\xff\xff\xffK\x10\x85"))
     expanded = {**content, "model": {**content["model"], "mask_emb": torch.zeros(1).expand(2**20, 2**20)}}
     assert "reaches to element" in refusal(tmp_path / "model.pt", saved(expanded))
 
