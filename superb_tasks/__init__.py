@@ -1,7 +1,7 @@
 """SUPERB evaluation of hubert-eff models through S3PRL's own code.
 
-`import superb_tasks` makes the upstream `hubert_eff` known to S3PRL in this process, as soon as S3PRL is imported: `s3prl.hub.hubert_eff`
-and `S3PRLUpstream("hubert_eff", path_or_url=CKPT)` are there. The launchers `python -m superb_tasks.main` and
+`import superb_tasks` registers the upstream `hubert_eff` with S3PRL in this process as soon as S3PRL is imported: `s3prl.hub.hubert_eff`
+and `S3PRLUpstream("hubert_eff", path_or_url=CKPT)` then work. The launchers `python -m superb_tasks.main` and
 `python -m superb_tasks.run_downstream` hand over to S3PRL's two programs of the same names.
 """
 
@@ -20,7 +20,7 @@ _registered = False
 
 
 def require_s3prl() -> None:
-    """Raise `UserError` when S3PRL is not installed. Imports nothing."""
+    """Raise `UserError` if S3PRL is not installed. Imports nothing."""
     if importlib.util.find_spec("s3prl") is None:
         raise missing_extra("s3prl", "superb", "SUPERB evaluation")
 
@@ -28,7 +28,7 @@ def require_s3prl() -> None:
 def register() -> None:
     """Patch what S3PRL needs and add `hubert_eff` to `s3prl.hub`, once. It imports S3PRL.
 
-    Raises `UserError` when S3PRL is not installed.
+    Raises `UserError` if S3PRL is not installed.
     """
     global _registered
     require_s3prl()

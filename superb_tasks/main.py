@@ -21,7 +21,7 @@ INFORMATION = {"-h", "--help", "-p", "--print_config", "-d", "--dump_config"}
 
 
 def run(argv: Sequence[str]) -> None:
-    """Check, register the upstream, hand over to S3PRL. Raises `UserError` for bad input."""
+    """Check, register the upstream, and start S3PRL. Raises `UserError` for bad input."""
     require_s3prl()
     if not argv or argv[0].startswith("-"):
         raise UserError("name the problem first: python -m superb_tasks.main SuperbKS --help")
@@ -37,7 +37,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _check(problem_name: str, arguments: Sequence[str]) -> list[str]:
-    """Check data and upstream before the work starts; the arguments to add."""
+    """Check data and upstream before the work starts; returns the arguments to add."""
     given = dict(zip(arguments, arguments[1:]))
     config = read_config(given["--config"]) if "--config" in given else {}
 
@@ -54,7 +54,7 @@ def _check(problem_name: str, arguments: Sequence[str]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program; returns its exit code."""
+    """Run the program; returns its exit code."""
     return exit_code("superb_tasks.main", run, argv)
 
 

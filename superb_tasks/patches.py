@@ -1,4 +1,4 @@
-"""Everything of S3PRL 0.4.18 that needs help to run offline beside fairseq and torch 2.8, each with its reason.
+"""Patches of S3PRL 0.4.18 that make it run offline beside fairseq and torch 2.8, each with its reason.
 
 `apply()` must run before the S3PRL modules concerned are imported, since some of them copy names at import time; `prepare(downstream,
 cache)` before an expert of run_downstream is built.
@@ -38,19 +38,19 @@ def apply() -> None:
 
 
 def _quiet_warnings() -> None:
-    """S3PRL calls functions that announce their removal from later versions of torch and torchaudio than those it is pinned to."""
+    """Hide warnings: S3PRL calls functions that later versions of torch and torchaudio than the pinned ones will remove."""
     warnings.filterwarnings("ignore", message=r"(?s).*(torchaudio|pkg_resources|torch\.cuda\.amp).*deprecated")
 
 
 def _read_own_checkpoints() -> None:
-    """run_downstream saves its argparse.Namespace in `states-*.ckpt`, which torch >= 2.6 refuses to read back: torch.load
-    reads plain data only unless a class is declared harmless. A Namespace holds attributes and runs no code."""
+    """Allow argparse.Namespace, which run_downstream saves in `states-*.ckpt`: torch >= 2.6 reads only plain data unless a class is
+    declared harmless, and a Namespace holds attributes and runs no code."""
     torch.serialization.add_safe_globals([argparse.Namespace])
 
 
 def prepare(downstream: str, cache: Path) -> None:
-    """Patch the modules of one downstream of run_downstream. `cache` is a folder for what S3PRL keeps about the data: a folder per
-    data set, since S3PRL does not look whether what it kept is of the same data. Calling it again changes the cache's place only."""
+    """Patch the modules of one downstream of run_downstream. `cache` is a folder for what S3PRL keeps about the data, one per data set,
+    since S3PRL does not check whether it belongs to the same data. Calling it again only changes the place of the cache."""
     if downstream == "ctc":
         _provide_ctc_corpora()
     elif downstream == "voxceleb1":
@@ -63,8 +63,8 @@ def prepare(downstream: str, cache: Path) -> None:
 
 
 def _provide_ctc_corpora() -> None:
-    """The wheel lacks the package `corpus` that `s3prl.downstream.ctc.data` imports from: ours takes its place. And `load_dataset` takes
-    the number of workers out of the settings it is given, so that every loader but the first has 12."""
+    """Provide the package `corpus` that `s3prl.downstream.ctc.data` imports and the wheel lacks. Also keep `load_dataset` from removing the
+    number of workers from its settings, which would give every loader except the first 12."""
     import s3prl.downstream.ctc as ctc
 
     place = str(Path(__file__).parent / "ctc")
@@ -83,8 +83,8 @@ def _provide_ctc_corpora() -> None:
 
 
 def _patch_verification(cache: Path) -> None:
-    """Speaker verification keeps the lengths of recordings beside its own code, under a name that ignores the data; starts twelve
-    processes to measure them, whatever the machine; and asks for CUDA by name."""
+    """Patch speaker verification, which keeps the lengths of recordings beside its own code, under a name that ignores the data, starts
+    twelve processes to measure them on any machine, and asks for CUDA by name."""
     from joblib import Parallel
     from s3prl.downstream.sv_voxceleb1 import dataset, expert
 
@@ -96,7 +96,7 @@ def _patch_verification(cache: Path) -> None:
 
 
 def _cuda_where_the_features_are(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The forward pass of an expert in which `.cuda()` means the device of its features."""
+    """Make `.cuda()` mean the device of the features in an expert's forward pass."""
 
     @functools.wraps(forward)
     def wrapped(self: Any, mode: str, features: Sequence[Tensor], *others: Any, **more: Any) -> Any:
@@ -117,7 +117,7 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 class DistributedSamplerWrapper(DistributedSampler):  # type: ignore[type-arg]
-    """This process' share of what another sampler draws; every process must draw the same, so seed them alike."""
+    """This process's share of the draws of another sampler; all processes must draw the same, so they need the same seed."""
 
     def __init__(self, sampler: Sampler[int], num_replicas: int | None = None, rank: int | None = None) -> None:
         super().__init__(sampler, num_replicas, rank, shuffle=False)  # type: ignore[arg-type]  # only its length is used
@@ -129,8 +129,8 @@ class DistributedSamplerWrapper(DistributedSampler):  # type: ignore[type-arg]
 
 
 def _provide_catalyst_sampler() -> None:
-    """The experts of run_downstream import one class of `catalyst`, whose last release cannot be imported beside current
-    packages. It is used in distributed runs only, but imported always."""
+    """Provide the one class of `catalyst` that experts of run_downstream import; its last release fails to import beside current packages.
+    The class is used in distributed runs only, but always imported."""
     sampler = types.ModuleType("catalyst.data.sampler")
     sampler.DistributedSamplerWrapper = DistributedSamplerWrapper  # type: ignore[attr-defined]
     for name, module in (
@@ -142,8 +142,8 @@ def _provide_catalyst_sampler() -> None:
 
 
 def _import_transformers_when_needed() -> None:
-    """S3PRL's hub imports all of its upstreams; two of them import transformers, which takes longer than all the rest. They do so now when
-    one of the two is built."""
+    """Delay the import of transformers by two upstreams until one of them is built: S3PRL's hub imports all upstreams, and this takes
+    longer than the rest."""
     for name in ("s3prl.upstream.hf_hubert.expert", "s3prl.upstream.hf_wav2vec2.expert"):
         if name not in sys.modules:
             module = types.ModuleType(name)
@@ -159,7 +159,7 @@ def _build_expert(stand_in: types.ModuleType, *arguments: Any, **more: Any) -> A
 
 
 def _provide_sox_effects() -> None:
-    """torchaudio's SoX effects call the system's libsox, which pip cannot install. SUPERB's tasks use four of them."""
+    """Provide the four SoX effects that SUPERB's tasks use: torchaudio's call the system's libsox, which pip cannot install."""
     try:
         ctypes.CDLL("libsox.so")
         return
@@ -176,8 +176,8 @@ def apply_effects_tensor(
     """`torchaudio.sox_effects.apply_effects_tensor` for the effects `channels`, `rate`, `gain DB` and `silence`.
 
     `tensor` is (channels, samples), or (samples, channels) with `channels_first=False`; float, full scale 1. `rate` is
-    the SoX resampler at its default quality (libsoxr). `silence 1 SECONDS LEVEL% -1 SECONDS LEVEL%` is written anew, see `without_silence`:
-    its cuts are near SoX's, not the same to the sample. Raises `UserError` for any other effect.
+    the SoX resampler at its default quality (libsoxr). `silence 1 SECONDS LEVEL% -1 SECONDS LEVEL%` is reimplemented in `without_silence`:
+    its cuts are close to SoX's, but not equal to the sample. Raises `UserError` for any other effect.
     """
     wav = tensor if channels_first else tensor.T  # (channels, samples)
     for effect in effects:
@@ -201,7 +201,7 @@ def apply_effects_tensor(
 
 
 def without_silence(wav: Tensor, sample_rate: int, seconds: float, level: float) -> Tensor:
-    """A recording (channels, samples) without what is quiet for `seconds` or longer, anywhere in it, and without its quiet start.
+    """Remove the quiet start of a recording (channels, samples), and all parts that are quiet for `seconds` or longer.
 
     Quiet is a root mean square, over 20 ms and all channels, of at most `level` (full scale 1).
     """

@@ -26,7 +26,7 @@ CONFIGS = Path(__file__).parent / "configs"  # <downstream>.yaml
 
 
 def run(argv: Sequence[str]) -> None:
-    """Check, register the upstream, hand over to S3PRL. Raises `UserError` for bad input."""
+    """Check, register the upstream, and start S3PRL. Raises `UserError` for bad input."""
     require_s3prl()
     arguments = list(argv)
     downstream, cache = None, Path()
@@ -45,8 +45,8 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _check(arguments: Sequence[str]) -> tuple[list[str], str, Path]:
-    """Check config, data and upstream before the work starts; the arguments to add, the downstream and a folder for its cache."""
-    # the arguments of S3PRL's parser that matter here; all others, and mistakes, are left to it
+    """Check config, data and upstream before the work starts; returns arguments to add, the downstream and a folder for its cache."""
+    # only arguments that matter here; S3PRL's parser handles all others, and mistakes
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for letter, long in (("-c", "--config"), ("-d", "--downstream"), ("-u", "--upstream"), ("-k", "--upstream_ckpt"),
                         ("-e", "--past_exp"), ("-o", "--override"), ("-p", "--expdir"), ("-n", "--expname")):  # fmt: skip
@@ -103,7 +103,7 @@ def _experiment(path: Path) -> tuple[str, str, str, str, Mapping[str, Any]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program; returns its exit code."""
+    """Run the program; returns its exit code."""
     return exit_code("superb_tasks.run_downstream", run, argv)
 
 

@@ -1,4 +1,4 @@
-"""SUPERB's ten tasks (Yang et al. 2021): S3PRL's downstream and metric for each, its settings, its data, and a check of that data.
+"""SUPERB's ten tasks (Yang et al. 2021): for each, S3PRL's downstream and metric, settings, data, and a check of the data.
 
 The settings are the complete configurations of `superb_tasks/configs`, one per task. Importing this module imports neither torch nor
 S3PRL, and a check of data reads text and a few headers: it answers at once.
@@ -19,12 +19,12 @@ from hubert_eff.errors import UserError, unknown
 from .data import layouts
 
 CONFIGS = Path(__file__).parent / "configs"
-LEARNING_RATES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)  # what SUPERB lets be tuned, per task and upstream
+LEARNING_RATES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)  # SUPERB allows tuning these per task and upstream
 
 
 @dataclass(frozen=True)
 class Source:
-    """A data set: folders below the data folder, how they are laid out, who may use it, where it is from."""
+    """A data set: folders below the data folder, layout, license, origin."""
 
     name: str
     folders: tuple[str, ...]
@@ -55,14 +55,14 @@ class Task:
     valid: str | None = "dev"
     test: str = "test"
     best: str | None = "dev-best.ckpt"
-    variants: tuple[str, ...] = ("",)  # runs whose mean counts
+    variants: tuple[str, ...] = ("",)  # runs that are averaged
     trains: bool = True
     more_is_better: bool = True
     small: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def learning_rates(self) -> tuple[float, ...]:
-        """The grid of the sweep; empty where nothing is trained."""
+        """The grid of the sweep; empty if nothing is trained."""
         return LEARNING_RATES if self.trains else ()
 
     def settings(self, small: bool = False) -> dict[str, Any]:
@@ -73,7 +73,7 @@ class Task:
         return config
 
     def describe(self) -> dict[str, Any]:
-        """What `hubert-eff superb list --json` says of the task."""
+        """The entry of the task in `hubert-eff superb list --json`."""
         config = self.settings()
         runner, optimizer = config["runner"], config.get("optimizer", {})
         return {
@@ -95,7 +95,7 @@ class Task:
 
 
 def assign(config: dict[str, Any], dotted: str, value: Any) -> None:
-    """Set a dotted key of nested mappings. Every part but the last must be there: a key of S3PRL's is never misspelled in silence."""
+    """Set a dotted key of nested mappings. Every part but the last must exist, so a misspelled key of S3PRL's is noticed."""
     *path, last = dotted.split(".")
     for key in path:
         config = config[key]
@@ -231,7 +231,7 @@ TASKS: dict[str, Task] = {
 
 
 def choose(names: str | Iterable[str] | None) -> list[Task]:
-    """Tasks by short names, `ks,asr`, in the given order; `all` or None for all ten. Raises `UserError` for a name that is none."""
+    """Tasks by short names, `ks,asr`, in the given order; `all` or None for all ten. Raises `UserError` for an unknown name."""
     if names is None or names == "all":
         return list(TASKS.values())
     wanted = names.split(",") if isinstance(names, str) else list(names)

@@ -1,4 +1,4 @@
-"""S3PRL's upstreams as encoders of labels and teachers: `s3prl:NAME`, an entry point of the group `hubert_eff.teachers`."""
+"""S3PRL's upstreams as encoders for labels and teachers: `s3prl:NAME`, an entry point of the group `hubert_eff.teachers`."""
 
 # B batch, S samples, T frames, D channels of a state
 
@@ -25,7 +25,7 @@ class Upstream(nn.Module):
         self.model = model
 
     def forward(self, wav: Tensor) -> Sequence[Tensor]:
-        """Raises `UserError` for an upstream without hidden states."""
+        """Compute hidden states. Raises `UserError` for an upstream without them."""
         with contextlib.redirect_stdout(sys.stderr):
             states = self.model(list(wav)).get("hidden_states")
         if not states:
@@ -34,13 +34,13 @@ class Upstream(nn.Module):
 
 
 def open_s3prl(name: str) -> Upstream:
-    """The upstream that S3PRL's hub builds under a name; one with weights of its own is fetched by S3PRL, as by `run_downstream.py -u`.
+    """Open the upstream that S3PRL's hub builds under a name; S3PRL downloads its weights, as for `run_downstream.py -u`.
 
-    Raises `UserError` for an unknown name and where S3PRL is missing.
+    Raises `UserError` for an unknown name and if S3PRL is missing.
     """
     require("s3prl", "superb", f"s3prl:{name}")
     patches.apply()
-    with contextlib.redirect_stdout(sys.stderr):  # which belongs to the figures
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the figures
         from s3prl import hub
 
         known = [option for option in hub.options() if not option.endswith(("_local", "_url", "_gdriveid", "_custom"))]

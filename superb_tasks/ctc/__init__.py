@@ -1,1 +1,1 @@
-"""What S3PRL's wheel lacks of `s3prl.downstream.ctc`: its `corpus` package. `superb_tasks.patches` puts this folder on its path."""
+"""The package `corpus` of `s3prl.downstream.ctc`, which S3PRL's wheel lacks; `superb_tasks.patches` puts this folder on its path."""

@@ -1,1 +1,1 @@
-"""SUPERB's data sets: their layouts, what is prepared from them, and generated stand-ins."""
+"""SUPERB's data sets: layouts, preparation, and generated stand-ins."""

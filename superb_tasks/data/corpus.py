@@ -50,11 +50,11 @@ def make_superb(out: Path, tasks: Sequence[str] = ("all",), minutes: float = 10.
 
     Args:
         out: folder; data sets made earlier with the same arguments are kept, so that an interrupted call may be repeated.
-        minutes: speech in each data set, about; small ones hold what their task needs at least.
+        minutes: approximate speech in each data set; small ones hold the minimum that their task needs.
         seed: the same seed, minutes and version of espeak-ng give the same files.
 
-    Returns what each data set was made with and holds, by its first folder. Raises `UserError` for an unknown task, minutes that are not
-    above 0, a negative seed, a folder with a space in its path (sd), another data set in the place of one of these, and a missing package.
+    Returns arguments and content of each data set by its first folder. Raises `UserError` for an unknown task, minutes that are not above
+    0, a negative seed, a folder with a space in its path (sd), another data set in the way, and a missing package.
     """
     for task in tasks:
         if task not in (*DATA_SETS, "all"):
@@ -68,7 +68,7 @@ def make_superb(out: Path, tasks: Sequence[str] = ("all",), minutes: float = 10.
     library = version()
     wanted = [maker for task, maker in DATA_SETS.items() if task in tasks or "all" in tasks]
     if diarization in wanted:
-        diarization.home(out)  # may be impossible: said before the others are made
+        diarization.home(out)  # raises before the others are made if this is impossible
     made: dict[str, Any] = {}
     for maker in dict.fromkeys(wanted):
         entry = maker.make(Path(out), minutes, seed)

@@ -1,4 +1,4 @@
-"""The layouts of SUPERB's data sets, read and checked: what is missing is said in one line, before torch or S3PRL is imported.
+"""Reads and checks the layouts of SUPERB's data sets; one line names what is missing, before torch or S3PRL is imported.
 
 Each `check_*` takes the folder that holds all data sets under the names of their archives, and raises `UserError`. Transcripts, lists
 and tables are read whole; of recordings the headers of a few per split are read, so that a check of the full sets takes seconds.
@@ -30,14 +30,14 @@ CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ'"
 LEXICONS = "lexicon/librispeech-lexicon*.txt"
 SNIPS_TRANSCRIPTS, SNIPS_SLOTS = "all.iob.snips.txt", "slots.txt"
 SPEAKER_LIST, TRIAL_LIST = "iden_split.txt", "voxceleb1_test_v2.txt"
-SPEAKERS = range(10001, 11252)  # VoxCeleb1's ids, which S3PRL's classifier counts on
+SPEAKERS = range(10001, 11252)  # VoxCeleb1's ids, which S3PRL's classifier expects
 SLOTS = ("action", "object", "location")
 KALDI_FILES = ("wav.scp", "utt2spk", "segments", "reco2dur")
 SESSIONS = tuple(f"Session{number}" for number in range(1, 6))
 EMOTIONS = {"neu", "hap", "exc", "ang", "sad"}
 HEADERS = 8  # recordings per split whose header is read
 AUDIO = (".wav", ".flac")
-LIST_BYTES, SAMPLE_BYTES = 1 << 24, 1 << 12  # of what a digest reads: a list at most, of a recording
+LIST_BYTES, SAMPLE_BYTES = 1 << 24, 1 << 12  # bytes that a digest reads: at most of a list, and of a recording
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
@@ -119,12 +119,12 @@ def files(root: Path) -> Iterator[Path]:
 
 
 def recordings(root: Path) -> Iterator[Path]:
-    """The recordings below a folder; what archives of macOS have beside them (`._NAME.wav`) is none."""
+    """The recordings below a folder, without the extra files of macOS archives (`._NAME.wav`)."""
     return (file for file in files(root) if file.suffix in AUDIO and not file.name.startswith("."))
 
 
 def digest(roots: Iterable[Path]) -> str:
-    """SHA-256 of the names and sizes of all files, of the content of lists and of some of each recording: other data are other data."""
+    """SHA-256 of names and sizes of all files, of the content of lists, and of a part of each recording."""
     listing = hashlib.sha256()
     for root in roots:
         for file in files(root):
@@ -156,7 +156,7 @@ def _lines(file: Path) -> list[str]:
 
 def check_recordings(roots: Iterable[Path]) -> None:
     """Decode all recordings below some folders. Raises `UserError` for those that are not valid audio: S3PRL would hang, fail or learn from
-    noise. Silence is let through."""
+    noise. Silence is allowed."""
     found = [file for root in roots for file in recordings(root)]
     with ThreadPoolExecutor(os.cpu_count()) as pool, progress("checking recordings", len(found)) as advance:
         faults = []
@@ -166,7 +166,7 @@ def check_recordings(roots: Iterable[Path]) -> None:
                 faults.append(f"{file} ({fault})")
     if faults:
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise UserError(f"{', '.join(faults[:3])}{more}: mend or remove what cannot be used, also from the lists that name it")
+        raise UserError(f"{', '.join(faults[:3])}{more}: repair or remove these files, and remove them from the lists that name them")
 
 
 def _fault(file: Path) -> str | None:

@@ -1,4 +1,4 @@
-"""What S3PRL wants to find beside the data: paths in its settings, lists of lengths, vocabularies, lists of sessions."""
+"""Prepares what S3PRL needs beside the data: paths in its settings, lists of lengths, vocabularies, lists of sessions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from . import layouts
 
 
 def prepare(task: Task, config: dict[str, Any], data: Path, folder: Path) -> dict[str, Any]:
-    """The configuration with the paths of the data in it. Writes the lists and vocabularies that S3PRL wants to `folder`."""
+    """Add the paths of the data to the configuration, and write the lists and vocabularies that S3PRL needs to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     data, folder = data.resolve(), folder.resolve()
     expert, root = config["downstream_expert"], data / task.source.folders[0]

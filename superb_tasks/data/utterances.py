@@ -1,6 +1,6 @@
-"""What a tested task got right, utterance by utterance, from S3PRL's files of predictions: what a test of significance needs.
+"""Reads the result of a tested task for each utterance from S3PRL's files of predictions, for tests of significance.
 
-Each row is (name, amount, of how many), so that the metric is the sum of the amounts over the sum of the numbers: (1, 1) for a right
+Each row is (name, amount, total), so that the metric is the sum of the amounts over the sum of the totals: (1, 1) for a correct
 answer, (errors, words) or (errors, phones), (F1, 1) per request, (wrong, spoken) seconds per conversation. In speaker verification a row
 is a trial: (name, cosine, 1 for the same speaker or 0).
 """
@@ -18,7 +18,7 @@ Row = tuple[str, float, float]
 
 
 def utterances(task: Task, folders: Sequence[Path], data: Path) -> list[Row]:
-    """The rows of a task by name, tested in S3PRL's folders of experiments, one per fold. Not for spoken term detection, which has none."""
+    """The rows of a task by name, from S3PRL's folders of experiments, one per fold. Spoken term detection has none."""
     return sorted(_rows(task, folders, data), key=lambda row: row[0])  # S3PRL takes some files in the order of the disk
 
 

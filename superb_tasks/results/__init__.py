@@ -6,7 +6,7 @@ from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    """What stood in this module when it was a file."""
+    """Names that this module had when it was a file."""
     if name not in ("cells", "collect", "report"):
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
     from . import tables

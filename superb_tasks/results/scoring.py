@@ -1,4 +1,4 @@
-"""Two metrics that S3PRL leaves to programs of its users: MTWV for spoken term detection, DER for diarization."""
+"""Two metrics that S3PRL leaves to its users: MTWV for spoken term detection, DER for diarization."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def errors(reference: Sequence[Turn], hypothesis: Sequence[Turn]) -> dict[str, t
     for recording in sorted({turn[0] for turn in reference}):
         ours, theirs = ([turn[1:] for turn in turns if turn[0] == recording] for turns in (reference, hypothesis))
         edges = np.unique([time for _, start, end in (*ours, *theirs) for time in (start, end)])
-        length = np.diff(edges)  # of the stretches in which nothing changes
+        length = np.diff(edges)  # of the intervals in which nothing changes
         a, b = _activity(ours, edges), _activity(theirs, edges)  # (speakers, stretches)
         rows, columns = linear_sum_assignment((a * length) @ b.T, maximize=True)
         correct = (a[rows] * b[columns]).sum(0)
@@ -91,7 +91,7 @@ def der(reference: Sequence[Turn], hypothesis: Sequence[Turn]) -> float:
 def lowest_der(reference: Sequence[Turn], folder: Path) -> float:
     """The DER of the predictions in S3PRL's folder of an experiment, lowest over thresholds and median filters: SUPERB's scoring.
 
-    The turns that it is of are left in `HYPOTHESIS`.
+    The turns of this prediction are left in `HYPOTHESIS`.
     """
     predictions, hypothesis, best = folder / "predictions.txt", folder / "threshold.rttm", folder / HYPOTHESIS
     write_text(predictions, "".join(f"{file}\n" for file in sorted((folder / "scoring" / "predictions").glob("*.h5"))))
@@ -109,7 +109,7 @@ def lowest_der(reference: Sequence[Turn], folder: Path) -> float:
 
 
 def _activity(turns: Sequence[tuple[str, float, float]], edges: np.ndarray) -> np.ndarray:
-    """1 where a speaker is active in a stretch between two edges: (speakers, stretches)."""
+    """1 where a speaker is active in an interval between two edges: (speakers, intervals)."""
     names = sorted({name for name, _, _ in turns})
     active = np.zeros((len(names), max(0, len(edges) - 1)))
     for name, start, end in turns:

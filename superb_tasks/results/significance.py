@@ -1,8 +1,8 @@
 """Confidence intervals and paired differences by bootstrap over the utterances of a test set.
 
 Bisani and Ney 2004, "Bootstrap estimates for confidence intervals in ASR performance evaluation": utterances are drawn with replacement,
-for two models the same ones. Trials of speaker verification share recordings: their intervals are too narrow rather than too wide, as are
-all that leave out the training.
+the same ones for two models. Trials of speaker verification share recordings, so their intervals are too narrow rather than too wide, as
+are all intervals that leave out the training.
 
 # R draws, N utterances
 """
@@ -25,7 +25,7 @@ Values = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Difference:
-    """A model's figure minus another's, on the same utterances: as it is, its interval, and the two-sided p value of no difference."""
+    """A model's figure minus another's on the same utterances: the difference, its interval, and the two-sided p value of no difference."""
 
     value: float
     low: float
@@ -39,7 +39,7 @@ def ratio(amounts: Values, numbers: Values) -> Values:
 
 
 def equal_error_rate(scores: Values, same: Values) -> Values:
-    """The error rate where misses and false alarms are equally many, along the last axis; 0.5 where there is one kind of trial only."""
+    """The rate at which misses and false alarms are equal, along the last axis; 0.5 if there is only one kind of trial."""
     order = np.argsort(-scores, axis=-1, kind="stable")
     target = np.take_along_axis(same, order, -1)
     hits, alarms = np.cumsum(target, -1), np.cumsum(1 - target, -1)
@@ -69,7 +69,7 @@ def difference(task: str, ours: Sequence[Row], theirs: Sequence[Row], seed: int 
     drawn = drawn_figures(task, ours, seed) - drawn_figures(task, theirs, seed)  # the same seed draws the same utterances
     low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     tail = min(np.mean(drawn <= 0), np.mean(drawn >= 0))
-    p = min(1.0, max(2 * float(tail), 1 / DRAWS))  # not below what the draws can tell
+    p = min(1.0, max(2 * float(tail), 1 / DRAWS))  # at least the smallest value that the draws can show
     return Difference(figure(task, ours) - figure(task, theirs), float(low), float(high), p)
 
 
@@ -85,7 +85,7 @@ def drawn_figures(task: str, rows: Sequence[Row], seed: int = 0) -> Values:
     """The metric of each draw, (R,): the same utterances are drawn for every model of a task."""
     first, second = _columns(rows)
     generator, measure = np.random.default_rng(seed), _measure(task)
-    block = max(1, 2_000_000 // len(rows))  # draws at a time, of a full test set, too
+    block = max(1, 2_000_000 // len(rows))  # draws at a time, even for a full test set
     drawn = []
     for start in range(0, DRAWS, block):
         chosen = generator.integers(len(rows), size=(min(block, DRAWS - start), len(rows)))

@@ -26,7 +26,7 @@ FILES = {
     "sd": ("sd", "scoring/predictions", "scoring/predictions"),  # a folder
     **{f"er_{fold}": (f"er_{fold}", f"test_{fold}_predict.txt", "predict.txt") for fold in TASKS["er"].variants},
 }
-FRAME_SHIFT = "frame_shift"  # samples per frame, which an experiment of diarization leaves and its scoring asks for
+FRAME_SHIFT = "frame_shift"  # samples per frame, which an experiment of diarization writes and its scoring reads
 
 
 def experiments(results: Mapping[str, tuple[Path, Mapping[str, Any]]]) -> dict[str, Path]:
@@ -43,7 +43,7 @@ def experiments(results: Mapping[str, tuple[Path, Mapping[str, Any]]]) -> dict[s
 
 
 def write_submission(results: Mapping[str, tuple[Path, Mapping[str, Any]]], out: Path) -> list[str]:
-    """Write `out/predict/` and `out/predict.zip` anew. Returns the tasks in it; one whose predictions are gone is left out."""
+    """Write `out/predict/` and `out/predict.zip`, replacing old ones. Returns the tasks in them; those without predictions are left out."""
     predict = out / "predict"
     shutil.rmtree(predict, ignore_errors=True)
     (out / "predict.zip").unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""`hubert-eff superb report`: models beside each other over SUPERB's ten tasks, as in the paper's Table 2, with what they cost.
+"""`hubert-eff superb report`: models side by side on SUPERB's ten tasks, as in the paper's Table 2, with their costs.
 
 A model is an upstream; its results are the `result.json` of finished tasks below the folders given. The figures are in the paper's units.
 """
@@ -27,7 +27,7 @@ from . import significance
 from .submission import experiments, write_submission
 
 COSTS = {"params": "params", "storage_mb": "storage MB", "gflop": "GFLOP", "bop_g": "BOP G"}
-COMPARED = ("steps", "small", "learning_rates", "seed", "data_sha256")  # what results of a task must share to be compared
+COMPARED = ("steps", "small", "learning_rates", "seed", "data_sha256")  # settings that results of a task must share to be compared
 SIGNIFICANT = 0.05
 OURS, PAPER = "found", "the paper"
 
@@ -41,7 +41,7 @@ class Model:
     results: dict[str, tuple[Path, dict[str, Any]]] = field(default_factory=dict)
 
     def rows(self, task: str) -> list[Row]:
-        """The results of a task utterance by utterance; none where the run left none."""
+        """The results of a task for each utterance; empty if the run left none."""
         try:
             return [tuple(row) for row in json.loads((self.results[task][0] / "utterances.json").read_text(encoding="utf-8"))]
         except (OSError, ValueError):
@@ -51,7 +51,7 @@ class Model:
 def collect(folders: Sequence[Path]) -> list[Model]:
     """The models whose results are below the folders, in their order.
 
-    Raises `UserError` for a folder that is none or holds no result, and for two results of one model and task.
+    Raises `UserError` for a missing folder, a folder without results, and two results of one model and task.
     """
     models: dict[str, Model] = {}  # by SHA-256 of the file, or name
     for folder in folders:
@@ -69,7 +69,7 @@ def collect(folders: Sequence[Path]) -> list[Model]:
             model.results[task] = place, result
     labels, upstreams = [model.label for model in models.values()], [model.upstream for model in models.values()]
     for sha256, model in models.items():
-        if upstreams.count(model.upstream) > 1:  # a file that was trained on between two runs
+        if upstreams.count(model.upstream) > 1:  # the file was trained further between two runs
             model.label += f" ({sha256[:8]})"
         elif labels.count(model.label) > 1:
             model.label = model.upstream
@@ -135,7 +135,7 @@ def _cost(model: Model) -> dict[str, Any]:
 
     try:
         found = profile(model.upstream if Path(model.upstream).is_file() else model.upstream.partition("@")[0])
-    except UserError:  # a checkpoint that is gone
+    except UserError:  # the checkpoint is gone
         return dict.fromkeys(COSTS)
     return {
         "params": found.params_without_labels,
@@ -159,7 +159,7 @@ def _paper_rows() -> list[dict[str, Any]]:
 
 
 def _differences(first: Model, other: Model) -> list[dict[str, Any]]:
-    """Each task of a model against the first one's, where both were tested on the same utterances."""
+    """Each task of a model compared with the first model, if both were tested on the same utterances."""
     found = []
     for task in METRICS:
         if task not in first.results or task not in other.results or not (ours := other.rows(task)) or not (theirs := first.rows(task)):
@@ -181,7 +181,7 @@ def _notes(models: Sequence[Model]) -> list[str]:
     if not all(result.get("superb_settings") for result in found):
         notes.append("Results with fewer steps, small heads or generated data compare with each other only, and get no SUPERB score.")
     if any(result.get("data_set") == GENERATED for result in found):
-        notes.append(f"{TOY} is on generated data (hubert-eff corpus superb), which say nothing about the real data set.")
+        notes.append(f"{TOY} is on generated data (hubert-eff corpus superb), which do not tell about the real data set.")
     notes.append(f"Data: {'; '.join(_data_sets(models))}.")
     for task in METRICS:
         results = [model.results[task][1] for model in models if task in model.results]
@@ -191,7 +191,7 @@ def _notes(models: Sequence[Model]) -> list[str]:
     if len(models) > 1:
         notes.append(
             f"* differs from {models[0].label} with p < {SIGNIFICANT:g} (paired bootstrap over the test set, {significance.DRAWS} draws; "
-            "what another training would give is not in it)."
+            "variation between trainings is not included)."
         )
     notes.append("SUPERB score: superb_s of superbbenchmark.org, FBANK 0, best of its time 1000; the paper's rows without slot-value CER.")
     notes.append("Cost: of 10 s of audio, BOP in 2^30 (32 per float MAC, 1 per W1A1 MAC); the paper's rows have its own figures.")
@@ -216,7 +216,7 @@ def _data_sets(models: Sequence[Model]) -> Iterator[str]:
 
 
 def cells(values: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """The table as text: its head, and a row per model."""
+    """The table as text: the head, and a row per model."""
     head = ["model", "source", *COSTS.values(), *(f"{task} {METRICS[task].key}" for task in METRICS), "SUPERB score"]
     marked = {(entry["model"], entry["task"]) for entry in values["differences"] if entry["p"] < SIGNIFICANT}
     table = []
@@ -242,7 +242,7 @@ def markdown(values: Mapping[str, Any]) -> str:
 
 
 def _markdown(head: Sequence[str], table: Sequence[Sequence[str]], notes: Sequence[str], left: int) -> str:
-    """A table, of which so many columns stand on the left, and its notes."""
+    """A table with so many left-aligned columns, and its notes."""
     rows = [[cell.replace("|", "\\|") for cell in row] for row in (head, *table)]
     rows.insert(1, ["---"] * left + ["---:"] * (len(head) - left))
     listed = "".join(f"- {note}\n" for note in notes).replace("- *", "- \\*")

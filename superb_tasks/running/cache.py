@@ -36,7 +36,7 @@ from ..data import layouts
 from ..upstream.expert import UpstreamExpert
 
 DIGEST = 16  # bytes
-NAMED = 5  # damaged files that are named, before one line says that there are more
+NAMED = 5  # number of damaged files that are named before one line says that there are more
 TOLERANCE = 0.05  # relative L2 between states of one code: half precision and another device's arithmetic are far below
 
 
@@ -74,7 +74,7 @@ class CachedUpstream(nn.Module):
 
     @torch.no_grad()
     def forward(self, wavs: Sequence[Tensor]) -> dict[str, Any]:
-        """As `UpstreamExpert.forward`: B waveforms to L+1 states, each (B, T, D)."""
+        """Do what `UpstreamExpert.forward` does: B waveforms to L+1 states, each (B, T, D)."""
         rows = [self._states(wav) for wav in wavs]  # each (L+1, T_i, D)
         frames = max(row.shape[1] for row in rows)
         states = rows[0].new_zeros(rows[0].shape[0], len(rows), frames, rows[0].shape[2])  # (L+1, B, T, D)
@@ -147,7 +147,7 @@ class CachedUpstream(nn.Module):
         return None
 
     def _whole(self, file: Path, shape: tuple[int, ...]) -> npt.NDArray[np.float16] | None:
-        """The array in a file, if its digest, shape and values are as they must be. Raises `OSError` if it cannot be read."""
+        """The array in a file, if its digest, shape and values are valid. Raises `OSError` if it cannot be read."""
         if not file.is_file() or file.stat().st_size > 2 * math.prod(shape) + 1024:
             return None
         content = file.read_bytes()
@@ -161,7 +161,7 @@ class CachedUpstream(nn.Module):
         return hashlib.blake2b(place.encode() + content, digest_size=DIGEST).digest()
 
     def _write(self, file: Path, states: Tensor) -> bool:
-        """Keep states. Returns whether half precision can hold them. Where they cannot be written, as on a full disk, the run goes on."""
+        """Keep states. Returns whether half precision can hold them. If they cannot be written, as on a full disk, the run continues."""
         half = states.half()
         if not torch.isfinite(half).all():
             return False  # computed every time

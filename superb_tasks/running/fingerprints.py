@@ -1,4 +1,4 @@
-"""What a hidden state is of: the model's weights and configuration, and the code that computes with them."""
+"""Identifies the source of a hidden state: the model's weights and configuration, and the code that computes with them."""
 
 from __future__ import annotations
 

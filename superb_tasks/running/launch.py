@@ -1,4 +1,4 @@
-"""What the two launchers share: checks of the command line before anything heavy is imported, errors as one line."""
+"""The common part of the two launchers: checks of the command line before heavy imports, and errors as one line."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import yaml
 from hubert_eff.errors import UserError, printable, unknown
 from hubert_eff.utils.signals import say_stopped, stoppable
 
-S3PRL = "s3prl:"  # begins the name of an upstream of S3PRL's own
-BASELINES = ("fbank", "fbank_no_cmvn", "linear", "mel", "mfcc", "spectrogram")  # those of its upstreams that need no file
+S3PRL = "s3prl:"  # begins the name of S3PRL's own upstreams
+BASELINES = ("fbank", "fbank_no_cmvn", "linear", "mel", "mfcc", "spectrogram")  # those of them that need no file
 
 
 def exit_code(program: str, run: Callable[[Sequence[str]], None], argv: Sequence[str] | None) -> int:
     """Run a launcher: 0 when done, 2 with one line on stderr for bad input, 130 or 143 when stopped."""
-    if not sys.stderr.isatty():  # S3PRL's progress bars: a line now and then in a log, not ten redraws a second
+    if not sys.stderr.isatty():  # in a log, S3PRL's progress bars print a line now and then instead of ten a second
         os.environ.setdefault("TQDM_MININTERVAL", "10")  # read when tqdm is imported
     with stoppable() as received:
         try:
@@ -46,7 +46,7 @@ def command_line(*arguments: str) -> Iterator[None]:
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """A YAML mapping; `UserError` if the file is missing or is none."""
+    """Read a YAML mapping. Raises `UserError` if the file is missing or holds something else."""
     try:
         config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -67,7 +67,7 @@ def lookup(config: Mapping[str, Any], dotted: str) -> Any:
 
 
 def folder(value: str | None, argument: str) -> Path:
-    """The folder given by an argument; `UserError` that names the argument if there is none."""
+    """The folder given by an argument. Raises `UserError` that names the argument if there is none."""
     if not value:
         raise UserError(f"name the folder of the data: {argument} DIR")
     if not Path(value).is_dir():
@@ -83,7 +83,7 @@ def device_arguments(given: bool) -> list[str]:
 
 
 def upstream_arguments(source: str) -> list[str]:
-    """An upstream as run_downstream takes it: ours of a checkpoint or preset, or `s3prl:fbank` for one of `BASELINES`.
+    """The arguments of run_downstream for an upstream: ours for a checkpoint or preset, or `s3prl:fbank` for one of `BASELINES`.
 
     Raises `UserError` for another name behind `s3prl:`.
     """

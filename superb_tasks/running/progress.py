@@ -1,4 +1,4 @@
-"""S3PRL's progress where stderr is not a terminal: a line per minute and training run in place of bars that are drawn over and over."""
+"""Shows S3PRL's progress if stderr is not a terminal: a line per minute and training run instead of bars that are redrawn."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ OVERALL = "overall"  # S3PRL's name of the bar that counts the updates of a trai
 
 
 class Lines(tqdm):
-    """A bar of S3PRL that counts as before and draws nothing: only the one over all updates prints a line now and then."""
+    """A bar of S3PRL that counts without drawing; only the bar over all updates prints a line now and then."""
 
     def __init__(self, *args: Any, **keys: Any) -> None:
         self.said = time.monotonic()
         super().__init__(*args, **{**keys, "file": io.StringIO()})
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
-        """Print the line that is due."""
+        """Print a line if one is due."""
         now = time.monotonic()
         if self.desc and self.desc.startswith(OVERALL) and self.total and 0 < self.n < self.total and now - self.said >= SECONDS:
             self.said = now
@@ -36,7 +36,7 @@ class Lines(tqdm):
 
 @contextmanager
 def lines_for_bars() -> Iterator[None]:
-    """Within, S3PRL's runner prints lines in place of its bars, unless stderr is a terminal."""
+    """Make S3PRL's runner print lines instead of bars inside, unless stderr is a terminal."""
     from s3prl.downstream import runner
 
     before = runner.tqdm

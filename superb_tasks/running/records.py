@@ -1,4 +1,4 @@
-"""What a run leaves and finds again: settings and results as JSON, digests, S3PRL's files of predictions and truth."""
+"""Records of a run: settings and results as JSON, digests, S3PRL's files of predictions and truth."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..data.generators.common import RECORD
 
 
 def truth(folders: Sequence[Path]) -> dict[str, Any]:
-    """Utterances of the test set, and the share of the largest class where there are classes, from S3PRL's own files."""
+    """Utterances of the test set, and the share of the largest class if there are classes, from S3PRL's own files."""
     lines = [
         line.split(" " if file.suffix == ".txt" else ",", 1)[-1]
         for folder in folders
@@ -34,7 +34,7 @@ def generated(data: Path, folder: str) -> bool:
 
 
 def check_folder(out: Path) -> None:
-    """Raise `UserError` if a folder holds what no run of ours wrote."""
+    """Raise `UserError` if a folder holds files that no run of ours wrote."""
     if out.is_dir() and any(out.iterdir()) and not (out / "settings.json").is_file():
         raise UserError(f"{out} holds other files: choose a new folder for the run")
 

@@ -1,4 +1,4 @@
-"""Train and test SUPERB's tasks on a frozen upstream, through S3PRL's run_downstream, and keep each result as JSON.
+"""Trains and tests SUPERB's tasks on a frozen upstream through S3PRL's run_downstream, and keeps each result as JSON.
 
     hubert-eff superb run --task ks,asr --upstream CKPT --data DIR --out DIR
 
@@ -46,7 +46,7 @@ SCALARS = "scalars.jsonl"  # what S3PRL logs, a line per figure
 
 
 def run_tasks(names: str | Iterable[str], request: Request, out: Path) -> list[dict[str, Any]]:
-    """Run tasks one after the other into `out/TASK`; their results.
+    """Run tasks one after the other into `out/TASK`; returns their results.
 
     All data and the upstream are checked first. A task that is done, by the same settings, upstream and data, is not repeated; one that
     was interrupted goes on from S3PRL's last checkpoint (which begins an epoch anew, so figures differ a little). Raises `UserError` for
@@ -90,7 +90,7 @@ def run_task(task: Task, request: Request, settings: dict[str, Any], out: Path) 
     config = settings_of(task, request)
     rates = settings["learning_rates"]
     with contextlib.redirect_stdout(sys.stderr), _s3prl(task, request, settings, out / "prepared"), lines_for_bars():
-        # S3PRL's remarks are not results, its bars no lines of a log
+        # S3PRL's remarks are not results, and its bars are not lines of a log
         config = prepare(task, config, request.data, out / "prepared")
         found = _trained(task, request, config, rates, out) if task.trains else _best_layer(task, request, config, out)
     if task.trains:
@@ -125,7 +125,7 @@ def _states(upstream: str) -> list[Any]:
 
 @contextlib.contextmanager
 def _s3prl(task: Task, request: Request, settings: dict[str, Any], lists: Path) -> Iterator[None]:
-    """S3PRL, patched, with our upstream, cached if wanted; it logs its figures to `scalars.jsonl` of the experiment, too."""
+    """S3PRL, patched, with our upstream, cached if wanted; it also logs its figures to `scalars.jsonl` of the experiment."""
     register()
     from .. import patches
 
@@ -190,7 +190,7 @@ def _build(arguments: Sequence[str]) -> Any:
 
 
 def _train(task: Task, request: Request, config: dict[str, Any], folder: Path) -> None:
-    """Train in `folder`, or go on with what was begun there."""
+    """Train in `folder`, or resume what was begun there."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
     for checkpoint in _checkpoints(folder)[::-1]:  # the last one may have been cut off; S3PRL takes it unseen
@@ -218,7 +218,7 @@ def _test(task: Task, request: Request, folder: Path, checkpoint: Path) -> dict[
 
 
 def _trained(task: Task, request: Request, config: dict[str, Any], rates: Sequence[float], out: Path) -> dict[str, Any]:
-    """Train with each learning rate, test the best of them. What was found: the metric, the rate, the other figures."""
+    """Train with each learning rate and test the best; returns the metric, the rate and the other figures."""
     tried: dict[float, float] = {}  # the figure that decides
     tested: dict[float, list[tuple[Path, dict[str, float]]]] = {}
     sign = 1 if task.more_is_better else -1
@@ -278,7 +278,7 @@ def _best_test(task: Task, request: Request, folder: Path, sign: int) -> tuple[P
 
 
 def _chosen(task: Task, folder: Path) -> Path:
-    """The checkpoint of the best validation; the last one where none was better than S3PRL's start."""
+    """The checkpoint of the best validation; the last one if none was better than S3PRL's start."""
     best = folder / str(task.best)
     return best if best.is_file() else _checkpoints(folder)[-1]
 
@@ -334,7 +334,7 @@ def _search(task: Task, request: Request, config: dict[str, Any], out: Path, lay
 
 
 def _device(device: str | None) -> str:
-    """A device by name, or the GPU where there is one."""
+    """A device by name, or the GPU if there is one."""
     import torch
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

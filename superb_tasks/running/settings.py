@@ -1,4 +1,4 @@
-"""What a run of a task is of: what is asked for, S3PRL's configuration for it, and what tells one result from another."""
+"""The settings of a run: the request, S3PRL's configuration for it, and what distinguishes results."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def settings_of(task: Task, request: Request) -> dict[str, Any]:
 
 
 def of_result(task: Task, request: Request, origin: dict[str, str | None]) -> dict[str, Any]:
-    """What a result is of."""
+    """The settings that identify a result."""
     from hubert_eff.checkpoints.open import digest_of
 
     config = settings_of(task, request)
@@ -99,7 +99,7 @@ def of_result(task: Task, request: Request, origin: dict[str, str | None]) -> di
         **origin,
         "data_sha256": layouts.digest(request.data / name for name in task.source.folders),
         "data_set": GENERATED if generated else task.source.name,
-        # as SUPERB has it: then, and only then, a result may stand beside published ones
+        # SUPERB's settings: only then a result may stand beside published ones
         "superb_settings": not request.small and request.steps is None and not generated,
         "learning_rates": [],
     }
@@ -110,7 +110,7 @@ def of_result(task: Task, request: Request, origin: dict[str, str | None]) -> di
 
 
 def of_upstream(upstream: str) -> dict[str, str | None]:
-    """What states of an upstream are of: its weights, and the code that computes them. Raises `UserError` for one that cannot be loaded."""
+    """The identity of an upstream's states: its weights and the code. Raises `UserError` for one that cannot be loaded."""
     if upstream.startswith(S3PRL):
         upstream_arguments(upstream)
         return {"weights": None, "code": f"{upstream} of s3prl {version('s3prl')}, torchaudio {version('torchaudio')}"}
@@ -122,13 +122,13 @@ def of_upstream(upstream: str) -> dict[str, str | None]:
 
 
 def result_in(task: Task, out: Path) -> dict[str, Any]:
-    """The result of a task in a folder; empty where there is none."""
+    """The result of a task in a folder; empty if there is none."""
     result = records.read(out / RESULT)
     return result if result.get("task") == task.name and task.key in result else {}
 
 
 def goes_on(task: Task, settings: dict[str, Any], out: Path) -> bool:
-    """Whether what is in a folder is of these settings: a result, or a run at the same paths that can go on."""
+    """Whether a folder holds a result of these settings, or a run at the same paths that can resume."""
     before = records.read(out / SETTINGS)
     paths = before.pop("paths", None)
     same = not [key for key in before | settings if key not in (*PATHS, "sha256") and before.get(key) != settings.get(key)]

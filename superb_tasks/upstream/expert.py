@@ -19,7 +19,7 @@ from hubert_eff.models.extractor import receptive_field
 
 
 class UpstreamExpert(nn.Module):
-    """An upstream as S3PRL's programs expect it.
+    """An upstream with the interface that S3PRL's programs expect.
 
     `ckpt` is a checkpoint file or `PRESET[@SEED]`, see `hubert_eff.checkpoints.open`. Time and channel masks and LayerDrop are off;
     dropout follows the module's train / eval mode. The forward pass keeps gradients, for runs that fine-tune it.
@@ -28,9 +28,9 @@ class UpstreamExpert(nn.Module):
     def __init__(self, ckpt: str, model_config: str | None = None) -> None:
         super().__init__()
         if model_config is not None:
-            raise UserError(f"model config '{model_config}' is of no use: a checkpoint of hubert_eff holds its own")
+            raise UserError(f"leave out the model config '{model_config}': a checkpoint of hubert_eff holds its own")
         self.model = open_model(ckpt)
-        # samples that one frame sees: shorter audio is extended by silence to a whole frame
+        # samples of one frame; shorter audio is extended to a frame by silence
         self.receptive_field = receptive_field(self.model.config.conv_layers)
 
     def get_downsample_rates(self, key: str) -> int:

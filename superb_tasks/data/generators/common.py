@@ -1,4 +1,4 @@
-"""What the generated data sets share: folders that appear as a whole, voices, recordings, shares of the time, noise."""
+"""The common part of the generated data sets: atomic folders, voices, recordings, shares of the time, noise."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def keep_or_make(
 ) -> dict[str, Any]:
     """Have `write(draft)` make `folders`, move them from the draft to `out` when all is written, and note it in `out/corpus.json`.
 
-    A data set that is there already, by the same arguments, is kept as it is. Of one that was interrupted nothing is left.
+    An existing data set with the same arguments is kept. Nothing is left of an interrupted one.
 
     Returns the arguments and what `write` returned. Raises `UserError` if `out` holds another data set under one of the names.
     """
@@ -47,7 +47,7 @@ def keep_or_make(
         return dict(earlier)
     if present:
         raise UserError(f"{out} holds another {folders[0]}: choose another folder, or remove {' and '.join(present)}")
-    began = next(folder for folder in (out, *out.parents) if folder.exists())  # of an interrupted corpus not even its folder is left
+    began = next(folder for folder in (out, *out.parents) if folder.exists())  # an interrupted corpus does not even leave its folder
     try:
         with temporary_folder(out / folders[0]) as draft:
             entry |= write(draft)
@@ -81,10 +81,10 @@ class Disk:
     seconds: float = 0.0
 
     def save(self, name: str, audio: NDArray[Any]) -> float:
-        """Write 16-bit PCM, 16 kHz, mono, as WAV or FLAC by the ending of `name`; the seconds written."""
+        """Write 16-bit PCM, 16 kHz, mono, as WAV or FLAC by the suffix of `name`; returns the seconds written."""
         path = self.root / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path, sync=False) as file:  # says so where the disk is full
+        with replacing(path, sync=False) as file:  # reports a full disk
             sf.write(file, audio, SAMPLE_RATE, subtype="PCM_16")
         seconds = len(audio) / SAMPLE_RATE
         before = int(self.seconds)
@@ -111,7 +111,7 @@ def voices(count: int, name: str, seed: int, language: str = "") -> list[Voice]:
 
 
 def sex(voice: Voice) -> str:
-    """`F` or `M`, as the voice's variant sounds."""
+    """`F` or `M`, by the sound of the voice's variant."""
     return "F" if voice.variant.startswith(_FEMALE) else "M"
 
 
@@ -133,7 +133,7 @@ def shares(minutes: float, parts: Mapping[str, float]) -> dict[str, float]:
 
 
 def divide(things: Sequence[Any], parts: Mapping[str, float]) -> dict[str, list[Any]]:
-    """Things dealt out to parts by their shares, in order, each part at least one."""
+    """Divide things among parts by their shares, in order, at least one per part."""
     whole, left = sum(parts.values()), list(things)
     dealt: dict[str, list[Any]] = {}
     for index, (name, part) in enumerate(parts.items()):
