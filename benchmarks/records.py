@@ -1,4 +1,4 @@
-"""Figures of benchmarks kept as lines, and two of them side by side.
+"""Keeps figures of benchmarks as lines, and compares two of them.
 
     python benchmarks/records.py keep speed/one_bit.py --rounds 5     # runs it with --json, adds a line to benchmarks/results/one_bit.jsonl
     python benchmarks/records.py compare one_bit                      # its last line beside the one before
@@ -118,12 +118,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = options.add_subparsers(dest="kind", required=True)
     keeping = kinds.add_parser("keep", help="run a script and keep its figures")
-    keeping.add_argument("script", help="such as speed/one_bit.py")
-    keeping.add_argument("words", nargs=argparse.REMAINDER, help="its arguments")
+    keeping.add_argument("script", help="script to run, such as speed/one_bit.py")
+    keeping.add_argument("words", nargs=argparse.REMAINDER, help="arguments of the script")
     comparing = kinds.add_parser("compare", help="two results side by side")
-    comparing.add_argument("files", nargs="+", metavar="NAME|FILE.jsonl", help="one (two of its lines), or two (their last lines)")
-    comparing.add_argument("--old", type=int, help="line of the first (default: the one before the last; of two files, the last)")
-    comparing.add_argument("--new", type=int, default=-1, help="line of the second (default: the last)")
+    comparing.add_argument(
+        "files", nargs="+", metavar="NAME|FILE.jsonl", help="one file (two of its lines), or two files (their last lines)"
+    )
+    comparing.add_argument("--old", type=int, help="line of the first result (default: the one before the last; for two files the last)")
+    comparing.add_argument("--new", type=int, default=-1, help="line of the second result (default: the last)")
     args = options.parse_args(arguments)
     try:
         if args.kind == "keep":

@@ -1,4 +1,4 @@
-"""Do Zipformer's ablations learn, and by which optimizer? Trains `zipformer_debug` in each form through fairseq-hydra-train.
+"""Tests which of Zipformer's ablations learn, and with which optimizer: trains `zipformer_debug` in each form through fairseq-hydra-train.
 
     hubert-eff manifest $FSDD --out runs/digits --join 4 --split-by file
     hubert-eff labels runs/digits --out runs/digits/mfcc --features mfcc --clusters 50
@@ -40,11 +40,11 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("data", type=Path, help="directory that `hubert-eff manifest` wrote")
     options.add_argument("labels", type=Path, help="directory that `hubert-eff labels` wrote (MFCC: 100 labels per second)")
-    options.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), metavar="FORM", help=f"of {', '.join(FORMS)}")
+    options.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), metavar="FORM", help=f"some of {', '.join(FORMS)}")
     options.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=["scaled_adam", "adam"], help="default: scaled_adam adam")
-    options.add_argument("--updates", type=int, default=200, help="updates of each (default: 200)")
+    options.add_argument("--updates", type=int, default=200, help="updates of each model (default: 200)")
     options.add_argument("--seeds", type=int, nargs="+", default=[1], help="default: 1")
-    options.add_argument("--out", type=Path, required=True, help="where the logs, ablations.json and ablations.md go")
+    options.add_argument("--out", type=Path, required=True, help="folder for logs, ablations.json and ablations.md")
     args = options.parse_args()
     if args.updates < 20:
         options.error(f"--updates {args.updates}: at least 20, or there is no speed to tell")

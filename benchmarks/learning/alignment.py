@@ -1,4 +1,4 @@
-"""How far aligned word boundaries are from the true ones: gradients at every place of the encoder, beside CTC forced alignment.
+"""Measures how far aligned word boundaries are from the true ones: gradients at every place of the encoder, beside CTC forced alignment.
 
     python benchmarks/learning/alignment.py CKPT DIR/valid.tsv --truth FILE
 
@@ -21,7 +21,7 @@ from hubert_eff.recognition.recordings import read_recording
 
 
 def true_words(file: Path) -> dict[str, list[Segment]]:
-    """The words of every recording, by its path."""
+    """The true words of every recording, by path."""
     words: dict[str, list[Segment]] = defaultdict(list)
     with file.open(encoding="utf-8", newline="") as stream:
         if file.name == "parts.tsv":
@@ -39,8 +39,10 @@ def main() -> None:
     options.add_argument("checkpoint", help="fine-tuned checkpoint")
     options.add_argument("manifest", type=Path, help="SPLIT.tsv")
     options.add_argument("--truth", type=Path, required=True, help="alignments.tsv or parts.tsv")
-    options.add_argument("--head", choices=("ctc", "attention"), default="ctc", help="whose letter probabilities (default: %(default)s)")
-    options.add_argument("--utterances", type=int, default=20, help="at most so many (default: %(default)d)")
+    options.add_argument(
+        "--head", choices=("ctc", "attention"), default="ctc", help="head whose letter probabilities are used (default: %(default)s)"
+    )
+    options.add_argument("--utterances", type=int, default=20, help="maximum number of utterances (default: %(default)d)")
     options.add_argument("--json", action="store_true", help="print the figures as JSON")
     args = options.parse_args()
     model = load_recognizer(args.checkpoint)
@@ -68,7 +70,7 @@ def main() -> None:
     if args.json:
         print(json.dumps({"words": words, "utterances": used, "turned": turned, "rows": table}, indent=2))
         return
-    print(f"{words} words of {used} utterances; encoder turns time round in {turned}")
+    print(f"{words} words of {used} utterances; the encoder reverses time in {turned}")
     for line in table:
         print(f"{line['way']:36} mean {line['mean_ms']:6.0f} ms   median {line['median_ms']:6.0f} ms")
 

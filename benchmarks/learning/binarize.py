@@ -1,4 +1,4 @@
-"""What training at one bit keeps, and which way there keeps most: valid masked accuracy at equal total updates, stages included.
+"""Measures what training at one bit keeps, and which way keeps most: valid masked accuracy at equal total updates, stages included.
 
     hubert-eff manifest $FSDD --out runs/digits --join 4 --split-by file
     hubert-eff labels runs/digits --out runs/digits/mfcc --features mfcc --clusters 50
@@ -97,7 +97,7 @@ class Run:
 
 
 class Bench:
-    """Runs, and their figures by name."""
+    """Runs and their figures by name."""
 
     def __init__(self, data: Path, labels: Path, out: Path) -> None:
         self.data, self.labels, self.out = data, labels, out
@@ -107,11 +107,11 @@ class Bench:
         self.done: dict[str, dict[str, Any]] = {run["run"]: run for run in map(json.loads, lines)}
 
     def checkpoint(self, run: str) -> Path:
-        """What a run leaves behind."""
+        """The checkpoint of a run."""
         return self.out / run / "checkpoint_last.pt"
 
     def plan(self, encoders: list[str], seeds: int) -> list[Run]:
-        """What is run, the most wanted first; what a run needs stands before it."""
+        """The runs, the most important first; a run comes after those that it needs."""
         first, rest = encoders[0], encoders[1:]
         main = ("teacher", "float", "labels", "distilled")
         more = ("w1a8", "w1a4", "w1a2", "multi", "scratch", "float-one", "w1a2-one", "multi-one")
@@ -222,7 +222,7 @@ def main() -> None:
     options.add_argument("labels", type=Path, help="directory that `hubert-eff labels` wrote (MFCC: 100 labels per second)")
     options.add_argument("--encoders", nargs="+", default=["conformer", "transformer", "sparseformer"], metavar="NAME")
     options.add_argument("--seeds", type=int, default=3, help="seeds of the first encoder; the others have one (default: 3)")
-    options.add_argument("--out", type=Path, required=True, help="where logs, checkpoints, binarize.jsonl and binarize.md go")
+    options.add_argument("--out", type=Path, required=True, help="folder for logs, checkpoints, binarize.jsonl and binarize.md")
     options.add_argument("--tables", action="store_true", help="train nothing: tables of what has finished")
     args = options.parse_args()
     bench = Bench(args.data.resolve(), args.labels.resolve(), args.out.resolve())

@@ -44,7 +44,7 @@ class Estimate:
         return self.low > 0 or self.high < 0
 
     def to_dict(self) -> dict[str, float]:
-        """Rounded, for JSON; NaN as None."""
+        """Rounded values for JSON, with None for NaN."""
         return {key: round(value, 4) if math.isfinite(value) else None for key, value in asdict(self).items()}  # type: ignore[misc]
 
 
@@ -55,7 +55,7 @@ def quality(task: str, rows: Sequence[Row]) -> Figures:
 
 
 def estimate(figures: Figures) -> Estimate:
-    """What an array of figures says."""
+    """The mean and interval of an array of figures."""
     drawn = figures[1:][np.isfinite(figures[1:])]
     low, high = np.quantile(drawn, [0.025, 0.975]) if len(drawn) else (math.nan, math.nan)
     return Estimate(float(figures[0]), float(low), float(high))
@@ -67,7 +67,7 @@ def mean(figures: Sequence[Figures]) -> Figures:
 
 
 def ranks(values: Sequence[float]) -> list[float]:
-    """1 for the largest; those that are equal share the mean of their ranks."""
+    """Ranks, 1 for the largest; equal figures share the mean of their ranks."""
     return [1 + sum(other > value for other in values) + (sum(other == value for other in values) - 1) / 2 for value in values]
 
 
@@ -77,7 +77,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def read_rows(folder: Path, task: str) -> list[Row]:
-    """The utterances of a finished probe. Raises `UserError` where there is none."""
+    """The utterances of a finished probe. Raises `UserError` if there is none."""
     file = folder / task / "utterances.json"
     if not (folder / task / "result.json").is_file():
         raise UserError(f"{folder} has no result of {task}: run the command without --tables")
@@ -88,5 +88,5 @@ def read_rows(folder: Path, task: str) -> list[Row]:
 
 
 def read_result(folder: Path, task: str) -> dict[str, Any]:
-    """What a finished probe has written: metric, learning rate, steps, how long it took."""
+    """The content of a finished probe: metric, learning rate, steps, duration."""
     return dict(read_json(folder / task / "result.json", "delete its folder, and the same command runs it again"))

@@ -131,7 +131,7 @@ def draw(values: dict[str, Any], theme: str) -> Any:
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("values", type=Path, metavar="FILE", help="table2_mini.json")
-    options.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the two pictures go")
+    options.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the two pictures")
     args = options.parse_args()
     try:
         values = json.loads(args.values.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""What attention by integers moves against softmax in a trained one-bit model (hubert_eff/quant/integer_softmax.py).
+"""Measures what attention by integers changes against softmax in a trained one-bit model (hubert_eff/quant/integer_softmax.py).
 
     python benchmarks/learning/integer_softmax.py CHECKPOINT DATA LABELS
 

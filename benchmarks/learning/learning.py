@@ -1,4 +1,4 @@
-"""Does every encoder learn? Trains each debug configuration for some updates through fairseq-hydra-train, and tabulates the valid split.
+"""Trains each debug configuration for some updates through fairseq-hydra-train, to test whether every encoder learns, on the valid split.
 
     hubert-eff corpus demo --out runs/corpus --speakers 24
     hubert-eff manifest runs/corpus --out runs/data --valid-percent 10
@@ -93,8 +93,8 @@ def main() -> None:
     options.add_argument("data", type=Path, help="directory that `hubert-eff manifest` wrote")
     options.add_argument("labels", type=Path, help="directory that `hubert-eff labels` wrote (MFCC: 100 labels per second)")
     options.add_argument("--encoders", nargs="+", default=hubert_eff.list_encoders(), metavar="NAME", help="default: all")
-    options.add_argument("--updates", type=int, default=200, help="updates of each (default: 200)")
-    options.add_argument("--out", type=Path, required=True, help="where the logs, learning.json and learning.md go")
+    options.add_argument("--updates", type=int, default=200, help="updates of each model (default: 200)")
+    options.add_argument("--out", type=Path, required=True, help="folder for logs, learning.json and learning.md")
     args = options.parse_args()
     if args.updates < 20:
         options.error(f"--updates {args.updates}: at least 20, or there is no speed to tell")

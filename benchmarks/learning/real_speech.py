@@ -134,11 +134,11 @@ class RealSpeech(SideBySide):
     # -- the cells ---------------------------------------------------------------------------------------------------
 
     def baselines(self) -> list[Cell]:
-        """What needs no training: of the first seed, as S3PRL's upstreams have none."""
+        """The cells without training, for the first seed only, since S3PRL's upstreams have no seeds."""
         return [Cell(heard, "", name, "", 1) for heard in ("shared", "held-out") for name in BASELINES]
 
     def cells(self) -> list[Cell]:
-        """All cells, the most wanted first."""
+        """All cells, the most important first."""
         found = self.baselines()
         for seed in range(1, self.seeds + 1):
             for size in self.sizes:
@@ -148,11 +148,11 @@ class RealSpeech(SideBySide):
         return found
 
     def protocols(self, cell: Cell) -> list[str]:
-        """What a cell is probed by."""
+        """The protocols by which a cell is probed."""
         return [name for name, (_, heard) in PROTOCOLS.items() if heard == cell.heard]
 
     def folder(self, cell: Cell) -> Path:
-        """What a cell leaves behind."""
+        """The folder of a cell's results."""
         return self.out / "cells" / cell.name
 
     def upstream(self, cell: Cell) -> str:
@@ -271,7 +271,7 @@ class RealSpeech(SideBySide):
         return values
 
     def validation(self, cell: Cell) -> dict[str, float]:
-        """Of the pre-training of a cell."""
+        """The validation of a cell's pre-training."""
         return last_validation(self.folder(cell) / "train.log")
 
     def finished(self) -> list[Cell]:
@@ -282,7 +282,7 @@ class RealSpeech(SideBySide):
 def main(arguments: Sequence[str] | None = None) -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("fsdd", type=Path, metavar="FSDD", help="folder of the Free Spoken Digit Dataset")
-    options.add_argument("--out", type=Path, required=True, metavar="DIR", help="everything goes there")
+    options.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for all results")
     options.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds 1 to N (default: 1)")
     options.add_argument(
         "--sizes", nargs="+", default=["small"], metavar="SIZE", help="small: 0.2 M parameters, large: 1.6 M (default: small)"
@@ -290,13 +290,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_argument(
         "--held-out", default=RealSpeech.held_out, metavar="SPEAKER", help="the speaker of the second protocol (%(default)s)"
     )
-    options.add_argument("--updates", type=int, default=RealSpeech.updates, help="of each pre-training (default: %(default)s)")
+    options.add_argument("--updates", type=int, default=RealSpeech.updates, help="updates of each pre-training (default: %(default)s)")
     options.add_argument(
-        "--batch-seconds", type=float, default=RealSpeech.batch_seconds, help="of speech per update (default: %(default)g)"
+        "--batch-seconds", type=float, default=RealSpeech.batch_seconds, help="seconds of speech per update (default: %(default)g)"
     )
-    options.add_argument("--clusters", type=int, default=RealSpeech.clusters, help="of all labels (default: %(default)s)")
+    options.add_argument(
+        "--clusters", type=int, default=RealSpeech.clusters, help="number of clusters of all labels (default: %(default)s)"
+    )
     options.add_argument("--teacher", metavar="CKPT", help="a trained model, for labels of one of its layers")
-    options.add_argument("--teacher-layer", type=int, metavar="L", help="which of its hidden states; 0 enters its first block")
+    options.add_argument("--teacher-layer", type=int, metavar="L", help="hidden state of the teacher; 0 enters its first block")
     options.add_argument("--processes", type=int, default=2, metavar="N", help="commands that run side by side (default: %(default)s)")
     options.add_argument("--tables", action="store_true", help="run nothing: tables of what has finished")
     args = vars(options.parse_args(arguments))

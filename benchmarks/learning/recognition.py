@@ -28,8 +28,10 @@ def main() -> None:
     options.add_argument("checkpoints", nargs="+", help="fine-tuned checkpoints")
     options.add_argument("--split", default="valid", help="(default: %(default)s)")
     options.add_argument("--beam", type=int, default=10, help="texts that a search keeps (default: %(default)d)")
-    options.add_argument("--ctc-weight", type=float, default=0.5, help="of the second pass and the joint search (default: %(default)g)")
-    options.add_argument("--utterances", type=int, help="the first so many (default: all)")
+    options.add_argument(
+        "--ctc-weight", type=float, default=0.5, help="weight of CTC in the second pass and the joint search (default: %(default)g)"
+    )
+    options.add_argument("--utterances", type=int, help="number of utterances, from the first on (default: all)")
     options.add_argument("--out", type=Path, help="write the figures as JSON")
     args = options.parse_args()
     manifest = read_manifest(args.manifest / f"{args.split}.tsv")

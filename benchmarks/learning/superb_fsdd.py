@@ -10,7 +10,7 @@ laid out, at 16 kHz, as
   another word (`_unknown_`), noise made here is silence;
 - VoxCeleb1: a speaker per id, one digit per recording.
 
-Then `hubert-eff superb run --small` runs both tasks on each upstream, and `hubert-eff superb report` puts them beside each other. S3PRL's
+Then `hubert-eff superb run --small` runs both tasks on each upstream, and `hubert-eff superb report` compares them. S3PRL's
 `fbank` and `mfcc` take each utterance's mean away, which is all that the mean over time of SUPERB's heads could see: `fbank_no_cmvn` is the
 fair peer.
 """
@@ -109,7 +109,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("fsdd", type=Path, metavar="FSDD")
     parser.add_argument("--upstream", required=True, help="the pre-trained model: a checkpoint or an export")
-    parser.add_argument("--untrained", default="conformer-debug@0", help="its untrained counterpart (default: %(default)s)")
+    parser.add_argument("--untrained", default="conformer-debug@0", help="untrained counterpart of the model (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     args = parser.parse_args()
     try:

@@ -167,7 +167,7 @@ class Table2Mini(SideBySide):
         return self.out / "superb"
 
     def folder(self, cell: Cell) -> Path:
-        """What a cell leaves behind."""
+        """The folder of a cell's results."""
         return self.out / "cells" / cell.name
 
     def upstream(self, cell: Cell) -> Path:
@@ -218,7 +218,7 @@ class Table2Mini(SideBySide):
         return values
 
     def validation(self, cell: Cell) -> dict[str, float]:
-        """Of the pre-training of a cell."""
+        """The validation of a cell's pre-training."""
         return last_validation(self.folder(cell) / "train.log")
 
     def seconds_of(self, cell: Cell) -> dict[str, float]:
@@ -233,22 +233,24 @@ class Table2Mini(SideBySide):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--out", type=Path, required=True, metavar="DIR", help="everything goes there")
+    options.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for all results")
     options.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds 1 to N; the first has all models and tasks (default: 1)")
     options.add_argument("--models", nargs="+", default=list(MODELS), metavar="NAME", help=f"some of {' '.join(MODELS)}")
-    options.add_argument("--tasks", default=",".join(TASKS), metavar="TASK,...", help="of mini-SUPERB (default: %(default)s)")
-    options.add_argument("--updates", type=int, default=Table2Mini.updates, help="of each pre-training (default: %(default)s)")
-    options.add_argument("--minutes", type=float, default=Table2Mini.minutes, help="of speech to pre-train on (default: %(default)g)")
+    options.add_argument("--tasks", default=",".join(TASKS), metavar="TASK,...", help="tasks of mini-SUPERB (default: %(default)s)")
+    options.add_argument("--updates", type=int, default=Table2Mini.updates, help="updates of each pre-training (default: %(default)s)")
+    options.add_argument(
+        "--minutes", type=float, default=Table2Mini.minutes, help="minutes of speech to pre-train on (default: %(default)g)"
+    )
     options.add_argument(
         "--superb-minutes",
         type=float,
         default=Table2Mini.superb_minutes,
-        help="of speech in each data set of the tasks (default: %(default)g)",
+        help="minutes of speech in each data set of the tasks (default: %(default)g)",
     )
     options.add_argument(
-        "--batch-seconds", type=float, default=Table2Mini.batch_seconds, help="of speech per update (default: %(default)g)"
+        "--batch-seconds", type=float, default=Table2Mini.batch_seconds, help="seconds of speech per update (default: %(default)g)"
     )
-    options.add_argument("--head-steps", type=int, metavar="N", help="of every head (default: those of `superb run --small`)")
+    options.add_argument("--head-steps", type=int, metavar="N", help="steps of every head (default: those of `superb run --small`)")
     options.add_argument("--processes", type=int, default=2, metavar="N", help="commands that run side by side (default: %(default)s)")
     options.add_argument("--tables", action="store_true", help="run nothing: tables of what has finished")
     args = vars(options.parse_args(arguments))

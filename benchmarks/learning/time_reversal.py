@@ -1,4 +1,4 @@
-"""Whether small encoder-decoders turn time round as they learn, without CTC, with it, and with identity attention at the start.
+"""Tests whether small encoder-decoders reverse time as they learn, without CTC, with it, and with identity attention at the start.
 
     python benchmarks/learning/time_reversal.py FSDD/SPEAKER --out runs/flips
 
@@ -180,16 +180,16 @@ def main() -> None:
     options.add_argument("--conditions", nargs="+", default=list(CONDITIONS), choices=list(CONDITIONS), help="(default: all)")
     options.add_argument("--updates", type=int, default=600, help="(default: %(default)d)")
     options.add_argument("--every", type=int, default=150, help="updates between two checkpoints (default: %(default)d)")
-    options.add_argument("--identity-updates", type=int, default=150, help="of identity attention (default: %(default)d)")
+    options.add_argument("--identity-updates", type=int, default=150, help="updates of identity attention (default: %(default)d)")
     options.add_argument("--batch", type=int, default=6, help="strings per update (default: %(default)d)")
     options.add_argument("--fewest", type=int, default=2, help="digits of a string in training (default: %(default)d)")
     options.add_argument("--most", type=int, default=4, help="digits of a string (default: %(default)d)")
     options.add_argument("--layers", type=int, default=4, help="blocks of the encoder (default: %(default)d)")
-    options.add_argument("--dim", type=int, default=64, help="its dimension (default: %(default)d)")
-    options.add_argument("--positions", choices=("abs", "rel_pos"), default="abs", help="of its attention (default: %(default)s)")
+    options.add_argument("--dim", type=int, default=64, help="model dimension (default: %(default)d)")
+    options.add_argument("--positions", choices=("abs", "rel_pos"), default="abs", help="positions of the attention (default: %(default)s)")
     options.add_argument("--lr", type=float, default=0.003, help="(default: %(default)g)")
-    options.add_argument("--warmup", type=int, default=100, help="updates (default: %(default)d)")
-    options.add_argument("--tests", type=int, default=12, help="strings of the test (default: %(default)d)")
+    options.add_argument("--warmup", type=int, default=100, help="number of updates (default: %(default)d)")
+    options.add_argument("--tests", type=int, default=12, help="number of test strings (default: %(default)d)")
     args = options.parse_args()
     pool, test = read_pools(args.folder)
     rng = random.Random(1)

@@ -332,7 +332,7 @@ def _text(text: str) -> bytes:
 
 
 def handmade(content: bytes, r: random.Random) -> bytes:
-    """Pickles that no torch.save writes, in the place of one value of the checkpoint."""
+    """Pickles that torch.save never writes, in place of one value of the checkpoint."""
     deep = r.choice((200, 10_000, 300_000))
     called = r.choice((
         b"ctorch\nTensor\n", b"ctorch\nFloatTensor\n", b"ctorch\nUntypedStorage\n", b"c__builtin__\nbytearray\n", b"cbuiltins\neval\n",

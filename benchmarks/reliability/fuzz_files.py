@@ -1,4 +1,4 @@
-"""Gives changed exports (.safetensors) and checkpoints (.pt) to the readers, and looks what becomes of them.
+"""Gives changed exports (.safetensors) and checkpoints (.pt) to the readers, and records the outcome.
 
     python benchmarks/reliability/fuzz_files.py --count 1000 10000 --seed 0 --workers 2
 
@@ -48,7 +48,7 @@ Case = tuple[str, str, int]  # kind of file, mutation, number
 
 
 def cases(checkpoints: int, exports: int) -> list[Case]:
-    """What is tried: the mutations of each kind by their shares."""
+    """The mutations of each kind, by their shares."""
     found = []
     for kind, count, shares in (("pt", checkpoints, file_mutations.CHECKPOINTS), ("safetensors", exports, file_mutations.EXPORTS)):
         names = [mutate.__name__ for mutate, share in shares.items() for _ in range(share)]
@@ -93,7 +93,7 @@ def foreign(model: torch.nn.Module, content: bytes) -> list[str]:
 
 
 def read(path: Path) -> tuple[str, list[torch.nn.Module]]:
-    """What becomes of one file, and the models that are loaded from it."""
+    """The outcome for one file, and the models that are loaded from it."""
     models: list[torch.nn.Module] = []
     for load in (hubert_eff.load, load_recognizer) if path.suffix == ".pt" else (hubert_eff.load,):
         try:
@@ -107,7 +107,7 @@ def read(path: Path) -> tuple[str, list[torch.nn.Module]]:
 
 
 def run(model: torch.nn.Module) -> None:
-    """Let a loaded model hear something."""
+    """Run a loaded model on some audio."""
     if isinstance(model, HubertModel):
         dtype = torch.bfloat16 if model.mask_emb.dtype == torch.bfloat16 else torch.float32
         with torch.inference_mode(), suppress(UserError):  # of too few samples, for an extractor of long kernels

@@ -1,4 +1,4 @@
-"""Kills `hubert-eff labels` again and again at random moments, and looks whether anything is lost.
+"""Kills `hubert-eff labels` again and again at random moments, and checks whether anything is lost.
 
     python benchmarks/reliability/kill_labels.py --kills 30
 
@@ -165,9 +165,9 @@ def kill_labels(kills: int, seed: int, minutes: float = 10.0, workers: int = 2, 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=30, help="default: %(default)d")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)d)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments (default: %(default)d)")
     parser.add_argument("--minutes", type=float, default=10.0, help="audio of the runs (default: %(default)g)")
-    parser.add_argument("--workers", type=int, default=2, help="a run has 1 to so many processes (default: %(default)d)")
+    parser.add_argument("--workers", type=int, default=2, help="maximum number of processes of a run (default: %(default)d)")
     parser.add_argument("--json", action="store_true", help="print the counts as JSON")
     args = parser.parse_args()
     result = kill_labels(args.kills, args.seed, args.minutes, args.workers, lambda line: print(line, file=sys.stderr, flush=True))

@@ -1,4 +1,4 @@
-"""A training run that is killed again and again: is anything lost, or different in the end?
+"""Kills a training run again and again, and checks whether anything is lost or different in the end.
 
     python benchmarks/reliability/kill_training.py --kills 30 --out runs/kill-training.json
 
@@ -293,7 +293,7 @@ def show(result: Result) -> None:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--kills", type=int, default=30, help="default: %(default)d")
-    options.add_argument("--updates", type=int, default=120, help="of each run (default: %(default)d)")
+    options.add_argument("--updates", type=int, default=120, help="updates of each run (default: %(default)d)")
     options.add_argument("--seed", type=int, default=0, help="seed of the moments and of the data (default: %(default)d)")
     options.add_argument("--out", type=Path, help="file of figures, JSON")
     args = options.parse_args()

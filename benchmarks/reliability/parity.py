@@ -1,4 +1,4 @@
-"""How far hidden states are from those of the libraries that models are read from, and written for.
+"""Compares hidden states with those of the libraries from which models are read, or for which they are written.
 
     python benchmarks/reliability/parity.py                  # two blocks of 64 channels
     python benchmarks/reliability/parity.py --published      # the published sizes, some minutes and 6 GB of memory

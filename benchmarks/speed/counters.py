@@ -1,4 +1,4 @@
-"""Our operation counter beside others on the same models: torch's FlopCounterMode, and DeepSpeed, fvcore and thop where installed.
+"""Compares our operation counter with others on the same models: torch's FlopCounterMode, and DeepSpeed, fvcore and thop where installed.
 
 Each counter runs in a process of its own, since some of them leave their patches behind. All are given the model with torch's own
 linear layers and attention in place of oneDNN's products, which only our counter knows. The figure to agree with is the formula for

@@ -153,7 +153,7 @@ class Moves(TorchDispatchMode):
         self.operations = self.copies = self.bytes = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """As any mode's."""
+        """Count the operation."""
         result = function(*args, **(kwargs or {}))
         name = function.overloadpacket.__name__
         if not function.is_view and name not in ("detach", "_unsafe_view", "empty", "new_empty", "empty_like"):
@@ -217,8 +217,8 @@ def main() -> None:
     options = harness.parser(__doc__.splitlines()[0])
     options.add_argument("parts", nargs="+", choices=("norms", "subsampling", "graph", "together"))
     options.add_argument("--preset", default="conformer-s", help="encoder of `graph` (default: conformer-s)")
-    options.add_argument("--layers", type=int, default=4, help="its blocks: exporting many takes minutes (default: 4)")
-    options.add_argument("--frames", type=int, default=499, help="length of its input: 499 is 10 s (default)")
+    options.add_argument("--layers", type=int, default=4, help="number of blocks; exporting many takes minutes (default: 4)")
+    options.add_argument("--frames", type=int, default=499, help="length of the input in frames (default: 499, 10 s)")
     args = options.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)

@@ -1,7 +1,7 @@
-"""What a fresh process waits for beyond `import torch`: the first file it loads, and `hubert-eff run` of one second of audio.
+"""Measures what a fresh process waits for beyond `import torch`: the first file it loads, and `hubert-eff run` of one second of audio.
 
-Every process starts anew; the sides take turns, so that a slow moment meets all. Times are medians of wall time and of processor time
-(user and system) of the process, less those of `import torch` in the same rounds. Aims: 0.5 s for the load, 0.3 s for the command.
+Every measurement is a fresh process; the sides take turns, so a slow moment affects all. Times are medians of wall time and of processor
+time (user and system) of the process, less those of `import torch` in the same rounds. Aims: 0.5 s for the load, 0.3 s for the command.
 
     python benchmarks/speed/first_load.py --preset conformer-s+w1a1 --rounds 5
 """

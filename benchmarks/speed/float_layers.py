@@ -28,7 +28,7 @@ WORK = 5e7  # multiplications of a call: smaller ones are repeated, so that the 
 
 
 def repeated(call: Callable[[], object], macs: int) -> Callable[[], object]:
-    """`call` so many times that a round takes about a millisecond."""
+    """Repeat `call` until a round takes about a millisecond."""
     times = max(1, int(WORK / macs))
 
     def run() -> None:

@@ -21,7 +21,7 @@ CPU_TIME = "count CPU time of one thread instead of wall time, for a machine tha
 def parser(description: str, rounds: bool = True) -> argparse.ArgumentParser:
     """The arguments that all benchmarks share."""
     options = argparse.ArgumentParser(description=description)
-    options.add_argument("--threads", type=int, default=1, help="threads of torch, for both sides (default: 1)")
+    options.add_argument("--threads", type=int, default=1, help="torch threads for both sides (default: 1)")
     if rounds:
         options.add_argument("--rounds", type=int, default=5, help="timed rounds of each side, after one to warm up (default: 5)")
     options.add_argument("--json", action="store_true", help="print the figures as JSON")
@@ -29,7 +29,7 @@ def parser(description: str, rounds: bool = True) -> argparse.ArgumentParser:
 
 
 def guard(when: str) -> float:
-    """Stop with exit code 3 if this process runs activations abnormally slowly: its figures would say nothing."""
+    """Stop with exit code 3 if this process runs activations abnormally slowly: its figures would be meaningless."""
     try:
         return checked(when)
     except SlowProcessError as error:
@@ -47,7 +47,7 @@ def cpu_seconds(function: Callable[[], object]) -> float:
 def compare(
     sides: dict[str, Callable[[], object]], rounds: int, clock: Callable[[Callable[[], object]], float] = seconds
 ) -> dict[str, list[float]]:
-    """Seconds per call of each side. A round calls every side once, so that a slow moment of the machine meets all of them."""
+    """Seconds per call of each side. A round calls every side once, so a slow moment of the machine affects all of them."""
     for function in sides.values():
         function()
     times: dict[str, list[float]] = {name: [] for name in sides}

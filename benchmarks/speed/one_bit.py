@@ -51,7 +51,7 @@ class FeedForward(nn.Module):
         self.activation: Callable[[Tensor], Tensor] = F.relu if binary else F.gelu
 
     def kinds(self) -> dict[str, Kind]:
-        """See `layers.kinds.Declared`."""
+        """Declare the kinds of the parts (`layers.kinds.Declared`)."""
         return {"fc1": Kind(FEED_FORWARD), "fc2": Kind(FEED_FORWARD, signed=False, activation="activation")}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class FeedForward(nn.Module):
 
 
 def started(module: nn.Module) -> nn.Module:
-    """With scales as after a first batch."""
+    """The module with scales as after a first batch."""
     for part in module.modules():
         if isinstance(part, Quantizer):
             nn.init.constant_(part.scale, 0.7)

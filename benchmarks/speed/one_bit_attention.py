@@ -52,7 +52,7 @@ def kilobytes(of):
 with torch.no_grad():
     model.encoder(torch.randn(1, 100, 768))
     x = torch.randn(1, int(sys.argv[1]), 768)
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = kilobytes("VmRSS")
     model.encoder(x)
 print((kilobytes("VmHWM") - before) / 1024)

@@ -1,4 +1,4 @@
-"""fairseq's real classes in the place of restated.py's, for train_gpu.py where fairseq is installed."""
+"""fairseq's real classes instead of restated.py's, for train_gpu.py if fairseq is installed."""
 
 from __future__ import annotations
 

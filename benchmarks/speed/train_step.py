@@ -170,8 +170,8 @@ def main() -> None:
     """Check, time and print each part."""
     options = harness.parser(__doc__.splitlines()[0])
     options.add_argument("--batch", type=int, default=2, help="utterances (default: 2)")
-    options.add_argument("--seconds", type=float, default=10.0, help="length of each (default: 10)")
-    options.add_argument("--only", choices=TARGETS, help="one part instead of all three")
+    options.add_argument("--seconds", type=float, default=10.0, help="length of each recording (default: 10)")
+    options.add_argument("--only", choices=TARGETS, help="run one part instead of all three")
     args = options.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
