@@ -106,12 +106,12 @@ def test_data_are_known_by_what_they_hold(data: Path, saved: Path, tmp_path: Pat
     (moved / "train.tsv").write_text(f"{moved}/audio\n{table.partition(chr(10))[2]}")
     trainer_of(moved).load_checkpoint(str(saved))
     (moved / "train.km").write_text((moved / "train.km").read_text()[::-1].strip() + "\n")
-    with pytest.raises(UserError, match="is of another training, with another train.km: "):
+    with pytest.raises(UserError, match="belongs to another training, with another train.km: "):
         trainer_of(moved).load_checkpoint(str(saved))
     shutil.copy(data / "train.km", moved)
     rows = table.splitlines()
     (moved / "train.tsv").write_text("\n".join([rows[0], rows[2], rows[1], *rows[3:]]) + "\n")
-    with pytest.raises(UserError, match="is of another training, with another train.tsv: "):
+    with pytest.raises(UserError, match="belongs to another training, with another train.tsv: "):
         trainer_of(moved).load_checkpoint(str(saved))
 
 
