@@ -6,7 +6,6 @@ docs/export.md describes the format; `hubert_eff.exporting.safetensors` writes i
 from __future__ import annotations
 
 import copy
-import functools
 import re
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -28,6 +27,7 @@ from ..quant.packing import packed_copy, packed_in_place
 from ..quant.quantization import INT8, quantize
 from ..quant.runtime.int8 import Int8Linear
 from ..quant.storage import SCALES, fold_moves, layout, state_from
+from ..utils.collecting import without_collection
 from .torchfile import aligned, structure_only
 
 FORMAT, FORMAT_VERSION = "hubert-eff", "1"
@@ -94,7 +94,7 @@ def read_export(file: Path) -> HubertModel:
     Before memory for the tensors is allocated, their names, dtypes and shapes are compared with those of the model that the metadata
     describe. Raises `UserError` for a file that does not hold what it says, and for invalid numbers: NaN, infinity, scales of zero or less.
     """
-    with about(file):
+    with about(file), without_collection():
         try:
             with safe_open(file, framework="pt") as stream:
                 metadata = _checked(stream.metadata() or {}, file)
@@ -144,16 +144,11 @@ def structure_of(metadata: Mapping[str, str], found: Mapping[str, Any]) -> Huber
     if edge and edge not in FORMS:
         raise unknown("form for accelerators", short(edge), FORMS)
     try:
-        return copy.deepcopy(_blueprint(*(metadata[name] for name in BLUEPRINT), edge=edge))
+        return _built(*(metadata[name] for name in BLUEPRINT), edge=edge, device="meta")
     except UserError:
         raise
     except BUILD_ERRORS as error:
         raise UserError(f"its configuration describes no model that can be built ({short(error)})") from error
-
-
-@functools.lru_cache(maxsize=4)  # makes a second file of the same configuration several times as fast to read
-def _blueprint(encoder: str, text: str, weights: str, fused: str, copies: str, *, edge: str) -> HubertModel:
-    return _built(encoder, text, weights, fused, copies, edge=edge, device="meta")
 
 
 def _built(encoder: str, text: str, weights: str, fused: str, copies: str, *, edge: str, device: str) -> HubertModel:

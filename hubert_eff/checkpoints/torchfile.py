@@ -52,13 +52,12 @@ ELEMENTWISE = {
 COMPARISONS = {"gt", "ge", "lt", "le", "__gt__", "__ge__", "__lt__", "__le__"}
 SHAPED_OTHERWISE = {"amax", "cat", "matmul", "__matmul__"}
 IN_PLACE = {"add_", "clamp_", "copy_", "div_", "fill_", "mul_", "sub_", "zero_", "__iadd__", "__imul__", "__isub__", "__itruediv__"}
+RANDOM = {"uniform_", "normal_", *(name for name in dir(nn.init) if name.endswith("_") and not name.startswith("_"))}
 KNOWN = ELEMENTWISE | COMPARISONS | IN_PLACE | SHAPED_OTHERWISE
 
 
 def _shaped(name: str, args: Any, named: Mapping[str, Any]) -> Tensor | None:
-    """The result of an operation on the meta device, without running it; None for an unknown operation."""
-    if name not in KNOWN:
-        return None
+    """The result of an operation of `KNOWN` on the meta device, without running it; None for arguments of an unknown kind."""
     if name == "cat" and len(args) == 1 and not named and all(part.is_meta for part in args[0]):
         return args[0][0].new_empty((sum(part.size(0) for part in args[0]), *args[0][0].shape[1:]))  # type: ignore[no-any-return]
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
@@ -81,10 +80,10 @@ class _Unfilled(TorchFunctionMode):
     """Skips random initialization and arithmetic with weights: the meta device infers shapes in Python, after seconds of imports."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        named = kwargs or {}
-        if func in (Tensor.uniform_, Tensor.normal_) or getattr(func, "__module__", "") == nn.init.__name__:
+        named, name = kwargs or {}, getattr(func, "__name__", "")
+        if name in RANDOM:
             return args[0] if args else named["tensor"]
-        shaped = _shaped(getattr(func, "__name__", ""), args, named)
+        shaped = _shaped(name, args, named) if name in KNOWN else None
         return func(*args, **named) if shaped is None else shaped
 
 

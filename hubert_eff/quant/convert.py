@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import UserError
 from ..layers.activation import relu
 from ..layers.convolution import DepthwiseConv
-from ..layers.kinds import BINARY_KINDS, DEPTHWISE, POINTWISE, Declared, Kind
+from ..layers.kinds import BINARY_KINDS, DEPTHWISE, POINTWISE, Kind, declares
 from .attention import FORMS, Probabilities
 from .modules import BinaryConv1d, BinaryLinear, FrameMask, Quantizer
 from .policy import BINARY, Policy
@@ -58,7 +58,7 @@ def _blocks(model: nn.Module) -> nn.ModuleList:
 
 
 def _parts(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module, str, Kind]]:
-    if isinstance(module, Declared):
+    if declares(module):
         for name, kind in module.kinds().items():
             if kind.form or getattr(module, name) is not None:
                 yield f"{path}.{name}" if path else name, module, name, kind
@@ -99,13 +99,13 @@ def _binary(choice: Decision, bits: int, policy: Policy) -> nn.Module:
     kind, part = choice.kind, choice.part
     if kind.form:
         moved = policy.moves == "all" or (policy.moves == "attention" and not choice.conv)
-        return FORMS[kind.form](bits, kind.shapes if moved else {}).to(next(choice.owner.parameters()))
+        return _placed(FORMS[kind.form](bits, kind.shapes if moved else {}), next(choice.owner.parameters()))
     per_channel, move = policy.weight_scale == "channel", policy.moves == "all"
     binary: BinaryLinear | BinaryConv1d
     if isinstance(part, nn.Linear):
         rows, columns = part.weight.shape
         if kind.shared and getattr(choice.owner, kind.shared) is None:
-            setattr(choice.owner, kind.shared, Quantizer(bits, kind.signed, (columns,) if move else None).to(part.weight))
+            setattr(choice.owner, kind.shared, _placed(Quantizer(bits, kind.signed, (columns,) if move else None), part.weight))
         binary = BinaryLinear(
             columns, rows, part.bias is not None, bits=bits, signed=kind.signed, per_channel=per_channel, move=move,
             own_input=not kind.shared,
@@ -118,8 +118,14 @@ def _binary(choice: Decision, bits: int, policy: Policy) -> nn.Module:
         )  # fmt: skip
     else:
         raise UserError(f"'{choice.path}' is declared as {kind.name}, but a {type(part).__name__} has no binary form")
-    binary.to(part.weight)
+    _placed(binary, part.weight)
     binary.weight = part.weight
     if part.bias is not None:
         binary.bias = part.bias
     return binary
+
+
+def _placed(module: nn.Module, like: Tensor) -> nn.Module:
+    """The module with the dtype and on the device of a tensor; `Module.to` goes through all that it holds also where nothing is to do."""
+    same = all(own.dtype == like.dtype and own.device == like.device for own in module.parameters())
+    return module if same else module.to(like)

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..layers.attention import SelfAttention
-from ..layers.kinds import FEED_FORWARD, Declared
+from ..layers.kinds import FEED_FORWARD, declares
 from ..layers.position import PositionalConv1d
 from .attention import BinaryAttention, BinaryMix, BinaryRelativeAttention, BinarySparseAttention, BinaryWeights
 from .modules import BinaryConv1d, BinaryLinear, Quantizer, unstarted
@@ -101,10 +101,10 @@ def convert_rest(packed: nn.Module, rest: torch.dtype) -> None:
 def _to(module: nn.Module, dtype: torch.dtype) -> None:
     """Convert a module's own float parameters and buffers, not those of its submodules."""
     for parameter in module.parameters(recurse=False):
-        if parameter.is_floating_point():
+        if parameter.is_floating_point() and parameter.dtype != dtype:
             parameter.data = parameter.data.to(dtype)
     for name, buffer in module.named_buffers(recurse=False):
-        if buffer.is_floating_point():
+        if buffer.is_floating_point() and buffer.dtype != dtype:
             module._buffers[name] = buffer.to(dtype)
 
 
@@ -116,7 +116,7 @@ def _codes(codes: Any) -> Any:
 def _join(owner: nn.Module) -> None:
     """Let packed layers return bits where only a quantizer reads them: the first of two feed-forward layers with only a ReLU between them,
     and projections to queries and keys whose heads fill whole words."""
-    if not isinstance(owner, Declared):
+    if not declares(owner):
         return
     parts = [(name, kind) for name, kind in owner.kinds().items() if kind.name == FEED_FORWARD]
     for (first_name, _), (second_name, kind) in zip(parts, parts[1:]):

@@ -7,13 +7,14 @@ learnable biases of queries, keys and values folded into the layers before them.
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..layers.kinds import Declared
+from ..layers.kinds import declares
 from .runtime import ops
 from .runtime.int8 import Int8Linear
 from .runtime.modules import PackedConv1d, PackedLinear, PackedQuantizer, constant
@@ -38,7 +39,7 @@ def fold_moves(packed: nn.Module) -> None:
     the bias for which the last sum without a bit gives zero.
     """
     for owner in packed.modules():
-        if not isinstance(owner, Declared):
+        if not declares(owner):
             continue
         kinds = owner.kinds()
         for name, kind in kinds.items():
@@ -101,6 +102,8 @@ def bytes_of(layer: PackedLinear | PackedConv1d) -> Tensor:
 def bits_of(stored: Tensor, layer: PackedLinear | PackedConv1d) -> Tensor:
     """The inverse of `bytes_of`: panels in the order of the kernels, for a layer of this shape."""
     elements, _ = layer.stored_bits["bits"]
+    if isinstance(layer, PackedLinear) and layer.in_features % ops.WORD == 0 and sys.byteorder == "little":  # rows are whole words
+        return ops.panels_from(stored.clone().view(torch.int32).view(layer.out_features, -1))  # a copy begins where words may
     positive = (stored.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8) & 1).bool().flatten()[:elements]
     if isinstance(layer, PackedLinear):
         words = ops.words_from(positive.view(layer.out_features, layer.in_features))
