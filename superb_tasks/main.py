@@ -30,10 +30,14 @@ def run(argv: Sequence[str]) -> None:
         arguments += _check(problem_name, arguments)
     register()
     from s3prl import problem
+    from s3prl.problem import base
+
+    from .running.progress import lines_for_bars
 
     if problem_name not in problem.__all__:
         raise unknown("problem", problem_name, [name for name in problem.__all__ if name.startswith("Superb")])
-    getattr(problem, problem_name)().main(arguments)
+    with lines_for_bars(base):
+        getattr(problem, problem_name)().main(arguments)
 
 
 def _check(problem_name: str, arguments: Sequence[str]) -> list[str]:

@@ -39,8 +39,11 @@ def run(argv: Sequence[str]) -> None:
 
         patches.prepare(downstream, cache)
     import s3prl.run_downstream
+    from s3prl.downstream import runner
 
-    with command_line(*arguments):  # its main() takes no arguments
+    from .running.progress import lines_for_bars
+
+    with command_line(*arguments), lines_for_bars(runner):  # its main() takes no arguments
         s3prl.run_downstream.main()
 
 

@@ -11,7 +11,6 @@ from typing import Any
 from ..errors import UserError
 
 USER_DIR = "common.user_dir"
-CONSOLE = "hydra.job_logging.handlers.console.class=hubert_eff.reports.console.Console"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check the configuration, then become fairseq-hydra-train: it receives the signals, and its exit code is that of this command."""
-    from ..recipes.base import command_line, training
+    from ..recipes.base import command_line, readable, training
     from ..utils.configurations import find_configuration, load_config
 
     written = load_config(args.name, args.overrides)
@@ -37,8 +36,8 @@ def run(args: argparse.Namespace) -> int:
     if missing:
         raise UserError(f"{args.name} needs {' '.join(f'{key}=...' for key in missing)} ('hubert-eff config {args.name}' shows all keys)")
     path = find_configuration(args.name)
-    console = () if args.verbose or any("job_logging" in word for word in args.overrides) else (CONSOLE,)
-    words = training(path.parent.name, path.stem, {}, *args.overrides, *console)
+    words = training(path.parent.name, path.stem, {}, *args.overrides)
+    words = words if args.verbose else readable(words)
     if any(word.lstrip("+").startswith(f"{USER_DIR}=") for word in args.overrides):  # the user's own plug-in, which imports this one
         words = tuple(word for word in words if word in args.overrides or not str(word).startswith(f"{USER_DIR}="))
     if args.dry_run:

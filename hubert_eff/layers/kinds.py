@@ -62,7 +62,7 @@ class Declared(Protocol):
 
 
 def declares(module: object) -> TypeGuard[Declared]:
-    """What `isinstance(module, Declared)` says, without its search through a class, which takes long for the hundreds of modules of a model."""
+    """What `isinstance(module, Declared)` says, in a fraction of the time: a model has hundreds of modules."""
     return hasattr(type(module), "kinds")
 
 

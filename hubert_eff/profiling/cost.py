@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 MIN_SAMPLES = 400  # the receptive field of one frame: 25 ms
 MAX_SECONDS = 3600.0
 MAX_RUN_SECONDS = 60.0
+SHORT = 5e6  # parameters x seconds of audio: up to here a pass takes less time than what torch imports to follow meta tensors
 MASK_EMBEDDING = "mask_emb"
 FLOAT_BITS = 16  # a product with a narrower operand is a quantized one
 
@@ -156,8 +157,8 @@ def profile(
     """Count what a model costs: parameters, storage, operations by bit width, and the time that a device needs at least.
 
     The model is traced with meta tensors, which have a shape but no values, in eval mode and without gradients: an hour of audio takes no
-    longer than a second. A model whose operations have no such form, or that runs under autocast, is run on noise instead. Its mode is
-    restored afterwards.
+    longer than a second. A model whose operations have no such form, that runs under autocast, or whose pass is short (`SHORT`), is
+    run on noise instead, which gives the same figures. Its mode is restored afterwards.
 
     Args:
         model_or_preset: a model, which is profiled as it is, or what `open_model` takes. The name of a w1a1 model, PRESET+w1a1 or a
@@ -220,7 +221,10 @@ def profile(
 def _count(model: HubertModel, samples: int) -> tuple[Counts, int]:
     """Count what `hidden_states` runs for one utterance of so many samples; returns counts and frames."""
     parameter = next(model.parameters())
-    if parameter.is_meta or not torch.is_autocast_enabled(parameter.device.type):
+    reason = ""
+    if not parameter.is_meta and torch.is_autocast_enabled(parameter.device.type):
+        reason = "it runs under autocast"
+    elif parameter.is_meta or not _is_short(model, samples):
         try:
             with evaluating(model), _without_values(model), count_operations(model) as counts:
                 states, _ = model.hidden_states(torch.empty(1, samples, dtype=parameter.dtype, device="meta"))
@@ -229,16 +233,21 @@ def _count(model: HubertModel, samples: int) -> tuple[Counts, int]:
             if parameter.is_meta:
                 raise
             reason = " ".join(str(error).split())[:160]
-    else:
-        reason = "it runs under autocast"
-    if samples > MAX_RUN_SECONDS * SAMPLE_RATE:
+    if reason and samples > MAX_RUN_SECONDS * SAMPLE_RATE:
         raise UserError(
             f"seconds={samples / SAMPLE_RATE:g} cannot be profiled: this model must be run to be counted, at most {MAX_RUN_SECONDS:g} s "
             f"({reason})"
         )
+    wav = noise(model, samples / SAMPLE_RATE)
     with evaluating(model), count_operations(model) as counts:
-        states, _ = model.hidden_states(noise(model, samples / SAMPLE_RATE))
+        states, _ = model.hidden_states(wav)
     return counts, states[-1].size(1)
+
+
+def _is_short(model: HubertModel, samples: int) -> bool:
+    """Whether a model is rather run. A simulated one is not: it also works out the signs of its weights where there are values."""
+    simulated = model.config.quant != "none" and not is_packed(model)
+    return not simulated and sum(p.numel() for p in model.parameters()) * samples <= SHORT * SAMPLE_RATE
 
 
 @contextmanager

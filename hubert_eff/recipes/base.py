@@ -30,6 +30,8 @@ from ..utils.files import check_writable, config_dir, replacing, writable, write
 from ..utils.locks import locked
 from ..utils.signals import STEP
 
+TRAIN = "fairseq-hydra-train"
+CONSOLE = "hydra.job_logging.handlers.console.class=hubert_eff.reports.console.Console"
 INTERRUPT_SECONDS = 2.0  # an interrupted command is asked to stop after this time
 
 
@@ -69,6 +71,12 @@ def quiet_environment() -> dict[str, str]:
     return {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore", STEP: "1"}
 
 
+def readable(words: Sequence[object]) -> tuple[object, ...]:
+    """The words of a command; of a training run with the log that can be read, unless they choose one: `hydra_train.log` keeps all."""
+    trains = words[0] == TRAIN and not any("job_logging" in str(word) for word in words)
+    return (*words, CONSOLE) if trains else tuple(words)
+
+
 def run_command(words: Sequence[object], stdout: Path | None = None) -> int:
     """Run a command and return its exit code; it receives stop signals, so that a training run saves.
 
@@ -84,7 +92,7 @@ def run_command(words: Sequence[object], stdout: Path | None = None) -> int:
 
 
 def _run(words: Sequence[object], output: IO[Any]) -> int:
-    child = subprocess.Popen(command_line(*words), env=quiet_environment(), stdout=output)
+    child = subprocess.Popen(command_line(*readable(words)), env=quiet_environment(), stdout=output)
     before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
     try:
         code = child.wait()
@@ -253,7 +261,7 @@ def training(kind: str, config: str, paths: Mapping[str, str | Path], *overrides
     """The words of a training run of the configuration KIND/CONFIG: keys with a path, then other overrides."""
     plugin = {"common.user_dir": plugin_dir()}
     keys = (*path_overrides({**plugin, **paths}), *overrides)
-    return ("fairseq-hydra-train", "--config-dir", config_dir() / kind, "--config-name", config, *keys)
+    return (TRAIN, "--config-dir", config_dir() / kind, "--config-name", config, *keys)
 
 
 def check_keys(overrides: Sequence[str], decided: Container[str], example: str) -> None:

@@ -1,4 +1,4 @@
-"""Prints readable lines of a run for `hubert-eff train`. The log file keeps everything that fairseq writes."""
+"""Prints readable lines of a run for `hubert-eff train`, the recipes and the demo. The log file keeps everything that fairseq writes."""
 
 from __future__ import annotations
 

@@ -9,12 +9,14 @@ import dataclasses
 import os
 import platform
 import re
+import shlex
 import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from ..kernels.cpu import Cpu, cpu
@@ -40,6 +42,10 @@ PACKAGES = {
     "setuptools": "superb",
     "transformers": "superb",
     "huggingface_hub": "superb",
+    "jiwer": "text",
+    "matplotlib": "plot",
+    "onnx": "onnx",
+    "onnxruntime": "onnx",
     "catalyst": "",  # must not be installed
     "pip": "",
 }
@@ -48,8 +54,12 @@ PURPOSE = {
     "data": "corpus, manifest and labels",
     "fairseq": "pre-training with fairseq-hydra-train",
     "superb": "SUPERB evaluation with S3PRL",
+    "text": "word error rates",
+    "plot": "figures and reports",
+    "onnx": "export to ONNX",
 }
 NOISE = 0.05  # relative error of a product in bfloat16 above which it is wrong; rounding gives 0.003
+LOCK = "requirements-lock.txt"  # at the top of a checkout
 FOR_S3PRL = "pip install torch==2.8.0 torchaudio==2.8.0"
 
 
@@ -70,6 +80,7 @@ class Environment:
     one_bit_error: str | None = None  # why no fast kernel runs
     processor: Cpu | None = None
     float_layers: Mapping[str, str] = field(default_factory=dict)  # the rule, and the form of each layer
+    lock: str | None = LOCK  # path of the pins of a checkout; None for an installed package
 
     def version(self, package: str) -> tuple[int, ...] | None:
         """The release of an installed package as numbers, without local or pre-release part; None if absent."""
@@ -135,7 +146,15 @@ def read_environment() -> Environment:
         one_bit_error=one_bit_error,
         processor=cpu(),
         float_layers=float_layers,
+        lock=_lock(),
     )
+
+
+def _lock() -> str | None:
+    found = Path(__file__).resolve().parents[2] / LOCK
+    if not found.is_file():
+        return None
+    return LOCK if found.parent == Path.cwd() else str(found)
 
 
 def one_bit_kernels() -> tuple[dict[str, str], str | None]:
@@ -183,16 +202,20 @@ def _text(version: tuple[int, ...] | None) -> str:
 
 
 def _install(environment: Environment, extra: str) -> str:
-    """The command that installs an extra; it also constrains builds, since fairseq-fixed and s3prl are built from source.
+    """The command that installs an extra, quoted for a shell.
 
-    requirements-lock.txt stands at the top of a checkout.
+    fairseq-fixed and s3prl are built from source, which would take the newest torch to build with: a checkout pins what builds them;
+    without one they are built with what is installed.
     """
-    if extra == "data":
-        return "pip install 'hubert-eff[data]'"
-    pip = environment.version("pip")
+    wanted = f"'hubert-eff[{extra}]'"
+    if extra not in ("fairseq", "superb"):
+        return f"pip install {wanted}"
+    if environment.lock is None:
+        return f"pip install 'setuptools>=65.5.1,<81' wheel Cython numpy && pip install --no-build-isolation {wanted}"
+    lock, pip = shlex.quote(environment.lock), environment.version("pip")
     if pip is not None and pip >= (25, 3):
-        return f"pip install --build-constraint requirements-lock.txt -c requirements-lock.txt 'hubert-eff[{extra}]'"
-    return f"PIP_CONSTRAINT=requirements-lock.txt pip install 'hubert-eff[{extra}]'"
+        return f"pip install --build-constraint {lock} -c {lock} {wanted}"
+    return f"PIP_CONSTRAINT={lock} pip install {wanted}"
 
 
 def check_core(env: Environment) -> Iterator[Finding]:
@@ -212,7 +235,7 @@ def check_core(env: Environment) -> Iterator[Finding]:
     if torch is not None and torch < (2, 4):
         yield Finding("broken", f"torch {_text(torch)} is older than 2.4", "pip install 'torch>=2.4'")
     if env.torch_error:
-        yield Finding("broken", f"torch does not import: {env.torch_error}", "pip install --force-reinstall the same torch version")
+        yield Finding("broken", f"torch does not import: {env.torch_error}", f"pip install --force-reinstall torch=={_text(torch)}")
     threads = env.variables.get("OMP_NUM_THREADS", "")
     if threads.isdigit() and int(threads) > env.cpus:
         yield Finding(
@@ -327,13 +350,11 @@ def check_shared(env: Environment) -> Iterator[Finding]:
 def check_extras(env: Environment) -> Iterator[Finding]:
     """Find optional parts that are not installed, and what their installation needs."""
     stock = "fairseq" in env.packages and "fairseq-fixed" not in env.packages
-    absent = {
-        "data": [n for n, extra in PACKAGES.items() if extra == "data" and n not in env.packages],
-        "fairseq": ["fairseq-fixed"] if "fairseq-fixed" not in env.packages and not stock else [],
-        "superb": ["s3prl"] if "s3prl" not in env.packages else [],
-    }
-    for extra, names in absent.items():
-        if names:
+    absent = {extra: [n for n, part in PACKAGES.items() if part == extra and n not in env.packages] for extra in PURPOSE}
+    absent["fairseq"] = ["fairseq-fixed"] if "fairseq-fixed" not in env.packages and not stock else []
+    absent["superb"] = ["s3prl"] if "s3prl" not in env.packages else []
+    for extra in PURPOSE:
+        if names := absent[extra]:
             yield Finding("missing", f"{PURPOSE[extra]}: no {', '.join(names)}", _install(env, extra))
     if env.compiler is None and absent["fairseq"]:
         yield Finding("missing", "no C++ compiler, and fairseq-fixed is built from source", "install g++ (Debian: apt-get install g++)")

@@ -7,16 +7,16 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 from tqdm import tqdm
 
 SECONDS = 60.0  # between two lines
-OVERALL = "overall"  # S3PRL's name of the bar that counts the updates of a training run
 
 
 class Lines(tqdm):
-    """A bar of S3PRL that counts without drawing; only the bar over all updates prints a line now and then."""
+    """A bar of S3PRL that counts without drawing; only the bar over all updates, which it counts itself, prints a line now and then."""
 
     def __init__(self, *args: Any, **keys: Any) -> None:
         self.said = time.monotonic()
@@ -25,7 +25,7 @@ class Lines(tqdm):
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
         """Print a line if one is due."""
         now = time.monotonic()
-        if self.desc and self.desc.startswith(OVERALL) and self.total and 0 < self.n < self.total and now - self.said >= SECONDS:
+        if self.iterable is None and self.total and 0 < self.n < self.total and now - self.said >= SECONDS:
             self.said = now
             figures = self.format_dict
             left = (self.total - self.n) / figures["rate"] if figures.get("rate") else None
@@ -35,14 +35,12 @@ class Lines(tqdm):
 
 
 @contextmanager
-def lines_for_bars() -> Iterator[None]:
-    """Make S3PRL's runner print lines instead of bars inside, unless stderr is a terminal."""
-    from s3prl.downstream import runner
-
-    before = runner.tqdm
+def lines_for_bars(module: ModuleType) -> Iterator[None]:
+    """Make a module of S3PRL that trains and evaluates print lines instead of bars inside, unless stderr is a terminal."""
+    before: Any = vars(module)["tqdm"]
     if not sys.stderr.isatty():
-        runner.tqdm = Lines
+        vars(module)["tqdm"] = Lines
     try:
         yield
     finally:
-        runner.tqdm = before
+        vars(module)["tqdm"] = before

@@ -89,8 +89,7 @@ def run_task(task: Task, request: Request, settings: dict[str, Any], out: Path) 
     start = time.monotonic()
     config = settings_of(task, request)
     rates = settings["learning_rates"]
-    with contextlib.redirect_stdout(sys.stderr), _s3prl(task, request, settings, out / "prepared"), lines_for_bars():
-        # S3PRL's remarks are not results, and its bars are not lines of a log
+    with contextlib.redirect_stdout(sys.stderr), _s3prl(task, request, settings, out / "prepared"):  # S3PRL's remarks are not results
         config = prepare(task, config, request.data, out / "prepared")
         found = _trained(task, request, config, rates, out) if task.trains else _best_layer(task, request, config, out)
     if task.trains:
@@ -159,7 +158,8 @@ def _s3prl(task: Task, request: Request, settings: dict[str, Any], lists: Path) 
 
         hub.hubert_eff = cached
     try:
-        yield
+        with lines_for_bars(runner):  # bars are no lines of a log
+            yield
     finally:
         runner.SummaryWriter, hub.hubert_eff = writer, upstream
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,9 +14,10 @@ from hubert_eff.checkpoints.open import open_model
 from hubert_eff.checkpoints.torchfile import structure_only
 from hubert_eff.cli import main
 from hubert_eff.errors import UserError
-from hubert_eff.profiling import list_devices, read_device
+from hubert_eff.profiling import cost, list_devices, read_device
 from hubert_eff.profiling.cost import file_storage, paper_storage
 from hubert_eff.profiling.formulas import ATTENTION, CONVOLUTION, COPY, GROUPED, KINDS, MATRIX
+from hubert_eff.quant.packing import packed_copy
 from hubert_eff.reports import table1
 from hubert_eff.reports.tables import render_text
 
@@ -95,6 +98,29 @@ def test_conformer_s():
     # linear_pos on 2T - 1 offsets, and at least T offsets per query
     least = 16 * ((2 * FRAMES - 1) * 144**2 + FRAMES**2 * 144)
     assert absolute.macs + least < relative.macs < absolute.macs + 1.5 * least
+
+
+@pytest.mark.parametrize("preset", ["conformer-debug", "sparseformer-debug+w1a1", "zipformer-debug"])
+def test_a_short_pass_is_run_and_counts_what_meta_tensors_do(preset, monkeypatch):
+    model = open_model(preset)
+    if "+" in preset:
+        model = packed_copy(model)
+    ran = hubert_eff.profile(model, seconds=1.0)
+    monkeypatch.setattr(cost, "SHORT", 0.0)
+    monkeypatch.setattr(cost, "noise", None)  # the model is not run
+    followed = hubert_eff.profile(model, seconds=1.0)
+    kinds = [{name: (kind.macs_by_bits, kind.element_ops) for name, kind in found.kinds.items()} for found in (ran, followed)]
+    assert kinds[0] == kinds[1] and ran.macs == followed.macs > 0 and ran.frames == followed.frames
+    assert [m.macs_by_bits for m in ran.modules.walk()] == [m.macs_by_bits for m in followed.modules.walk()]
+
+
+def test_a_report_of_a_small_run_does_not_import_the_compiler(tmp_path):
+    script = (
+        "import sys, hubert_eff; hubert_eff.profile(hubert_eff.load(sys.argv[1]), seconds=1.0); "
+        "sys.exit(bool({'sympy', 'torch._dynamo'} & set(sys.modules)))"
+    )
+    hubert_eff.export(open_model("transformer-debug"), tmp_path / "model.safetensors")
+    subprocess.run([sys.executable, "-c", script, tmp_path / "model.safetensors"], check=True)
 
 
 def test_profiling_leaves_the_model_as_it_was_and_repeats():

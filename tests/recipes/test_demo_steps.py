@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -74,3 +75,15 @@ def test_what_a_step_prints_is_kept_once_it_has_succeeded(tmp_path: Path) -> Non
     with pytest.raises(StepFailed, match="exit code 3"):
         base.run_command(("python", "-c", "print('half'); raise SystemExit(3)"), file)
     assert file.read_text() == "{}\n" and list(tmp_path.iterdir()) == [file]
+
+
+def test_a_training_step_prints_the_log_that_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(base, "command_line", lambda *words: started.append([*map(str, words)]) or [sys.executable, "-c", ""])
+    words = base.training("pretrain", "debug", {"task.data": tmp_path})
+    step = base.Step("Train", words)
+    assert base.run_command(words) == base.run_command(("hubert-eff", "manifest")) == 0
+    assert base.run_command((*words, "hydra/job_logging=disabled")) == 0
+    assert started[0] == [*map(str, words), "hydra.job_logging.handlers.console.class=hubert_eff.reports.console.Console"]
+    assert "Console" not in step.shown  # by which a folder knows what is done
+    assert started[1] == ["hubert-eff", "manifest"] and started[2][-1] == "hydra/job_logging=disabled"

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,6 +36,10 @@ SOUND = {
     "s3prl": "0.4.18",
     "transformers": "4.57.6",
     "huggingface_hub": "0.36.2",
+    "jiwer": "4.0.0",
+    "matplotlib": "3.10.8",
+    "onnx": "1.20.0",
+    "onnxruntime": "1.23.2",
     "pip": "23.2.1",
 }
 
@@ -101,9 +110,9 @@ def test_versions_matter_only_to_what_is_installed():
 def test_missing_extras_are_no_breakage_and_name_the_extra():
     core = environment(without=set(SOUND) - {*doctor.CORE, "hubert-eff", "pip"}, compiler=None)
     findings = diagnose(core)
-    assert [f.status for f in findings] == ["missing"] * 4
-    assert ["hubert-eff[data]" in findings[0].fix, "hubert-eff[fairseq]" in findings[1].fix] == [True, True]
-    assert "hubert-eff[superb]" in findings[2].fix and "C++ compiler" in findings[3].what
+    assert [f.status for f in findings] == ["missing"] * 7
+    assert [re.search(r"'hubert-eff\[(\w+)\]'", f.fix)[1] for f in findings[:6]] == ["data", "fairseq", "superb", "text", "plot", "onnx"]
+    assert "C++ compiler" in findings[6].what
     assert findings[1].fix.startswith("PIP_CONSTRAINT=")  # pip 23
     assert report(core, findings)["usable"]
 
@@ -113,13 +122,61 @@ def test_constraint_of_the_build_depends_on_pip():
     assert "--build-constraint" in finding.fix
 
 
+CORE_ONLY = """
+import sys
+from importlib import abc, metadata
+
+HIDDEN = {*sys.argv[1].split(",")}
+version = metadata.version
+
+
+class Hidden(abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in HIDDEN:
+            raise ModuleNotFoundError(f"No module named '{name}'", name=name)
+
+
+def core_only(name):
+    if name.lower().replace("-", "_") in HIDDEN:
+        raise metadata.PackageNotFoundError(name)
+    return version(name)
+
+
+sys.meta_path.insert(0, Hidden())
+metadata.version = core_only
+from hubert_eff.cli import main
+from hubert_eff.reports import environment
+
+environment._lock = lambda: None  # as of an installed package
+sys.exit(main(["doctor", "--json"]))
+"""
+
+
+def test_every_fix_in_a_core_only_environment_is_a_command():
+    pyproject = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    extras = re.findall(r"^(\w+) = \[", pyproject.partition("[project.optional-dependencies]")[2].partition("\n[")[0], re.M)
+    hidden = {name.replace("-", "_") for name in doctor.PACKAGES if name not in (*doctor.CORE, "hubert-eff", "pip")}
+    hidden |= {"sklearn", "espeakng_loader", "fairseq_cli", "hydra"}
+    done = subprocess.run([sys.executable, "-c", CORE_ONLY, ",".join(hidden)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    missing = [f for f in found["findings"] if f["status"] == "missing" and "compiler" not in f["what"]]
+    assert len(missing) == 6 and found["usable"]
+    for finding in missing:
+        for command in finding["fix"].split(" && "):
+            words = shlex.split(command)
+            assert words[:2] == ["pip", "install"] and not any("requirements" in word for word in words)
+        [extra] = re.findall(r"'hubert-eff\[(\w+)\]'", finding["fix"])
+        assert extra in extras
+
+
 def test_threads_and_broken_torch():
     sound = environment()
     crowded = Environment(sound.python, sound.packages, cpus=2, compiler="g++", variables={"OMP_NUM_THREADS": "16"})
     (finding,) = diagnose(crowded)
     assert finding.status == "warning" and finding.fix == "export OMP_NUM_THREADS=2"
     (finding,) = diagnose(Environment(sound.python, sound.packages, compiler="g++", torch_error="OSError: libcudnn.so.9"))
-    assert finding.status == "broken" and "libcudnn" in finding.what
+    assert finding.status == "broken" and "libcudnn" in finding.what and finding.fix == "pip install --force-reinstall torch==2.8.0"
 
 
 @pytest.mark.parametrize(

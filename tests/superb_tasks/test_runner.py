@@ -269,7 +269,7 @@ def test_a_log_gets_lines_in_place_of_bars(monkeypatch, capsys):
 
     monkeypatch.setattr(progress, "SECONDS", 0.0)
     bars = runner.tqdm
-    with progress.lines_for_bars():
+    with progress.lines_for_bars(runner):
         bar = runner.tqdm(total=3, desc="overall", dynamic_ncols=True, file=sys.stderr, mininterval=0)
         for _ in runner.tqdm([1, 2, 3], desc="train", file=sys.stderr, mininterval=0):
             bar.update(1)  # S3PRL counts its updates by the bar
