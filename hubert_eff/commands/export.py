@@ -25,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="file model.safetensors; its model card model.md is written beside it")
     parser.add_argument(
         "--onnx", type=Path, metavar="FILE",
-        help="write model.onnx (too): float32, fused, of dynamic length; a one-bit model in its form of +-1 in floats",
+        help="write model.onnx (too): float32, fused, of dynamic length; a one-bit model in its form of +-1 in floats; of a recognizer its "
+        "CTC layer's log-probabilities",
     )  # fmt: skip
     parser.add_argument(
         "--edge", action="store_true",
@@ -46,7 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=("fp32", "fp16", "bf16", "int8"), default="fp32",
         help="what float tensors are kept in: fp16 is read back to compute in float32 (with --edge in float16), bf16 in bfloat16; "
-        "int8: the encoder's linear layers of a float model, which is fused, and all else in fp32 (default: %(default)s)",
+        "int8: the encoder's linear layers of a float model, which is fused, and all else, such as a CTC layer, in fp32 (default: "
+        "%(default)s)",
     )  # fmt: skip
     parser.add_argument("--float", action="store_true", help="write a one-bit model's float weights, which can be trained, not its bits")
     parser.add_argument("--fuse", action="store_true", help="fold BatchNorms and scales into weights first (float models only)")
@@ -71,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
     from ..quant.quantization import INT8, quantize
     from ..recognition import Recognizer
     from ..reports.model_card import write_card, write_readme
+    from ..utils.evaluating import evaluation_copy
     from ..utils.files import writable
 
     if args.out is args.onnx is args.hf is args.pt2 is None:
@@ -112,13 +115,12 @@ def run(args: argparse.Namespace) -> int:
             print(f"{there}: {taken}; to keep more, train with {keep_keys(args.average)}", file=sys.stderr)
         model, name = average(files), f"mean of {', '.join(file.name for file in files)}"
     whole: HubertModel | Recognizer = model
-    takes_heads = args.average is None and args.onnx is None
-    if takes_heads and model.heads and not args.encoder_only:
+    if args.average is None and model.heads and not args.encoder_only:
         whole = _with_heads(model, args.model)
     elif not args.encoder_only:
         require_no_heads(model)
     if args.onnx is not None:
-        require_onnx_form(model)  # checked before --out is written
+        require_onnx_form(whole)  # checked before --out is written
     if args.edge:
         if whole is not model:
             raise UserError("--edge writes encoders: leave out a recognizer's CTC layer and decoder by --encoder-only")
@@ -129,9 +131,13 @@ def run(args: argparse.Namespace) -> int:
         require_ctc(whole)
     float_whole, dtype = whole, args.dtype
     if dtype == INT8:
-        if whole is not model:
-            raise UserError("--dtype int8 writes encoders: leave out a recognizer's CTC layer by --encoder-only")
-        whole = model = quantize(model)
+        if isinstance(whole, Recognizer):
+            if args.hf is not None or args.onnx is not None:
+                raise UserError("--dtype int8 of a recognizer is for --out FILE.safetensors: --hf and --onnx write floats")
+            whole = evaluation_copy(whole)
+            whole.hubert = quantize(whole.hubert)  # CTC layer and decoder stay float
+        else:
+            whole = model = quantize(model)
         dtype = "fp32"
     said: dict[str, Any] = {}
     source = Path(args.model)
@@ -164,7 +170,7 @@ def run(args: argparse.Namespace) -> int:
             what = " and ".join(program["outputs"])
             print(f"{args.pt2}: {program['bytes'] / 1e6:.3f} MB, {what}; differs from the model by at most {program['difference']:.1e}")
     if args.onnx is not None:
-        graph = export_onnx(model, args.onnx)
+        graph = export_onnx(whole, args.onnx)
         said["onnx"] = graph
         if not args.json:
             said_of = f"{graph['difference']:.1e}" + (f" ({graph['share_off']:.1%} by more than 1e-3)" if graph["share_off"] else "")

@@ -1,4 +1,5 @@
-"""Writes ONNX: all hidden states of a batch of equally long waveforms, in float32, with dynamic batch and length, checked in onnxruntime.
+"""Writes ONNX, checked in onnxruntime: all hidden states of a batch of equally long waveforms, or a recognizer's log-probabilities, in
+float32, with dynamic batch and length.
 
 torch's TorchScript exporter traces the model; modules then take forms without loops over the length (layers/tracing.py).
 """
@@ -7,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import inspect
 import io
+import json
 import os
 import warnings
 from collections.abc import Iterator
@@ -29,14 +32,16 @@ from ..models.extractor import receptive_field
 from ..models.fuse import fuse
 from ..models.hubert import HubertModel
 from ..quant.attention import Probabilities
+from ..recognition import Recognizer
 from ..utils.files import replacing
 
 OPSET = 17
-INPUT, OUTPUT = "wav", "hidden_states"
+INPUT, STATES, LETTERS = "wav", "hidden_states", "log_probs"
 TRACED = (2, 16_000)  # shape of the audio that is traced
 ATTEMPTS = 6  # recordings of one shape, of which one must agree for a one-bit model; in others a tie may flip a bit
 TIE = 0.1  # largest relative difference (L2) of the first state that such a bit changes; it may have changed others in its block
 AGREES = 1e-3  # largest difference from torch of hidden states, which are of order 1; usually 1e-5
+LETTERS_AGREE = 1e-4  # largest difference of log-probabilities
 HALF_AGREES = 0.05  # in float16, where rounding a number of order 1 costs 5e-4 and runtimes round at other places than torch
 FLOAT_FORM, SIGN_FORM = "float weights", "one-bit model in its form of +-1 in floats"
 HALF_FORM = "float16 weights"
@@ -53,6 +58,17 @@ class _States(nn.Module):
         return torch.stack(self.model.hidden_states(wav)[0])
 
 
+class _Letters(nn.Module):
+    """wav (B, S) -> log-probabilities (B, T, V)."""
+
+    def __init__(self, recognizer: Recognizer) -> None:
+        super().__init__()
+        self.recognizer, self.model = recognizer, recognizer.hubert
+
+    def forward(self, wav: Tensor) -> Tensor:
+        return self.recognizer.ctc_log_probs(self.recognizer.encode(wav)[0])
+
+
 def require_onnx() -> tuple[Any, Any]:
     """Import onnx and onnxruntime. Raises `UserError` if one is not installed."""
     try:
@@ -63,8 +79,14 @@ def require_onnx() -> tuple[Any, Any]:
     return onnx, onnxruntime
 
 
-def require_onnx_form(model: HubertModel) -> None:
-    """Raise `UserError` for a packed model, for activations of 2 to 8 bits, and for a w1a1 model whose scales never saw data."""
+def require_onnx_form(model: HubertModel | Recognizer) -> None:
+    """Raise `UserError` for a packed model, for activations of 2 to 8 bits, for a w1a1 model whose scales never saw data, and for a
+    recognizer that is one-bit or int8, or whose CTC layer has learned nothing."""
+    if isinstance(model, Recognizer):
+        model.check_ctc()
+        if model.hubert.config.quant != "none":
+            raise UserError("a one-bit recognizer has no ONNX form: --encoder-only writes its encoder")
+        model = model.hubert
     from ..quant.modules import unstarted
     from ..quant.quantization import is_int8
     from ..quant.storage import is_packed
@@ -79,8 +101,9 @@ def require_onnx_form(model: HubertModel) -> None:
         raise UserError(f"nothing to write as ONNX yet: {said}")
 
 
-def export_onnx(model: HubertModel, path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Write `path` (.onnx): input `wav` (batch, samples) at 16 kHz, output `hidden_states` (L + 1, batch, frames, D).
+def export_onnx(model: HubertModel | Recognizer, path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Write `path` (.onnx): input `wav` (batch, samples) at 16 kHz, output `hidden_states` (L + 1, batch, frames, D); of a recognizer
+    `log_probs` (batch, frames, letters) of its CTC layer, its letters and configuration in the metadata, without an attention decoder.
 
     A float model is fused first. A model from `edge.rewrite` keeps its layout and, if it is half, float16, also for `hidden_states`. A w1a1
     model is written in its simulated form, +-1 in float32: it loses the speed and size of bits, and keeps its outputs except for what bits
@@ -98,22 +121,36 @@ def export_onnx(model: HubertModel, path: str | os.PathLike[str]) -> dict[str, A
     if Path(path).suffix != ".onnx":
         raise UserError(f"an ONNX model is an .onnx file, not {path}")
     require_onnx_form(model)
-    form = (HALF_FORM if model.edge == HALF else FLOAT_FORM) if model.config.quant == "none" else SIGN_FORM
-    traced = _States(_prepared(model)).eval()
+    hubert = model.hubert if isinstance(model, Recognizer) else model
+    form = (HALF_FORM if hubert.edge == HALF else FLOAT_FORM) if hubert.config.quant == "none" else SIGN_FORM
+    traced = (_Letters(fuse(model).float().cpu()) if isinstance(model, Recognizer) else _States(_prepared(model))).eval()
     with replacing(path) as temporary:
         _trace(traced, temporary)
         graph = onnx.load(os.fspath(temporary))
         described = {
-            "producer": f"hubert-eff {__version__}", "encoder": encoder_of(model.config).name, "form": form, "sample_rate": "16000",
-            **({"edge": model.edge} if model.edge else {}),
-            "layout": "(batch, frames, channels)" if isinstance(model.encoder, Encoder) else "(batch, channels, 1, frames)",
+            "producer": f"hubert-eff {__version__}", "encoder": encoder_of(hubert.config).name, "form": form, "sample_rate": "16000",
+            **({"edge": hubert.edge} if hubert.edge else {}), **(_letters_of(model) if isinstance(model, Recognizer) else {}),
+            "layout": "(batch, frames, channels)" if isinstance(hubert.encoder, Encoder) else "(batch, channels, 1, frames)",
         }  # fmt: skip
         for key, value in described.items():
             graph.metadata_props.add(key=key, value=value)
         onnx.save(graph, os.fspath(temporary))
         difference, share = _compare(traced, temporary, runtime)
     size = Path(path).stat().st_size
-    return {"file": os.fspath(path), "bytes": size, "form": form, "opset": OPSET, "difference": difference, "share_off": share}
+    figures = {"bytes": size, "form": form, "opset": OPSET, "difference": difference, "share_off": share}
+    return {"file": os.fspath(path), "output": _output(traced), **figures}
+
+
+def _letters_of(recognizer: Recognizer) -> dict[str, str]:
+    """What the metadata say of a recognizer: symbols as JSON in the order of the outputs behind the blank, heads, configuration."""
+    return {
+        "heads": recognizer.hubert.heads, "symbols": json.dumps(recognizer.alphabet.symbols, ensure_ascii=False),
+        "recognizer": json.dumps(dataclasses.asdict(recognizer.config), sort_keys=True),
+    }  # fmt: skip
+
+
+def _output(traced: nn.Module) -> str:
+    return LETTERS if isinstance(traced, _Letters) else STATES
 
 
 def _prepared(model: HubertModel) -> HubertModel:
@@ -135,13 +172,14 @@ def _prepared(model: HubertModel) -> HubertModel:
 def _trace(traced: nn.Module, path: Path) -> None:
     # the other exporter is the default from torch 2.9 on; it takes minutes, and fails where the number of blocks depends on the length
     keys: dict[str, Any] = {"dynamo": False} if "dynamo" in inspect.signature(torch.onnx.export).parameters else {}
-    axes = {INPUT: {0: "batch", 1: "samples"}, OUTPUT: {1: "batch", 2: "frames"}}
+    output, batch = _output(traced), 0 if isinstance(traced, _Letters) else 1
+    axes = {INPUT: {0: "batch", 1: "samples"}, output: {batch: "batch", batch + 1: "frames"}}
     printed = contextlib.redirect_stdout(io.StringIO())  # on failure the exporter prints the whole graph
     with torch.no_grad(), printed, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # every shape that a trace makes constant raises one; the check covers what matters
         try:
             torch.onnx.export(
-                traced, (_noise(TRACED),), os.fspath(path), input_names=[INPUT], output_names=[OUTPUT], dynamic_axes=axes,
+                traced, (_noise(TRACED),), os.fspath(path), input_names=[INPUT], output_names=[output], dynamic_axes=axes,
                 opset_version=OPSET, **keys,
             )  # fmt: skip
         except (RuntimeError, TypeError, ValueError) as error:  # the exporter's own errors are RuntimeErrors
@@ -153,7 +191,7 @@ def _noise(shape: tuple[int, int], seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _compare(traced: _States, path: Path, runtime: Any) -> tuple[float, float]:
+def _compare(traced: _States | _Letters, path: Path, runtime: Any) -> tuple[float, float]:
     """Largest difference between the graph and torch, and the share of elements that differ by more than `AGREES`.
 
     Raises `UserError` for a graph that does not run, or does not compute the same.
@@ -168,11 +206,11 @@ def _compare(traced: _States, path: Path, runtime: Any) -> tuple[float, float]:
     except UserError as error:
         raise UserError(f"the ONNX graph of this {encoder_of(config).name} {error}: nothing is written") from error
     differences = torch.cat([difference.flatten() for difference in compared])
-    return float(differences.max()), float((differences > _tolerance(traced.model)).float().mean())
+    return float(differences.max()), float((differences > _tolerance(traced)).float().mean())
 
 
-def _tolerance(model: HubertModel) -> float:
-    return HALF_AGREES if model.edge == HALF else AGREES
+def _tolerance(traced: _States | _Letters) -> float:
+    return LETTERS_AGREE if isinstance(traced, _Letters) else HALF_AGREES if traced.model.edge == HALF else AGREES
 
 
 @contextlib.contextmanager
@@ -184,7 +222,7 @@ def _onnxruntime() -> Iterator[None]:
 
 
 @torch.no_grad()
-def _agreement(traced: _States, session: Any, shape: tuple[int, int]) -> Tensor:
+def _agreement(traced: _States | _Letters, session: Any, shape: tuple[int, int]) -> Tensor:
     """The differences (L + 1, B, T, D) for audio of a shape. Raises `UserError`, with what the graph does, where they are not rounding."""
     binary = traced.model.config.quant != "none"
     worst, kept = 0.0, None
@@ -196,7 +234,7 @@ def _agreement(traced: _States, session: Any, shape: tuple[int, int]) -> Tensor:
         if states.shape != tuple(expected.shape):
             raise UserError(f"returns {states.shape} for audio {shape}, not {tuple(expected.shape)}")
         difference = (torch.from_numpy(states).float() - expected.float()).abs()
-        off = [not bool((state <= _tolerance(traced.model)).all()) for state in difference]
+        off = [not bool((state <= _tolerance(traced)).all()) for state in difference]
         if not any(off):
             return difference
         first = off.index(True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..layers.activation import relu
 from ..layers.convolution import DepthwiseConv
-from ..layers.kinds import BINARY_KINDS, DEPTHWISE, POINTWISE, Kind, declares
+from ..layers.kinds import BINARY_KINDS, DEPTHWISE, POINTWISE, Kind, kinds_of
 from .attention import FORMS, Probabilities
 from .modules import BinaryConv1d, BinaryLinear, FrameMask, Quantizer
 from .policy import BINARY, Policy
@@ -58,10 +58,9 @@ def _blocks(model: nn.Module) -> nn.ModuleList:
 
 
 def _parts(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module, str, Kind]]:
-    if declares(module):
-        for name, kind in module.kinds().items():
-            if kind.form or getattr(module, name) is not None:
-                yield f"{path}.{name}" if path else name, module, name, kind
+    for name, kind in kinds_of(module).items():
+        if kind.form or getattr(module, name) is not None:
+            yield f"{path}.{name}" if path else name, module, name, kind
 
 
 def convert(model: nn.Module, bits: int, policy: Policy, streaming: bool = False) -> None:
@@ -126,6 +125,6 @@ def _binary(choice: Decision, bits: int, policy: Policy) -> nn.Module:
 
 
 def _placed(module: nn.Module, like: Tensor) -> nn.Module:
-    """The module with the dtype and on the device of a tensor; `Module.to` goes through all that it holds also where nothing is to do."""
-    same = all(own.dtype == like.dtype and own.device == like.device for own in module.parameters())
-    return module if same else module.to(like)
+    """A new module with the dtype and on the device of a tensor; `Module.to` goes through all that it holds also where nothing is to do."""
+    first = next(module.parameters(), like)
+    return module if (first.dtype, first.device) == (like.dtype, like.device) else module.to(like)

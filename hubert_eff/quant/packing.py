@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..layers.attention import SelfAttention
-from ..layers.kinds import FEED_FORWARD, declares
+from ..layers.kinds import FEED_FORWARD, kinds_of
 from ..layers.position import PositionalConv1d
 from .attention import BinaryAttention, BinaryMix, BinaryRelativeAttention, BinarySparseAttention, BinaryWeights
 from .modules import BinaryConv1d, BinaryLinear, Quantizer, unstarted
@@ -100,11 +100,11 @@ def convert_rest(packed: nn.Module, rest: torch.dtype) -> None:
 
 def _to(module: nn.Module, dtype: torch.dtype) -> None:
     """Convert a module's own float parameters and buffers, not those of its submodules."""
-    for parameter in module.parameters(recurse=False):
-        if parameter.is_floating_point() and parameter.dtype != dtype:
+    for parameter in module._parameters.values():
+        if parameter is not None and parameter.is_floating_point() and parameter.dtype != dtype:
             parameter.data = parameter.data.to(dtype)
-    for name, buffer in module.named_buffers(recurse=False):
-        if buffer.is_floating_point() and buffer.dtype != dtype:
+    for name, buffer in module._buffers.items():
+        if buffer is not None and buffer.is_floating_point() and buffer.dtype != dtype:
             module._buffers[name] = buffer.to(dtype)
 
 
@@ -116,15 +116,14 @@ def _codes(codes: Any) -> Any:
 def _join(owner: nn.Module) -> None:
     """Let packed layers return bits where only a quantizer reads them: the first of two feed-forward layers with only a ReLU between them,
     and projections to queries and keys whose heads fill whole words."""
-    if not declares(owner):
-        return
-    parts = [(name, kind) for name, kind in owner.kinds().items() if kind.name == FEED_FORWARD]
+    parts = [(name, kind) for name, kind in kinds_of(owner).items() if kind.name == FEED_FORWARD]
     for (first_name, _), (second_name, kind) in zip(parts, parts[1:]):
         first, second = getattr(owner, first_name), getattr(owner, second_name)
         if kind.activation and isinstance(first, PackedLinear) and isinstance(second, PackedLinear) and second.input is not None:
             first.feed(second.input)
             setattr(owner, kind.activation, _codes)
     if isinstance(owner, SelfAttention) and type(owner.products) in (PackedAttention, PackedSparseAttention):
-        for projection, reader in ((owner.q_proj, owner.products.query), (owner.k_proj, owner.products.key)):
+        products: Any = owner.products
+        for projection, reader in ((owner.q_proj, products.query), (owner.k_proj, products.key)):
             if isinstance(projection, PackedLinear) and projection.out_features // owner.heads % WORD == 0:
                 projection.feed(reader)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..layers.kinds import declares
+from ..layers.kinds import kinds_of
 from .runtime import ops
 from .runtime.int8 import Int8Linear
 from .runtime.modules import PackedConv1d, PackedLinear, PackedQuantizer, constant
@@ -39,9 +39,7 @@ def fold_moves(packed: nn.Module) -> None:
     the bias for which the last sum without a bit gives zero.
     """
     for owner in packed.modules():
-        if not declares(owner):
-            continue
-        kinds = owner.kinds()
+        kinds = kinds_of(owner)
         for name, kind in kinds.items():
             product = getattr(owner, name)
             for operand, (source, first) in kind.sources.items():

@@ -16,8 +16,10 @@ from hubert_eff.errors import UserError
 from hubert_eff.models.hubert import HubertModel
 from hubert_eff.quant import pack
 from hubert_eff.quant.attention import Probabilities
+from hubert_eff.recognition.model import RecognizerConfig
 
 from ..helpers.packed import debug
+from ..helpers.recognizers import LETTERS, make, save
 
 onnx = pytest.importorskip("onnx")
 runtime = pytest.importorskip("onnxruntime")
@@ -177,3 +179,26 @@ def test_models_without_an_onnx_form(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="an operation without an ONNX form"):
         export_onnx(broken, tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("keys", [{}, {"decoder_layers": 1}, {"preset": "zipformer-debug"}])
+@torch.no_grad()
+def test_a_recognizer(keys: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, path = make(**keys).eval(), tmp_path / "model.onnx"
+    assert main(["export", str(save(model, tmp_path / "checkpoint.pt")), "--onnx", str(path), "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)["onnx"]
+    assert figures["output"] == "log_probs" and figures["difference"] < 1e-4 and figures["share_off"] == 0
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    for shape in SHAPES:
+        wav = torch.randn(shape)
+        (found,) = session.run(["log_probs"], {"wav": wav.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), model.ctc_log_probs(model.encode(wav)[0]), rtol=0.0, atol=1e-4)
+    said = session.get_modelmeta().custom_metadata_map
+    assert json.loads(said["symbols"]) == list(LETTERS) and said["heads"] == model.hubert.heads
+    assert RecognizerConfig.from_dict(json.loads(said["recognizer"])) == model.config
+
+
+def test_recognizers_without_an_onnx_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint, path = save(make(preset="conformer-debug+w1a1").eval(), tmp_path / "checkpoint.pt"), tmp_path / "model.onnx"
+    assert main(["export", str(checkpoint), "--onnx", str(path)]) == 2
+    assert "a one-bit recognizer has no ONNX form: --encoder-only" in capsys.readouterr().err and not path.exists()

@@ -15,6 +15,7 @@ import hubert_eff
 from hubert_eff.cli import main
 from hubert_eff.errors import UserError
 from hubert_eff.exporting.recognizer import export_recognizer
+from hubert_eff.quant.quantization import is_int8
 from hubert_eff.recognition import Recognizer, load_recognizer
 
 from ..helpers.recognizers import make, save
@@ -92,3 +93,23 @@ def test_metadata_that_do_not_fit_are_one_line(change, said: str, tmp_path: Path
     with pytest.raises(UserError) as raised:
         load_recognizer(file)
     assert said in str(raised.value) and "\n" not in str(raised.value)
+
+
+@torch.no_grad()
+def test_an_int8_recognizer_keeps_its_heads_in_float(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = started(decoder_layers=1)
+    checkpoint, file = save(model, tmp_path / "checkpoint.pt"), tmp_path / "int8.safetensors"
+    soundfile.write(tmp_path / "a.wav", WAV[0].numpy(), 16000)
+    assert main(["export", str(checkpoint), "--out", str(file), "--dtype", "int8"]) == 0
+    assert "int8 weights, the rest fp32, with its CTC layer and attention decoder" in capsys.readouterr().out
+    read = load_recognizer(file)
+    assert is_int8(read.hubert) and torch.equal(read.ctc_proj.weight, model.ctc_proj.weight)
+    assert read.decoder is not None and not is_int8(read.decoder)
+    found, expected = (each.ctc_log_probs(each.encode(WAV)[0]) for each in (read, model))
+    assert 0 < (found - expected).abs().max() < 0.1
+    assert torch.equal(read.encode(WAV)[0], hubert_eff.quantize(model.hubert).hidden_states(WAV)[0][-1])
+    for search in ("greedy", "attention"):
+        assert main(["transcribe", str(file), str(tmp_path / "a.wav"), "--search", search, "--json"]) == 0
+        assert len(json.loads(capsys.readouterr().out)["recordings"]) == 1
+    assert main(["export", str(checkpoint), "--onnx", str(tmp_path / "a.onnx"), "--out", str(file), "--dtype", "int8"]) == 2
+    assert "--dtype int8 of a recognizer is for --out" in capsys.readouterr().err
