@@ -124,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
     if args.edge:
         if whole is not model:
             raise UserError("--edge writes encoders: leave out a recognizer's CTC layer and decoder by --encoder-only")
-        model = rewrite(model, half=args.dtype == "fp16", stable=True)
+        whole = model = rewrite(model, half=args.dtype == "fp16", stable=True)
     if args.pt2 is not None:
         require_program(whole)
     if args.hf is not None and isinstance(whole, Recognizer):
