@@ -92,7 +92,9 @@ def test_a_fine_tuned_model(keys: dict[str, int], heads: str, tmp_path: Path, ca
     for encoder in (hubert_eff.load(checkpoint), hubert_eff.fuse(model.hubert), average([checkpoint, checkpoint])):
         with pytest.raises(UserError, match=f"no place for its {heads}keep the checkpoint for .*--encoder-only"):
             hubert_eff.export(encoder, path)
-    assert main(["export", str(checkpoint), "--average", "1", "--onnx", str(path.with_suffix(".onnx"))]) == 2
+    (tmp_path / "run").mkdir()
+    save(model, tmp_path / "run" / "checkpoint_1_3.pt")
+    assert main(["export", str(tmp_path / "run"), "--average", "1", "--onnx", str(path.with_suffix(".onnx"))]) == 2
     assert f"no place for its {heads}" in capsys.readouterr().err and not list(path.parent.iterdir())
     assert main(["export", str(checkpoint), "--out", str(path)]) == 0 and load_recognizer(path).hubert.heads == heads[:-2]
     capsys.readouterr()
