@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from ..layers.linear import linear
 from .device import Device
 
+CPU_FACTS = "/proc/cpuinfo"
 PROBE_LIMIT = 12.0  # SiLU and softmax take 1 to 5 times a multiplication of the same tensor; in a slow process, 50 times and more
 ALLOCATOR = ("LD_PRELOAD", "MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
 SIZE = 2048  # size of the roofline's square matrices
@@ -65,12 +66,21 @@ def machine(device: str = "cpu") -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """The processor's name, if the system tells it."""
+    """Return the processor's name with its family and model numbers, which tell generations of one name apart.
+
+    Where the system does not say them, the name alone, or the architecture.
+    """
+    facts: dict[str, str] = {}
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        with open(CPU_FACTS, encoding="utf-8") as lines:
+            for line in lines:  # the first processor's come first
+                key, _, value = line.partition(":")
+                facts.setdefault(key.strip(), value.strip())
+    except OSError:
+        pass
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    family, model = facts.get("cpu family"), facts.get("model")
+    return f"{name} (family {family}, model {model})" if family and model else name
 
 
 def peak_growth(function: Callable[[], object], device: str) -> int | None:

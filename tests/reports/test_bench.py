@@ -31,6 +31,17 @@ def models():
     return {name: hubert_eff.build(name) for name in MODELS}
 
 
+def test_a_processor_is_named_with_its_family(monkeypatch, tmp_path):
+    facts = tmp_path / "cpuinfo"
+    monkeypatch.setattr(machine, "CPU_FACTS", str(facts))
+    facts.write_text("cpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC\n\ncpu family\t: 0\nmodel name\t: another\n")
+    assert machine.cpu_name() == "AMD EPYC (family 26, model 2)"
+    facts.write_text("model name\t: Cortex-A76\n")
+    assert machine.cpu_name() == "Cortex-A76"
+    facts.unlink()
+    assert machine.cpu_name()
+
+
 def test_measure(models):
     timings = measure(models, [0.5, 1.0], [1, 2], rounds=3)
     assert [(t.seconds, t.batch, t.model) for t in timings] == [(s, b, m) for s in (0.5, 1.0) for b in (1, 2) for m in MODELS]
