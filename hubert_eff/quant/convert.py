@@ -69,7 +69,9 @@ def convert(model: nn.Module, bits: int, policy: Policy, streaming: bool = False
     if all(choice.action != BINARY for choice in chosen):
         kinds = sorted({choice.kind.name for choice in chosen if choice.kind.name in BINARY_KINDS})
         found = (
-            f"its policy leaves everything float that its blocks declare ({', '.join(kinds)})" if kinds else "its blocks declare no kinds()"
+            f"its policy leaves everything float that its blocks declare ({', '.join(kinds)})"
+            if kinds
+            else "its blocks have no method kinds() that says which layers to binarize (docs/tutorials/new-encoder.md, 'One bit')"
         )
         raise UserError(f"nothing of this {type(model.get_submodule('encoder')).__name__} would be binarized: {found}")
     shared: dict[tuple[int, str], set[str]] = {}
