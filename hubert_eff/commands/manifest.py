@@ -36,6 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--folder-level", type=int, default=Options.folder_level, metavar="N",
         help="the N-th folder below DIR names the speaker, e.g. 2 for LibriSpeech/SUBSET/SPEAKER (default: %(default)d)",
     )  # fmt: skip
+    parser.add_argument(
+        "--speaker-pattern", metavar="REGEX",
+        help="regular expression that finds the speaker in a recording's path below DIR: its first group, or else the whole match, e.g. "
+        "'_([a-z]+)_' for 7_theo_0.wav",
+    )  # fmt: skip
     for split in ("valid", "test"):
         parser.add_argument(
             f"--{split}-speakers", type=_speakers, default=(), metavar="NAMES|FILE",

@@ -47,6 +47,8 @@ class Options:
         valid_percent: wanted share of the audio in valid; 0 writes no valid.tsv.
         split_by: "folder" (valid is whole folders: unseen speakers), "file", or "auto": folder from three folders on.
         folder_level: level of the folder below DIR that names the speaker; 1 is the first.
+        speaker_pattern: regular expression to find in the path of a recording below DIR; its first group, or else the whole match, is the
+            speaker instead of a folder. Recordings in which it is not found are left out.
         join: target length in seconds of utterances joined from the recordings of one folder; None leaves recordings alone.
         min_seconds, max_seconds: shorter or longer recordings are left out.
         seed: seed of the split and of the order in which recordings are joined.
@@ -58,6 +60,7 @@ class Options:
     valid_percent: float = 5.0
     split_by: str = "auto"
     folder_level: int = 1
+    speaker_pattern: str | None = None
     join: float | None = None
     min_seconds: float = 0.1
     max_seconds: float | None = None
@@ -85,6 +88,8 @@ class Options:
             raise UserError(f"--join {self.join:g} must be --min-seconds to 3600 seconds")
         if self.folder_level < 1 or self.workers < 1:
             raise UserError("--folder-level and --workers must be at least 1")
+        if self.speaker_pattern is not None and self.folder_level != 1:
+            raise UserError("--speaker-pattern and --folder-level both say where the speaker's name is: give one of them")
         twice = [name for name, count in Counter(self.named).items() if count > 1]
         if twice:
             raise UserError(f"the speaker '{twice[0]}' is named twice in --valid-speakers and --test-speakers: a speaker is in one split")
@@ -119,7 +124,10 @@ def make_manifest(source: str | Path, out: str | Path, cache: str | Path | None 
     if place.is_dir() and not os.access(place, os.R_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
         raise UserError(f"the folder {place} cannot be read")
 
-    listing = read_import(place) or list_folder(place, {target, store}, options.folder_level)
+    listing = read_import(place)
+    if listing is not None and options.speaker_pattern is not None:
+        raise UserError(f"--speaker-pattern is for folders of recordings; {place} ({listing.layout}) names the speakers itself")
+    listing = listing or list_folder(place, {target, store}, options.folder_level, options.speaker_pattern)
     _check_speakers(listing, options)
     root, speakers = listing.root, _speakers_needed(options)
     recordings, left_out = check_all(listing, store, options.min_seconds, options.max_seconds, speakers, options.workers)
@@ -237,6 +245,11 @@ def _join(recordings: list[Recording], store: Path, options: Options) -> list[Ut
 def _check_speakers(listing: Listing, options: Options) -> None:
     """Raise `UserError`, with the nearest name, for a named speaker that the source does not have."""
     known = {item.speaker for item in listing.items}
+    if options.named and listing.layout == "folder" and not known - {""}:
+        raise UserError(
+            f"no speaker is known in {listing.root}: its recordings are not in folders of speakers. If their names hold the speaker, say "
+            "where with --speaker-pattern, such as '_([a-z]+)_' for 7_theo_0.wav"
+        )
     for name in options.named:
         if name not in known:
             raise unknown(f"speaker in {listing.root}", name, known)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -48,11 +49,13 @@ class Listing:
     left_out: list[tuple[str, str]] = field(default_factory=list)
 
 
-def list_folder(root: Path, skip: set[Path], level: int) -> Listing:
+def list_folder(root: Path, skip: set[Path], level: int, pattern: str | None = None) -> Listing:
     """List the audio files of a folder and its sub-folders except `skip`; links are followed, and each folder is read once.
 
-    The speaker is the folder at `level`, 1 being right below `root`; recordings above that level belong to their deepest folder.
-    Raises `UserError` if there is no audio.
+    The speaker is the folder at `level`, 1 being right below `root`; recordings above that level belong to their deepest folder. With
+    `pattern`, it is the first group of this regular expression in the relative path, or else the whole match.
+
+    Raises `UserError` if there is no audio, if the pattern is malformed, or if it is found nowhere.
     """
     names: list[str] = []
     left_out: list[tuple[str, str]] = []
@@ -63,10 +66,9 @@ def list_folder(root: Path, skip: set[Path], level: int) -> Listing:
             names.append(name)
     if not names and not left_out:
         raise UserError(f"no recording in {root}: it must hold {', '.join(sorted(SUFFIXES))} files, in it or its sub-folders")
+    items = [_of_folder(name, level) for name in names] if pattern is None else _by_pattern(names, pattern, left_out)
     texts = Transcripts(root)
-    return Listing(
-        root, "folder", [_of_folder(name, level) for name in sorted(names)], lambda item: texts.find(item.path), sorted(left_out)
-    )
+    return Listing(root, "folder", sorted(items, key=lambda item: item.name), lambda item: texts.find(item.path), sorted(left_out))
 
 
 def _audio_below(root: Path, skip: set[Path]) -> Iterator[tuple[str, str]]:
@@ -116,3 +118,22 @@ def _of_folder(name: str, level: int) -> Item:
     folders = name.split("/")[:-1]
     # interned, because hundreds of thousands of items share the names of a few folders
     return Item(name, name, sys.intern("/".join(folders[:level])), sys.intern("/".join(folders)))
+
+
+def _by_pattern(names: list[str], pattern: str, left_out: list[tuple[str, str]]) -> list[Item]:
+    """The items of recordings whose path names the speaker; others are added to `left_out`."""
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"--speaker-pattern {pattern!r} is not a regular expression: {error}") from error
+    items = []
+    for name in names:
+        found = expression.search(name)
+        speaker = found[min(1, expression.groups)] if found else None
+        if speaker:
+            items.append(Item(name, name, sys.intern(speaker), sys.intern(speaker)))
+        else:
+            left_out.append((name, "no speaker: --speaker-pattern is not in its path"))
+    if names and not items:
+        raise UserError(f"--speaker-pattern {pattern!r} names no speaker in any of {len(names)} paths, such as {min(names)}")
+    return items

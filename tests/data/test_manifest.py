@@ -219,6 +219,36 @@ def test_folder_level_names_the_speaker(tmp_path) -> None:
     assert len(summary["valid_folders"]) == 1 and summary["valid_folders"][0].count("/") == 1
 
 
+def test_a_pattern_names_the_speaker_in_a_flat_folder(tmp_path) -> None:
+    for name in ("0_ann_0", "0_ann_1", "0_bob_0", "0_bob_1", "noise"):
+        tone(tmp_path / "in" / f"{name}.wav", 1.0)
+    words = ["manifest", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--speaker-pattern", "_([a-z]+)_", "--valid-speakers", "bob"]
+    assert main(words) == 0
+    found = {split: {path.name for path, _ in read_tsv(tmp_path / "out" / f"{split}.tsv")} for split in ("train", "valid")}
+    assert found == {"train": {"0_ann_0.wav", "0_ann_1.wav"}, "valid": {"0_bob_0.wav", "0_bob_1.wav"}}
+    assert "noise.wav\tno speaker: " in (tmp_path / "out" / "left_out.tsv").read_text()
+    assert main([*words, "--join", "2"]) == 0  # each utterance has one speaker
+    rows = [line.split("\t") for line in (tmp_path / "out" / "parts.tsv").read_text().splitlines()[1:]]
+    assert sorted((row[0].split("/")[0], row[3]) for row in rows) == [(n.split("_")[1], n) for n in sorted(found["train"] | found["valid"])]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--valid-speakers", "bob"], "--speaker-pattern, such as '_([a-z]+)_'"),
+        (["--speaker-pattern", "("], "--speaker-pattern '(' is not a regular expression"),
+        (["--speaker-pattern", "X+"], "names no speaker in any of 2 paths, such as 0_ann_0.wav"),
+        (["--speaker-pattern", "[a-z]+", "--folder-level", "2"], "give one of them"),
+    ],
+)
+def test_speakers_of_a_flat_folder_that_cannot_be(tmp_path, options, said, capsys) -> None:
+    for name in ("0_ann_0", "0_bob_0"):
+        tone(tmp_path / "in" / f"{name}.wav", 1.0)
+    assert main(["manifest", str(tmp_path / "in"), "--out", str(tmp_path / "out"), *options]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and said in error
+
+
 def test_split_by_folder_needs_two(tmp_path) -> None:
     with pytest.raises(UserError, match="needs two folders"):
         make_manifest(speakers_folder(tmp_path / "in", 1), tmp_path / "out", options=Options(split_by="folder"))

@@ -253,7 +253,7 @@ def test_an_encoder_that_declares_nothing_is_refused(monkeypatch: pytest.MonkeyP
     for module in model.modules():
         if isinstance(module, Declared):
             monkeypatch.setattr(type(module), "kinds", lambda self: {})
-    with pytest.raises(UserError, match="nothing of this TransformerEncoder would be binarized: its blocks have no method kinds.*new-encoder"):
+    with pytest.raises(UserError, match="nothing of this TransformerEncoder would be binarized: its blocks have no method kinds"):
         hubert_eff.binarize(model)
 
 
