@@ -86,6 +86,7 @@ def test_trainings_are_composed(capsys: pytest.CaptureFixture[str]) -> None:
     """Each `hubert-eff train` of the pages, as far as `--dry-run` goes: groups, keys and their values."""
     pytest.importorskip("hydra", reason="fairseq is not installed: pip install 'hubert-eff[fairseq]'")
     lines = {line for name in pages() for line in commands(page(name)) if line.startswith("hubert-eff train") and "$" not in line}
+    lines = {line for line in lines if "hubert_mixer" not in line}  # which a command knows only with $HUBERT_EFF_IMPORT
     assert lines
     for line in sorted(lines):
         assert cli.main([*shlex.split(line)[1:], "--dry-run"]) == 0, f"{line}: {capsys.readouterr().err}"
@@ -128,6 +129,9 @@ def test_commands_run(tmp_path: Path) -> None:
         for run, language, body in BLOCK.findall(page(name)):
             if run and body not in done and name != "export":
                 done.add(body)
+                if name == "tutorials/new-encoder" and language == "python":  # which the reader saves under this name
+                    (tmp_path / "plug").mkdir()
+                    (tmp_path / "plug" / "mixer_enc.py").write_text(body)
                 run_block(language, body.replace(TRAINING, f"{TRAINING} optimization.max_update=40"), tmp_path, FSDD=str(recordings))
     assert steps.best_validation(tmp_path / "runs" / "digits" / "pretrain" / "hydra_train.log")["updates"] == 40
 

@@ -53,8 +53,10 @@ def test_the_new_encoder_works() -> None:
     (shown,) = (body for _, language, body in BLOCK.findall(README) if language == "python" and "@register_encoder" in body)
     (module,) = (body for run, language, body in BLOCK.findall(page("tutorials/new-encoder")) if run and language == "python")
     assert shown in module
-    done = subprocess.run([sys.executable, "-c", module], capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and int(done.stdout) > 0, done.stderr
+    one_bit = "print(hubert_eff.profile('mixer-debug+w1a1', seconds=1.0).storage_mb['file'])"
+    done = subprocess.run([sys.executable, "-c", f"{module}\n{one_bit}"], capture_output=True, text=True, check=False)
+    parameters, size = done.stdout.split() or ("", "")
+    assert done.returncode == 0 and 0 < float(size) < 4e-6 * int(parameters), done.stderr
 
 
 def test_parameters_and_configurations_of_models() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import SAMPLE_RATE, HubertConfig
-from ..encoders.registry import encoder_of, get_encoder, list_encoders, stored_config
+from ..encoders.registry import REMEDY, encoder_of, get_encoder, list_encoders, stored_config
 from ..errors import UserError, about, short
 from ..models.hubert import HEADS, LABEL_EMBEDDINGS, HubertModel
 from .huggingface import is_folder, is_weights, read_folder
@@ -270,7 +270,7 @@ def config_of(content: Mapping[str, Any], file: Path) -> HubertConfig:
     if name != "hubert":
         if encoder == name or encoder not in list_encoders():
             known = ", ".join(["hubert", "wav2vec2", *(f"hubert_{e}" for e in list_encoders())])
-            raise UserError(f"{file} holds the fairseq model '{_said(name)}', which is not one of {known}")
+            raise UserError(f"{file} holds the fairseq model '{_said(name)}', which is not one of {known}. {REMEDY}")
         return stored_config(encoder, values)
     _check_fixed(values, STOCK_FIXED, "HuBERT")
     values = {k: v for k, v in values.items() if k not in STOCK_UNUSED}

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from ..encoders.registry import list_presets, preset_config
-from ..errors import UserError, unknown
+from ..encoders.registry import list_presets, preset_config, unregistered
+from ..errors import UserError
 from ..models.hubert import HubertModel, build
 from .huggingface import files_of
 from .load import load
@@ -55,7 +55,7 @@ def open_model(name: str | os.PathLike[str], *, structure: bool = False, **overr
     if preset.partition("+")[0] not in list_presets():
         if os.sep in source or Path(source).suffix in (".pt", ".ckpt", ".safetensors"):
             raise UserError(f"no checkpoint at {source}")
-        raise unknown("preset or checkpoint", source, list_presets())
+        raise unregistered("preset or checkpoint", source, list_presets())
     if at and not (seed.isascii() and seed.isdecimal() and int(seed[:20]) < 2**63):
         raise UserError(f"'{source}': the seed behind @ must be a number, such as {preset}@1")
     if structure:

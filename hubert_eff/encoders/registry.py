@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from types import NoneType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,6 +19,10 @@ if TYPE_CHECKING:
     from .base import Encoder
 
 E = TypeVar("E", bound="type[Encoder]")
+
+GROUP = "hubert_eff.encoders"  # entry points of installed packages: modules that register encoders
+VARIABLE = "HUBERT_EFF_IMPORT"  # names modules that register encoders and are not installed
+REMEDY = f"For an encoder of your own, name the module that registers it: {VARIABLE}=MODULE (docs/tutorials/new-encoder.md)"
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,34 @@ def register_encoder(name: str, config: type[HubertConfig], presets: Mapping[str
     return register
 
 
+def import_others() -> None:
+    """Import the modules of others that register encoders: entry points of the group `hubert_eff.encoders`, then $HUBERT_EFF_IMPORT.
+
+    Raises:
+        UserError: one of these modules cannot be imported.
+    """
+    for point in entry_points(group=GROUP):
+        with _importing(f"the installed encoder '{point.name}' (entry point of the group {GROUP})", "update or uninstall its package"):
+            point.load()
+    for name in filter(None, (part.strip() for part in os.environ.get(VARIABLE, "").split(","))):
+        with _importing(f"{VARIABLE}={name}", f"put the module's folder into PYTHONPATH, or unset {VARIABLE}"):
+            importlib.import_module(name)
+
+
+@contextmanager
+def _importing(what: str, remedy: str) -> Iterator[None]:
+    """Raise `UserError` for whatever goes wrong while a module of others is imported."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{what} cannot be imported ({type(error).__name__}: {short(error)}): {remedy}") from error
+
+
+def unregistered(kind: str, name: object, known: Iterable[str]) -> UserError:
+    """A `UserError` for an unknown encoder, preset or model, which the user may have to register first."""
+    return UserError(f"{unknown(kind, name, known)}. {REMEDY}")
+
+
 def list_encoders() -> list[str]:
     """List the registered encoders.
 
@@ -78,7 +114,7 @@ def list_presets() -> list[str]:
 def get_encoder(name: str) -> EncoderEntry:
     """The entry of an encoder. Raises `UserError` with the nearest name if it is unknown."""
     if name not in _encoders:
-        raise unknown("encoder", name, _encoders)
+        raise unregistered("encoder", name, _encoders)
     return _encoders[name]
 
 
@@ -98,7 +134,7 @@ def preset_config(preset: str, **overrides: Any) -> HubertConfig:
         if name in entry.presets:
             quant = {"quant": spec} if plus else {}
             return entry.config.from_dict({**entry.presets[name], **quant, **overrides})
-    raise unknown("preset", preset, list_presets())
+    raise unregistered("preset", preset, list_presets())
 
 
 def stored_config(encoder: str, written: str | Mapping[str, Any]) -> HubertConfig:
