@@ -24,6 +24,7 @@ from hubert_eff.config import MEL_FRONTS
 from hubert_eff.data.tsv import Manifest
 from hubert_eff.errors import UserError, unknown
 from hubert_eff.layers.norm import left_out
+from hubert_eff.utils.configurations import check_half_precision
 
 from ..runtime import stopping
 from ..runtime.saving import check_save_dir
@@ -263,6 +264,4 @@ def check_run(cfg: Any) -> None:
         )
     if cfg.bad_audio not in BAD_AUDIO:
         raise unknown("value of task.bad_audio", cfg.bad_audio, BAD_AUDIO)
-    if (cfg.fp16 or cfg.amp) and (cfg.cpu or not torch.cuda.is_available()):
-        key = "fp16" if cfg.fp16 else "amp"
-        raise UserError(f"common.{key}=true needs a GPU and none is in use: add common.{key}=false (CPUs train in float32 or bf16)")
+    check_half_precision(fp16=cfg.fp16, amp=cfg.amp, cpu=cfg.cpu)

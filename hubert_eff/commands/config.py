@@ -23,6 +23,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the configuration as YAML, or, without a name, the names of configurations and the members of groups."""
     import yaml
 
+    from ..recipes.base import check_model
     from ..utils.configurations import list_configurations, list_groups, load_config
 
     if args.name is None:
@@ -31,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"{group}: {' '.join(members)}")
         return 0
     written = load_config(args.name, args.overrides)
+    check_model(written, args.overrides)
     # a wrapped text would have the comment inside it
     text = yaml.safe_dump(written, sort_keys=False, allow_unicode=True, width=10**6 if args.explain else None)
     print(_explained(text, str(written["model"]["_name"])) if args.explain else text, end="")

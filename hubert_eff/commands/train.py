@@ -28,10 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check the configuration, then become fairseq-hydra-train: it receives the signals, and its exit code is that of this command."""
-    from ..recipes.base import command_line, readable, training
-    from ..utils.configurations import find_configuration, load_config
+    from ..recipes.base import check_model, command_line, readable, training
+    from ..utils.configurations import check_half_precision, find_configuration, load_config
 
     written = load_config(args.name, args.overrides)
+    check_model(written, args.overrides)
     missing = [key for key in _missing(written) if key != USER_DIR]
     if missing:
         raise UserError(f"{args.name} needs {' '.join(f'{key}=...' for key in missing)} ('hubert-eff config {args.name}' shows all keys)")
@@ -43,6 +44,8 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(shlex.join(map(str, words)))
         return 0
+    common = written["common"]
+    check_half_precision(**{key: bool(common.get(key, False)) for key in ("fp16", "amp", "cpu")})
     line = command_line(*words)
     # hides warnings of hydra, fairseq and torch about each other, about which users can do nothing; this package logs its own
     environment = os.environ if args.verbose else {"PYTHONWARNINGS": "ignore", **os.environ}

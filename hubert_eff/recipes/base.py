@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any, ClassVar
 
 from ..data.lines import read_json
-from ..errors import StepFailed, UserError
+from ..errors import StepFailed, UserError, unknown
 from ..reports.training_log import read_log
 from ..utils.configurations import plugin_dir
 from ..utils.files import check_writable, config_dir, replacing, writable, write_json
@@ -262,6 +262,23 @@ def training(kind: str, config: str, paths: Mapping[str, str | Path], *overrides
     plugin = {"common.user_dir": plugin_dir()}
     keys = (*path_overrides({**plugin, **paths}), *overrides)
     return (TRAIN, "--config-dir", config_dir() / kind, "--config-name", config, *keys)
+
+
+def check_model(written: Mapping[str, Any], overrides: Iterable[str]) -> None:
+    """Raise `UserError`, with the nearest name, if overrides choose a model that is not registered.
+
+    A plug-in of the user's own, `common.user_dir`, may register further models, so that any name is accepted with it.
+    """
+    keys = {word.lstrip("+").partition("=")[0] for word in overrides}
+    if "model._name" not in keys or "common.user_dir" in keys:  # the configurations themselves are right
+        return
+    from ..checkpoints.load import FINE_TUNED
+    from ..encoders.registry import list_encoders, unregistered
+
+    name, fine_tuned = written["model"]["_name"], "w2v_path" in written["model"]
+    known = FINE_TUNED if fine_tuned else [f"hubert_{encoder}" for encoder in list_encoders()]
+    if name not in known:
+        raise unknown("model._name", name, known) if fine_tuned else unregistered("model._name", name, known)
 
 
 def check_keys(overrides: Sequence[str], decided: Container[str], example: str) -> None:

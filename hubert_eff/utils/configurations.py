@@ -109,6 +109,17 @@ def check_overrides(words: Iterable[object]) -> None:
             raise UserError(f"hydra does not read {word} ({reason}): quote what is not plain, as in \"KEY='VALUE'\"") from error
 
 
+def check_half_precision(*, fp16: bool, amp: bool, cpu: bool) -> None:
+    """Raise `UserError` for a training run in half precision without a GPU, from the keys of the section `common`."""
+    if not fp16 and not amp:
+        return
+    import torch
+
+    if cpu or not torch.cuda.is_available():
+        key = "fp16" if fp16 else "amp"
+        raise UserError(f"common.{key}=true needs a GPU and none is in use: add common.{key}=false (CPUs train in float32 or bf16)")
+
+
 def load_config(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Compose the configuration NAME or KIND/NAME as fairseq does, with hydra's overrides; references such as ${task.data} are kept.
 

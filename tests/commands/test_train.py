@@ -59,12 +59,28 @@ def test_a_plug_in_of_the_users_own(capsys: pytest.CaptureFixture[str]) -> None:
         (["debug"], "debug needs task.data=... task.label_dir=..."),
         (["debug", *DATA, "optm=adam"], "did you mean 'optim'?"),
         (["debug", *DATA, "model.encoder_layer=3"], "did you mean 'model.encoder_layers'?"),
+        (["debug", *DATA, "model._name=hubert_conformr"], "unknown model._name 'hubert_conformr' - did you mean 'hubert_conformer'?"),
+        (["debug", *DATA, "model._name=hubert_mixer"], "HUBERT_EFF_IMPORT=MODULE"),
+        (["finetune/debug", "task.data=data", "model.w2v_path=x.pt", "model._name=hubert_eff_ct"], "did you mean 'hubert_eff_ctc'?"),
     ],
 )
 def test_a_wrong_start_is_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *arguments, "--dry-run"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and said in error
+
+
+def test_half_precision_without_a_gpu_is_refused_before_fairseq_starts(monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("hubert_eff.commands.train.os.execve", lambda *_: pytest.fail("fairseq was started"))
+    assert main(["train", "conformer_s", *DATA]) == 2
+    assert "common.fp16=true needs a GPU" in capsys.readouterr().err
+
+
+def test_an_unknown_model_of_a_printed_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "debug", "model._name=hubert_mixer"]) == 2
+    assert "unknown model._name 'hubert_mixer'" in capsys.readouterr().err
+    assert main(["config", "debug", "model._name=hubert_mixer", "common.user_dir=mine"]) == 0  # which may register it
 
 
 @pytest.mark.parametrize(
