@@ -157,7 +157,7 @@ def _quality(args: argparse.Namespace) -> int:
     from ..labels.quality import label_quality
 
     if args.alignments is None:
-        raise UserError("--alignments FILE is missing: phone timings, e.g. the alignments.tsv of `hubert-eff corpus demo`")
+        raise UserError("--alignments FILE is missing: the times of phones; docs/labels.md, 'Times of phones', says how to make it")
     if args.layers is not None:
         return _layers(args)
     if args.checkpoint is not None:

@@ -106,7 +106,7 @@ def layer_quality(
         raise UserError(f"--clusters {clusters} needs as many frames, {choice.fit_split} has {frames[choice.fit_split]}")
     wanted = {split: _phones(phones, manifests[split], samples[split], extractor) for split in splits}
     if not any((known >= 0).any() for found in wanted.values() for known in found):
-        raise foreign_alignments(alignments, tables)
+        raise foreign_alignments(alignments, tables, phones, manifests[splits[0]])
     widths = extractor.teacher.widths(layers)
     settings = {
         **{key: value for key, value in extractor.identity().items() if key not in ("checkpoint", "layer")}, "layers": list(layers),

@@ -115,13 +115,19 @@ def label_quality(labels: str | Path, alignments: str | Path, manifest: str | Pa
         if joint.any():
             result[name] = report(joint, frames)
     if not total.any():
-        raise foreign_alignments(alignments, tables)
+        raise foreign_alignments(alignments, tables, phones, table)
     return {"labels": str(folder), "k": clusters, "rate": rate, "splits": result, "all": report(total, total_frames)}
 
 
-def foreign_alignments(alignments: str | Path, tables: Path) -> UserError:
-    """The error to raise if no utterance has a phone."""
-    return UserError(f"{alignments} has phones of none of the recordings of {tables}: its paths are relative to its own folder")
+def foreign_alignments(alignments: str | Path, tables: Path, phones: Phones, table: Manifest) -> UserError:
+    """The error to raise if no utterance has a phone; it names a recording of a manifest and one of the alignments."""
+    path = table.entries[0][0]
+    parts = phones.sources.get(path)
+    wanted = parts[0][2] if parts else os.path.realpath(table.root / path)
+    return UserError(
+        f"{alignments} has phones of none of the recordings of {tables}: its paths are relative to its own folder. "
+        f"It has {min(phones.intervals)}, needed is e.g. {wanted}"
+    )
 
 
 def report(joint: npt.NDArray[np.int64], frames: int) -> dict[str, Any]:

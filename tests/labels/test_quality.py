@@ -11,8 +11,9 @@ import soundfile
 from hubert_eff.cli import main
 from hubert_eff.data.manifest import Options, make_manifest
 from hubert_eff.labels.make import make_labels
-from hubert_eff.labels.quality import label_quality, purities
+from hubert_eff.labels.quality import Phones, label_quality, purities
 
+from ..helpers.pages import BLOCK, page, run_block
 from ..helpers.recordings import noise
 
 pytest.importorskip("sklearn")
@@ -51,6 +52,23 @@ def test_frames_meet_the_phone_at_their_center(tmp_path) -> None:
     assert (report["frames"], report["aligned_frames"], report["phones"]) == (98, 89, 2)
 
 
+def test_alignments_of_the_montreal_forced_aligner(tmp_path) -> None:
+    """The script of docs/labels.md reads what `mfa align --output_format csv` writes, and the rows on that page are read."""
+    text = page("labels")
+    (script,) = (body for _, language, body in BLOCK.findall(text) if language == "python")
+    (rows,) = (body for _, language, body in BLOCK.findall(text) if language == "text" and "phone" in body)
+    (tmp_path / "aligned" / "theo").mkdir(parents=True)
+    aligned = "Begin,End,Label,Type,Speaker\n0.0,0.3,seven,words,theo\n0.0,0.11,s,phones,theo\n0.11,0.17,eh,phones,theo\n"
+    (tmp_path / "aligned" / "theo" / "7_theo_0.csv").write_text(aligned)
+    run_block("python", script, tmp_path)
+    (tmp_path / "rows.tsv").write_text(rows)
+    (tmp_path / "data").mkdir()
+    made = Phones.read(tmp_path / "alignments.tsv", tmp_path / "data", clusters=2)
+    shown = Phones.read(tmp_path / "rows.tsv", tmp_path / "data", clusters=2)
+    assert made.intervals == {str(tmp_path / "recordings" / "theo" / "7_theo_0.wav"): [(0.0, 0.11, "s"), (0.11, 0.17, "eh")]}
+    assert sorted(shown.inventory) == ["eh", "s", "v"]
+
+
 def test_labels_of_speech_know_phones_also_after_joining(corpus, manifest, tmp_path, capsys) -> None:
     make_labels(manifest, tmp_path / "labels", clusters=50)
     alignments = str(corpus / "alignments.tsv")
@@ -84,7 +102,8 @@ def test_quality_of_bad_input(corpus, manifest, tmp_path, capsys) -> None:
     (tmp_path / "train.km").write_text("1 2 3\n")
     assert main(["labels", "quality", str(tmp_path), "--alignments", alignments]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hubert-eff labels: ")]
-    expected = ["labels.json", "no alignments at", "--alignments FILE is missing", "phones of none", "train.km has 1 lines"]
+    named = f"It has {tmp_path / 'unknown.wav'}, needed is e.g. {corpus}/"
+    expected = ["labels.json", "no alignments at", "--alignments FILE is missing", named, "train.km has 1 lines"]
     assert len(errors) == 5 and all(text in line for text, line in zip(expected, errors))
 
 
