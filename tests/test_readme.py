@@ -53,10 +53,11 @@ def test_the_new_encoder_works() -> None:
     (shown,) = (body for _, language, body in BLOCK.findall(README) if language == "python" and "@register_encoder" in body)
     (module,) = (body for run, language, body in BLOCK.findall(page("tutorials/new-encoder")) if run and language == "python")
     assert shown in module
-    one_bit = "print(hubert_eff.profile('mixer-debug+w1a1', seconds=1.0).storage_mb['file'])"
-    done = subprocess.run([sys.executable, "-c", f"{module}\n{one_bit}"], capture_output=True, text=True, check=False)
-    parameters, size = done.stdout.split() or ("", "")
-    assert done.returncode == 0 and 0 < float(size) < 4e-6 * int(parameters), done.stderr
+    sizes = "import hubert_eff\nfor n in 'mixer-debug', 'mixer-debug+w1a1': print(hubert_eff.profile(n, seconds=1.0).storage_mb['file'])"
+    done = subprocess.run([sys.executable, "-c", f"{module}\n{sizes}"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    whole, one_bit = map(float, done.stdout.split())
+    assert 0 < one_bit < whole
 
 
 def test_parameters_and_configurations_of_models() -> None:
