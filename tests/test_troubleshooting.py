@@ -22,6 +22,7 @@ from .helpers.pages import page
 from .helpers.paths import ROOT
 
 QUOTES = re.findall(r"^\| `([^`]+)` \|", page("troubleshooting"), re.M)
+MADE_ELSEWHERE = {"module 's3prl.hub' has no attribute 'hubert_eff'"}  # by Python; tests/superb_tasks/test_upstream.py makes it
 DATA = "task.data=a task.label_dir=b"
 COMMANDS = {
     "invalid choice: ... did you mean": "profil",
@@ -59,7 +60,7 @@ def test_quotes_are_made_or_stand_in_the_code() -> None:
     assert len(QUOTES) > 20 and {*COMMANDS, *CALLS} <= set(QUOTES)
     rooms = ("hubert_eff", "fairseq_plugins", "superb_tasks")
     code = "".join(path.read_text(encoding="utf-8") for room in rooms for path in (ROOT / room).rglob("*.py"))
-    for quote in set(QUOTES) - {*COMMANDS, *CALLS}:
+    for quote in set(QUOTES) - {*COMMANDS, *CALLS, *MADE_ELSEWHERE}:
         assert all(part in code for part in quote.split(" ... ")), quote
 
 

@@ -22,6 +22,8 @@ from hubert_eff.exporting.safetensors import export
 from superb_tasks import patches, register
 from superb_tasks.upstream.expert import UpstreamExpert
 
+from ..helpers.pages import BLOCK, page
+
 LENGTHS = [16000, 15999, 8000, 719, 250, 31999, 12345]  # samples
 
 
@@ -146,6 +148,25 @@ print(S3PRLUpstream("hubert_eff", path_or_url="conformer-debug@0").num_layers)
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "3", done.stderr
+
+
+def test_the_python_lines_of_the_page_run(capsys):
+    pytest.importorskip("s3prl")
+    [lines] = [body for run, language, body in BLOCK.findall(page("superb")) if run and language == "python"]
+    exec(lines.replace("runs/digits/pretrain/checkpoint_best.pt", "conformer-debug"), {})
+    assert capsys.readouterr().out.splitlines()[-2:] == ["3 torch.Size([2, 100, 64]) tensor([100,  50])", "torch.Size([1, 99, 64])"]
+
+
+def test_troubleshooting_quotes_what_s3prl_says_without_the_import(monkeypatch):
+    pytest.importorskip("s3prl")
+    register()
+    from s3prl import hub
+    from s3prl.nn import S3PRLUpstream
+
+    monkeypatch.delattr(hub, "hubert_eff")  # as before `import superb_tasks`
+    with pytest.raises(AttributeError) as error:
+        S3PRLUpstream("hubert_eff", path_or_url="conformer-debug")
+    assert f"| `{error.value}` |" in page("troubleshooting")
 
 
 def test_a_missing_s3prl_is_named(monkeypatch):
