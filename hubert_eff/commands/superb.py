@@ -27,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     run = kinds.add_parser("run", help="train and test tasks on a frozen upstream")
     run.add_argument("--task", nargs="+", required=True, metavar="TASK", help=f"{names}, or all")
-    sources = "a checkpoint, an export, an untrained model, or one of S3PRL's that need no file, such as s3prl:fbank"
-    run.add_argument("--upstream", required=True, metavar="CKPT|FILE|PRESET[@SEED]", help=f"model: {sources}")
+    sources = "a checkpoint, an export, an untrained model, or one of S3PRL's, such as s3prl:fbank or s3prl:wavlm_base"
+    run.add_argument("--upstream", required=True, metavar="CKPT|FILE|PRESET[@SEED]|s3prl:NAME", help=f"model: {sources}")
     run.add_argument("--data", required=True, type=Path, metavar="DIR", help="folder that holds the data sets")
     run.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the runs: DIR/TASK/result.json")
     run.add_argument("--lr-sweep", action="store_true", help="try SUPERB's learning rates, 1e-1 to 1e-7, and test the best one")

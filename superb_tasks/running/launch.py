@@ -11,11 +11,10 @@ from typing import Any
 
 import yaml
 
-from hubert_eff.errors import UserError, printable, unknown
+from hubert_eff.errors import UserError, printable
 from hubert_eff.utils.signals import say_stopped, stoppable
 
 S3PRL = "s3prl:"  # begins the name of S3PRL's own upstreams
-BASELINES = ("fbank", "fbank_no_cmvn", "linear", "mel", "mfcc", "spectrogram")  # those of them that need no file
 
 
 def exit_code(program: str, run: Callable[[Sequence[str]], None], argv: Sequence[str] | None) -> int:
@@ -83,16 +82,10 @@ def device_arguments(given: bool) -> list[str]:
 
 
 def upstream_arguments(source: str) -> list[str]:
-    """The arguments of run_downstream for an upstream: ours for a checkpoint or preset, or `s3prl:fbank` for one of `BASELINES`.
-
-    Raises `UserError` for another name behind `s3prl:`.
-    """
+    """The arguments of run_downstream for an upstream: ours for a checkpoint or preset, or S3PRL's own for `s3prl:NAME`."""
     if not source.startswith(S3PRL):
         return ["-u", "hubert_eff", "-k", source]
-    name = source.removeprefix(S3PRL)
-    if name not in BASELINES:
-        raise unknown("upstream of S3PRL that needs no file", name, BASELINES)
-    return ["-u", name]
+    return ["-u", source.removeprefix(S3PRL)]
 
 
 def check_upstream(name: str | None, source: str | None) -> None:

@@ -36,6 +36,7 @@ from ..data import layouts
 from ..data.prepare import prepare
 from ..data.utterances import utterances
 from ..tasks import Task, check, choose
+from ..teachers import open_s3prl
 from . import records
 from .launch import S3PRL, command_line, upstream_arguments
 from .progress import lines_for_bars
@@ -116,6 +117,9 @@ def _states(upstream: str) -> list[Any]:
     """The hidden states of a second of silence."""
     import torch
 
+    if upstream.startswith(S3PRL):
+        with torch.no_grad():
+            return list(open_s3prl(upstream.removeprefix(S3PRL))(torch.zeros(1, SAMPLE_RATE)))
     from hubert_eff.checkpoints.open import open_model
 
     with torch.no_grad():
@@ -301,8 +305,8 @@ def _readable(checkpoint: Path) -> bool:
 
 def _best_layer(task: Task, request: Request, config: dict[str, Any], out: Path) -> dict[str, Any]:
     """Search with each hidden state, choose by the development queries, count the evaluation queries."""
-    layers = 1 if request.upstream.startswith(S3PRL) else len(_states(request.upstream))
-    tried = {layer: _search(task, request, config, out, layer, "dev") for layer in range(layers)}
+    layers = range(len(_states(request.upstream)))
+    tried = {layer: _search(task, request, config, out, layer, "dev") for layer in layers}
     best = max(tried, key=lambda layer: tried[layer])
     return {
         task.key: _search(task, request, config, out, best, "test"),

@@ -16,8 +16,9 @@ from hubert_eff.utils.files import write_json, write_text
 
 from ..data import layouts
 from ..tasks import Task
+from ..teachers import open_s3prl, published
 from . import records
-from .launch import S3PRL, upstream_arguments
+from .launch import S3PRL
 
 SETTINGS, RESULT, EARLIER = "settings.json", "result.json", "earlier.jsonl"
 PATHS = ("upstream", "data", "out")  # a run goes on only at the same paths: S3PRL's checkpoints hold them; of a result they say nothing
@@ -27,8 +28,8 @@ PATHS = ("upstream", "data", "out")  # a run goes on only at the same paths: S3P
 class Request:
     """How tasks are run.
 
-    `upstream` is a checkpoint, an exported file, `PRESET[@SEED]` for an untrained model, or one of S3PRL's own that needs no file,
-    `s3prl:fbank` or `s3prl:mfcc`; `data` the folder of the data sets. `steps` and `learning_rate` are SUPERB's where None; with `sweep`,
+    `upstream` is a checkpoint, an exported file, `PRESET[@SEED]` for an untrained model, or one of S3PRL's own, such as
+    `s3prl:fbank` or `s3prl:wavlm_base`; `data` the folder of the data sets. `steps` and `learning_rate` are SUPERB's where None; with `sweep`,
     each rate of SUPERB's grid is trained, and the one that is best on the validation set is tested (where there is none, on the test set,
     as SUPERB does). `small` takes narrow heads, small batches and few steps, for generated data: such results compare models with each
     other only. `workers` load data in processes of their own. `cache` is a folder for the hidden states of all recordings, in half
@@ -112,13 +113,22 @@ def of_result(task: Task, request: Request, origin: dict[str, str | None]) -> di
 def of_upstream(upstream: str) -> dict[str, str | None]:
     """The identity of an upstream's states: its weights and the code. Raises `UserError` for one that cannot be loaded."""
     if upstream.startswith(S3PRL):
-        upstream_arguments(upstream)
+        open_s3prl(upstream.removeprefix(S3PRL))
         return {"weights": None, "code": f"{upstream} of s3prl {version('s3prl')}, torchaudio {version('torchaudio')}"}
     from hubert_eff.checkpoints.open import open_model
 
     from . import fingerprints
 
-    return {"weights": fingerprints.of_model(open_model(upstream)), "code": fingerprints.of_code()}
+    try:
+        model = open_model(upstream)
+    except UserError as error:
+        # only then is S3PRL worth its import: its names have no hyphen, those of presets have one
+        if upstream.isidentifier() and upstream in published():
+            raise UserError(
+                f"'{upstream}' is an upstream of S3PRL - did you mean {S3PRL}{upstream}? For a checkpoint of your own, give the file"
+            ) from error
+        raise
+    return {"weights": fingerprints.of_model(model), "code": fingerprints.of_code()}
 
 
 def result_in(task: Task, out: Path) -> dict[str, Any]:

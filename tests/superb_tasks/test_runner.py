@@ -22,12 +22,13 @@ import hubert_eff
 from hubert_eff.cli import main as cli
 from hubert_eff.errors import UserError
 from hubert_eff.exporting.safetensors import export
-from superb_tasks import run_downstream
+from superb_tasks import register, run_downstream
 from superb_tasks.data import layouts
 from superb_tasks.data.prepare import prepare
 from superb_tasks.results import significance
 from superb_tasks.running import runner
 from superb_tasks.running.runner import Request, settings_of
+from superb_tasks.running.settings import of_upstream
 from superb_tasks.tasks import TASKS
 
 pytest.importorskip("s3prl")
@@ -72,7 +73,9 @@ def test_bad_input_is_refused_before_work_starts(data, tmp_path, capsys):
     assert "--device tpu9" in refused(capsys, *given, "conformer-debug", "--device", "tpu9")
     assert "unknown SUPERB task 'kws'" in refused(capsys, *given, "conformer-debug", "--task", "kws")
     assert "no folder at" in refused(capsys, *given, "conformer-debug", "--data", tmp_path / "absent")
-    assert "did you mean 'fbank'" in refused(capsys, *given, "s3prl:fbnk")
+    assert "S3PRL has no upstream 'fbnk': did you mean fbank" in refused(capsys, *given, "s3prl:fbnk")
+    assert "did you mean s3prl:fbank?" in refused(capsys, *given, "fbank")
+    assert "did you mean s3prl:hubert_base?" in refused(capsys, *given, "hubert_base")
     torch.save({"cfg": {"model": {"_name": "hubert"}, "task": {"sample_rate": 8000}}, "model": {}}, junk)
     assert "trained on audio of 8000 Hz" in refused(capsys, *given, junk)
     assert not (tmp_path / "out").exists()
@@ -185,6 +188,45 @@ def test_s3prls_own_features_are_upstreams_too(data, tmp_path):
     results = superb(data, tmp_path / "out", "--task", "ks,qbe", "--upstream", "s3prl:mfcc", "--steps", 3, "--cache", tmp_path / "cache")
     assert [(result["upstream"], result["cache"]) for result in results] == [("s3prl:mfcc", False)] * 2
     assert 0 <= results[0]["accuracy"] <= 1 and results[1]["layer"] == 0
+
+
+class Published(torch.nn.Module):
+    """An upstream as S3PRL's hub builds those that it downloads."""
+
+    def __init__(self, ckpt=None, model_config=None, refresh=False):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def get_downsample_rates(self, key):
+        return 320
+
+    def forward(self, wavs):
+        frames = torch.nn.utils.rnn.pad_sequence([wav[: len(wav) // 320 * 320].view(-1, 320)[:, :8] for wav in wavs], batch_first=True)
+        return {"hidden_states": [frames * self.scale, frames + self.scale]}
+
+
+def test_a_published_model_of_s3prl_is_an_upstream(monkeypatch, capsys):
+    register()
+    from s3prl import hub
+
+    def unreachable():
+        raise OSError("no network")
+
+    monkeypatch.setattr(hub, "toy", Published, raising=False)
+    monkeypatch.setattr(hub, "away", unreachable, raising=False)
+    assert of_upstream("s3prl:toy")["code"].startswith("s3prl:toy of s3prl ") and len(runner._states("s3prl:toy")) == 2
+    with pytest.raises(UserError, match=r"S3PRL cannot build s3prl:away \(OSError: no network\): its weights must be in .*s3prl/download"):
+        of_upstream("s3prl:away")
+
+
+@pytest.mark.long
+def test_a_published_model_of_s3prl_runs(data, tmp_path, monkeypatch):
+    register()
+    from s3prl import hub
+
+    monkeypatch.setattr(hub, "toy", Published, raising=False)
+    results = superb(data, tmp_path / "out", "--task", "ks", "qbe", "--upstream", "s3prl:toy", "--steps", 3)
+    assert 0 <= results[0]["accuracy"] <= 1 and len(results[1]["tried"]) == 2
 
 
 @pytest.mark.long
