@@ -231,14 +231,14 @@ TASKS: dict[str, Task] = {
 
 
 def choose(names: str | Iterable[str] | None) -> list[Task]:
-    """Tasks by short names, `ks,asr`, in the given order; `all` or None for all ten. Raises `UserError` for an unknown name."""
-    if names is None or names == "all":
-        return list(TASKS.values())
-    wanted = names.split(",") if isinstance(names, str) else list(names)
+    """Tasks by short names, `ks,asr`, in the given order; `all` or None for all ten. Raises `UserError` for an unknown name or none."""
+    wanted = ["all"] if names is None else names.split(",") if isinstance(names, str) else list(names)
+    if not wanted:
+        raise UserError(f"no task given: name some of {', '.join(TASKS)}, or all")
     for name in wanted:
-        if name not in TASKS:
+        if name not in (*TASKS, "all"):
             raise unknown("SUPERB task", name, TASKS)
-    return [TASKS[name] for name in dict.fromkeys(wanted)]
+    return [TASKS[name] for name in dict.fromkeys(TASKS if "all" in wanted else wanted)]
 
 
 def check(task: Task, data: Path) -> None:

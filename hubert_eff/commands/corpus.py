@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import missing_extra, printable
 from ..utils.locks import locked
+from ._tasks import add_task, names_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", required=True, type=Path, help="folder to write to; data sets made earlier with the same arguments are kept"
     )
     superb.add_argument("--minutes", type=float, default=10.0, help="approximate minutes of speech in each data set (default: %(default)g)")
-    superb.add_argument("--task", default="all", help="tasks out of pr, asr, ks, qbe, sid, asv, sd, ic, sf, er (default: %(default)s)")
+    add_task(superb)
     superb.add_argument("--seed", type=int, default=1, help="random seed; the same seed gives the same data (default: %(default)d)")
     superb.add_argument("--json", action="store_true", help="print the summary as JSON")
 
@@ -63,7 +64,6 @@ def _make_superb(args: argparse.Namespace) -> dict[str, Any]:
         bridge = importlib.import_module("superb_tasks.data.corpus")
     except ModuleNotFoundError as error:
         raise missing_extra(error.name or "superb_tasks", "superb", "the corpus of a SUPERB task") from error
-    tasks = [task.strip() for task in args.task.split(",") if task.strip()]
     with locked(args.out):
-        summary: dict[str, Any] = bridge.make_superb(args.out, tasks, args.minutes, args.seed)
+        summary: dict[str, Any] = bridge.make_superb(args.out, names_of(args.task), args.minutes, args.seed)
     return summary

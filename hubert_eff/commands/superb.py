@@ -11,22 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, missing_extra
+from ._tasks import add_task, names_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the four sub-commands."""
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
-    names = "short names of tasks (superb list shows them), separated by spaces or commas"
     listing = kinds.add_parser("list", help="the ten tasks: metric, data, license, where the data are from")
     listing.add_argument("--json", action="store_true", help="print the tasks with their settings and layouts as JSON")
 
     check = kinds.add_parser("check", help="check that the data of tasks are there, in the layout that S3PRL reads")
     check.add_argument("--data", required=True, type=Path, metavar="DIR", help="folder that holds the data sets")
-    check.add_argument("--task", nargs="+", default=["all"], metavar="TASK", help=f"{names} (default: all)")
+    add_task(check)
     check.add_argument("--json", action="store_true", help="print what is missing as JSON")
 
     run = kinds.add_parser("run", help="train and test tasks on a frozen upstream")
-    run.add_argument("--task", nargs="+", required=True, metavar="TASK", help=f"{names}, or all")
+    add_task(run, required=True)
     sources = "a checkpoint, an export, an untrained model, or one of S3PRL's, such as s3prl:fbank or s3prl:wavlm_base"
     run.add_argument("--upstream", required=True, metavar="CKPT|FILE|PRESET[@SEED]|s3prl:NAME", help=f"model: {sources}")
     run.add_argument("--data", required=True, type=Path, metavar="DIR", help="folder that holds the data sets")
@@ -82,7 +82,7 @@ def _list(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> int:
     tasks = _bridge("tasks")
     missing: dict[str, str] = {}
-    chosen = tasks.choose(",".join(args.task))
+    chosen = tasks.choose(names_of(args.task))
     if not args.data.is_dir():
         raise UserError(f"no folder at {args.data}")
     for task in chosen:
@@ -110,7 +110,7 @@ def _run(args: argparse.Namespace) -> int:
     request = runner.Request(
         args.upstream, args.data, args.steps, args.lr, args.lr_sweep, args.small, args.seed, args.device, args.workers, args.cache
     )
-    results = runner.run_tasks(",".join(args.task), request, args.out)
+    results = runner.run_tasks(names_of(args.task), request, args.out)
     if args.json:
         print(json.dumps({"results": results}, indent=2, ensure_ascii=False))
         return 0

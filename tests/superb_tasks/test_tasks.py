@@ -15,7 +15,7 @@ import soundfile as sf
 from hubert_eff.cli import main as cli
 from hubert_eff.errors import UserError
 from hubert_eff.reports.table2 import METRICS
-from superb_tasks.data import layouts
+from superb_tasks.data import corpus, layouts
 from superb_tasks.results import scoring
 from superb_tasks.tasks import CONFIGS, LEARNING_RATES, TASKS, check, choose
 
@@ -38,7 +38,9 @@ def test_tasks_are_those_of_the_paper_with_its_metrics():
     for name, task in TASKS.items():
         assert (task.key, task.more_is_better) == (METRICS[name].key, METRICS[name].more_is_better)
     assert [task.name for task in choose("ks,asr,ks")] == ["ks", "asr"]
-    assert len(choose("all")) == 10
+    assert len(choose("all")) == len(choose(["ks", "all"])) == 10
+    with pytest.raises(UserError, match="no task given"):
+        choose([])
     with pytest.raises(UserError, match="did you mean 'asr'"):
         choose("arr")
 
@@ -83,6 +85,16 @@ def test_list_names_data_license_and_source(capsys):
         assert len(task["learning_rates"]) == (0 if task["task"] == "qbe" else 7)
     assert cli(["superb", "list"]) == 0
     assert "Libri2Mix" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("spelling", ["ks sid er", "ks,sid,er", "ks,sid er", "ks, sid, er"])
+def test_every_command_takes_tasks_with_spaces_and_commas(spelling, monkeypatch, capsys, tmp_path):
+    found = []
+    monkeypatch.setattr(corpus, "make_superb", lambda out, tasks, minutes, seed: found.append(list(tasks)) or {})
+    assert cli(["corpus", "superb", "--out", str(tmp_path), "--task", *spelling.split()]) == 0
+    assert found == [["ks", "sid", "er"]]
+    assert cli(["superb", "check", "--data", str(tmp_path), "--json", "--task", *spelling.split()]) == 2
+    assert list(json.loads(capsys.readouterr().out)["missing"]) == found[0]
 
 
 def test_generated_data_are_complete(data, capsys):
