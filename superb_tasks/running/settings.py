@@ -29,7 +29,7 @@ class Request:
     """How tasks are run.
 
     `upstream` is a checkpoint, an exported file, `PRESET[@SEED]` for an untrained model, or one of S3PRL's own, such as
-    `s3prl:fbank` or `s3prl:wavlm_base`; `data` the folder of the data sets. `steps` and `learning_rate` are SUPERB's where None; with `sweep`,
+    `s3prl:wavlm_base`; `data` the folder of the data sets. `steps` and `learning_rate` are SUPERB's where None; with `sweep`,
     each rate of SUPERB's grid is trained, and the one that is best on the validation set is tested (where there is none, on the test set,
     as SUPERB does). `small` takes narrow heads, small batches and few steps, for generated data: such results compare models with each
     other only. `workers` load data in processes of their own. `cache` is a folder for the hidden states of all recordings, in half
