@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from hubert_eff.errors import UserError, unknown
 
 from . import register, require_s3prl
-from .running.launch import check_upstream, device_arguments, exit_code, folder, lookup, read_config
+from .running.launch import check_keywords, check_upstream, device_arguments, exit_code, folder, lookup, read_config
 
 # arguments with which S3PRL prints or writes something and stops
 INFORMATION = {"-h", "--help", "-p", "--print_config", "-d", "--dump_config"}
@@ -50,8 +50,6 @@ def _check(problem_name: str, arguments: Sequence[str]) -> list[str]:
         return None if value is None else str(value)
 
     if problem_name == "SuperbKS":
-        from .data.generators.speech_commands import check_keywords
-
         check_keywords(*(folder(setting(key), f"--{key}") for key in ("prepare_data.gsc1", "prepare_data.gsc1_test")))
     check_upstream(setting("build_upstream.name"), setting("build_upstream.path_or_url"))
     return device_arguments(given=setting("device") is not None)

@@ -20,7 +20,7 @@ from hubert_eff.errors import UserError, short, unknown
 
 from . import register, require_s3prl
 from .data import layouts
-from .running.launch import check_upstream, command_line, device_arguments, exit_code, folder, lookup, read_config
+from .running.launch import check_keywords, check_upstream, command_line, device_arguments, exit_code, folder, lookup, read_config
 
 CONFIGS = Path(__file__).parent / "configs"  # <downstream>.yaml
 
@@ -76,8 +76,6 @@ def _check(arguments: Sequence[str]) -> tuple[list[str], str, Path]:
         return None if value is None else str(value).strip().strip("'\"")
 
     if downstream == "speech_commands":
-        from .data.generators.speech_commands import check_keywords
-
         keys = [f"config.downstream_expert.datarc.{name}" for name in ("speech_commands_root", "speech_commands_test_root")]
         check_keywords(*(folder(setting(key), f"-o {key}=") for key in keys))
     check_upstream(upstream, source)

@@ -7,6 +7,7 @@ S3PRL, and a check of data reads text and a few headers: it answers at once.
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -248,7 +249,11 @@ def check(task: Task, data: Path) -> None:
     try:
         task.check(data)
     except UserError as error:
-        raise UserError(
-            f"{task.name}: {error} (needed: {task.source.layout}; from {task.source.url}; or generated: "
-            f"hubert-eff corpus superb --task {task.name} --out {data})"
-        ) from error
+        place = Path(os.path.abspath(data))
+        absent = [folder for folder in task.source.folders if not (data / folder).is_dir()]
+        if place.name in absent:
+            parent = os.path.relpath(place.parent)
+            raise UserError(f"{task.name}: {data} is the data set itself: give the folder that holds it, --data {parent}") from error
+        needed = f"needed: {task.source.layout}; from {task.source.url}" if absent else "the layout: hubert-eff superb list"
+        generated = f"hubert-eff corpus superb --task {task.name} --out {data if absent else 'DIR'}"
+        raise UserError(f"{task.name}: {error} ({needed}; or generated: {generated})") from error

@@ -74,6 +74,16 @@ def folder(value: str | None, argument: str) -> Path:
     return Path(value)
 
 
+def check_keywords(root: Path, test_root: Path) -> None:
+    """Raise `UserError`, which also says how to generate a corpus, unless both folders are laid out as S3PRL reads Speech Commands."""
+    from ..data.generators import speech_commands
+
+    try:
+        speech_commands.check_keywords(root, test_root)
+    except UserError as error:
+        raise UserError(f"{error} (hubert-eff corpus superb --task ks --out DIR generates such a corpus)") from error
+
+
 def device_arguments(given: bool) -> list[str]:
     """`--device cpu` where S3PRL's default, cuda, would fail and the user has not chosen."""
     import torch

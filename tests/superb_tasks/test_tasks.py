@@ -125,6 +125,22 @@ def test_missing_data_are_named_without_importing_torch_or_s3prl(tmp_path):
         assert line.startswith(f"hubert-eff superb: {name}: no folder at ") and "http" in line
 
 
+def test_the_data_set_itself_is_not_its_parent(data, monkeypatch):
+    monkeypatch.chdir(data.parent)
+    for name in ("ks", "er"):
+        own = Path(data.name) / TASKS[name].source.folders[0]
+        with pytest.raises(UserError, match=f"^{name}: {own} is the data set itself: give the folder that holds it, --data {data.name}$"):
+            check(TASKS[name], own)
+
+
+def test_a_damaged_data_set_gets_a_short_line(copy):
+    shutil.rmtree(copy / "speech_commands_v0.01" / "_background_noise_")
+    with pytest.raises(UserError, match="has no recordings in _background_noise_") as error:
+        check(TASKS["ks"], copy)
+    said = str(error.value).replace(str(copy), "")
+    assert len(said) < 250 and said.count("hubert-eff corpus superb") == 1
+
+
 def _one(root: Path, pattern: str) -> Path:
     return sorted(root.glob(pattern))[0]
 

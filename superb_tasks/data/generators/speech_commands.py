@@ -59,15 +59,14 @@ def split_of(file_name: str) -> str:
 
 def check_keywords(root: Path, test_root: Path) -> None:
     """Raise `UserError` unless both folders are laid out as S3PRL's keyword spotting reads them. Takes a second for the real set."""
-    hint = "(hubert-eff corpus superb --task ks --out DIR makes a synthetic corpus of this layout)"
     missing = [word for word in KEYWORDS if not _recordings(root / word)]
     if missing:
-        raise UserError(f"{root} is not a Speech Commands training folder: no recordings in {', '.join(missing)} {hint}")
+        raise UserError(f"{root} is not a Speech Commands training folder: no recordings in {', '.join(missing)}")
     if not any(_recordings(folder) for folder in root.iterdir() if folder.name not in (*KEYWORDS, NOISE)):
-        raise UserError(f"{root} has keywords only: the class {UNKNOWN} needs folders of other words {hint}")
+        raise UserError(f"{root} has keywords only: the class {UNKNOWN} needs folders of other words")
     noises = _recordings(root / NOISE)
     if not noises:
-        raise UserError(f"{root} has no recordings in {NOISE}, of which the class {SILENCE} is made {hint}")
+        raise UserError(f"{root} has no recordings in {NOISE}, of which the class {SILENCE} is made")
     for recording in noises:
         try:
             seconds = sf.info(recording).duration
@@ -81,7 +80,7 @@ def check_keywords(root: Path, test_root: Path) -> None:
         raise UserError(f"{root}: no speaker falls into {empty} by the hash of the file names, SPEAKER_nohash_NUMBER.wav")
     missing = [name for name in (*KEYWORDS, UNKNOWN, SILENCE) if not _recordings(test_root / name)]
     if missing:
-        raise UserError(f"{test_root} is not a Speech Commands test folder: no recordings in {', '.join(missing)} {hint}")
+        raise UserError(f"{test_root} is not a Speech Commands test folder: no recordings in {', '.join(missing)}")
     more = {folder.name for folder in test_root.iterdir() if folder.is_dir()} - {*KEYWORDS, UNKNOWN, SILENCE}
     if more:
         raise UserError(f"{test_root} holds {', '.join(sorted(more))}, which is not one of the twelve classes: is it the training folder?")
