@@ -151,7 +151,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _run(command, arguments)
         except BaseException as error:
             if received or isinstance(error, KeyboardInterrupt):  # whatever error an interrupted import or library turns it into
-                return say_stopped(program, received)
+                # a command that can resume says so in the KeyboardInterrupt that it passes on
+                return say_stopped(program, received, printable(error) if isinstance(error, KeyboardInterrupt) else "")
             if isinstance(error, BrokenPipeError):
                 sys.stderr.close()
                 return 0

@@ -63,9 +63,9 @@ def held() -> Iterator[None]:
             raise KeyboardInterrupt
 
 
-def say_stopped(program: str, received: list[int]) -> int:
-    """Print one line that a program was stopped; returns its exit code."""
+def say_stopped(program: str, received: list[int], more: str = "") -> int:
+    """Print one line that a program was stopped, and what more the user should know; returns its exit code."""
     number = received[0] if received else signal.SIGINT
     if STEP not in os.environ:
-        print(f"{program}: {WORDS[signal.Signals(number)]}", file=sys.stderr)
+        print(f"{program}: {WORDS[signal.Signals(number)]}{more and '; '}{more}", file=sys.stderr)
     return 128 + number

@@ -74,8 +74,13 @@ def run_tasks(names: str | Iterable[str], request: Request, out: Path) -> list[d
         check_space(request.cache, size)
     results = []
     for task, settings, place in planned:
-        with locked(out, task.name):
-            results.append(run_task(task, request, settings, place))
+        try:
+            with locked(out, task.name):
+                results.append(run_task(task, request, settings, place))
+        except KeyboardInterrupt as stop:
+            saved = sorted(place.rglob("states-*.ckpt"), key=lambda file: file.stat().st_mtime, reverse=True)
+            last = next((f" from {file.relative_to(out)}" for file in saved if _readable(file)), "")
+            raise KeyboardInterrupt(f"the same command resumes {task.name}{last}") from stop
     return results
 
 

@@ -260,6 +260,19 @@ def test_a_killed_run_goes_on_and_results_repeat(data, tmp_path):
     assert fourth["steps"] == 4 and not (folder / "states-24.ckpt").exists()
 
 
+def test_a_stopped_run_says_how_it_resumes(data, tmp_path, monkeypatch, capsys):
+    def stopped(task, request, settings, place):
+        (place / "lr-0.01").mkdir(parents=True)
+        torch.save({"Step": 8}, place / "lr-0.01" / "states-8.ckpt")
+        (place / "lr-0.01" / "states-9.ckpt").write_bytes(b"cut off")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "run_task", stopped)
+    assert cli(command(data, tmp_path / "out", "--task", "ks", "--upstream", "conformer-debug")) == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "hubert-eff superb: interrupted; the same command resumes ks from ks/lr-0.01/states-8.ckpt"
+
+
 @pytest.mark.long
 def test_the_head_learns_what_the_features_hold(data, tmp_path):
     """Even an untrained extractor tells tones apart: each keyword is a tone here."""
