@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError, missing_extra
+from ..errors import UserError, missing_extra, printable
 from ._tasks import add_task, names_of
 
 
@@ -128,6 +128,8 @@ def _report(args: argparse.Namespace) -> int:
 
     results = _bridge("results.tables")
     values = results.report(args.folders, args.out)
+    for text in values["left_out"]:
+        print(f"left out: {printable(text)}", file=sys.stderr)
     if args.json:
         print(json.dumps(values, indent=2, ensure_ascii=False))
         return 0

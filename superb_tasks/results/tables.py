@@ -48,44 +48,52 @@ class Model:
             return []
 
 
-def collect(folders: Sequence[Path]) -> list[Model]:
-    """The models whose results are below the folders, in their order.
+def collect(folders: Sequence[Path]) -> tuple[list[Model], list[str]]:
+    """The models whose results are below the folders, in their order, and a line for each folder without results or with unfinished tasks.
 
-    Raises `UserError` for a missing folder, a folder without results, and two results of one model and task.
+    Raises `UserError` for a missing folder, folders of which none has a result, and two results of one model and task.
     """
     models: dict[str, Model] = {}  # by SHA-256 of the file, or name
+    left_out = []
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"no folder at {folder}")
         found = [(path.parent, records.read(path)) for path in sorted(folder.rglob("result.json"))]
         found = [(place, result) for place, result in found if result.get("task") in TASKS and "upstream" in result]
-        if not found:
-            raise UserError(f"{folder} holds no result.json of `hubert-eff superb run`")
+        begun = {str(path.parent): str(records.read(path).get("task")) for path in sorted(folder.rglob("settings.json"))}
+        unfinished = [task for place, task in begun.items() if task in TASKS and place not in {str(place) for place, _ in found}]
+        if unfinished:
+            left_out.append(f"{folder} unfinished: {' '.join(unfinished)}")
+        elif not found:
+            left_out.append(f"{folder} holds no result.json of `hubert-eff superb run`")
         for place, result in found:
             upstream, task = str(result["upstream"]), str(result["task"])
             model = models.setdefault(str(result.get("sha256") or upstream), Model(upstream, _label(upstream)))
             if task in model.results:
                 raise UserError(f"{place} and {model.results[task][0]} both hold {task} of {upstream}: name one of them")
             model.results[task] = place, result
+    if not models:
+        raise UserError("; ".join(left_out))
     labels, upstreams = [model.label for model in models.values()], [model.upstream for model in models.values()]
     for sha256, model in models.items():
         if upstreams.count(model.upstream) > 1:  # the file was trained further between two runs
             model.label += f" ({sha256[:8]})"
         elif labels.count(model.label) > 1:
             model.label = model.upstream
-    return list(models.values())
+    return list(models.values()), left_out
 
 
 def report(folders: Sequence[Path], out: Path | None = None) -> dict[str, Any]:
-    """The tables as JSON values: `narrow` (head, rows and notes as text: a line per task), `rows`, `differences`, `notes`; with `out`,
-    written there as Markdown, CSV and JSON, with a folder for the leaderboard per model. Raises `UserError` as `collect` does."""
-    models = collect(folders)
+    """The tables as JSON values: `narrow` (head, rows and notes as text: a line per task), `rows`, `differences`, `notes`, and `left_out`
+    (folders without results, unfinished tasks). With `out`, they are written there as Markdown, CSV and JSON, with a folder for the
+    leaderboard per model. Raises `UserError` as `collect` does."""
+    models, left_out = collect(folders)
     rows = [_row(model) for model in models]
     differences = [entry for model in models[1:] for entry in _differences(models[0], model)]
     found = [(model.label, model.upstream, {task: result for task, (_, result) in model.results.items()}) for model in models]
     values: dict[str, Any] = {
         "narrow": dict(zip(("head", "rows", "notes"), narrow(found), strict=True)),
-        "rows": rows + _paper_rows(), "differences": differences, "notes": _notes(models),
+        "rows": rows + _paper_rows(), "differences": differences, "notes": _notes(models), "left_out": left_out,
     }  # fmt: skip
     if out is not None:
         writable(out)

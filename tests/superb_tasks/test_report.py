@@ -185,6 +185,24 @@ def test_bad_folders_are_refused_in_one_line(tmp_path, capsys):
         results.collect([tmp_path / "absent"])
 
 
+def test_a_folder_without_results_does_not_stop_the_report(tmp_path, capsys):
+    write(tmp_path / "done", {"ks": {"accuracy": 0.5}})
+    (tmp_path / "empty").mkdir()
+    for begun in ("done/sid", "new/ks", "new/pr"):
+        (tmp_path / begun).mkdir(parents=True)
+        (tmp_path / begun / "settings.json").write_text(json.dumps({"task": begun.split("/")[1]}))
+    assert cli(["superb", "report", *(str(tmp_path / name) for name in ("empty", "done", "new")), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert [line.replace(f"{tmp_path}/", "") for line in err.splitlines()] == [
+        "left out: empty holds no result.json of `hubert-eff superb run`",
+        "left out: done unfinished: sid",
+        "left out: new unfinished: ks pr",
+    ]
+    assert json.loads(out)["rows"][0]["tasks"]["ks"]["value"] == 50
+    assert cli(["superb", "report", str(tmp_path / "new")]) == 2
+    assert "new unfinished: ks pr" in capsys.readouterr().err
+
+
 def tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
