@@ -74,7 +74,16 @@ def _module(command: str) -> Any:
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong on one line, without the usage."""
 
+    _given: Sequence[str] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse as any parser does, and keep the arguments for `error`."""
+        self._given = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
+        if message.startswith("the following arguments are required") and (wrong := self._misspelled()):
+            message = f"unrecognized arguments: {wrong}"  # argparse names what is missing first
         message += self._nearest(message)
         self.exit(2, f"{self.prog}: {printable(message)} (--help lists the options)\n")
 
@@ -83,13 +92,27 @@ class _Parser(argparse.ArgumentParser):
         wrong = re.search(r"invalid choice: '([^']*)'|unrecognized arguments: (-[^\s=]+)", message)
         if wrong is None:
             return ""
-        below = [a for a in self._actions if isinstance(a, argparse._SubParsersAction)]
-        parsers: list[argparse.ArgumentParser] = [self, *(parser for action in below for parser in action.choices.values())]
-        known: Iterable[str] = {option for parser in parsers for option in parser._option_string_actions}
+        known: Iterable[str] = self._known()
         if wrong[1]:
             known = re.findall(r"[\w-]+", message[wrong.end() :].removeprefix(" (choose from"))
         close = difflib.get_close_matches(wrong[1] or wrong[2], list(known), n=1, cutoff=0.5)
         return f" - did you mean {close[0]}?" if close else ""
+
+    def _known(self) -> set[str]:
+        """The options of this parser and of those directly below it."""
+        below = [a for a in self._actions if isinstance(a, argparse._SubParsersAction)]
+        parsers: list[argparse.ArgumentParser] = [self, *(parser for action in below for parser in action.choices.values())]
+        return {option for parser in parsers for option in parser._option_string_actions}
+
+    def _misspelled(self) -> str:
+        """The first of the given options that is neither known nor the beginning of a known one; empty if there is none."""
+        for word in self._given:
+            name = word.partition("=")[0]
+            if word == "--":
+                break
+            if name.startswith("--") and not any(option.startswith(name) for option in self._known()):
+                return word
+        return ""
 
 
 class _CommandParser(_Parser):

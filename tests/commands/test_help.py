@@ -52,3 +52,21 @@ def test_a_help_text_stands_alone(command: str) -> None:
         assert not re.match(r"(of|with|which|where|whose|that|and|or|its|the same|default|in place of)\b", said), (
             f"{command} {name}: {said}"
         )
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            "superb run --tasks ks",
+            "hubert-eff superb run: unrecognized arguments: --tasks - did you mean --task? (--help lists the options)",
+        ),
+        ("superb --josn", "hubert-eff superb: unrecognized arguments: --josn - did you mean --json? (--help lists the options)"),
+        ("manifest speech --otu data", "unrecognized arguments: --otu - did you mean --out?"),
+        ("superb run --tas ks --lr=1 --seed 1", "hubert-eff superb run: the following arguments are required: --upstream, --data, --out"),
+        ("manifest -- --speech", "hubert-eff manifest: the following arguments are required: --out"),
+    ],
+)
+def test_an_unknown_option_is_named_before_one_that_is_missing(words: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(words.split()) == 2
+    assert said in capsys.readouterr().err
