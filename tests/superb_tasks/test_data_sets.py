@@ -17,6 +17,7 @@ import soundfile as sf
 from hubert_eff.cli import main
 from hubert_eff.data.synthetic.espeak import pronounce
 from hubert_eff.errors import UserError
+from hubert_eff.utils import progress
 from hubert_eff.utils.files import temporary_beside
 from superb_tasks.data import corpus
 from superb_tasks.data.generators import common, diarization, fluent_commands, iemocap, librispeech, snips, voxceleb
@@ -24,6 +25,16 @@ from superb_tasks.data.generators.common import sex, voices
 from superb_tasks.tasks import TASKS
 
 pytest.importorskip("espeakng_loader")
+
+
+def test_progress_has_a_unit_and_ends_at_the_estimate(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    with common.disk(tmp_path / "words", minutes=1 / 30) as recorder:
+        for number in range(3):
+            recorder.save(f"{number}.wav", np.zeros(16000))
+    lines = [line.partition(", about ") for line in capsys.readouterr().err.splitlines()]
+    assert [line[0] for line in lines] == [f"words: {done} of 2 s of speech" for done in (1, 2, 2)]
+    assert lines[-1][2] == "0 s left"
 
 
 # -- all ten tasks ---------------------------------------------------------------------------------------------------

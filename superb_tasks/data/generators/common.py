@@ -100,7 +100,7 @@ class Disk:
 @contextmanager
 def disk(root: Path, minutes: float) -> Iterator[Disk]:
     """A `Disk` that reports progress toward `minutes` of speech."""
-    with progress(root.name, max(1, round(minutes * 60))) as advance:
+    with progress(root.name, max(1, round(minutes * 60)), "s of speech") as advance:
         yield Disk(root, advance)
 
 
