@@ -134,7 +134,7 @@ def _report(args: argparse.Namespace) -> int:
         print(json.dumps(values, indent=2, ensure_ascii=False))
         return 0
     first = values["narrow"]
-    wide_head, wide_rows = results.cells(values)
+    wide_head, wide_rows = results.cells(values, results.tasks_of(values))  # a terminal is narrow; files have all ten tasks
     for head, rows, notes in ((first["head"], first["rows"], first["notes"]), (wide_head, wide_rows, values["notes"])):
         table = plain_table(*head)
         for row in rows:

@@ -223,15 +223,20 @@ def _data_sets(models: Sequence[Model]) -> Iterator[str]:
 # -- tables ----------------------------------------------------------------------------------------------------------
 
 
-def cells(values: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """The table as text: the head, and a row per model."""
-    head = ["model", "source", *COSTS.values(), *(f"{task} {METRICS[task].key}" for task in METRICS), "SUPERB score"]
+def tasks_of(values: Mapping[str, Any]) -> list[str]:
+    """The tasks of which a model has a result, the paper's models aside."""
+    return [task for task in METRICS if any(task in row["tasks"] for row in values["rows"] if row["source"] == OURS)]
+
+
+def cells(values: Mapping[str, Any], chosen: Sequence[str] = tuple(METRICS)) -> tuple[list[str], list[list[str]]]:
+    """The table as text: the head, and a row per model, with columns for the chosen tasks."""
+    head = ["model", "source", *COSTS.values(), *(f"{task} {METRICS[task].key}" for task in chosen), "SUPERB score"]
     marked = {(entry["model"], entry["task"]) for entry in values["differences"] if entry["p"] < SIGNIFICANT}
     table = []
     for row in values["rows"]:
         costs = [f"{row['params']:,}" if row["params"] else "-", *(_text(row[key]) for key in list(COSTS)[1:])]
         tasks = []
-        for task in METRICS:
+        for task in chosen:
             cell = row["tasks"].get(task)
             star = "*" if row["source"] == OURS and (row["model"], task) in marked else ""
             toy = TOY if cell and cell.get("data_set") == GENERATED else ""

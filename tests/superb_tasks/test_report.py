@@ -185,6 +185,19 @@ def test_bad_folders_are_refused_in_one_line(tmp_path, capsys):
         results.collect([tmp_path / "absent"])
 
 
+def test_the_printed_table_has_the_tasks_that_were_run(tmp_path, capsys):
+    part = write(tmp_path / "part", {"sid": {"accuracy": 0.5}, "ks": {"accuracy": 0.5}})
+    assert cli(["superb", "report", str(part), "--out", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert "asr" not in out.partition("Data:")[0].partition("model")[2]
+    assert results.cells(json.loads((tmp_path / "out" / "superb.json").read_text()), ["ks", "sid"])[0][6:8] == [
+        "ks accuracy",
+        "sid accuracy",
+    ]
+    head = (tmp_path / "out" / "superb.md").read_text().partition("| model |")[2].splitlines()[0]
+    assert all(f"| {task} {METRICS[task].key} " in head for task in METRICS)
+
+
 def test_a_folder_without_results_does_not_stop_the_report(tmp_path, capsys):
     write(tmp_path / "done", {"ks": {"accuracy": 0.5}})
     (tmp_path / "empty").mkdir()
