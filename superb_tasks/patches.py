@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import functools
 import importlib
+import logging
 import os
 import sys
 import types
@@ -38,7 +39,9 @@ def apply() -> None:
 
 
 def _quiet_warnings() -> None:
-    """Hide warnings: S3PRL calls functions that later versions of torch and torchaudio than the pinned ones will remove."""
+    """Hide warnings: S3PRL calls functions that later versions of torch and torchaudio than the pinned ones will remove, and says at each
+    start that ESPnet, which one of its upstreams needs, is not installed."""
+    logging.getLogger("s3prl.upstream.espnet_hubert.expert").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=r"(?s).*(torchaudio|pkg_resources|torch\.cuda\.amp).*deprecated")
 
 

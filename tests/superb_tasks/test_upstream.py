@@ -148,6 +148,7 @@ print(S3PRLUpstream("hubert_eff", path_or_url="conformer-debug@0").num_layers)
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "3", done.stderr
+    assert "ESPnet" not in done.stderr
 
 
 def test_the_python_lines_of_the_page_run(capsys):
