@@ -36,7 +36,6 @@ from ..data import layouts
 from ..data.prepare import prepare
 from ..data.utterances import utterances
 from ..tasks import Task, check, choose
-from ..teachers import open_s3prl
 from . import records
 from .launch import S3PRL, command_line, upstream_arguments
 from .progress import lines_for_bars
@@ -123,6 +122,8 @@ def _states(upstream: str) -> list[Any]:
     import torch
 
     if upstream.startswith(S3PRL):
+        from ..teachers import open_s3prl
+
         with torch.no_grad():
             return list(open_s3prl(upstream.removeprefix(S3PRL))(torch.zeros(1, SAMPLE_RATE)))
     from hubert_eff.checkpoints.open import open_model

@@ -16,7 +16,6 @@ from hubert_eff.utils.files import write_json, write_text
 
 from ..data import layouts
 from ..tasks import Task
-from ..teachers import open_s3prl, published
 from . import records
 from .launch import S3PRL
 
@@ -112,6 +111,8 @@ def of_result(task: Task, request: Request, origin: dict[str, str | None]) -> di
 
 def of_upstream(upstream: str) -> dict[str, str | None]:
     """The identity of an upstream's states: its weights and the code. Raises `UserError` for one that cannot be loaded."""
+    from ..teachers import open_s3prl, published  # and with it torch
+
     if upstream.startswith(S3PRL):
         open_s3prl(upstream.removeprefix(S3PRL))
         return {"weights": None, "code": f"{upstream} of s3prl {version('s3prl')}, torchaudio {version('torchaudio')}"}
