@@ -128,7 +128,7 @@ def fit(files: Sequence[Path], clusters: int, seed: int) -> Array:
     alpha = min(1.0, 2.0 * batch / (frames + 1))  # smoothing over about one pass
     smoothed, best, waited = math.nan, math.inf, 0
     threads = 1 if batch * clusters * shapes[0][1] < SMALL else None
-    with threadpool_limits(threads), progress(f"k-means of {frames} frames, passes (stops early)", MAX_PASSES) as advance:
+    with threadpool_limits(threads), progress(f"k-means of {frames} frames, passes", MAX_PASSES, at_most=True) as advance:
         model = MiniBatchKMeans(
             clusters,
             init=_start(files, clusters, seed, frames),

@@ -17,6 +17,7 @@ from ..data.lines import read_json
 from ..data.tsv import Manifest, read_manifest
 from ..errors import UserError
 from ..utils.files import temporary_folder, writable, write_json
+from ..utils.progress import progress
 from .features import Extractor, FeatureSource, HiddenLayer
 from .kmeans import KMeans, fit, require
 from .make import cut, drawn, read_audio
@@ -98,7 +99,8 @@ def layer_quality(
     phones = Phones.read(Path(alignments), tables, clusters)
 
     source = FeatureSource(name, choice.layers, device, batch_seconds)
-    extractor = source.open()
+    with progress(f"loading {name}", 1):
+        extractor = source.open()
     assert isinstance(extractor, HiddenLayer)
     layers = extractor.layers
     frames = {split: sum(extractor.frames(n) for _, n in sample) for split, sample in samples.items()}

@@ -31,6 +31,7 @@ from ..data.lines import read_json
 from ..data.tsv import Manifest, read_manifest
 from ..errors import UserError, short, unknown
 from ..utils.files import replacing, sync_folder, writable, write_json, write_text
+from ..utils.progress import progress
 from .classes import file_digest, read_dictionary
 from .features import Array, Extractor, FeatureSource
 from .kmeans import KINDS, KMeans, fit, fit_faiss, require
@@ -97,7 +98,8 @@ def make_labels(
         raise UserError(f"no manifest in {folder}: it must hold train.tsv, made by `hubert-eff manifest`")
     tables = {name: read_manifest(folder / f"{name}.tsv") for name in names}
     fitted = tables.get(fit_split) or read_manifest(folder / f"{fit_split}.tsv")
-    extractor = source.open()
+    with progress(f"loading {source.checkpoint or 'MFCC'}", 1):
+        extractor = source.open()
     for table in {**tables, fit_split: fitted}.values():
         _check_lengths(table, extractor)
     sample = drawn(fitted, fit_hours, seed)

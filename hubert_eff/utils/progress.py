@@ -6,35 +6,44 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Event, Thread
 
 LINE_SECONDS = 10.0  # seconds between plain lines
 
 
 @contextmanager
-def progress(what: str, total: int, unit: str = "") -> Iterator[Callable[[int], None]]:
+def progress(what: str, total: int, unit: str = "", at_most: bool = False) -> Iterator[Callable[[int], None]]:
     """Yield `advance(n)`, to be called after `n` more of `total` steps. Jobs shorter than `LINE_SECONDS` print no plain line.
 
-    `total` may be an estimate: no more than it is shown. `unit` follows the numbers.
+    Plain lines come from a thread, so that a long step does not look like a job that hangs. `total` may be an estimate: no more than it is
+    shown. `unit` follows the numbers. `at_most`: the job may stop before `total` steps, so the time left is not shown.
     """
     if sys.stderr.isatty():
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
+        time_column = TimeElapsedColumn() if at_most else TimeRemainingColumn()
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), time_column)
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task(what, total=total)
             yield lambda n: bar.update(task, completed=min(bar.tasks[task].completed + n, total))
         return
-    done, began = 0, time.monotonic()
-    last = began
+    done, began, ended = 0, time.monotonic(), Event()
 
     def advance(n: int) -> None:
-        nonlocal done, last
+        nonlocal done
         done = min(done + n, total)
-        now = time.monotonic()
-        if now - last >= LINE_SECONDS:
-            last = now
-            left = (now - began) / max(done, 1) * (total - done)
-            print(f"{what}: {done} of {total}{unit and ' '}{unit}, about {left:.0f} s left", file=sys.stderr, flush=True)
 
-    yield advance
+    def lines() -> None:
+        while not ended.wait(LINE_SECONDS):
+            taken = time.monotonic() - began
+            left = f", about {taken / done * (total - done):.0f} s left" if done and not at_most else f", {taken:.0f} s so far"
+            print(f"{what}: {done} of {'at most ' if at_most else ''}{total}{unit and ' '}{unit}{left}", file=sys.stderr, flush=True)
+
+    printer = Thread(target=lines, daemon=True)
+    printer.start()
+    try:
+        yield advance
+    finally:
+        ended.set()
+        printer.join()
