@@ -63,12 +63,30 @@ def about(file: str | os.PathLike[str]) -> Iterator[None]:
         raise UserError(f"{file}: {error}") from error
 
 
-def unknown(kind: str, name: object, known: Iterable[str]) -> UserError:
-    """A `UserError` for an unknown name that offers the nearest one and lists all."""
+MANY = 20  # names beyond which an error lists only the nearest
+NEAREST = 5
+
+
+def unknown(kind: str, name: object, known: Iterable[str], command: str = "") -> UserError:
+    """A `UserError` for an unknown name that offers the nearest one, and lists all, or of `MANY` those near it.
+
+    Args:
+        kind: what the name stands for, such as "preset".
+        name: the unknown name.
+        known: the names that exist.
+        command: the command that shows all names, for lists that may be long.
+
+    Returns:
+        The error to raise.
+    """
     names, said = sorted(known), short(name)
-    close = difflib.get_close_matches(said, names, n=1, cutoff=0.5)
-    hint = f" - did you mean '{close[0]}'?" if close else "."
-    return UserError(f"unknown {kind} '{said}'{hint} Known: {', '.join(names) or 'none'}")
+    longer = sorted((known for known in names if len(said) > 2 and known.startswith(said)), key=len)
+    near = list(dict.fromkeys([*longer, *difflib.get_close_matches(said, names, n=NEAREST, cutoff=0.5)]))[:NEAREST]
+    hint = f" - did you mean '{near[0]}'?" if near else "."
+    if len(names) <= MANY or not (near or command):
+        return UserError(f"unknown {kind} '{said}'{hint} Known: {', '.join(names) or 'none'}")
+    others = f" Near it: {', '.join(near[1:])}." if near[1:] else ""
+    return UserError(f"unknown {kind} '{said}'{hint}{others}" + (f" `{command}` shows all" if command else f" ({len(names)} are known)"))
 
 
 def missing_extra(package: str, extra: str, purpose: str) -> UserError:

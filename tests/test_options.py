@@ -13,8 +13,9 @@ import hubert_eff
 from hubert_eff.cli import main
 from hubert_eff.config import Bounds, check_options, option
 from hubert_eff.encoders.registry import get_encoder
-from hubert_eff.errors import UserError
+from hubert_eff.errors import UserError, unknown
 from hubert_eff.recognition.model import RecognizerConfig
+from hubert_eff.utils.configurations import check_choices
 
 
 @dataclasses.dataclass
@@ -77,3 +78,18 @@ def test_a_configuration_can_be_explained(name: str, capsys: pytest.CaptureFixtu
     explained = capsys.readouterr().out
     assert yaml.safe_load(explained) == yaml.safe_load(plain)
     assert any(line.startswith("  mask_prob: ") and line.endswith("(0 to 1)") for line in explained.splitlines())
+
+
+def test_an_unknown_name_among_many_lists_those_near_it() -> None:
+    many = [f"section.key_{i}" for i in range(100)]
+    error = str(unknown("key", "section.kye_77", many, "hubert-eff config debug"))
+    assert error.startswith("unknown key 'section.kye_77' - did you mean 'section.key_77'? Near it: ")
+    assert error.count("section.key_") == 5 and error.endswith(". `hubert-eff config debug` shows all")
+    assert str(unknown("key", "?", many, "hubert-eff config")) == "unknown key '?'. `hubert-eff config` shows all"
+    assert str(unknown("key", "?", many)).count("section.key_") == 100  # there is no other place that shows them
+
+
+def test_names_that_go_on_are_near() -> None:
+    """`encoder=zipformer`: the debug size is offered too, though more letters follow."""
+    with pytest.raises(UserError, match="did you mean 'zipformer_[sml]'.*zipformer_debug.*`hubert-eff config` shows all"):
+        check_choices(["encoder=zipformer"])

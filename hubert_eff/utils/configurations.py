@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from ..errors import UserError, require, unknown
 from .files import config_dir
 
 KINDS = ("pretrain", "quantize", "finetune")
+SHOW = "hubert-eff config"  # the command that shows all names; with the name of a configuration, all keys
 HYDRA_KEYS = {"job": ("chdir",), "run": ("dir",), "sweep": ("dir", "subdir")}  # hydra's own keys that the configurations set
 
 
@@ -57,9 +59,9 @@ def find_configuration(name: str) -> Path:
             if len(trained) == 1:
                 return config_dir() / candidate / f"{trained[0]}.yaml"
     if kind in KINDS:
-        raise unknown("configuration", stem, list_configurations(kind))
+        raise unknown("configuration", stem, list_configurations(kind), SHOW)
     known = list_configurations()
-    raise unknown("configuration", name, known if slash else sorted({entry.partition("/")[2] for entry in known}))
+    raise unknown("configuration", name, known if slash else {entry.partition("/")[2] for entry in known}, SHOW)
 
 
 def encoder_of(kind: str, name: str) -> str | None:
@@ -92,7 +94,7 @@ def check_choices(overrides: Sequence[str]) -> None:
             raise unknown(f"group in '{override}'", group, groups)
         for member in value.split(","):
             if member.strip() not in groups[group]:
-                raise unknown(f"{group} in '{override}'", member.strip(), groups[group])
+                raise unknown(f"{group} in '{override}'", member.strip(), groups[group], SHOW)
 
 
 def check_overrides(words: Iterable[object]) -> None:
@@ -135,6 +137,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    logging.getLogger("hydra.core.utils").setLevel(logging.INFO)  # it needlessly prints the name of the job
     schemas = ConfigStore.instance().repo
     schema = schemas.pop(path.name, None)  # fairseq stores its schema, with all defaults, under the name of the configuration that it runs
     try:
@@ -151,7 +154,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
         if key and _is_fairseqs(key[1]):  # a key that the configuration leaves at fairseq's default
             return load_config(name, [f"+{word}" if word.partition("=")[0] == key[1] else word for word in overrides])
         if key:
-            raise unknown(f"key in the overrides of {name}", key[1], _keys(load_config(name))) from error
+            raise unknown(f"key in the overrides of {name}", key[1], _keys(load_config(name)), f"{SHOW} {name}") from error
         raise UserError(f"{' '.join([name, *overrides])}: {' '.join(lines[0].split())}") from error
     finally:
         if schema is not None:
