@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import re
+
 import pytest
 import yaml
 
 from hubert_eff.cli import main
 from hubert_eff.errors import UserError
 from hubert_eff.reports.table1 import PAPER_TABLE
-from hubert_eff.utils.configurations import choices, list_configurations, list_groups, load_config
+from hubert_eff.utils.configurations import choices, find_configuration, list_configurations, list_groups, load_config
 from hubert_eff.utils.files import config_dir
 
 
@@ -111,6 +114,21 @@ def test_the_command_prints_what_fairseq_reads(capsys):
     assert {"pretrain/conformer_s", "finetune/debug"} <= set(capsys.readouterr().out.splitlines())
     assert main(["config", "conformer_s", "encoder=zipfomer_s"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_head_of_a_configuration_names_the_command_that_trains_it():
+    for entry in list_configurations():
+        path = config_dir() / f"{entry}.yaml"
+        (name,) = re.findall(r"^#   hubert-eff train (\S+) ", path.read_text(encoding="utf-8"), re.MULTILINE)
+        assert find_configuration(name) == path
+
+
+def test_composing_logs_nothing_even_where_everything_is_logged(caplog):
+    """fairseq, once imported, logs all that hydra says."""
+    logging.getLogger("hydra.core.utils").setLevel(logging.NOTSET)
+    with caplog.at_level(logging.DEBUG):
+        load_config("debug")
+    assert not [record for record in caplog.records if record.name.startswith("hydra")]
 
 
 def test_a_schema_that_fairseq_keeps_does_not_show():
