@@ -62,9 +62,14 @@ def _samples(audio: str | os.PathLike[str] | npt.NDArray[np.floating] | Tensor, 
             return np.concatenate(list(read_mono(path, check(path))))
         except Unusable as reason:
             raise UserError(f"{path}: {reason}") from reason
+    if isinstance(audio, (list, tuple)) and any(isinstance(one, (str, os.PathLike)) for one in audio):
+        raise UserError(f"one recording is needed, these are {len(audio)} names: for several files use hubert_eff.inference.extract")
     samples = audio.detach().cpu().numpy() if isinstance(audio, Tensor) else np.asarray(audio)
     if samples.ndim != 1 or not np.issubdtype(samples.dtype, np.floating):
-        raise UserError(f"samples must be floats of the shape (S,), one channel within [-1, 1]; these are {samples.dtype} {samples.shape}")
+        remedy = ": divide int16 by 32768" if samples.dtype == np.int16 else ""
+        raise UserError(
+            f"samples must be floats of the shape (S,), one channel within [-1, 1]; these are {samples.dtype} {samples.shape}{remedy}"
+        )
     if rate is not None and rate < 1:
         raise UserError(f"rate={rate} must be at least 1 sample per second")
     return np.concatenate([*resampled(iter([samples.astype(np.float32)]), rate or SAMPLE_RATE)])

@@ -45,7 +45,8 @@ def test_a_preset_and_samples_of_16_khz(model) -> None:
     ("audio", "options", "said"),
     [
         (np.zeros((2, 16000), np.float32), {}, "(2, 16000)"),
-        (np.zeros(16000, np.int16), {}, "int16"),
+        (np.zeros(16000, np.int16), {}, "these are int16 (16000,): divide int16 by 32768"),
+        (["a.wav", Path("b.wav")], {}, "these are 2 names: for several files use hubert_eff.inference.extract"),
         (wave(1.0, 16000), {"rate": 0}, "rate=0 must be at least 1"),
         (wave(1.0, 16000), {"layer": 3}, "layer 3 is not there: this model has hidden states 0 to 2"),
         (wave(0.01, 16000), {}, "samples"),
