@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from .table2 import METRICS, REFERENCES
 from .training_log import LOG, TrainingLog, read_log
 
 COSTS = {"storage": "storage, MB", "bop": "bit operations of 10 s, 2^30", "ms": "measured latency of 10 s, ms"}
+MOST_OF_A_REASON = 300  # characters of an error
 CHECKPOINTS = ("checkpoint_best.pt", "checkpoint_last.pt")  # checkpoints of a run; the model of the first that exists is profiled
 
 
@@ -62,8 +64,14 @@ def collect(folders: Iterable[str | os.PathLike[str]]) -> Findings:
         try:
             found.profiles[model] = profile(model)
         except (UserError, RuntimeError) as error:
-            found.left_out.append(f"{model}: {' '.join(str(error).split())[:200]}")
+            found.left_out.append(_without_cost(model, error))
     return found
+
+
+def _without_cost(model: str, error: Exception) -> str:
+    """Why a model has no cost, with its name once, cut between words."""
+    reason = textwrap.shorten(str(error), MOST_OF_A_REASON, placeholder=" ...")
+    return reason if model in reason else f"{model}: {reason}"
 
 
 def _size(found: Findings) -> int:

@@ -14,12 +14,14 @@ import pytest
 
 import hubert_eff
 from hubert_eff.cli import main
+from hubert_eff.errors import UserError
 from hubert_eff.reports import table1
 from hubert_eff.reports.table2 import METRICS, PAPER_TABLE, paper_quality, rows_of
 
 pytest.importorskip("matplotlib")
 
 from hubert_eff.reports import frontier  # noqa: E402
+from hubert_eff.reports.findings import _without_cost  # noqa: E402
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -236,3 +238,10 @@ def test_in_a_browser(report, width, tmp_path):
     shot = tmp_path / "shot.png"
     subprocess.run([*command, f"--screenshot={shot}", frame.as_uri()], capture_output=True, check=True, timeout=120)
     assert shot.stat().st_size > 20_000
+
+
+def test_a_model_without_cost_is_named_once_and_its_reason_ends_with_a_word() -> None:
+    said = _without_cost("run/checkpoint_best.pt", UserError("run/checkpoint_best.pt holds another model: " + "import it first " * 50))
+    assert said.startswith("run/checkpoint_best.pt holds") and said.count("checkpoint_best.pt") == 1
+    assert said.removesuffix(" ...").split()[-1] in ("import", "it", "first") and said.endswith(" ...")
+    assert _without_cost("run/last.pt", UserError("an operation has no formula")) == "run/last.pt: an operation has no formula"
