@@ -145,7 +145,7 @@ def test_kaldi_without_segments(tmp_path, long, capsys) -> None:
     (source / "utt2dur").write_text("a.flac 6.00\nbb.wav 5.05\nccc.wav 2.5\n")
     assert main(["manifest", str(source / "wav.scp"), "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
-    assert "2 utterances of Kaldi (1 converted)" in printed
+    assert "2 utterances of Kaldi (1 as copies in the cache)" in printed
     left_out = dict(line.split("\t") for line in (tmp_path / "out" / "left_out.tsv").read_text().splitlines()[1:])
     assert left_out == {
         "ccc.wav": "not the file of its manifest: 1.50 s, expected 2.50 s",

@@ -95,7 +95,7 @@ def _lines(summary: dict[str, Any], out: Path) -> list[str]:
     parts = ", ".join(f"{n} {s['utterances']} utterances ({s['minutes']:.1f} min)" for n, s in splits.items())
     kind = "recordings" if summary["layout"] == "folder" else f"utterances of {summary['layout']}"
     joined = ", joined" if summary["options"]["join"] else ""
-    lines = [f"{summary['recordings']} {kind} ({summary['converted']} converted{joined}): {parts} -> {out}"]
+    lines = [f"{summary['recordings']} {kind} ({summary['converted']} as copies in the cache{joined}): {parts} -> {out}"]
     if summary["left_out"]:
         reasons = ", ".join(f"{count} {reason}" for reason, count in summary["left_out_reasons"].items())
         lines.append(f"left out {summary['left_out']}: {reasons}; each is named in {out / 'left_out.tsv'}")
