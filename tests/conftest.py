@@ -48,3 +48,9 @@ def superb_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with FileLock(folder / "superb.lock"):
         make_superb(folder / "superb", minutes=0.2, seed=3)  # what is there is kept
     return folder / "superb"
+
+
+@pytest.fixture(autouse=True)
+def no_lines_of_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine, lines of progress would stand among the errors that tests read."""
+    monkeypatch.setattr("hubert_eff.utils.progress.LINE_SECONDS", 3600.0)
