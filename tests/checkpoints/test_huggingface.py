@@ -185,7 +185,7 @@ def test_folders_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str
     index.unlink()
     state = model.state_dict()
     save_file({**state, "encoder.layers.0.fc1.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match=r"it holds encoder.layers.0.fc1.weight \(1,\), which the architecture of this package"):
+    with pytest.raises(UserError, match=r"it holds encoder.layers.0.fc1.weight \(1,\), for which the architecture of this package"):
         hubert_eff.load(tmp_path)
     name = "encoder.layers.0.attention.k_proj.weight"
     save_file({**state, name: torch.zeros(32, 32, dtype=torch.int8)}, tmp_path / "model.safetensors")

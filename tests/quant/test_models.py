@@ -288,10 +288,10 @@ def test_report_says_what_became_of_each_part() -> None:
         ("w1a1", {"modules": {"encoder.layers.7.ffn1.w_1": "float"}}, "unknown module in the policy 'encoder.layers.7.ffn1.w_1' - did you"),
         ("w1a1", {"modules": {"encoder.pos_conv": "binary"}}, "'encoder.pos_conv', which has to stay float"),
         ("w1a1", {"modules": {"encoder.layers.0.self_attn.q_proj": "float"}}, "share the input"),
-        ("w1a1", "{base: [}", "no YAML"),
+        ("w1a1", "{base: [}", "not valid YAML"),
         ("w1a1", {"base": ["paper"]}, "unknown policy"),
         ({"base": "papers"}, "default", "unknown policy 'papers'"),
-        (dict.fromkeys(BINARY_KINDS, "float"), "default", "nothing of this ConformerEncoder would be binarized: its policy leaves float"),
+        (dict.fromkeys(BINARY_KINDS, "float"), "default", "nothing of this ConformerEncoder would be binarized: its policy leaves everything float"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(spec: str, policy: object, message: str) -> None:

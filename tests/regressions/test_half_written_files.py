@@ -104,10 +104,10 @@ def test_only_regular_files_are_replaced(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "folder").mkdir()
-    for name, said in (("fifo", "no regular file"), ("loop", "no regular file"), ("folder", "is a folder")):
+    for name, said in (("fifo", "not a regular file"), ("loop", "not a regular file"), ("folder", "is a folder")):
         with pytest.raises(UserError, match=said):
             write_text(tmp_path / name, "content")
-    with pytest.raises(UserError, match="no regular file"):
+    with pytest.raises(UserError, match="not a regular file"):
         write_text(os.devnull, "content")
     assert sorted(os.listdir(tmp_path)) == ["fifo", "folder", "loop"]
 

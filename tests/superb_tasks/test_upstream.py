@@ -109,7 +109,7 @@ def test_a_source_that_is_none_is_refused(source, message):
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
     file = tmp_path / "model.pt"
     file.write_bytes(b"not a checkpoint")
-    with pytest.raises(UserError, match="no checkpoint"):
+    with pytest.raises(UserError, match="is not a checkpoint"):
         UpstreamExpert(str(file))
     with pytest.raises(UserError, match="holds its own"):
         UpstreamExpert("conformer-debug", model_config="config.yaml")
