@@ -291,7 +291,11 @@ def test_report_says_what_became_of_each_part() -> None:
         ("w1a1", "{base: [}", "not valid YAML"),
         ("w1a1", {"base": ["paper"]}, "unknown policy"),
         ({"base": "papers"}, "default", "unknown policy 'papers'"),
-        (dict.fromkeys(BINARY_KINDS, "float"), "default", "nothing of this ConformerEncoder would be binarized: its policy leaves everything float"),
+        (
+            dict.fromkeys(BINARY_KINDS, "float"),
+            "default",
+            "nothing of this ConformerEncoder would be binarized: its policy leaves everything float",
+        ),
     ],
 )
 def test_bad_input_is_refused_in_one_line(spec: str, policy: object, message: str) -> None:
