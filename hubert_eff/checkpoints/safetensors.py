@@ -37,6 +37,7 @@ HEADS, RECOGNIZER = "heads.", "recognizer"  # prefix of the heads of a fine-tune
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 COMPUTED = {"fp32": torch.float32, "fp16": torch.float32, "bf16": torch.bfloat16}
 EDGE = "edge"  # metadata key for the form of a rewritten model
+TRAINING, UNTRAINED = "training", "random, never trained"  # what the metadata say of the weights of a preset
 BLUEPRINT = ("encoder", "config", "weights", "fused", "final_projections")  # metadata from which a model is built
 NAMES = {
     torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int8: "I8", torch.uint8: "U8",

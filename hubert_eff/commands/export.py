@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     """Write the file or the folder and its card, and say how large it is."""
     from ..checkpoints.load import average, keep_keys, last_checkpoints
     from ..checkpoints.open import open_model
-    from ..checkpoints.safetensors import is_export, is_own, read_metadata
+    from ..checkpoints.safetensors import TRAINING, UNTRAINED, is_export, is_own, read_metadata
     from ..edge import rewrite
     from ..exporting.huggingface import export_folder, require_ctc
     from ..exporting.onnx import export_onnx, require_onnx, require_onnx_form
@@ -142,8 +142,11 @@ def run(args: argparse.Namespace) -> int:
     said: dict[str, Any] = {}
     source = Path(args.model)
     held = read_metadata(source) if source.is_file() and is_export(source) and is_own(source) else {}  # its notes are kept
-    said_here = {"license": args.license, "trained_on": args.trained_on}
+    is_preset = args.average is None and not source.exists()  # as `open_model` decides
+    said_here = {"license": args.license, "trained_on": args.trained_on, TRAINING: UNTRAINED if is_preset else ""}
     notes = {key: text or held[key] for key, text in said_here.items() if text or key in held}
+    training = notes.get(TRAINING, "")
+    weights_are = f"; weights: {training}" if training else ""
     how = {"dtype": dtype, "packed": not args.float, "encoder_only": args.encoder_only, "source": Path(name).name, "notes": notes}
     if args.out is not None:
         with _warnings_said():
@@ -155,29 +158,35 @@ def run(args: argparse.Namespace) -> int:
         said = {"file": str(args.out), "card": str(card), **figures}
         if not args.json:
             heads = f", with its {model.heads}" if isinstance(whole, Recognizer) else ""
-            print(f"{args.out}: {figures['bytes'] / 1e6:.3f} MB, {figures['weights']} weights, the rest {dtype}{heads}; {card}")
+            print(f"{args.out}: {figures['bytes'] / 1e6:.3f} MB, {_form(figures['weights'], dtype)}{heads}{weights_are}; {card}")
     if args.hf is not None:
         with _warnings_said():
             metadata = export_folder(whole, args.hf, **how)
         card, figures = write_readme(args.hf, metadata, args.base_model)
         said["hf"] = {"folder": str(args.hf), "card": str(card), **figures}
         if not args.json:
-            print(f"{args.hf}: {figures['bytes'] / 1e6:.3f} MB, {figures['weights']} weights, the rest {dtype}; {card}")
+            print(f"{args.hf}: {figures['bytes'] / 1e6:.3f} MB, {_form(figures['weights'], dtype)}{weights_are}; {card}")
     if args.pt2 is not None:
-        program = export_pt2(float_whole, args.pt2)
+        program = export_pt2(float_whole, args.pt2, training)
         said["pt2"] = program
         if not args.json:
             what = " and ".join(program["outputs"])
-            print(f"{args.pt2}: {program['bytes'] / 1e6:.3f} MB, {what}; differs from the model by at most {program['difference']:.1e}")
+            off = f"{program['difference']:.1e}"
+            print(f"{args.pt2}: {program['bytes'] / 1e6:.3f} MB, {what}; differs from the model by at most {off}{weights_are}")
     if args.onnx is not None:
-        graph = export_onnx(whole, args.onnx)
+        graph = export_onnx(whole, args.onnx, training)
         said["onnx"] = graph
         if not args.json:
             said_of = f"{graph['difference']:.1e}" + (f" ({graph['share_off']:.1%} by more than 1e-3)" if graph["share_off"] else "")
-            print(f"{args.onnx}: {graph['bytes'] / 1e6:.3f} MB, {graph['form']}; onnxruntime differs by at most {said_of}")
+            print(f"{args.onnx}: {graph['bytes'] / 1e6:.3f} MB, {graph['form']}; onnxruntime differs by at most {said_of}{weights_are}")
     if args.json:
-        print(json.dumps(said, indent=2))
+        print(json.dumps(said | ({TRAINING: training} if training else {}), indent=2))
     return 0
+
+
+def _form(weights: str, dtype: str) -> str:
+    """How a file holds its weights, for a line of output."""
+    return f"float weights in {dtype}" if weights == "float" else f"{weights} weights, the rest {dtype}"
 
 
 @contextmanager
@@ -187,7 +196,7 @@ def _warnings_said() -> Iterator[None]:
         warnings.simplefilter("always")
         yield
     for warning in said:
-        print(f"hubert-eff export: {warning.message}", file=sys.stderr)
+        print(f"hubert-eff export: warning: {warning.message}", file=sys.stderr)
 
 
 def _with_heads(encoder: HubertModel, source: str) -> Recognizer:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..checkpoints.huggingface import CONFIG, KEYS, MODES, OWN, PREFIXES, PREPROCESSOR, WEIGHTS, their_name
-from ..checkpoints.safetensors import DTYPES, FLOAT, read_metadata
+from ..checkpoints.safetensors import DTYPES, FLOAT, TRAINING, read_metadata
 from ..config import MEL_FRONTS, SAMPLE_RATE, HubertConfig
 from ..encoders.registry import encoder_of
 from ..errors import UserError, unknown
@@ -27,7 +27,7 @@ from ..quant.storage import tensors
 from ..recognition import Recognizer
 from ..recognition.alphabet import BLANK, BOUNDARY
 from ..utils.files import replacing, writable, write_json, write_text
-from .safetensors import export, require_no_heads
+from .safetensors import export, require_no_heads, sort_metadata
 
 PAD, UNKNOWN = "<pad>", "<unk>"  # tokens of the tokenizer; the first is CTC's blank
 VOCABULARY, TOKENIZER, CODE = "vocab.json", "tokenizer_config.json", "modeling_hubert_eff.py"
@@ -70,7 +70,7 @@ def export_folder(
     target = writable(folder)
     notes = dict(notes or {})
     if is_native(hubert):
-        _write_weights(hubert, recognizer, target / WEIGHTS[0], dtype)
+        _write_weights(hubert, recognizer, target / WEIGHTS[0], dtype, notes.get(TRAINING, ""))
         values = _native_config(hubert.config, recognizer, dtype)
         said = {
             "encoder": "transformer", "config": json.dumps(hubert.config.to_dict()), "weights": FLOAT, "policy": "", "dtype": dtype,
@@ -111,7 +111,7 @@ def require_ctc(recognizer: Recognizer) -> None:
         raise UserError("its symbols are pieces of a sentencepiece model, and transformers' CTC classes know letters: use --encoder-only")
 
 
-def _write_weights(hubert: HubertModel, recognizer: Recognizer | None, file: Path, dtype: str) -> None:
+def _write_weights(hubert: HubertModel, recognizer: Recognizer | None, file: Path, dtype: str, training: str) -> None:
     state = {name: tensor for name, tensor in tensors(hubert, DTYPES[dtype], LABEL_EMBEDDINGS).items() if not name.startswith(LEFT_OUT)}
     weights = {their_name(name): tensor for name, tensor in state.items()}
     if not _masks(hubert.config):
@@ -122,7 +122,8 @@ def _write_weights(hubert: HubertModel, recognizer: Recognizer | None, file: Pat
         weights = {f"{PREFIXES[0]}{name}": tensor for name, tensor in weights.items()}
         weights.update({f"lm_head.{name}": tensor for name, tensor in tensors(recognizer.ctc_proj, DTYPES[dtype], "").items()})
     with replacing(file) as temporary:
-        save_file(weights, temporary, {"format": "pt"})
+        save_file(weights, temporary, {"format": "pt", **({TRAINING: training} if training else {})})
+        sort_metadata(temporary)
 
 
 def _identity(config: HubertConfig, dtype: torch.dtype) -> dict[str, Tensor]:

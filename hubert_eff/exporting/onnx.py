@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
+from ..checkpoints.safetensors import TRAINING
 from ..config import FRAME_STRIDE
 from ..edge import HALF
 from ..encoders.base import Encoder
@@ -101,14 +102,14 @@ def require_onnx_form(model: HubertModel | Recognizer) -> None:
         raise UserError(f"nothing to write as ONNX yet: {said}")
 
 
-def export_onnx(model: HubertModel | Recognizer, path: str | os.PathLike[str]) -> dict[str, Any]:
+def export_onnx(model: HubertModel | Recognizer, path: str | os.PathLike[str], training: str = "") -> dict[str, Any]:
     """Write `path` (.onnx): input `wav` (batch, samples) at 16 kHz, output `hidden_states` (L + 1, batch, frames, D); of a recognizer
     `log_probs` (batch, frames, letters) of its CTC layer, its letters and configuration in the metadata, without an attention decoder.
 
     A float model is fused first. A model from `edge.rewrite` keeps its layout and, if it is half, float16, also for `hidden_states`. A w1a1
     model is written in its simulated form, +-1 in float32: it loses the speed and size of bits, and keeps its outputs except for what bits
     of attention probabilities at their threshold change, since the graph keeps softmax, as in training (quant/integer_softmax.py). There is
-    no padding mask.
+    no padding mask. The metadata keep what `training` says of the weights.
 
     Returns bytes, form, opset, the largest difference between onnxruntime and torch with softmax over four shapes (among them one frame,
     two frames and a batch), and the share of elements that differ by more than `AGREES` (in float16 `HALF_AGREES`). That share is zero for
@@ -131,6 +132,7 @@ def export_onnx(model: HubertModel | Recognizer, path: str | os.PathLike[str]) -
             "producer": f"hubert-eff {__version__}", "encoder": encoder_of(hubert.config).name, "form": form, "sample_rate": "16000",
             **({"edge": hubert.edge} if hubert.edge else {}), **(_letters_of(model) if isinstance(model, Recognizer) else {}),
             "layout": "(batch, frames, channels)" if isinstance(hubert.encoder, Encoder) else "(batch, channels, 1, frames)",
+            **({TRAINING: training} if training else {}),
         }  # fmt: skip
         for key, value in described.items():
             graph.metadata_props.add(key=key, value=value)

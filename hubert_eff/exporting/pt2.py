@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
+from ..checkpoints.safetensors import TRAINING
 from ..config import FRAME_STRIDE, SAMPLE_RATE
 from ..encoders.base import Encoder
 from ..encoders.registry import encoder_of
@@ -78,13 +79,14 @@ def require_program(model: HubertModel | Recognizer) -> None:
         model.check_ctc()
 
 
-def export_pt2(model: HubertModel | Recognizer, path: str | os.PathLike[str]) -> dict[str, Any]:
+def export_pt2(model: HubertModel | Recognizer, path: str | os.PathLike[str], training: str = "") -> dict[str, Any]:
     """Write `path` (.pt2), which `torch.export.load(path).module()` reads back without this package, in float32.
 
     The program is called as program(wav (B, S) at 16 kHz, padding_mask (B, S) bool, True = padding) and returns what
     `HubertModel.hidden_states` does, (L + 1 tensors (B, T, D), padding (B, T)); of a recognizer (log-probabilities (B, T, V), padding).
     Audio may have two frames (720 samples) to an hour, a batch up to 1024 utterances. The model is fused first. An attention decoder is
-    left out. The extra file `DESCRIPTION` describes the program as JSON, including a recognizer's letters.
+    left out. The extra file `DESCRIPTION` describes the program as JSON, including a recognizer's letters, and what `training` says of the
+    weights.
 
     Returns bytes and the largest difference between the program as it is read back and the model, over four shapes.
     Raises `UserError` as `require_program` does, for another suffix, and for a program that does not compute the same.
@@ -94,7 +96,7 @@ def export_pt2(model: HubertModel | Recognizer, path: str | os.PathLike[str]) ->
     require_program(model)
     fused = fuse(model).float().cpu()
     wrapper = (_Letters(fused) if isinstance(fused, Recognizer) else _States(fused)).eval()
-    description = _description(model)
+    description = _description(model) | ({TRAINING: training} if training else {})
     with replacing(path) as temporary:
         program = _program(wrapper)
         with temporary.open("wb") as stream, warnings.catch_warnings():

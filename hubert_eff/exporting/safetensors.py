@@ -74,7 +74,7 @@ def export(
         raise UserError("this model holds one bit per weight: its float weights are in the checkpoint that it was made from")
     if packed and model.config.quant == "w1a1":
         if said := unstarted(model):
-            warnings.warn(said, stacklevel=2)
+            warnings.warn(f"written, but {said}", stacklevel=2)
         model = pack_for_file(model, was_packed)
     metadata = {
         "format": FORMAT,

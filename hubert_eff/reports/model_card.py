@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from ..checkpoints.huggingface import CONFIG, OWN, WEIGHTS
 from ..checkpoints.load import load
-from ..checkpoints.safetensors import DTYPES, EDGE, PACKED, read_export, read_metadata
+from ..checkpoints.safetensors import DTYPES, EDGE, PACKED, TRAINING, read_export, read_metadata
 from ..edge import FORMS, HALF
 from ..models.hubert import HubertModel
 from ..profiling import profile
@@ -111,7 +111,7 @@ def _figures(file: Path, metadata: Mapping[str, str], model: HubertModel) -> dic
 
 
 def _text(name: str, metadata: Mapping[str, str], figures: dict[str, Any], use: list[str]) -> str:
-    config = json.loads(metadata["config"])
+    config, training = json.loads(metadata["config"]), _cell(metadata.get(TRAINING, ""))
     packed, dtype = metadata["weights"] == PACKED, metadata["dtype"]
     kind = "one-bit weights and activations (W1A1), packed" if packed else "float weights"
     int8 = metadata["weights"] == INT8
@@ -159,6 +159,7 @@ def _text(name: str, metadata: Mapping[str, str], figures: dict[str, Any], use: 
     return "\n".join([
         f"# {name}", "",
         f"A HuBERT of hubert-eff: {rows['encoder']}; {kind}.", "",
+        *([f"**weights: {training}.** They show size and speed; what the model computes means nothing.", ""] if training else []),
         "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items()), "",
         "## Use", "", *use, "",
         "## Origin", "",

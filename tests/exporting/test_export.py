@@ -248,6 +248,28 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(scope["states"]) == 3
 
 
+def test_random_weights_are_marked_wherever_they_go(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the line, the card and the metadata; a file of random weights that is exported again stays one."""
+    mark, out, again = "weights: random, never trained", tmp_path / "model.safetensors", tmp_path / "again.safetensors"
+    program, folder = tmp_path / "model.pt2", tmp_path / "folder"
+    for words in (["--out", out, "--dtype", "int8"], ["--out", out, "--edge"], ["--out", out, "--pt2", program, "--hf", folder]):
+        assert main(["export", "transformer-debug", *map(str, words)]) == 0
+        said, files = capsys.readouterr().out, [word for word in words if isinstance(word, Path)]
+        assert said.count(mark) == said.count("\n") == len(files)
+        assert read_metadata(out)["training"] == "random, never trained" and mark in out.with_suffix(".md").read_text()
+    assert "float weights in fp32; weights: random" in said and mark in (folder / "README.md").read_text()
+    described = {"hubert_eff.json": ""}
+    torch.export.load(program, extra_files=described)
+    assert json.loads(described["hubert_eff.json"])["training"] == "random, never trained"
+    assert main(["export", "transformer-debug+w1a1", "--out", str(out)]) == 0
+    said = capsys.readouterr()
+    assert "packed weights, the rest fp32; weights: random" in said.out and re.search(r"warning: written, but \d+ of \d+ scales", said.err)
+    assert main(["export", str(out), "--out", str(again)]) == 0 and mark in again.with_suffix(".md").read_text()
+    hubert_eff.export(debug("transformer"), out)
+    assert main(["export", str(out), "--out", str(again)]) == 0
+    assert "never trained" not in again.with_suffix(".md").read_text() + capsys.readouterr().out.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
