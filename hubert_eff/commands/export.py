@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--edge", action="store_true",
-        help="write --out and --onnx for accelerators: channels first, head by head, LayerNorm and softmax that stay finite in half "
-        "precision; with --dtype fp16 the model computes in float16",
+        help="float models only: write --out and --onnx for accelerators: channels first, head by head, LayerNorm and softmax that stay "
+        "finite in half precision; with --dtype fp16 the model computes in float16",
     )  # fmt: skip
     parser.add_argument(
         "--pt2", type=Path, metavar="FILE",
@@ -114,6 +114,9 @@ def run(args: argparse.Namespace) -> int:
             taken = f"the mean of {', '.join(file.name for file in files)}" if len(files) > 1 else f"{files[0].name} is exported as it is"
             print(f"{there}: {taken}; to keep more, train with {keep_keys(args.average)}", file=sys.stderr)
         model, name = average(files), f"mean of {', '.join(file.name for file in files)}"
+    if args.edge and model.config.quant != "none":
+        bits = "one-bit" if model.config.quant == "w1a1" else f"binarized ({model.config.quant})"
+        raise UserError(f"--edge takes float models; this one is {bits}: leave out --edge")
     whole: HubertModel | Recognizer = model
     if args.average is None and model.heads and not args.encoder_only:
         whole = _with_heads(model, args.model)

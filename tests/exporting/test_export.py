@@ -278,6 +278,8 @@ def test_random_weights_are_marked_wherever_they_go(tmp_path: Path, capsys: pyte
         (["conformer-debug", "--out", "model.bin"], "must end in .safetensors"),
         (["conformer-dbug", "--out", "m.safetensors"], "unknown preset or checkpoint 'conformer-dbug' - did you mean 'conformer-debug'"),
         (["conformer-debug+w1a1", "--fuse", "--out", "m.safetensors"], "a binarized model cannot be fused"),
+        (["conformer-debug+w1a1", "--edge", "--out", "m.safetensors"], "this one is one-bit: leave out --edge"),
+        (["conformer-debug+w1a2", "--edge", "--out", "m.safetensors"], "this one is binarized (w1a2): leave out --edge"),
         (["conformer-debug+w1a1", "--policy", "papr", "--out", "m.safetensors"], "unknown policy 'papr'"),
         (["conformer-debug", "--dtype", "fp8", "--out", "m.safetensors"], "invalid choice: 'fp8'"),
     ],
