@@ -39,6 +39,12 @@ DICTIONARY = "fairseq.data.dictionary.Dictionary"
 CONVERTED = {"task_cfg", "model_cfg", "model_weight"}  # keys of a fairseq checkpoint that S3PRL has converted
 HINT = "expected a fairseq checkpoint (.pt), an export of hubert-eff (.safetensors), or a folder of Hugging Face"
 
+PROGRAMS = {  # exports that other packages run, by suffix, and how
+    ".onnx": "is an ONNX graph, which this package does not read: run it with onnxruntime, as examples/06_onnx.py does",
+    ".pt2": "is a torch.export program, which this package does not read: run it with torch alone, as "
+    "torch.export.load(FILE).module()(wav, padding_mask)",
+}
+
 
 class Dictionary:
     """Stands in for fairseq's Dictionary, which checkpoints hold, if fairseq is not installed."""
@@ -61,7 +67,8 @@ def load(path: str | os.PathLike[str]) -> HubertModel:
         The model, in eval mode, on the CPU.
 
     Raises:
-        UserError: the file is missing, is not a checkpoint, holds pickled code, or describes a model that cannot be rebuilt exactly.
+        UserError: the file is missing, is not a checkpoint (an ONNX graph is not one), holds pickled code, or describes a model that cannot
+            be rebuilt exactly.
     """
     file = Path(path)
     if file.is_dir():
@@ -125,6 +132,8 @@ def open_fairseq(file: Path) -> TorchFile:
 
 
 def _opened(file: Path) -> TorchFile:
+    if file.suffix in PROGRAMS:
+        raise UserError(f"{file} {PROGRAMS[file.suffix]}")
     try:
         opened = TorchFile(file, {DICTIONARY: Dictionary})
     except Unreadable as error:

@@ -113,6 +113,15 @@ def test_files_that_are_no_checkpoint(tmp_path: Path, content: bytes) -> None:
         hubert_eff.load(path)
 
 
+@pytest.mark.parametrize(
+    "name, how", [("m.onnx", "run it with onnxruntime, as examples/06_onnx.py"), ("m.pt2", r"torch\.export\.load\(FILE\)")]
+)
+def test_programs_that_others_run(name: str, how: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"PK\x03\x04" + bytes(100))
+    with pytest.raises(UserError, match=how):
+        hubert_eff.load(tmp_path / name)
+
+
 def test_missing_and_truncated(stock: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no checkpoint at"):
         hubert_eff.load(tmp_path / "absent.pt")
