@@ -26,7 +26,7 @@ PLAIN, STABLE, HALF = "plain", "stable", "half"
 FORMS = {  # form of a rewritten model, by its name in files
     PLAIN: "channels first",
     STABLE: "channels first; LayerNorm and softmax that stay finite if a compiler runs them in float16",
-    HALF: "channels first; the same, in float16",
+    HALF: "channels first (batch, channels, 1, frames), computed in float16",
 }
 
 

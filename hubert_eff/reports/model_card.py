@@ -45,7 +45,7 @@ def write_card(file: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
         f'model = hubert_eff.load("{path.name}")', "states, padding = model.hidden_states(torch.randn(1, 16000))", "```", "",
         "```", f"hubert-eff run {path.name} AUDIO --out features.npz", "```",
     ]  # fmt: skip
-    write_text(card, _text(path.stem, metadata, figures, use))
+    write_text(card, _text(path.stem, path.name, metadata, figures, use))
     return card, figures
 
 
@@ -85,7 +85,7 @@ def write_readme(folder: str | os.PathLike[str], metadata: Mapping[str, str], ba
         **({"base_model": base_model} if base_model else {}),
     }
     text = "---\n" + yaml.safe_dump(front, sort_keys=False, allow_unicode=True) + "---\n\n"
-    write_text(path / README, text + _text(path.resolve().name, metadata, figures, use))
+    write_text(path / README, text + _text(path.resolve().name, "DIR", metadata, figures, use))
     return path / README, figures
 
 
@@ -110,7 +110,7 @@ def _figures(file: Path, metadata: Mapping[str, str], model: HubertModel) -> dic
     }
 
 
-def _text(name: str, metadata: Mapping[str, str], figures: dict[str, Any], use: list[str]) -> str:
+def _text(name: str, file: str, metadata: Mapping[str, str], figures: dict[str, Any], use: list[str]) -> str:
     config, training = json.loads(metadata["config"]), _cell(metadata.get(TRAINING, ""))
     packed, dtype = metadata["weights"] == PACKED, metadata["dtype"]
     kind = "one-bit weights and activations (W1A1), packed" if packed else "float weights"
@@ -128,6 +128,7 @@ def _text(name: str, metadata: Mapping[str, str], figures: dict[str, Any], use: 
         "weights": kind + (f", policy `{metadata['policy']}`" if metadata["policy"] else ""),
         **({"layout": FORMS[edge]} if edge else {}),
         "float tensors": rest,
+        **({"streams": _streams(config, file, bool(training))} if config.get("streaming") else {}),
         "file": f"{figures['bytes'] / 1e6:.3f} MB, of which tensors {figures['file_mb']:.3f} MB",
         "parameters": f"{figures['params']:,}",
         f"multiply-accumulates, {SECONDS:g} s of audio": f"{figures['macs']:,}",
@@ -166,6 +167,15 @@ def _text(name: str, metadata: Mapping[str, str], figures: dict[str, Any], use: 
         "| | |", "|---|---|", *(f"| {key} | {_cell(value)} |" for key, value in origin.items()), "",
         "## Limits", "", *(f"- {line}" for line in limits), "",
     ])  # fmt: skip
+
+
+def _streams(config: Mapping[str, Any], file: str, untrained: bool) -> str:
+    """How a model that streams was trained for it, and the command."""
+    sizes, left = str(config["chunk_sizes"]), str(config["left_chunks"])
+    trained = f"trained with chunks of {sizes} frames (0: the whole utterance), left chunks {left} (-1: all)"
+    if untrained or not sizes:
+        trained = "not trained with chunks"
+    return f"yes; {trained}; `hubert-eff run {file} - --stream 16-4`"
 
 
 def _cell(text: str) -> str:

@@ -24,6 +24,7 @@ from hubert_eff.profiling.cost import file_storage
 from hubert_eff.quant import pack
 from hubert_eff.quant.runtime.modules import PackedConv1d, PackedLinear, PackedQuantizer
 from hubert_eff.quant.storage import SCALES, bits_of, bytes_of, exact_bias, fold_moves
+from hubert_eff.reports.model_card import write_card
 
 from ..helpers.packed import debug, differing
 from ..helpers.paths import ROOT
@@ -268,6 +269,16 @@ def test_random_weights_are_marked_wherever_they_go(tmp_path: Path, capsys: pyte
     hubert_eff.export(debug("transformer"), out)
     assert main(["export", str(out), "--out", str(again)]) == 0
     assert "never trained" not in again.with_suffix(".md").read_text() + capsys.readouterr().out.splitlines()[-1]
+
+
+def test_the_card_of_a_model_that_streams(tmp_path: Path) -> None:
+    path = tmp_path / "live.safetensors"
+    model = hubert_eff.build("conformer-debug", streaming=True, chunk_sizes="8,16,0", left_chunks="4,-1")
+    hubert_eff.export(model, path)
+    card = write_card(path)[0].read_text()
+    assert "| streams | yes; trained with chunks of 8,16,0 frames" in card and "`hubert-eff run live.safetensors - --stream 16-4` |" in card
+    hubert_eff.export(model, path, notes={"training": "random, never trained"})
+    assert "| streams | yes; not trained with chunks" in write_card(path)[0].read_text()
 
 
 @pytest.mark.parametrize(
