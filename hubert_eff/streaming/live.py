@@ -44,18 +44,18 @@ class StreamReport:
     frames: int
     chunks: int
     mode: str
-    latency: float  # seconds of audio that a chunk waits for
-    compute: float  # seconds, all chunks together
+    latency_s: float  # seconds of audio that a chunk waits for
+    compute_s: float  # seconds, all chunks together
     first_ms: float  # computing time of the first chunk, which also warms up caches
-    chunk_ms: float  # median computing time of the later chunks (of the first if there are none)
+    p50_ms: float  # median computing time of the later chunks (of the first if there are none)
     p95_ms: float  # 95th percentile of them
     slowest_ms: float  # of all
-    state_elements: int  # numbers kept at the end
+    state_bytes: int  # size of what is kept at the end
 
     @property
     def rtf(self) -> float:
         """Real-time factor: below 1 the model keeps up with the audio."""
-        return self.compute / self.seconds
+        return self.compute_s / self.seconds
 
     def plain(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -65,10 +65,10 @@ class StreamReport:
         return (
             f"{self.seconds:.1f} s in {self.chunks} chunks, {self.frames} frames (mode {self.mode}: {mode_seconds(self.mode)}): RTF "
             f"{self.rtf:.4f}; "
-            f"a chunk waits {1e3 * self.latency:.0f} ms for its audio "
-            f"and takes p50 {self.chunk_ms:.1f} ms, p95 {self.p95_ms:.1f} ms (the first {self.first_ms:.1f} ms, "
+            f"a chunk waits {1e3 * self.latency_s:.0f} ms for its audio "
+            f"and takes p50 {self.p50_ms:.1f} ms, p95 {self.p95_ms:.1f} ms (the first {self.first_ms:.1f} ms, "
             f"the slowest {self.slowest_ms:.1f} ms); "
-            f"{self.state_elements:,} numbers kept"
+            f"the stream keeps {self.state_bytes / 1e3:,.1f} kB"
         )
 
 
@@ -134,7 +134,7 @@ def run_stream(
     stream = StreamingModel(model, size, left)
     times: list[float] = []
     told = -math.inf
-    frames = samples = elements = 0
+    frames = samples = kept = 0
 
     def timed(compute: Callable[[], Tensor | None]) -> Tensor | None:
         begin = time.perf_counter()
@@ -144,7 +144,7 @@ def run_stream(
         return y
 
     def outputs() -> Iterator[Tensor]:
-        nonlocal samples, elements
+        nonlocal samples, kept
         for piece in pieces_of(source, stdin):
             try:
                 y = timed(lambda piece=piece: stream.feed(piece))  # type: ignore[misc]
@@ -153,7 +153,7 @@ def run_stream(
             samples += piece.size(1)
             if y is not None:
                 yield y
-        elements = stream.state().elements
+        kept = stream.state().nbytes
         y = timed(stream.flush)
         if y is not None:
             yield y
@@ -172,7 +172,7 @@ def run_stream(
     median, p95 = (1e3 * float(np.quantile(later, share)) for share in (0.5, 0.95))
     return StreamReport(
         samples / SAMPLE_RATE, frames, len(times), mode, stream.latency, sum(times), 1e3 * times[0], median, p95, 1e3 * max(times),
-        elements,
+        kept,
     )  # fmt: skip
 
 

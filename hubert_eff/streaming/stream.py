@@ -54,7 +54,15 @@ class StreamState:
     @property
     def elements(self) -> int:
         """The count of numbers in the state."""
-        return self.samples.numel() + sum(part.numel() for parts in self.kept.values() for part in parts)
+        return sum(part.numel() for part in self._tensors())
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the state in bytes."""
+        return sum(part.nbytes for part in self._tensors())
+
+    def _tensors(self) -> list[Tensor]:
+        return [self.samples, *(part for parts in self.kept.values() for part in parts)]
 
 
 class StreamingModel:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -290,7 +291,7 @@ def test_a_file_or_a_pipe_is_streamed_to_a_file(tmp_path: Path) -> None:
         report = run_stream(model, source, "16-4", tmp_path / "out.npy", pipe)
         torch.testing.assert_close(torch.from_numpy(np.load(tmp_path / "out.npy")), expected, rtol=0, atol=1e-4)
         assert report.frames == 65 and report.chunks == 5
-        assert report.seconds == 21_000 / 16_000 and report.rtf == report.compute / report.seconds > 0
+        assert report.seconds == 21_000 / 16_000 and report.rtf == report.compute_s / report.seconds > 0
         assert "RTF" in str(report) and report.plain()["rtf"] == report.rtf
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["a.wav", "out.npy"]
 
@@ -306,12 +307,21 @@ def test_the_command_streams_a_preset_or_an_export(
     assert main([*command, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["frames"] == 49 and report["mode"] == "8-2" and report["rtf"] > 0
+    assert report.keys() >= {"latency_s", "compute_s", "first_ms", "p50_ms", "p95_ms", "slowest_ms"}
+    stream = StreamingModel(model, 8, 2)
+    stream.feed(wav[None])
+    assert report["state_bytes"] == stream.state().nbytes == 4 * stream.state().elements > 0  # float32
     torch.testing.assert_close(torch.from_numpy(np.load(tmp_path / "out.npy")), reference(model, wav[None], 8, 2)[0], rtol=0, atol=1e-4)
     pcm = (wav * 32_768).to(torch.int16).numpy().astype("<i2").tobytes()
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(pcm)))
     assert main(["run", "conformer-debug", "-", "--stream", "16-4"]) == 0
     said = capsys.readouterr().out
-    assert "s heard, 16 frames" in said.splitlines()[0] and "RTF" in said and "p95" in said
+    assert (
+        "s heard, 16 frames" in said.splitlines()[0]
+        and "RTF" in said
+        and "p95" in said
+        and re.search(r"the stream keeps [\d,]+\.\d kB", said)
+    )
     hubert_eff.export(hubert_eff.build("conformer-debug"), tmp_path / "other.safetensors")
     wave = str(tmp_path / "a.wav")
     wav[8_003] = torch.nan
