@@ -38,7 +38,10 @@ def quantize(model: HubertModel, spec: str = INT8) -> HubertModel:
     if not isinstance(model, HubertModel):
         raise UserError(f"cannot quantize a {type(model).__name__}: expected a HubertModel")
     if model.config.quant != "none":
-        raise UserError(f"int8 is a precision of float models, and this one is binarized ({model.config.quant}): leave out int8")
+        raise UserError(
+            f"int8 is a precision of float models, and this one is binarized ({model.config.quant}): leave out int8, "
+            "or quantize the float checkpoint that it was made from"
+        )
     fused = fuse(model)
     fused.encoder = int8_linears(fused.encoder)
     return fused
