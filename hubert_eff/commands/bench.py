@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=whole(COUNT), default=1, help="number of torch threads (default: %(default)d)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="device to run on (default: %(default)s)")
     parser.add_argument(
-        "--precision", choices=("float32", "bfloat16", "int8", "w1a1"), nargs="+", default=["float32"],
+        "--precision", type=_precision, choices=("float32", "bfloat16", "int8", "w1a1"), nargs="+", default=["float32"],
         help="precisions to measure, each in the form that is shipped: fused, with int8 linear layers in the encoder, or at one bit and "
         "packed; one-bit models always run from bits (default: float32)",
     )  # fmt: skip
@@ -37,6 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, metavar="DIR", help="folder for bench.json, bench.svg and bench.png; for cpu.yaml with --roofline"
     )
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+
+
+def _precision(name: str) -> str:
+    """The name of a precision in this command, which also takes those of `export --dtype`."""
+    if name in ("fp16", "float16"):
+        raise argparse.ArgumentTypeError(f"{name} is a storage format on a CPU: such a file computes in float32; give float32 or bfloat16")
+    return {"fp32": "float32", "bf16": "bfloat16"}.get(name, name)
 
 
 def run(args: argparse.Namespace) -> int:

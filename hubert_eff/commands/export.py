@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from ..models.hubert import HubertModel
     from ..recognition import Recognizer
 
+DTYPE_SPELLINGS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `hubert-eff export`."""
@@ -45,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--base-model", default="", metavar="NAME", help="model that it was trained from, for the README.md of --hf")
     parser.add_argument(
-        "--dtype", choices=("fp32", "fp16", "bf16", "int8"), default="fp32",
+        "--dtype", type=lambda name: DTYPE_SPELLINGS.get(name, name), choices=("fp32", "fp16", "bf16", "int8"), default="fp32",
         help="what float tensors are kept in: fp16 is read back to compute in float32 (with --edge in float16), bf16 in bfloat16; "
         "int8: the encoder's linear layers of a float model, which is fused, and all else, such as a CTC layer, in fp32 (default: "
         "%(default)s)",

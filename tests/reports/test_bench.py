@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import hubert_eff
+from hubert_eff import cli
 from hubert_eff.cli import main
 from hubert_eff.errors import UserError
 from hubert_eff.kernels.cpu import Cpu
@@ -174,6 +175,13 @@ def test_a_precision_that_this_machine_lacks_is_one_line_before_measuring(asked,
     assert f"--precision {asked}" in error and error.count("\n") == 1
 
 
+def test_both_spellings_of_a_precision():
+    bench, export = cli._parser("bench"), cli._parser("export")
+    assert bench.parse_args(["bench", MODELS[0], "--precision", "fp32", "bf16", "float32"]).precision == ["float32", "bfloat16", "float32"]
+    for name, kept in (("float32", "fp32"), ("float16", "fp16"), ("bfloat16", "bf16"), ("bf16", "bf16")):
+        assert export.parse_args(["export", MODELS[0], "--dtype", name]).dtype == kept
+
+
 def test_roofline(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(machine, "SIZE", 128)
     monkeypatch.setattr(machine, "COPY_BYTES", 1 << 20)
@@ -197,6 +205,7 @@ def test_roofline(tmp_path, monkeypatch, capsys):
         ([MODELS[0], "--batch", "0"], "--batch: 0 must be at least 1"),
         ([MODELS[0], "--rounds", "0"], "--rounds: 0 must be at least 1"),
         ([MODELS[0], "--threads", "0"], "--threads: 0 must be at least 1"),
+        ([MODELS[0], "--precision", "fp16"], "fp16 is a storage format on a CPU"),
         (["--roofline", MODELS[0]], "leave out the models"),
         ([MODELS[0], "--out", __file__], "cannot be made: File exists"),
         (["--roofline", "--out", __file__], "cannot be made: File exists"),
