@@ -8,6 +8,7 @@ import functools
 import json
 import math
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -100,8 +101,8 @@ def pieces_of(source: str | os.PathLike[str], stdin: BinaryIO | None = None) -> 
         with soundfile.SoundFile(os.fsencode(path)) as file:  # bytes, because soundfile encodes names strictly
             if file.samplerate != SAMPLE_RATE or file.channels != 1:
                 raise UserError(
-                    f"{path} has {file.channels} channels at {file.samplerate} Hz: a stream takes mono at {SAMPLE_RATE} Hz "
-                    "(hubert-eff manifest converts)"
+                    f"{path} has {file.channels} channel{'s' * (file.channels != 1)} at {file.samplerate} Hz: a stream takes mono at "
+                    f"{SAMPLE_RATE} Hz; convert it: ffmpeg -i {shlex.quote(str(path))} -ar {SAMPLE_RATE} -ac 1 OUT.wav"
                 )
             for block in file.blocks(length, dtype="float32"):
                 frames += len(block)

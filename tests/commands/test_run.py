@@ -108,6 +108,8 @@ def test_command(audio: list[Path], tmp_path: Path, capsys: pytest.CaptureFixtur
     assert said["recordings"][0] == {"file": "x.wav", "key": "x", "seconds": 1.3, "frames": 64, "windows": 1}
     assert main(command) == 0
     assert "hidden state 1 of 2 recordings, 3.2 s, 158 frames" in capsys.readouterr().out
+    assert main(["run", "transformer-debug", str(audio[0]), "--out", str(out)]) == 0
+    assert "all hidden states of 1 recording, 1.3 s" in capsys.readouterr().out
 
 
 def write(path: Path, content: bytes | np.ndarray) -> Path:

@@ -326,7 +326,10 @@ def test_the_command_streams_a_preset_or_an_export(
     wave = str(tmp_path / "a.wav")
     wav[8_003] = torch.nan
     soundfile.write(tmp_path / "nan.wav", wav.numpy(), 16_000, subtype="FLOAT")
+    soundfile.write(tmp_path / "r8.wav", np.zeros(800), 8_000)
     for words, message in (
+        (["conformer-debug", str(tmp_path / "r8.wav"), "--stream", "16-4"], "has 1 channel at 8000 Hz: a stream takes mono at 16000 Hz"),
+        (["conformer-debug", str(tmp_path / "r8.wav"), "--stream", "16-4"], "r8.wav -ar 16000 -ac 1 OUT.wav"),
         (["conformer-debug", wave, wave, "--stream", "16-4"], "takes one file, or - for standard input, not 2"),
         (["conformer-debug", wave, "--stream", "fast"], "unknown mode"),
         (["conformer-debug", wave, "--stream", "0-4"], "chunk_size=0 must be"),
@@ -347,7 +350,7 @@ def test_bad_streams_leave_no_file(tmp_path: Path) -> None:
     (tmp_path / "text.wav").write_text("no audio")
     out = tmp_path / "out.npy"
     for source, mode, pipe, message in (
-        (tmp_path / "slow.wav", "16-4", None, "1 channels at 8000 Hz: a stream takes mono at 16000 Hz"),
+        (tmp_path / "slow.wav", "16-4", None, "1 channel at 8000 Hz: a stream takes mono at 16000 Hz"),
         (tmp_path / "text.wav", "16-4", None, "cannot be read as audio"),
         (tmp_path / "none.wav", "16-4", None, "no audio file"),
         ("-", "16-4", io.BytesIO(bytes(700)), "350 samples are too few"),
