@@ -6,11 +6,11 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 from hubert_eff.profiling.machine import SlowProcessError
+from hubert_eff.profiling.machine import cpu_seconds_of as cpu_seconds  # noqa: F401 (the scripts call it)
 from hubert_eff.profiling.machine import guard as checked
 from hubert_eff.profiling.machine import machine as machine
 from hubert_eff.profiling.machine import seconds_of as seconds
@@ -35,13 +35,6 @@ def guard(when: str) -> float:
     except SlowProcessError as error:
         print(error, file=sys.stderr)
         raise SystemExit(3) from error
-
-
-def cpu_seconds(function: Callable[[], object]) -> float:
-    """CPU time of one call on this thread: what one thread takes, on a machine whose cores others use too."""
-    start = time.thread_time()
-    function()
-    return time.thread_time() - start
 
 
 def compare(

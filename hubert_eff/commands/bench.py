@@ -31,6 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--rounds", type=whole(COUNT), default=20, help="timed calls of each model on each input (default: %(default)d)")
     parser.add_argument(
+        "--cpu-time", action="store_true",
+        help="count CPU time of one thread instead of wall time in the first table, for a machine that others use too",
+    )  # fmt: skip
+    parser.add_argument(
         "--roofline", action="store_true", help="measure the peak rates of this CPU and write a device file for hubert-eff profile"
     )
     parser.add_argument(
@@ -68,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 def _bench(args: argparse.Namespace) -> int:
     from ..checkpoints.open import open_model
     from ..profiling.latency import measure, measure_shares, plain
-    from ..profiling.machine import machine
+    from ..profiling.machine import busy, machine
     from ..profiling.precision import ONE_BIT, at_precision, require, shipped
     from ..reports import bench as bench_report
     from ..reports.tables import show
@@ -80,6 +84,8 @@ def _bench(args: argparse.Namespace) -> int:
         writable(args.out)  # before minutes of measuring
     for precision in dict.fromkeys(args.precision):
         require(precision, args.device)
+    if args.cpu_time and (args.threads > 1 or args.device != "cpu"):
+        raise UserError("--cpu-time counts one thread of a CPU: leave out --threads and --device")
     models = {}
     for name in args.models:
         model = open_model(name)
@@ -88,14 +94,16 @@ def _bench(args: argparse.Namespace) -> int:
                 models[name if model.config.quant == ONE_BIT else f"{name}+{ONE_BIT}"] = at_precision(model, precision)
             else:
                 models[name if precision == "float32" else f"{name} {precision}"] = at_precision(shipped(model), precision)
-    timings = measure(models, args.seconds, args.batch, args.rounds, args.device)
+    timings = measure(models, args.seconds, args.batch, args.rounds, args.device, args.cpu_time)
     shares = [
         measure_shares(name, model, length, max(1, args.rounds // 4), args.device)
         for length in dict.fromkeys(args.seconds)
         for name, model in models.items()
     ]
     longest = [s for s in shares if s.seconds == max(args.seconds)]
-    facts = machine(args.device)
+    if args.device == "cpu" and not args.cpu_time and (said := busy()):
+        print(f"hubert-eff bench: warning: {said}; measure again on an idle machine, or use --cpu-time", file=sys.stderr)
+    facts = machine(args.device) | {"clock": "CPU time" if args.cpu_time else "wall"}
     result = {"basis": "measured", "machine": facts, "timings": [plain(t) for t in timings], "shares": [plain(s) for s in shares]}
     if args.out is not None:
         write_json(args.out / "bench.json", result)

@@ -68,7 +68,8 @@ def run(args: argparse.Namespace) -> int:
     seconds = sum(recording.seconds for recording in recordings)
     what = "all hidden states" if args.layer is None else f"hidden state {args.layer}"
     without = f"; {len(left_out)} left out" if left_out else ""
-    print(f"{args.out}: {what} of {len(recordings)} recording{'s' * (len(recordings) != 1)}, {seconds:.1f} s, {sum(r.frames for r in recordings)} frames{without}")
+    count = f"{len(recordings)} recording{'s' * (len(recordings) != 1)}"
+    print(f"{args.out}: {what} of {count}, {seconds:.1f} s, {sum(r.frames for r in recordings)} frames{without}")
     if cut:
         window = given.get("window", WINDOW)
         print(

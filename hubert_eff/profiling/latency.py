@@ -24,7 +24,7 @@ from ..utils.evaluating import evaluating
 from ..utils.progress import progress
 from .cost import MAX_SECONDS, MIN_SAMPLES, file_storage, noise
 from .counters import Counts, Tally, count_operations
-from .machine import guard, peak_growth, seconds_of
+from .machine import cpu_seconds_of, guard, peak_growth, seconds_of
 from .precision import FLOAT, PRECISIONS, form_of, kernel_of, label, precision_of, without_precision
 
 if TYPE_CHECKING:
@@ -95,10 +95,12 @@ class Shares:
 
 
 def measure(
-    models: Mapping[str, HubertModel], seconds: Sequence[float], batches: Sequence[int], rounds: int, device: str = "cpu"
-) -> list[Timing]:
+    models: Mapping[str, HubertModel], seconds: Sequence[float], batches: Sequence[int], rounds: int, device: str = "cpu",
+    cpu_time: bool = False,
+) -> list[Timing]:  # fmt: skip
     """Time `hidden_states` of each model on each length and batch. A round calls every model once, so a slow moment affects all.
 
+    cpu_time: count CPU time of this thread instead of wall time, for a machine that others use too; only with one torch thread.
     The name of a model may end in its precision, "conformer-s int8", to tell it from its own float form.
 
     Raises `UserError` for impossible lengths or counts, and `SlowProcessError` if figures of this process would be meaningless.
@@ -114,15 +116,16 @@ def measure(
             for batch in batches:
                 if device == "cpu":
                     guard(f"before {length:g} s")
-                timings += _measure(models, length, batch, rounds, device, advance)
+                timings += _measure(models, length, batch, rounds, device, advance, cpu_time)
     if device == "cpu":
         guard("after the last round")
     return timings
 
 
 def _measure(
-    models: Mapping[str, HubertModel], seconds: float, batch: int, rounds: int, device: str, advance: Callable[[int], None]
-) -> list[Timing]:
+    models: Mapping[str, HubertModel], seconds: float, batch: int, rounds: int, device: str, advance: Callable[[int], None],
+    cpu_time: bool,
+) -> list[Timing]:  # fmt: skip
     calls = {name: _call(model, noise(model, seconds, batch), device) for name, model in models.items()}
     for call in calls.values():
         for _ in range(WARM_UP - 1):
@@ -132,7 +135,7 @@ def _measure(
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            times[name].append(seconds_of(call))
+            times[name].append(cpu_seconds_of(call) if cpu_time else seconds_of(call))
         advance(1)
     first = times[next(iter(times))]
     timings = []

@@ -33,6 +33,21 @@ def seconds_of(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def cpu_seconds_of(function: Callable[[], object]) -> float:
+    """CPU time of one call on this thread: what one thread takes, on a machine whose cores others use too."""
+    start = time.thread_time()
+    function()
+    return time.thread_time() - start
+
+
+def busy() -> str:
+    """A warning that more work runs on this machine than it has CPUs; "" if not, or if the system does not say."""
+    load, cpus = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
+    if load <= cpus:
+        return ""
+    return f"the load of this machine is {load:.1f}, and it has {cpus} CPU{'s' * (cpus != 1)}: wall times are too long"
+
+
 def probe() -> float:
     """How many times slower SiLU or softmax is than a multiplication, the worse of the two."""
     x = torch.randn(1024, 1024)

@@ -52,9 +52,9 @@ def _shares_table(shares: Shares) -> Group:
                 params = "" if title == "operations" else f"{row.params_percent:.1f}"
                 table.add_row("  " + row.name, params, f"{row.flop_percent:.1f}", f"{row.time_percent:.1f}", f"{row.ms:,.2f}")
     heading = (
-        f"\n{printable(shares.label)}, {shares.seconds:g} s, measured operation by operation. A class counts what its modules run "
-        "themselves and, for what they run\nwith them, the parameters of submodules that run nothing; FLOP: 2 per MAC and 1 per element "
-        "operation."
+        f"\n{printable(shares.label)}, {shares.seconds:g} s, one recording, measured operation by operation in wall time. Each row has the "
+        "time of its own\noperations, without those of its submodules. Parameters of submodules that run nothing themselves belong to "
+        "the row above.\nFLOP: 2 per MAC and 1 per element operation."
     )
     return Group(Text(heading), table)
 

@@ -175,6 +175,18 @@ def test_a_precision_that_this_machine_lacks_is_one_line_before_measuring(asked,
     assert f"--precision {asked}" in error and error.count("\n") == 1
 
 
+def test_cpu_time_and_a_busy_machine(monkeypatch, capsys):
+    monkeypatch.setattr(machine.os, "getloadavg", lambda: (99_999.0, 0.0, 0.0))
+    monkeypatch.setattr(latency, "cpu_seconds_of", lambda call: 0.25)
+    monkeypatch.setattr(latency, "seconds_of", lambda call: 0.5)
+    for words, median, clock in ((["--cpu-time"], 250.0, "CPU time"), ([], 500.0, "wall")):
+        assert main(["bench", MODELS[0], "--seconds", "0.5", "--rounds", "1", "--json", *words]) == 0
+        said = capsys.readouterr()
+        values = json.loads(said.out)
+        assert values["timings"][0]["median_ms"] == median and values["machine"]["clock"] == clock
+        assert ("warning: the load of this machine is 99999.0" in said.err) == (not words)
+
+
 def test_both_spellings_of_a_precision():
     bench, export = cli._parser("bench"), cli._parser("export")
     assert bench.parse_args(["bench", MODELS[0], "--precision", "fp32", "bf16", "float32"]).precision == ["float32", "bfloat16", "float32"]
@@ -206,6 +218,7 @@ def test_roofline(tmp_path, monkeypatch, capsys):
         ([MODELS[0], "--rounds", "0"], "--rounds: 0 must be at least 1"),
         ([MODELS[0], "--threads", "0"], "--threads: 0 must be at least 1"),
         ([MODELS[0], "--precision", "fp16"], "fp16 is a storage format on a CPU"),
+        ([MODELS[0], "--cpu-time", "--threads", "2"], "--cpu-time counts one thread of a CPU"),
         (["--roofline", MODELS[0]], "leave out the models"),
         ([MODELS[0], "--out", __file__], "cannot be made: File exists"),
         (["--roofline", "--out", __file__], "cannot be made: File exists"),
