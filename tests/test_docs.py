@@ -42,6 +42,14 @@ def test_parameters_are_right(preset: str) -> None:
     assert hubert_eff.profile(preset, seconds=1.0).params == PARAMETERS[preset]
 
 
+def test_what_is_shipped_is_listed_with_its_needs() -> None:
+    section = page("export").partition("## What you ship")[2].partition("\n## ")[0]
+    for option in ("--out", "--onnx", "--pt2", "--hf", "--edge", "bf16", "fp16", "int8", "+w1a1"):
+        assert re.search(rf"^\| [^|]*{re.escape(option)}", section, re.MULTILINE), option
+    for text in (section, page("limits")):
+        assert re.search("needs Python, torch and, for its kernels, a C\\+\\+\\s+compiler on the device", text)
+
+
 @pytest.mark.parametrize("name", pages())
 def test_options_exist(name: str) -> None:
     """Also of commands that are not run here: the LibriSpeech recipe."""
