@@ -31,7 +31,7 @@ def quantize(model: HubertModel, spec: str = INT8) -> HubertModel:
         The copy, in eval mode.
 
     Raises:
-        UserError: the spec is another one, or the model is binarized or not a HubertModel.
+        UserError: the spec is another one, or the model is binarized, rewritten for accelerators, or not a HubertModel.
     """
     if spec != INT8:
         raise unknown("quantization without training", spec, [INT8])
@@ -42,6 +42,8 @@ def quantize(model: HubertModel, spec: str = INT8) -> HubertModel:
             f"int8 is a precision of float models, and this one is binarized ({model.config.quant}): leave out int8, "
             "or quantize the float checkpoint that it was made from"
         )
+    if model.edge:
+        raise UserError("int8 is not for the layout of accelerators (--edge): quantize the model that was rewritten to it")
     fused = fuse(model)
     fused.encoder = int8_linears(fused.encoder)
     return fused

@@ -15,6 +15,7 @@ from torch import nn
 import hubert_eff
 from hubert_eff.checkpoints.safetensors import read_metadata
 from hubert_eff.cli import main
+from hubert_eff.edge import rewrite
 from hubert_eff.errors import UserError
 from hubert_eff.layers.linear import Linear
 from hubert_eff.quant.quantization import is_int8
@@ -106,6 +107,8 @@ def test_what_cannot_be_quantized_is_refused(tmp_path: Path, capsys: pytest.Capt
         hubert_eff.quantize(binary)
     with pytest.raises(UserError, match="int4"):
         hubert_eff.quantize(hubert_eff.build("conformer-debug"), "int4")
+    with pytest.raises(UserError, match="quantize the model that was rewritten"):
+        hubert_eff.quantize(rewrite(hubert_eff.build("conformer-debug").eval()))
     out = str(tmp_path / "model.safetensors")
     assert main(["export", "conformer-debug+w1a1", "--dtype", "int8", "--out", out]) == 2
     assert capsys.readouterr().err.count("\n") == 1
